@@ -1,0 +1,151 @@
+# The front door. `make help` lists the commands.
+PYTHON ?= python3
+VENV ?= .venv
+ifndef PROFILE
+PROFILE := $(shell nvidia-smi --query-gpu=compute_cap,memory.total --format=csv,noheader,nounits 2>/dev/null \
+	| awk -F, 'NR == 1 { found = $$1 >= 8 && $$2 > 20000 ? "a100" : "t4" } END { print found ? found : "cpu" }')
+endif
+RUN_DIR ?= runs/$(PROFILE)
+ARGS ?=
+
+STAGES := 01_format_dataset 02_finetune_qlora 03_merge_adapter 04_evaluate
+PROFILE_FILE := profiles/$(PROFILE).yaml
+PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+READY := $(if $(VENV),$(VENV)/.ready,environment)
+BASE_MODELS := .cache/SmolLM2-135M-Instruct .cache/tiny-llama
+USED := $(shell cat $(PROFILE_FILE) 2>/dev/null) $(ARGS)
+# what the first stage reads: the base model if it is one of ours, and the table if it is a file here
+INPUTS := $(addsuffix /config.json,$(filter $(BASE_MODELS),$(USED))) \
+	$(wildcard $(filter %.csv %.jsonl %.parquet,$(USED)))
+ifneq ($(filter run-all $(STAGES),$(MAKECMDGOALS)),)
+ifeq ($(wildcard $(PROFILE_FILE)),)
+$(error there is no profile "$(PROFILE)". Choose one of: $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
+endif
+endif
+.DEFAULT_GOAL := help
+export JUPYTER_PREFER_ENV_PATH = 1
+export PYTHONWARNINGS = ignore
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: run-all $(STAGES) setup environment base-models test reference sync lint lab clean help FORCE
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+run-all: 04_evaluate ## run the four notebooks; PROFILE=t4|a100|cpu|tiny, ARGS="-p name value", RUN_DIR=folder
+	@$(PY) -c "$$SUMMARY" $(RUN_DIR)
+
+$(STAGES): %: $(RUN_DIR)/%.ipynb
+
+$(RUN_DIR)/01_format_dataset.ipynb: $(INPUTS)
+$(RUN_DIR)/02_finetune_qlora.ipynb: $(RUN_DIR)/01_format_dataset.ipynb
+$(RUN_DIR)/03_merge_adapter.ipynb: $(RUN_DIR)/02_finetune_qlora.ipynb
+$(RUN_DIR)/04_evaluate.ipynb: $(RUN_DIR)/03_merge_adapter.ipynb
+$(RUN_DIR)/%.ipynb: notebooks/%.ipynb $(RUN_DIR)/settings
+	@echo "$*  ($(PROFILE) profile, in $(RUN_DIR))"
+	@$(PY) -c "$$RUN_STAGE" $< $@ -f $(PROFILE_FILE) -p run_dir $(RUN_DIR) $(ARGS)
+
+$(RUN_DIR)/settings: FORCE | $(READY)
+	@$(PY) -c "$$CHECK_PARAMETERS" $(PROFILE_FILE) $(ARGS)
+	@mkdir -p $(RUN_DIR)
+	@{ cat $(PROFILE_FILE); printf '%s\n' '# $(subst ','\'',$(ARGS))'; } > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+setup: $(READY) ## install the pinned packages into .venv; VENV= uses the current environment as it is
+
+$(or $(VENV),.venv)/.ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or later is needed, this is %d.%d: PYTHON=python3.11 make setup" % sys.version_info[:2])'
+	@echo "installing the pinned packages into $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+environment:
+	@$(PY) -c 'import torch, transformers, peft, bitsandbytes, trl, datasets, papermill' || { echo "This environment lacks a package: $(PY) -m pip install -r requirements.txt" >&2; exit 1; }
+
+base-models: $(addsuffix /config.json,$(BASE_MODELS)) ## make the base models of the cpu and tiny profiles in .cache
+
+.cache/SmolLM2-135M-Instruct/config.json: MODEL = smollm2
+.cache/tiny-llama/config.json: MODEL = tiny
+.cache/%/config.json: profiles/base_models.py | $(READY)
+	@echo "making the base model $(@D)"
+	@rm -rf $(@D) && mkdir -p .cache && $(PY) $< $(MODEL) $(@D)
+
+test: $(READY) .cache/tiny-llama/config.json ## unit tests, contract tests, and the notebooks against tests/reference
+	@rm -rf runs/reference
+	@$(PY) -m pytest --nbval --nbval-kernel-name=python3 tests
+
+reference: $(READY) .cache/tiny-llama/config.json ## remake tests/reference after a change of a notebook
+	@rm -rf runs/reference tests/reference && mkdir -p tests/reference
+	@for stage in $(STAGES); do $(PY) -c "$$RUN_STAGE" notebooks/$$stage.ipynb tests/reference/$$stage.ipynb \
+		--cwd tests/reference -f profiles/tiny.yaml -p run_dir ../../runs/reference \
+		-p base_model ../../.cache/tiny-llama -p dataset ../../data/home_remedies.csv || exit 1; done
+	@$(PY) -m nbconvert --log-level=ERROR --to notebook --inplace --ClearMetadataPreprocessor.enabled=True \
+		--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",)}' tests/reference/*.ipynb
+
+sync: $(READY) ## format notebooks_py/ and bring notebooks/ up to date with it (or the other way, whichever is newer)
+	@$(PY) -m jupytext --quiet --sync notebooks_py/*.py
+	@$(PY) -m ruff format --quiet && $(PY) -m ruff check --quiet --fix
+	@$(PY) -m jupytext --quiet --sync notebooks_py/*.py
+
+lint: $(READY) ## check format, names and pairs
+	@$(PY) -m ruff format --check --quiet && $(PY) -m ruff check --quiet
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	@$(PY) -m pip install --quiet --disable-pip-version-check jupyterlab==4.6.0
+	@$(PY) -m jupyter lab notebooks
+
+clean: ## delete runs/ and .cache/; the environment stays
+	@rm -rf runs .cache .pytest_cache .ruff_cache
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z$$][a-zA-Z_$$()-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+# Run one notebook. What it wrote so far keeps the name .partial.ipynb until it has ended without an error.
+define RUN_STAGE
+import sys
+from pathlib import Path
+from papermill.cli import papermill
+
+source, target = map(Path, sys.argv[1:3])
+partial = target.with_suffix(".partial.ipynb")
+try:
+    papermill.main([str(source), str(partial), "--log-level", "ERROR", *sys.argv[3:]], standalone_mode=False)
+except BaseException as error:
+    name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error)).strip()
+    known = name == "StageError"
+    sys.exit(f"\n{source.stem}: {text}" if known else f"\n{source.stem}: {name}: {text}\nSee the end of {partial}.")
+partial.replace(target)
+endef
+
+# A misspelt parameter would be ignored without a word.
+define CHECK_PARAMETERS
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+import yaml
+from papermill import inspect_notebook
+
+known = {name for notebook in Path("notebooks").glob("*.ipynb") for name in inspect_notebook(str(notebook))}
+arguments = sys.argv[2:]
+given = {*yaml.safe_load(Path(sys.argv[1]).read_text())}
+given |= {name for flag, name in zip(arguments, arguments[1:]) if flag in ("-p", "-r", "--parameters", "--parameters_raw")}
+for name in sorted(given - known):
+    near = get_close_matches(name, known, n=1)
+    sys.exit(f"No notebook has a parameter {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+endef
+
+define SUMMARY
+import json, sys
+from pathlib import Path
+
+run = Path(sys.argv[1])
+metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+print(f"\n{'':10}{'response perplexity':>20}{'95% interval':>18}{'stop':>8}{'structure':>12}")
+for name in ("base", "adapter", "merged"):
+    p, g = metrics[name]["perplexity"], metrics[name]["generation"]
+    interval = "{:.1f} - {:.1f}".format(*p["response_ci95"])
+    print(f"{name:10}{p['response']:20.2f}{interval:>18}{g['stop_rate']:8.0%}{g['structure_rate']:12.0%}")
+print(f"\nmodel {run / 'merged'}, adapter {run / 'adapter'}, metrics and samples {run / 'evaluation'},")
+print(f"executed notebooks {run}/*.ipynb. Educational: no answer of these models is medical advice.")
+endef
+export RUN_STAGE CHECK_PARAMETERS SUMMARY

@@ -1,0 +1,583 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2 · Fine-tune with QLoRA
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/02_finetune_qlora.ipynb)
+#
+# | 1 · format | **2 · fine-tune** | 3 · merge | 4 · evaluate |
+# |---|---|---|---|
+# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples |
+#
+# **In:** `dataset/` in the run folder, from notebook 1.
+# **Out:** `adapter/`, a LoRA adapter of some hundred megabytes or less, `training/metrics.json` and the loss curves.
+# **Time:** minutes for a table of some hundred rows on a GPU; about three minutes on a CPU with the small model of the
+# `cpu` profile.
+#
+# QLoRA ([Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)) keeps the base model frozen in 4 bits and trains a
+# small [LoRA](https://arxiv.org/abs/2106.09685) adapter through it, so that a 7B model trains on a card of 15 GB.
+
+# %% [markdown]
+# On Colab, this cell installs what the runtime lacks. Elsewhere it does nothing.
+
+# %%
+import sys
+
+from IPython import get_ipython
+
+if "google.colab" in sys.modules:
+    get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2")
+
+# %% [markdown]
+# ## Parameters
+
+# %% tags=["parameters"]
+run_dir = "runs/home_remedies"  # the run folder of notebook 1
+seed = 42
+base_model = "NousResearch/Llama-2-7b-chat-hf"
+base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
+precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
+attn_implementation = "sdpa"
+max_length = 512
+lora_r = 64
+lora_alpha = 16
+lora_dropout = 0.1
+lora_target_modules = ["q_proj", "k_proj", "v_proj", "o_proj"]  # or "all-linear"
+epochs = 1
+batch_size = 4
+gradient_accumulation_steps = 1
+learning_rate = 2e-4
+lr_scheduler_type = "cosine"
+warmup = 0.03  # of all steps; a whole number counts steps
+max_grad_norm = 0.3
+optim = "paged_adamw_32bit"
+gradient_checkpointing = True  # recompute activations in the backward pass: less memory, a third more time
+group_by_length = False  # batches of like lengths: less padding
+packing = False  # several examples in one row of max_length: no padding, fewer and larger steps
+evaluations = 4  # how often the validation loss is taken and a checkpoint kept during training
+early_stopping_patience = 0  # stop after so many evaluations without improvement; 0 never stops early
+
+# %%
+parameters = {
+    name: value
+    for name, value in globals().items()
+    if isinstance(value, (str, int, float, dict)) and not name.startswith("_") and name not in ("In", "Out")
+}
+
+# %% [markdown]
+# ## Tools
+#
+# The next cells stand in all four notebooks, word for word. They give an error that shows as one line, a way to write
+# a file or folder that is either whole or absent, and the entry in `manifest.json` that says what ran on what.
+
+# %%
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+run = Path(run_dir)
+started = time.perf_counter()
+
+
+class StageError(Exception):
+    """A problem that the reader can mend. It shows as one line, without a traceback."""
+
+    def _render_traceback_(self):
+        return [f"StageError: {self}"]
+
+
+def remove(path):
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# %%
+@contextmanager
+def whole(path):
+    """Yield a temporary path that becomes `path` when the block ends without an error, and is deleted otherwise.
+
+    Raises StageError if the disk is full.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)
+        yield partial
+        remove(path)
+        partial.rename(path)
+    except Exception as error:
+        remove(partial)
+        if "No space left" in str(error):
+            raise StageError(f"The disk is full, so {path} was not written. Free some space and run again.") from None
+        raise
+
+
+# %%
+def peak_memory_gib():
+    """Peak memory of this process in GiB: resident, and reserved on the GPU if there is one."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)}
+    if torch.cuda.is_available():
+        peak["gpu"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+    return peak
+
+
+def record(stage, dataset_fingerprint):
+    """Write this stage's entry in `manifest.json`: what ran, with which parameters, on what, for how long."""
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text()) if path.exists() else {}
+    commit = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True)
+    packages = ["torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "safetensors"]
+    manifest[stage] = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_gib": peak_memory_gib(),
+        "dataset_fingerprint": dataset_fingerprint,
+        "parameters": parameters,
+        "packages": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git_commit": commit.stdout.strip() or None,
+    }
+    with whole(path) as partial:
+        partial.write_text(json.dumps(manifest, indent=2))
+
+
+# %%
+import logging
+import os
+import warnings
+
+# bitsandbytes looks for an optional CPU kernel, and tqdm for widgets; both do without
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="IProgress not found")
+
+import bitsandbytes as bnb
+import datasets
+import matplotlib.pyplot as plt
+import pandas as pd
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    EarlyStoppingCallback,
+    TrainerCallback,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+datasets.disable_progress_bars()
+datasets.disable_caching()
+transformers.utils.logging.set_verbosity_error()
+os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "training" / "tensorboard")
+set_seed(seed)
+
+# %% [markdown]
+# ## The examples
+#
+# Notebook 1 left conversations. `load_tokenizer` and `encode` are the same as there: ids with one BOS and one EOS, and
+# a mask of the response, which is all that the loss will see.
+
+
+# %%
+def load_tokenizer(base_model, revision):
+    """The base model's tokenizer, with a chat template, right padding and a pad token that is not EOS.
+
+    Where the pad token is EOS, a collator that masks padding masks every EOS too, and the model never learns to stop
+    (https://github.com/huggingface/trl/issues/696). Raises StageError if the model cannot be found.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_model, revision=revision)
+        vocab_size = AutoConfig.from_pretrained(base_model, revision=revision).vocab_size
+    except (OSError, ValueError):
+        raise StageError(
+            f"base_model={base_model}: not a model folder here, and not to be had from the Hub "
+            f"(looked in {Path.cwd()}). Check the name, the network, and `hf auth login` for a gated model."
+        ) from None
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = (
+            "{% for message in messages %}{% if message['role'] == 'user' %}"
+            "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
+            "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+        )
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) or tokenizer.pad_token_id >= vocab_size:
+        spare = [
+            token for token in tokenizer.all_special_tokens if token not in (tokenizer.bos_token, tokenizer.eos_token)
+        ]
+        usable = [token for token in spare if tokenizer.convert_tokens_to_ids(token) < vocab_size]
+        tokenizer.pad_token = usable[0] if usable else tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of the text
+    return tokenizer
+
+
+def encode_prompt(prompt, tokenizer):
+    """Token ids of a prompt, a list of messages, up to where the answer begins; they start with one BOS."""
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[0] == bos else [bos, *ids]
+
+
+def encode(example, tokenizer):
+    """Token ids of a conversation and the mask of its response: `input_ids` and `completion_mask`, of one length.
+
+    The ids begin with one BOS, if the tokenizer has one, and end with one EOS, which belongs to the response.
+    Raises ValueError if the chat template renders the prompt differently once an answer follows it.
+    """
+    prompt = encode_prompt(example["prompt"], tokenizer)
+    ids = tokenizer.apply_chat_template(example["prompt"] + example["completion"], return_dict=False)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = ids if bos is None or ids[0] == bos else [bos, *ids]
+    response = ids[len(prompt) :]
+    if ids[: len(prompt)] != prompt:
+        raise ValueError("the chat template renders the prompt differently when an answer follows")
+    response = response[: response.index(eos) + 1] if eos in response else [*response, eos]
+    return {"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
+
+
+# %%
+def load_dataset_of_run(run):
+    """The DatasetDict and the report that notebook 1 left. Raises StageError if they are not there or not whole."""
+    try:
+        report = json.loads((run / "dataset" / "report.json").read_text())
+        return datasets.load_from_disk(run / "dataset"), report
+    except (OSError, ValueError) as error:
+        reason = "is missing" if not (run / "dataset").exists() else f"cannot be read ({error})"
+        raise StageError(f"{run / 'dataset'} {reason}. Run 01_format_dataset first, with the same run_dir.") from None
+
+
+splits, report = load_dataset_of_run(run)
+tokenizer = load_tokenizer(base_model, base_model_revision)
+encoded = splits.map(encode, fn_kwargs={"tokenizer": tokenizer}, remove_columns=splits["train"].column_names)
+longest = max(len(ids) for split in encoded.values() for ids in split["input_ids"])
+if longest > max_length:
+    raise StageError(
+        f"max_length={max_length}, but the longest example has {longest} tokens and would lose its end. "
+        "Raise max_length, or run 01_format_dataset again with this one."
+    )
+pd.DataFrame(
+    {
+        "examples": {name: len(split) for name, split in encoded.items()},
+        "tokens": {name: sum(map(len, split["input_ids"])) for name, split in encoded.items()},
+        "in the loss": {name: sum(map(sum, split["completion_mask"])) for name, split in encoded.items()},
+    }
+)
+
+# %% [markdown]
+# ## The base model, in 4 bits
+#
+# A T4 has no bf16 units. PyTorch emulates bf16 there and `torch.cuda.is_bf16_supported()` says yes, so ask for the
+# compute capability instead: 8.0 and above (A100, L4, H100) compute bf16 natively.
+
+
+# %%
+def compute_dtype(precision):
+    """The dtype to compute in. "auto": bf16 on a GPU that has it natively, fp16 on an older one, fp32 on a CPU."""
+    if precision != "auto":
+        try:
+            return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+        except KeyError:
+            raise StageError(f"precision={precision!r}: use auto, bf16, fp16 or fp32.") from None
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def load_base(base_model, revision, dtype, attn_implementation):
+    """The base model in NF4 with double quantization, computing in `dtype`, on the GPU if there is one.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights at its first forward pass in eval mode, into a
+    layout that has no gradient: a model that was evaluated once would never learn again, without an error
+    (`Linear4bit.forward` in bitsandbytes 0.50). The attribute that asks for the repacking is switched off here.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        base_model,
+        revision=revision,
+        dtype=dtype,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        device_map={"": 0} if torch.cuda.is_available() else "cpu",
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+    )
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+# %% tags=["nbval-ignore-output"]
+dtype = compute_dtype(precision)
+model = load_base(base_model, base_model_revision, dtype, attn_implementation)
+model.config.use_cache = False
+
+# %%
+print(f"computing in {str(dtype).removeprefix('torch.')} on {model.device.type}")
+print(f"{model.num_parameters() / 1e6:,.1f} million parameters in {model.get_memory_footprint() / 2**20:,.1f} MiB")
+
+# %% [markdown]
+# ## The adapter
+#
+# LoRA adds to a frozen weight $W$ the product of two thin matrices: $W + \frac{\alpha}{r} B A$. $B$ starts at zero, so
+# before training the adapted model is the base model.
+
+# %%
+lora_config = LoraConfig(
+    r=lora_r,
+    lora_alpha=lora_alpha,
+    lora_dropout=lora_dropout,
+    target_modules=lora_target_modules,
+    task_type="CAUSAL_LM",
+)
+model = get_peft_model(model, lora_config)
+trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+trainable_percent = 100 * trainable / model.base_model.model.num_parameters()
+print(f"{trainable:,} trainable parameters, {trainable_percent:.2f}% of the model")
+
+# %% [markdown]
+# ## Checkpoints that can be trusted
+#
+# Run this notebook again after an interruption and it goes on from the newest whole checkpoint, and ends where an
+# undisturbed run would have ended. A checkpoint counts as whole when its `trainer_state.json`, which is written last,
+# can be read. Checkpoints of other settings or other data are thrown away.
+
+
+# %%
+def newest_checkpoint(folder, settings):
+    """The newest whole checkpoint that was made with `settings`, or None. Deletes checkpoints that are neither."""
+    settings_file = folder / "settings.json"
+    if not settings_file.exists() or json.loads(settings_file.read_text()) != settings:
+        remove(folder)
+        with whole(settings_file) as partial:
+            partial.write_text(json.dumps(settings, indent=2))
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            return checkpoint
+        except (OSError, ValueError):
+            remove(checkpoint)
+    return None
+
+
+settings = {name: value for name, value in parameters.items() if name != "run_dir"}
+settings |= {"dataset_fingerprint": report["fingerprint"], "dtype": str(dtype), "device": model.device.type}
+checkpoint = newest_checkpoint(run / "checkpoints", settings)
+remove(run / "adapter")  # it comes back when this training has ended
+print(f"going on from {checkpoint.name}" if checkpoint else "starting from the beginning")
+
+# %% [markdown]
+# ## The trainer
+#
+# TRL casts the adapter of a 4-bit model to bf16. On a T4 the fp16 gradient scaler then fails at the first step
+# ([trl#4901](https://github.com/huggingface/trl/issues/4901)), and small updates are lost in bf16's eight bits anyway,
+# so the adapter goes back to fp32.
+
+
+# %%
+class Stopwatch(TrainerCallback):
+    """Keep the seconds spent in training in the log history, also over interruptions."""
+
+    start = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter() - next((e["seconds"] for e in state.log_history[::-1] if "seconds" in e), 0)
+
+    def on_log(self, args, state, control, **kwargs):
+        state.log_history[-1]["seconds"] = round(time.perf_counter() - self.start, 2)
+
+
+training_arguments = SFTConfig(
+    output_dir=str(run / "checkpoints"),
+    seed=seed,
+    num_train_epochs=epochs,
+    per_device_train_batch_size=batch_size,
+    per_device_eval_batch_size=batch_size,
+    gradient_accumulation_steps=gradient_accumulation_steps,
+    learning_rate=learning_rate,
+    lr_scheduler_type=lr_scheduler_type,
+    warmup_steps=warmup,
+    max_grad_norm=max_grad_norm,
+    optim=optim,
+    bf16=dtype == torch.bfloat16,
+    fp16=dtype == torch.float16,
+    gradient_checkpointing=gradient_checkpointing,
+    gradient_checkpointing_kwargs={"use_reentrant": False},
+    max_length=max_length,
+    packing=packing,
+    eval_packing=False,  # the validation loss means the same with and without packing
+    completion_only_loss=True,
+    train_sampling_strategy="group_by_length" if group_by_length else "random",
+    eval_strategy="steps",
+    eval_steps=1 / evaluations,
+    save_strategy="steps",
+    save_steps=1 / evaluations,
+    save_total_limit=2,
+    load_best_model_at_end=True,
+    logging_steps=0.05,
+    disable_tqdm=False,
+    dataloader_pin_memory=torch.cuda.is_available(),
+    report_to="tensorboard",
+)
+stop_early = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
+trainer = SFTTrainer(
+    model=model,
+    args=training_arguments,
+    train_dataset=encoded["train"],
+    eval_dataset=encoded["validation"],
+    processing_class=tokenizer,
+    callbacks=[Stopwatch(), *stop_early],
+)
+for parameter in trainer.model.parameters():
+    if parameter.requires_grad:
+        parameter.data = parameter.data.float()
+
+# %% [markdown]
+# ## What is about to happen
+
+
+# %%
+def expected_memory_gib(model, batch_size, length, gradient_checkpointing, optimizer_bytes):
+    """Expected peak memory of training in GiB: weights, adapter with gradients and optimizer, activations, logits.
+
+    Activations follow Korthikanti et al., 2022 (https://arxiv.org/abs/2205.05198), table 2, without the attention
+    matrix, which SDPA does not keep: with checkpointing, one hidden state a layer and one layer in full.
+    """
+    config, bytes_each = model.config, 4 if model.dtype == torch.float32 else 2
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = batch_size * length
+    layer = tokens * (10 * config.hidden_size + 4 * config.intermediate_size) * bytes_each
+    state = tokens * config.hidden_size * bytes_each
+    layers = config.num_hidden_layers
+    activations = layers * state + layer if gradient_checkpointing else layers * layer
+    logits = tokens * config.vocab_size * (bytes_each + 3 * 4)  # as computed, in fp32, their gradient and entropy
+    frozen = model.get_memory_footprint() - 4 * adapter
+    return (frozen + adapter * (4 + 4 + optimizer_bytes) + activations + logits) / 2**30
+
+
+steps = -(-len(trainer.train_dataset) // batch_size)
+steps = -(-steps // gradient_accumulation_steps) * epochs
+tokens_an_epoch = sum(map(len, encoded["train"]["input_ids"]))
+row_length = max_length if packing else longest
+memory = expected_memory_gib(trainer.model, batch_size, row_length, gradient_checkpointing, 2 if "8bit" in optim else 8)
+pd.Series(
+    {
+        "trainable parameters": f"{trainable:,} ({trainable_percent:.2f}%)",
+        "examples": f"{len(encoded['train']):,}",
+        "optimizer steps": f"{steps:,}",
+        "tokens": f"{tokens_an_epoch * epochs:,.0f}",
+        "expected peak memory": f"{memory:.1f} GiB",
+    },
+    name="plan",
+).to_frame()
+
+# %% [markdown]
+# ## Train
+#
+# First the validation loss of the untouched model, the one to beat; then the training. TensorBoard shows it live:
+# `tensorboard --logdir runs`.
+
+# %% tags=["nbval-ignore-output"]
+before = trainer.evaluate()["eval_loss"]
+trainer.state.log_history.clear()
+trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+after = trainer.evaluate()["eval_loss"]
+
+# %% [markdown]
+# The best checkpoint, by validation loss, is loaded again at the end.
+
+# %%
+history = pd.DataFrame(trainer.state.log_history)
+training_loss = history.dropna(subset="loss").set_index("step")["loss"]
+validation_loss = history.dropna(subset="eval_loss").groupby("step")["eval_loss"].first()
+print(f"training loss   {training_loss.iloc[0]:.2f} → {training_loss.iloc[-1]:.2f}")
+print(f"validation loss {before:.2f} → {after:.2f}")
+
+# %% tags=["nbval-ignore-output"]
+figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+axes.plot(training_loss, color="0.6", label="training")
+axes.plot([0, *validation_loss.index], [before, *validation_loss], "ko-", label="validation")
+axes.set(xlabel="optimizer step", ylabel="loss a response token (nats)", title="Loss")
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# ## Save
+#
+# The adapter goes with its tokenizer, and with a note of what it was trained on: notebook 3 refuses to merge it into
+# another base.
+
+# %%
+seconds = next(
+    entry["seconds"] for entry in trainer.state.log_history[::-1] if "seconds" in entry and "eval_loss" not in entry
+)
+trained_tokens = round(tokens_an_epoch * trainer.state.epoch)
+metrics = {
+    "steps": trainer.state.global_step,
+    "epochs": trainer.state.epoch,
+    "examples": len(encoded["train"]),
+    "tokens": trained_tokens,
+    "seconds": seconds,
+    "tokens_per_second": round(trained_tokens / seconds, 1),
+    "peak_memory_gib": max(peak_memory_gib().values()) if dtype == torch.float32 else peak_memory_gib()["gpu"],
+    "trainable_parameters": trainable,
+    "trainable_percent": round(trainable_percent, 4),
+    "loss_first": float(training_loss.iloc[0]),
+    "loss_last": float(training_loss.iloc[-1]),
+    "eval_loss_before": before,
+    "eval_loss_after": after,
+}
+with whole(run / "training" / "metrics.json") as partial:
+    partial.write_text(json.dumps(metrics, indent=2))
+with whole(run / "training" / "log_history.json") as partial:
+    partial.write_text(json.dumps(trainer.state.log_history, indent=2))
+with whole(run / "adapter") as folder:
+    trainer.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    provenance = {"base_model": base_model, "base_model_revision": base_model_revision}
+    provenance |= {"dataset_fingerprint": report["fingerprint"], "dtype": str(dtype).removeprefix("torch.")}
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2))
+record("02_finetune_qlora", report["fingerprint"])
+
+# %% [markdown]
+# ## What we have now
+#
+# An adapter that has learned the format and some of the content of the table: the validation loss, on questions that it
+# was not trained on, says how far that carries over.
+#
+# Next: [3 · merge](03_merge_adapter.ipynb).

@@ -1,0 +1,557 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 3 · Merge the adapter
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/03_merge_adapter.ipynb)
+#
+# | 1 · format | 2 · fine-tune | **3 · merge** | 4 · evaluate |
+# |---|---|---|---|
+# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples |
+#
+# **In:** `adapter/` in the run folder, from notebook 2, and the base model.
+# **Out:** `merged/`, a plain model that needs neither PEFT nor bitsandbytes, and `merged/merge_report.json`.
+# **Time:** about as long as copying the base model's files; then as long again to prove the result.
+#
+# The usual way, `merge_and_unload`, holds the whole base model in memory: 13 GB for a 7B model, more than free Colab
+# has. Merging touches one weight matrix at a time, so this notebook reads, merges and writes one at a time, and needs
+# about a gigabyte, whatever the size of the model.
+
+# %% [markdown]
+# On Colab, this cell installs what the runtime lacks. Elsewhere it does nothing.
+
+# %%
+import sys
+
+from IPython import get_ipython
+
+if "google.colab" in sys.modules:
+    get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2")
+
+# %% [markdown]
+# ## Parameters
+#
+# The adapter was trained on top of *quantized* weights. `base_weights = "original"` adds it to the weights as they were
+# published; `"dequantized"` adds it to what the training really saw: the weights after a trip through NF4. Neither is
+# better in principle; notebook 4 measures.
+
+# %% tags=["parameters"]
+run_dir = "runs/home_remedies"  # the run folder of notebooks 1 and 2
+base_model = "NousResearch/Llama-2-7b-chat-hf"
+base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
+base_weights = "original"  # or "dequantized"
+max_shard_gb = 1.0  # size of a file of the merged model, and about the memory that merging takes
+
+# %%
+parameters = {
+    name: value
+    for name, value in globals().items()
+    if isinstance(value, (str, int, float, dict)) and not name.startswith("_") and name not in ("In", "Out")
+}
+
+# %% [markdown]
+# ## Tools
+#
+# The next cells stand in all four notebooks, word for word. They give an error that shows as one line, a way to write
+# a file or folder that is either whole or absent, and the entry in `manifest.json` that says what ran on what.
+
+# %%
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+run = Path(run_dir)
+started = time.perf_counter()
+
+
+class StageError(Exception):
+    """A problem that the reader can mend. It shows as one line, without a traceback."""
+
+    def _render_traceback_(self):
+        return [f"StageError: {self}"]
+
+
+def remove(path):
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# %%
+@contextmanager
+def whole(path):
+    """Yield a temporary path that becomes `path` when the block ends without an error, and is deleted otherwise.
+
+    Raises StageError if the disk is full.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)
+        yield partial
+        remove(path)
+        partial.rename(path)
+    except Exception as error:
+        remove(partial)
+        if "No space left" in str(error):
+            raise StageError(f"The disk is full, so {path} was not written. Free some space and run again.") from None
+        raise
+
+
+# %%
+def peak_memory_gib():
+    """Peak memory of this process in GiB: resident, and reserved on the GPU if there is one."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)}
+    if torch.cuda.is_available():
+        peak["gpu"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+    return peak
+
+
+def record(stage, dataset_fingerprint):
+    """Write this stage's entry in `manifest.json`: what ran, with which parameters, on what, for how long."""
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text()) if path.exists() else {}
+    commit = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True)
+    packages = ["torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "safetensors"]
+    manifest[stage] = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_gib": peak_memory_gib(),
+        "dataset_fingerprint": dataset_fingerprint,
+        "parameters": parameters,
+        "packages": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git_commit": commit.stdout.strip() or None,
+    }
+    with whole(path) as partial:
+        partial.write_text(json.dumps(manifest, indent=2))
+
+
+# %%
+import gc
+import hashlib
+import logging
+import warnings
+
+# bitsandbytes looks for an optional CPU kernel, and tqdm for widgets; both do without
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="IProgress not found")
+
+import bitsandbytes as bnb
+import datasets
+import pandas as pd
+import psutil
+import transformers
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+datasets.disable_progress_bars()
+transformers.utils.logging.set_verbosity_error()
+
+# %% [markdown]
+# ## The adapter and its base
+#
+# An adapter holds differences to one particular model. Added to another it gives nonsense, so the names must agree.
+
+
+# %%
+def load_adapter(folder, base_model):
+    """The config, the provenance and the weights of the adapter in `folder`, trained on `base_model`.
+
+    Raises StageError if it is missing, damaged, trained on another base, or of a kind that cannot be merged here.
+    """
+    if not (folder / "adapter_config.json").exists():
+        raise StageError(f"{folder} is missing. Run 02_finetune_qlora first, with the same run_dir.")
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        provenance = json.loads((folder / "provenance.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise StageError(f"The adapter in {folder} is damaged ({error}). Run 02_finetune_qlora again.") from None
+    trained_on = config.base_model_name_or_path
+    if trained_on != base_model and Path(trained_on).resolve() != Path(base_model).resolve():
+        raise StageError(f"The adapter in {folder} was trained on {trained_on}, but base_model is {base_model}.")
+    if config.use_dora or config.bias != "none" or config.modules_to_save or config.fan_in_fan_out:
+        raise StageError(f"The adapter in {folder} is more than plain LoRA (DoRA, bias or whole modules).")
+    return config, provenance, weights
+
+
+if base_weights not in ("original", "dequantized"):
+    raise StageError(f'base_weights={base_weights!r}: use "original" or "dequantized".')
+config, provenance, adapter = load_adapter(run / "adapter", base_model)
+print(f"{len(adapter) // 2} adapted matrices, r = {config.r}, alpha = {config.lora_alpha}")
+
+
+# %%
+def locate_base(base_model, revision):
+    """Map each tensor of the base model to its safetensors file, downloading the model if it is not a local folder.
+
+    Raises StageError if it cannot be found, has no safetensors, or lacks a file that its index names.
+    """
+    try:
+        patterns = ["*.safetensors", "*.json"]
+        local = Path(base_model).is_dir()
+        folder = Path(
+            base_model if local else snapshot_download(base_model, revision=revision, allow_patterns=patterns)
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise StageError(
+            f"base_model={base_model}: not a folder here, and not to be had from the Hub: {reason}"
+        ) from None
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
+        except (SafetensorError, OSError) as error:
+            raise StageError(f"{path} is damaged ({error}). Delete it and fetch the base model again.") from None
+    index = folder / "model.safetensors.index.json"
+    wanted = json.loads(index.read_text())["weight_map"] if index.exists() else files
+    missing = sorted({file for name, file in wanted.items() if name not in files})
+    if missing or not files:
+        raise StageError(f"The base model in {folder} lacks {', '.join(missing) or 'weights in safetensors format'}.")
+    return folder, files
+
+
+base_folder, files = locate_base(base_model, base_model_revision)
+stored_in_4_bits = {name for name in files if f"{name}.quant_state.bitsandbytes__nf4" in files}
+if stored_in_4_bits and base_weights == "original":
+    base_weights = "dequantized"
+    print("The base model is stored in 4 bits: its original weights are not there, so base_weights is 'dequantized'.")
+names = [name for name in files if not any(name.startswith(f"{weight}.") for weight in stored_in_4_bits)]
+print(f"{len(names)} tensors in {len(set(files.values()))} files")
+
+# %% [markdown]
+# ## One matrix
+#
+# Merging one matrix is one line: $W' = W + s\,BA$, where $s$ is $\alpha / r$. The sum is taken in fp32 and rounded
+# once. `read` fetches one tensor from the files; `pread` keeps the rest of the file out of memory.
+
+
+# %%
+def read(name):
+    """One tensor of the base model, by name, on the CPU, dequantized to fp32 if it is stored in 4 bits."""
+    with safe_open(files[name], framework="pt", backend="pread") as file:
+        tensor = file.get_tensor(name)
+    if name in stored_in_4_bits:
+        parts = {part: None for part in files if part.startswith(f"{name}.")}
+        for part in parts:
+            with safe_open(files[part], framework="pt", backend="pread") as file:
+                parts[part] = file.get_tensor(part)
+        state = QuantState.from_dict(
+            {part.removeprefix(f"{name}."): t for part, t in parts.items()}, torch.device("cpu")
+        )
+        tensor = dequantize_4bit(tensor, state).float()
+    return tensor
+
+
+def through_nf4(weight, dtype):
+    """A weight as training saw it: cast to `dtype`, quantized to NF4 with double quantization, and back, in fp32."""
+    return dequantize_4bit(*quantize_4bit(weight.to(dtype).float(), quant_type="nf4", compress_statistics=True))
+
+
+def lora_delta(adapter, config, module):
+    """What LoRA adds to a module's weight: alpha / r · B A, or alpha / √r · B A for rsLoRA; fp32, [out, in]."""
+    r, alpha = config.rank_pattern.get(module, config.r), config.alpha_pattern.get(module, config.lora_alpha)
+    scale = alpha / (r**0.5 if config.use_rslora else r)
+    a, b = (adapter[f"base_model.model.{module}.lora_{matrix}.weight"].float() for matrix in "AB")
+    return scale * (b @ a)
+
+
+# %% [markdown]
+# bitsandbytes quantizes every linear layer but the output layer, so these are the weights that `"dequantized"` sends
+# through NF4, whether or not they have an adapter.
+
+# %%
+model_config = AutoConfig.from_pretrained(base_folder)
+if hasattr(model_config, "quantization_config"):
+    del model_config.quantization_config
+with torch.device("meta"):
+    skeleton = AutoModelForCausalLM.from_config(model_config)
+linear = {name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)}
+quantized = {
+    f"{name}.weight" for name in linear if skeleton.get_submodule(name) is not skeleton.get_output_embeddings()
+}
+adapted = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in adapter}
+for module in sorted(adapted):
+    shapes = [list(adapter[f"base_model.model.{module}.lora_{matrix}.weight"].shape) for matrix in "BA"]
+    if module not in linear or list(skeleton.get_submodule(module).weight.shape) != [shapes[0][0], shapes[1][1]]:
+        raise StageError(f"The adapter changes {module}, which {base_model} does not have in that shape.")
+training_dtype = getattr(torch, provenance["dtype"])
+merged_dtype = model_config.dtype or torch.float16
+
+
+def merge(name):
+    """One tensor of the merged model, contiguous, in the dtype of the base model."""
+    weight, module = read(name), name.removesuffix(".weight")
+    if base_weights == "dequantized" and name in quantized and name not in stored_in_4_bits:
+        weight = through_nf4(weight, training_dtype)
+    if module in adapted:
+        weight = weight.float() + lora_delta(adapter, config, module)
+    return weight.to(merged_dtype).contiguous()
+
+
+# %% [markdown]
+# ## All of them
+#
+# The tensors are dealt out to files of at most `max_shard_gb` beforehand, so only one file's worth is ever in memory.
+
+
+# %%
+def plan_shards(sizes, limit):
+    """Deal out tensors, {name: bytes}, in order, to shards of at most `limit` bytes each; a larger one stands alone."""
+    shards, room = [], 0
+    for name, size in sizes.items():
+        if size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+parameters_of_base = dict(skeleton.named_parameters())
+absent = sorted(parameters_of_base.keys() - set(names))
+if absent:
+    raise StageError(f"The files in {base_folder} lack {len(absent)} tensors of {base_model}, {absent[0]} for one.")
+sizes = {name: p.numel() * merged_dtype.itemsize for name, p in parameters_of_base.items()}
+total_size = sum(sizes.values())
+shards = plan_shards(sizes, max_shard_gb * 1e9)
+print(f"{total_size / 2**20:,.1f} MiB in {len(shards)} files")
+
+# %% [markdown]
+# They are written to `merged.partial`, which becomes `merged` at the very end. After an interruption the files that are
+# already whole stay, unless the adapter or a parameter has changed.
+
+# %%
+plan = {
+    "adapter": hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest(),
+    "base_weights": base_weights,
+    "shards": shards,
+}
+folder = run / "merged.partial"
+plan_file = folder / "plan.json"
+if not plan_file.exists() or json.loads(plan_file.read_text()) != plan:
+    remove(folder)
+    with whole(plan_file) as partial:
+        partial.write_text(json.dumps(plan))
+remove(run / "merged")
+free = shutil.disk_usage(run).free + sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+if total_size > free:
+    raise StageError(f"The merged model needs {total_size / 2**30:.1f} GiB; {run} has room for {free / 2**30:.1f} GiB.")
+
+# %% tags=["nbval-ignore-output"]
+merging_started = time.perf_counter()
+weight_map = {}
+for number, shard in enumerate(tqdm(shards, unit="file"), start=1):
+    file = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    weight_map |= dict.fromkeys(shard, file.name)
+    if not file.exists():
+        with whole(file) as partial:
+            save_file({name: merge(name) for name in shard}, partial, metadata={"format": "pt"})
+index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+(folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+seconds, peak_rss_gib = round(time.perf_counter() - merging_started, 1), peak_memory_gib()["host"]
+
+# %% [markdown]
+# ## All that belongs to a model
+#
+# The tokenizer with its chat template and pad token, and a generation config that stops at EOS, so that
+# `pipeline("text-generation", "merged")` answers and stops. Sampling settings that the base model brought along stay
+# only if it samples; greedy decoding is what can be reproduced.
+
+# %%
+tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+model_config.dtype = merged_dtype
+model_config.pad_token_id = tokenizer.pad_token_id
+try:
+    generation = GenerationConfig.from_pretrained(base_folder)
+except OSError:
+    generation = GenerationConfig()
+stops = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+generation.eos_token_id = [tokenizer.eos_token_id, *(i for i in stops if i not in (None, tokenizer.eos_token_id))]
+generation.bos_token_id, generation.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+if not generation.do_sample:
+    generation.temperature = generation.top_p = generation.top_k = None
+model_config.architectures = [type(skeleton).__name__]
+for part in (model_config, generation, tokenizer):
+    part.save_pretrained(folder)
+pd.Series(
+    {
+        "stops at": tokenizer.convert_ids_to_tokens(generation.eos_token_id),
+        "pads with": tokenizer.pad_token,
+        "pads on the": tokenizer.padding_side,
+    },
+    name="merged model",
+).to_frame()
+
+# %% [markdown]
+# ## Prove it
+#
+# The merged model must compute what the base model with the adapter computes. It is reloaded from its files and both
+# read the same rows of the test split; the largest difference of a logit is stated, next to the range that the logits
+# span. With `"dequantized"` the comparison is with the adapter on the quantized model. The difference is the rounding
+# of the merged weights to their dtype, and of the arithmetic; a wrong scale or a forgotten layer shows as some percent.
+
+
+# %%
+def load_base(base_model, revision, dtype, attn_implementation):
+    """The base model in NF4 with double quantization, computing in `dtype`, on the GPU if there is one.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights at its first forward pass in eval mode, into a
+    layout that has no gradient: a model that was evaluated once would never learn again, without an error
+    (`Linear4bit.forward` in bitsandbytes 0.50). The attribute that asks for the repacking is switched off here.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        base_model,
+        revision=revision,
+        dtype=dtype,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        device_map={"": 0} if torch.cuda.is_available() else "cpu",
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+    )
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def encode_prompt(prompt, tokenizer):
+    """Token ids of a prompt, a list of messages, up to where the answer begins; they start with one BOS."""
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[0] == bos else [bos, *ids]
+
+
+def encode(example, tokenizer):
+    """Token ids of a conversation and the mask of its response: `input_ids` and `completion_mask`, of one length.
+
+    The ids begin with one BOS, if the tokenizer has one, and end with one EOS, which belongs to the response.
+    Raises ValueError if the chat template renders the prompt differently once an answer follows it.
+    """
+    prompt = encode_prompt(example["prompt"], tokenizer)
+    ids = tokenizer.apply_chat_template(example["prompt"] + example["completion"], return_dict=False)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = ids if bos is None or ids[0] == bos else [bos, *ids]
+    response = ids[len(prompt) :]
+    if ids[: len(prompt)] != prompt:
+        raise ValueError("the chat template renders the prompt differently when an answer follows")
+    response = response[: response.index(eos) + 1] if eos in response else [*response, eos]
+    return {"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
+
+
+def logits_of(model, rows):
+    """The logits of `model` at every token of `rows`, lists of token ids, in fp32 on the CPU: [tokens, vocabulary]."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([ids], device=model.device)).logits[0].float().cpu() for ids in rows])
+
+
+# %% tags=["nbval-ignore-output"]
+try:
+    test_rows = datasets.load_from_disk(run / "dataset")["test"].select(range(2))
+except (OSError, ValueError, KeyError):
+    raise StageError(f"{run / 'dataset'} is missing or damaged. Run 01_format_dataset first.") from None
+rows = [encode(row, tokenizer)["input_ids"] for row in test_rows]
+gpu = torch.cuda.is_available()
+# fp32 where there is room for it, so that only the rounding of the weights is left
+roomy = not gpu and psutil.virtual_memory().available > 3 * total_size * 4 / merged_dtype.itemsize
+dtype = torch.float32 if roomy else merged_dtype
+plain = {"dtype": dtype, "device_map": {"": 0} if gpu else "cpu", "use_safetensors": True}
+
+if base_weights == "original":
+    reference = AutoModelForCausalLM.from_pretrained(base_folder, **plain)
+else:
+    reference = load_base(base_folder, None, training_dtype, "sdpa")
+expected = logits_of(PeftModel.from_pretrained(reference, run / "adapter"), rows)
+del reference
+gc.collect()
+torch.cuda.empty_cache()
+actual = logits_of(AutoModelForCausalLM.from_pretrained(folder, **plain), rows)
+
+# %%
+difference = (actual - expected).abs().max().item()
+logit_range = (expected.max() - expected.min()).item()
+agreement = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
+if not difference < 0.05 * logit_range:
+    raise StageError(f"The merged model differs by {difference:.3g} in logits that span {logit_range:.3g}: not kept.")
+print(f"largest difference: {difference / logit_range:.1%} of the range of the logits")
+print(f"same most likely next token at {agreement:.0%} of the positions")
+
+# %% [markdown]
+# ## Save
+#
+# Only now does the folder get its name.
+
+# %%
+report = {
+    "base_model": base_model,
+    "base_weights": base_weights,
+    "merged_modules": len(adapted),
+    "shards": len(shards),
+    "dtype": str(merged_dtype).removeprefix("torch."),
+    "seconds": seconds,
+    "peak_rss_gib": peak_rss_gib,
+    "max_logit_difference": difference,
+    "logit_range": logit_range,
+    "same_next_token": agreement,
+    "adapter_sha256": plan["adapter"],
+}
+with whole(folder / "merge_report.json") as partial:
+    partial.write_text(json.dumps(report, indent=2))
+plan_file.unlink()
+folder.rename(run / "merged")
+record("03_merge_adapter", provenance["dataset_fingerprint"])
+
+# %% tags=["nbval-ignore-output"]
+report
+
+# %% [markdown]
+# ## What we have now
+#
+# One plain model in safetensors files, proven to compute what the adapter computes on its base.
+#
+# Next: [4 · evaluate](04_evaluate.ipynb).

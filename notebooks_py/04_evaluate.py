@@ -1,0 +1,591 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 4 · Evaluate
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/04_evaluate.ipynb)
+#
+# | 1 · format | 2 · fine-tune | 3 · merge | **4 · evaluate** |
+# |---|---|---|---|
+# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples |
+#
+# **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
+# **Out:** `evaluation/metrics.json` and `evaluation/samples.jsonl`.
+# **Time:** some minutes on a T4; about two minutes on a CPU with the small model of the `cpu` profile.
+#
+# Three models answer the same questions, none of which was in training: the base model, the base model with the
+# adapter, and the merged model.
+
+# %% [markdown]
+# On Colab, this cell installs what the runtime lacks. Elsewhere it does nothing.
+
+# %%
+import sys
+
+from IPython import get_ipython
+
+if "google.colab" in sys.modules:
+    get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2")
+
+# %% [markdown]
+# ## Parameters
+
+# %% tags=["parameters"]
+run_dir = "runs/home_remedies"  # the run folder of notebooks 1 to 3
+seed = 42
+base_model = "NousResearch/Llama-2-7b-chat-hf"
+base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
+precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
+attn_implementation = "sdpa"
+batch_size = 4
+window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
+stride = 512  # by which a window moves on
+samples = 20  # questions of the test split to answer
+max_new_tokens = 256
+do_sample = False  # greedy answers can be reproduced; sampled ones vary with temperature and top_p
+temperature = 0.7
+top_p = 0.9
+bootstrap_samples = 2000
+your_question = "I am suffering from a sore throat. Please suggest a home remedy."
+
+# %%
+parameters = {
+    name: value
+    for name, value in globals().items()
+    if isinstance(value, (str, int, float, dict)) and not name.startswith("_") and name not in ("In", "Out")
+}
+
+# %% [markdown]
+# ## Tools
+#
+# The next cells stand in all four notebooks, word for word. They give an error that shows as one line, a way to write
+# a file or folder that is either whole or absent, and the entry in `manifest.json` that says what ran on what.
+
+# %%
+import json
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+run = Path(run_dir)
+started = time.perf_counter()
+
+
+class StageError(Exception):
+    """A problem that the reader can mend. It shows as one line, without a traceback."""
+
+    def _render_traceback_(self):
+        return [f"StageError: {self}"]
+
+
+def remove(path):
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# %%
+@contextmanager
+def whole(path):
+    """Yield a temporary path that becomes `path` when the block ends without an error, and is deleted otherwise.
+
+    Raises StageError if the disk is full.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)
+        yield partial
+        remove(path)
+        partial.rename(path)
+    except Exception as error:
+        remove(partial)
+        if "No space left" in str(error):
+            raise StageError(f"The disk is full, so {path} was not written. Free some space and run again.") from None
+        raise
+
+
+# %%
+def peak_memory_gib():
+    """Peak memory of this process in GiB: resident, and reserved on the GPU if there is one."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)}
+    if torch.cuda.is_available():
+        peak["gpu"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+    return peak
+
+
+def record(stage, dataset_fingerprint):
+    """Write this stage's entry in `manifest.json`: what ran, with which parameters, on what, for how long."""
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text()) if path.exists() else {}
+    commit = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True)
+    packages = ["torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "safetensors"]
+    manifest[stage] = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_gib": peak_memory_gib(),
+        "dataset_fingerprint": dataset_fingerprint,
+        "parameters": parameters,
+        "packages": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git_commit": commit.stdout.strip() or None,
+    }
+    with whole(path) as partial:
+        partial.write_text(json.dumps(manifest, indent=2))
+
+
+# %%
+import gc
+import hashlib
+import logging
+import math
+import warnings
+
+# bitsandbytes looks for an optional CPU kernel, and tqdm for widgets; both do without
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="IProgress not found")
+
+import bitsandbytes as bnb
+import datasets
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import transformers
+from IPython.display import HTML
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    TextStreamer,
+    set_seed,
+)
+
+datasets.disable_progress_bars()
+datasets.disable_caching()
+transformers.utils.logging.set_verbosity_error()
+
+DISCLAIMER = "Educational example, not medical advice. In an emergency call your local emergency number."
+
+# %% [markdown]
+# ## What is evaluated
+#
+# The three folders must belong together: this adapter trained on this data set, this merged model made from this
+# adapter.
+
+
+# %%
+def load_dataset_of_run(run):
+    """The DatasetDict and the report that notebook 1 left. Raises StageError if they are not there or not whole."""
+    try:
+        report = json.loads((run / "dataset" / "report.json").read_text())
+        return datasets.load_from_disk(run / "dataset"), report
+    except (OSError, ValueError) as error:
+        reason = "is missing" if not (run / "dataset").exists() else f"cannot be read ({error})"
+        raise StageError(f"{run / 'dataset'} {reason}. Run 01_format_dataset first, with the same run_dir.") from None
+
+
+def check_run(run, report, base_model):
+    """Raise StageError if the adapter or the merged model is missing or does not belong to the rest of the run."""
+    for folder, stage in (("adapter", "02_finetune_qlora"), ("merged", "03_merge_adapter")):
+        if not (run / folder).exists():
+            raise StageError(f"{run / folder} is missing. Run {stage} first, with the same run_dir.")
+    provenance = json.loads((run / "adapter" / "provenance.json").read_text())
+    merge_report = json.loads((run / "merged" / "merge_report.json").read_text())
+    digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    if provenance["base_model"] != base_model:
+        raise StageError(f"The adapter was trained on {provenance['base_model']}, but base_model is {base_model}.")
+    if provenance["dataset_fingerprint"] != report["fingerprint"]:
+        raise StageError("The adapter was trained on another data set. Run 02_finetune_qlora again.")
+    if merge_report["adapter_sha256"] != digest:
+        raise StageError("The merged model was made from another adapter. Run 03_merge_adapter again.")
+
+
+splits, report = load_dataset_of_run(run)
+check_run(run, report, base_model)
+tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+
+
+# %%
+def encode_prompt(prompt, tokenizer):
+    """Token ids of a prompt, a list of messages, up to where the answer begins; they start with one BOS."""
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[0] == bos else [bos, *ids]
+
+
+def encode(example, tokenizer):
+    """Token ids of a conversation and the mask of its response: `input_ids` and `completion_mask`, of one length.
+
+    The ids begin with one BOS, if the tokenizer has one, and end with one EOS, which belongs to the response.
+    Raises ValueError if the chat template renders the prompt differently once an answer follows it.
+    """
+    prompt = encode_prompt(example["prompt"], tokenizer)
+    ids = tokenizer.apply_chat_template(example["prompt"] + example["completion"], return_dict=False)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = ids if bos is None or ids[0] == bos else [bos, *ids]
+    response = ids[len(prompt) :]
+    if ids[: len(prompt)] != prompt:
+        raise ValueError("the chat template renders the prompt differently when an answer follows")
+    response = response[: response.index(eos) + 1] if eos in response else [*response, eos]
+    return {"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
+
+
+test = splits["test"].map(encode, fn_kwargs={"tokenizer": tokenizer})
+print(f"{len(test)} test rows, {sum(map(sum, test['completion_mask'])):,} response tokens")
+
+# %% [markdown]
+# ## Perplexity, defined
+#
+# Perplexity is $\exp$ of the mean negative log-likelihood of a token. The sum runs over all tokens of all rows and is
+# divided once, so long answers count by their length. The headline is over the *response*: the prompt is boilerplate
+# that any model soon knows by heart. A text longer than the window is read in windows that overlap, each token scored
+# once, rather than cut off.
+
+
+# %%
+def spans(length, window, stride):
+    """Cut a text of `length` tokens into spans (start, end, first): in start…end, score the tokens from `first` on.
+
+    Every token but the very first is scored exactly once, with at least `window - stride` tokens before it where the
+    text has as many.
+    """
+    cut = [(0, min(window, length), 1)]
+    while cut[-1][1] < length:
+        end = min(cut[-1][1] + stride, length)
+        cut.append((max(0, end - window), end, cut[-1][1]))
+    return cut
+
+
+@torch.no_grad()
+def score(model, rows, pad_token_id, batch_size, window, stride):
+    """Negative log-likelihoods, in nats, of each row's response and of all of its text.
+
+    `rows` have `input_ids` and `completion_mask`. Returns a DataFrame with a line a row: `response_nll`,
+    `response_tokens`, `full_nll`, `full_tokens`. Padding is on the right and masked: no result depends on its batch.
+    """
+    model.eval()
+    totals = np.zeros((len(rows), 4))
+    work = [(i, *span) for i, row in enumerate(rows) for span in spans(len(row["input_ids"]), window, stride)]
+    work.sort(key=lambda item: item[2] - item[1])
+    for k in tqdm(range(0, len(work), batch_size), unit="batch"):
+        batch = work[k : k + batch_size]
+        ids = [torch.tensor(rows[i]["input_ids"][start:end]) for i, start, end, _ in batch]
+        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(model.device)
+        lengths = torch.tensor([end - start for _, start, end, _ in batch], device=model.device)
+        attention_mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
+        logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1].float()
+        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double().cpu()
+        for (i, start, end, first), row_nll in zip(batch, nll.numpy(), strict=True):
+            scored = row_nll[first - start - 1 : end - start - 1]
+            mask = np.array(rows[i]["completion_mask"][first:end])
+            totals[i] += [scored @ mask, mask.sum(), scored.sum(), len(scored)]
+    return pd.DataFrame(totals, columns=["response_nll", "response_tokens", "full_nll", "full_tokens"])
+
+
+def perplexity(scores, part):
+    """Token-weighted perplexity of a part, "response" or "full", of all rows together."""
+    return math.exp(scores[f"{part}_nll"].sum() / scores[f"{part}_tokens"].sum())
+
+
+def perplexity_ci95(scores, part, bootstrap_samples, seed):
+    """95% interval of the perplexity, by drawing rows with replacement (Efron's percentile bootstrap)."""
+    draws = np.random.default_rng(seed).integers(len(scores), size=(bootstrap_samples, len(scores)))
+    nll, tokens = (scores[f"{part}_{what}"].to_numpy()[draws].sum(axis=1) for what in ("nll", "tokens"))
+    return np.exp(np.percentile(nll / tokens, [2.5, 97.5])).tolist()
+
+
+# %% [markdown]
+# ## Answers
+#
+# Prompts of a batch are padded on the left, so that each answer follows its prompt directly. An answer *stops* if it
+# ends with EOS within `max_new_tokens`, and *has the structure* if it is filled in like the answer template.
+
+
+# %%
+@torch.no_grad()
+def generate(model, tokenizer, prompts, batch_size, max_new_tokens, **sampling):
+    """Answer prompts, lists of messages. Returns a DataFrame, `answer`, `new_tokens`, `stopped`, and the seconds."""
+    model.eval()
+    stops = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    answers, begun = [], time.perf_counter()
+    for k in tqdm(range(0, len(ids), batch_size), unit="batch"):
+        padded = tokenizer.pad({"input_ids": ids[k : k + batch_size]}, padding_side="left", return_tensors="pt")
+        output = model.generate(**padded.to(model.device), generation_config=stops)
+        for new in output[:, padded["input_ids"].shape[1] :].tolist():
+            stopped = tokenizer.eos_token_id in new
+            new = new[: new.index(tokenizer.eos_token_id) + 1] if stopped else new
+            answer = tokenizer.decode(new, skip_special_tokens=True).strip()
+            answers.append({"answer": answer, "new_tokens": len(new), "stopped": stopped})
+    return pd.DataFrame(answers), time.perf_counter() - begun
+
+
+def has_structure(answer, answer_template, answer_column):
+    """Whether an answer is the template filled in: its lines in order, each at most once, the answer proper not empty.
+
+    Lines with other fields may be left out, as in the training rows.
+    """
+    pattern, labels = "", []
+    for line in filter(None, answer_template.split("\n")):
+        filled = re.sub(r"\\{(\w+)\\}", r"\\S[\\s\\S]*?", re.escape(line))
+        required = "{" not in line or f"{{{answer_column}}}" in line
+        pattern += rf"(?:{filled}\s*)" + ("" if required else "?")
+        labels.append(line.split("{")[0])
+    once = all(answer.count(label) <= 1 for label in labels if label)
+    return once and re.fullmatch(pattern, answer.strip()) is not None
+
+
+# %%
+first_of = pd.DataFrame({"question": [row["prompt"][0]["content"] for row in test], "row": range(len(test))})
+first_of = first_of.drop_duplicates("question").head(samples)
+prompts = [test[i]["prompt"] for i in first_of["row"]]
+references = [test[i]["completion"][0]["content"] for i in first_of["row"]]
+sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if do_sample else {"do_sample": False}
+scores, answers, seconds = {}, {}, {}
+
+
+def evaluate(name, model):
+    """Score the test rows and answer the prompts with one of the three models."""
+    scores[name] = score(model, list(test), tokenizer.pad_token_id, batch_size, window, stride)
+    set_seed(seed)
+    answers[name], seconds[name] = generate(model, tokenizer, prompts, batch_size, max_new_tokens, **sampling)
+
+
+# %% [markdown]
+# ## Base and adapter
+#
+# One model serves for both: with the adapter switched off it is the base.
+
+
+# %%
+def compute_dtype(precision):
+    """The dtype to compute in. "auto": bf16 on a GPU that has it natively, fp16 on an older one, fp32 on a CPU."""
+    if precision != "auto":
+        try:
+            return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+        except KeyError:
+            raise StageError(f"precision={precision!r}: use auto, bf16, fp16 or fp32.") from None
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def load_base(base_model, revision, dtype, attn_implementation):
+    """The base model in NF4 with double quantization, computing in `dtype`, on the GPU if there is one.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights at its first forward pass in eval mode, into a
+    layout that has no gradient: a model that was evaluated once would never learn again, without an error
+    (`Linear4bit.forward` in bitsandbytes 0.50). The attribute that asks for the repacking is switched off here.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        base_model,
+        revision=revision,
+        dtype=dtype,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        device_map={"": 0} if torch.cuda.is_available() else "cpu",
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+    )
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+# %% tags=["nbval-ignore-output"]
+dtype = compute_dtype(precision)
+base = load_base(base_model, base_model_revision, dtype, attn_implementation)
+adapted = PeftModel.from_pretrained(base, run / "adapter")
+with adapted.disable_adapter():
+    evaluate("base", adapted)
+evaluate("adapter", adapted)
+
+# %% [markdown]
+# ## Merged
+#
+# The merged model is loaded as anyone would load it, without PEFT and without 4 bits.
+
+# %% tags=["nbval-ignore-output"]
+del base, adapted
+gc.collect()
+torch.cuda.empty_cache()
+merged = AutoModelForCausalLM.from_pretrained(
+    run / "merged",
+    dtype=dtype,
+    device_map={"": 0} if torch.cuda.is_available() else "cpu",
+    attn_implementation=attn_implementation,
+    use_safetensors=True,
+)
+evaluate("merged", merged)
+
+# %% [markdown]
+# ## Results
+
+
+# %%
+def summarize(name):
+    """The entry of a model in `evaluation/metrics.json`."""
+    made = answers[name]
+    templates = report["templates"]
+    structured = [has_structure(answer, templates["answer"], templates["answer_column"]) for answer in made["answer"]]
+    return {
+        "perplexity": {
+            "response": perplexity(scores[name], "response"),
+            "full_text": perplexity(scores[name], "full"),
+            "response_ci95": perplexity_ci95(scores[name], "response", bootstrap_samples, seed),
+        },
+        "tokens": int(scores[name]["response_tokens"].sum()),
+        "generation": {
+            "stop_rate": made["stopped"].mean().item(),
+            "structure_rate": float(np.mean(structured)),
+            "mean_new_tokens": made["new_tokens"].mean().item(),
+            "tokens_per_second": round(made["new_tokens"].sum().item() / seconds[name], 1),
+        },
+    }
+
+
+metrics = {name: summarize(name) for name in ("base", "adapter", "merged")}
+results = pd.DataFrame(
+    {
+        name: {
+            "response perplexity": f"{m['perplexity']['response']:,.1f}",
+            "95% interval": "{:,.1f} – {:,.1f}".format(*m["perplexity"]["response_ci95"]),
+            "full-text perplexity": f"{m['perplexity']['full_text']:,.1f}",
+            "answers that stop": f"{m['generation']['stop_rate']:.0%}",
+            "answers with the structure": f"{m['generation']['structure_rate']:.0%}",
+            "mean new tokens": f"{m['generation']['mean_new_tokens']:.0f}",
+        }
+        for name, m in metrics.items()
+    }
+).T
+results
+
+# %% tags=["nbval-ignore-output"]
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5), layout="constrained")
+heights = [m["perplexity"]["response"] for m in metrics.values()]
+intervals = np.array([m["perplexity"]["response_ci95"] for m in metrics.values()]).T
+bars = left.bar(list(metrics), heights, color=["0.85", "0.6", "0.35"], edgecolor="black")
+left.errorbar(range(3), heights, np.abs(intervals - heights), fmt="none", color="black", capsize=6)
+left.bar_label(bars, fmt="%.1f", label_type="center", color="black", backgroundcolor="white")
+left.set(ylabel="response perplexity", title="Test split, 95% intervals")
+lengths = [answers[name]["new_tokens"] for name in metrics]
+right.hist(lengths, bins=12, label=list(metrics), color=["0.85", "0.6", "0.35"], edgecolor="black")
+right.axvline(max_new_tokens, color="black", linestyle="--", label="max_new_tokens")
+right.set(xlabel="new tokens", ylabel="answers", title="Length of the answers")
+right.legend()
+plt.show()
+
+# %% [markdown]
+# ### Side by side
+#
+# The numbers say how often; reading says what.
+
+
+# %%
+def side_by_side(columns, rows):
+    """An HTML table of texts, line breaks kept, under the disclaimer. `columns` maps a heading to a list of texts."""
+    from html import escape
+
+    cell = '<td style="text-align:left;vertical-align:top;white-space:pre-wrap">{}</td>'
+    head = "".join(f'<th style="text-align:left">{escape(heading)}</th>' for heading in columns)
+    body = "".join("<tr>" + "".join(cell.format(escape(c[i])) for c in columns.values()) + "</tr>" for i in range(rows))
+    return HTML(f"<p><b>{DISCLAIMER}</b></p><table><tr>{head}</tr>{body}</table>")
+
+
+questions = [prompt[0]["content"] for prompt in prompts]
+texts = {name: list(made["answer"]) for name, made in answers.items()}
+side_by_side({"question": questions, "in the table": references, **texts}, min(4, len(questions)))
+
+# %% [markdown]
+# ### Your question
+#
+# Set `your_question` above, or change it here, and watch the merged model answer.
+
+# %%
+message = [{"role": "user", "content": your_question}]
+inputs = torch.tensor([encode_prompt(message, tokenizer)], device=merged.device)
+print(DISCLAIMER, "\n")
+set_seed(seed)
+streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+_ = merged.generate(
+    inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+)
+
+# %% [markdown]
+# ## How it is often done, and why not to
+#
+# Many notebooks, the one that this series grew out of among them, join ten *training* texts into one sequence and take
+# the loss of that. The number comes out lower for three reasons that have nothing to do with a better model: the texts
+# were trained on, the prompts' boilerplate is counted, and nine of the ten texts can be copied in form from the one
+# before.
+
+# %%
+joined = tokenizer("\n".join(splits["train"]["text"][:10]), return_tensors="pt")["input_ids"].to(merged.device)
+with torch.no_grad():
+    often_done = math.exp(merged(joined, labels=joined).loss.item())
+print(f"ten training texts joined:      {often_done:,.1f}")
+print(f"responses of the test split:    {metrics['merged']['perplexity']['response']:,.1f}")
+
+# %% [markdown]
+# ## Save
+
+# %%
+metrics["ten_joined_training_texts"] = {"perplexity": often_done}
+with whole(run / "evaluation") as folder:
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    lines = pd.DataFrame({"question": questions, "in_the_table": references, **texts}).assign(disclaimer=DISCLAIMER)
+    lines.to_json(folder / "samples.jsonl", orient="records", lines=True, force_ascii=False)
+record("04_evaluate", report["fingerprint"])
+
+# %% [markdown]
+# ## What we have now
+#
+# Numbers on questions that the model had not seen, each with its interval, and answers to read. Where two intervals
+# overlap, the table is too small to tell the models apart; more test rows narrow them.
+#
+# Everything is in the run folder. To use your own table, go back to [1 · format](01_format_dataset.ipynb) and change
+# the parameters.
