@@ -25,9 +25,9 @@
 # |---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples |
 #
-# **In:** a table of questions and answers: a Hub data set, or a `.csv`, `.jsonl` or `.parquet` file.
-# **Out:** `dataset/` in the run folder, with train, validation and test splits, and `dataset/report.json`.
-# **Time:** under a minute anywhere; no GPU is used.
+# - **In:** a table of questions and answers: a Hub data set, or a `.csv`, `.jsonl` or `.parquet` file.
+# - **Out:** `dataset/` in the run folder, with train, validation and test splits, and `dataset/report.json`.
+# - **Time:** under a minute anywhere; no GPU is used.
 #
 # The worked example is a small table of traditional home remedies. It is **educational**: nothing in it, and nothing
 # that a model trained on it says, is medical advice.
@@ -72,11 +72,14 @@ validation_fraction = 0.1
 test_fraction = 0.15
 push_dataset_to = ""  # a Hub id to publish the result under; only this needs a token
 
+# %% [markdown]
+# What was chosen, for `manifest.json`:
+
 # %%
 parameters = {
     name: value
     for name, value in globals().items()
-    if isinstance(value, (str, int, float, dict)) and not name.startswith("_") and name not in ("In", "Out")
+    if isinstance(value, (str, int, float, list, dict)) and not name.startswith("_") and name not in ("In", "Out")
 }
 
 # %% [markdown]
@@ -228,6 +231,7 @@ def read_table(source, revision):
     return table.astype(object).where(table.notna(), "").astype(str).reset_index(drop=True)
 
 
+# %%
 table = read_table(dataset, dataset_revision)
 print(f"{len(table):,} rows, columns: {', '.join(map(repr, table.columns))}")
 table.head(3)
@@ -259,6 +263,9 @@ def rename_columns(table, columns, needed):
     return table[[columns[field] for field in needed]].set_axis(needed, axis=1)
 
 
+# %%
+if long_answers not in ("split", "drop"):
+    raise StageError(f'long_answers={long_answers!r}: use "split" or "drop".')
 question_fields, answer_fields = field_names(question_template), field_names(answer_template)
 if answer_column not in answer_fields:
     raise StageError(f"answer_column={answer_column!r} is not in answer_template, which uses: {answer_fields}")
@@ -286,6 +293,7 @@ def clean_cell(text):
     return "" if text.casefold() in MISSING else text
 
 
+# %%
 clean_cell("  1½\u00a0cups of\u200b  warm   water "), clean_cell("nan"), clean_cell("https://example.org/pose.jpg")
 
 # %% [markdown]
@@ -332,6 +340,7 @@ def break_markers(text, markers):
     return text
 
 
+# %%
 tokenizer = load_tokenizer(base_model, base_model_revision)
 markers = sorted({*tokenizer.get_added_vocab(), "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"}, key=len, reverse=True)
 clean = raw.map(clean_cell).map(lambda text: break_markers(text, markers))
@@ -376,6 +385,7 @@ def reason_to_drop(rows, question_fields, answer_column, threshold):
     return pd.Series(reasons, index=rows.index)
 
 
+# %%
 reasons = reason_to_drop(clean, question_fields, answer_column, near_duplicate_threshold)
 dropped = Counter(reasons[reasons != ""])
 print(f"{len(clean):,} rows in, {(reasons == '').sum():,} kept; dropped: {dict(dropped) or 'none'}")
@@ -408,6 +418,7 @@ def to_conversation(row, question_template, answer_template):
     }
 
 
+# %%
 kept = clean[reasons == ""]
 if kept.empty:
     raise StageError(f"All {len(clean)} rows of {dataset} were dropped: {dict(dropped)}. Check `columns`.")
@@ -448,6 +459,7 @@ def encode(example, tokenizer):
     return {"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
 
 
+# %%
 encoded = encode(example, tokenizer)
 print(f"{len(encoded['input_ids'])} tokens, {sum(encoded['completion_mask'])} of them in the loss")
 
@@ -470,6 +482,7 @@ def show_tokens(encoded, tokenizer):
     return HTML("<div style='line-height:1.9'>" + " ".join(spans) + "</div>")
 
 
+# %%
 show_tokens(encoded, tokenizer)
 
 # %% [markdown]
@@ -502,6 +515,7 @@ def split_answer(row, answer_column, max_length, length):
     return [{**row, answer_column: part} for part in parts], too_long
 
 
+# %%
 shortest_prompt = min(
     len(encode_prompt(to_conversation(row, question_template, answer_template)["prompt"], tokenizer))
     for row in kept.to_dict("records")
@@ -568,6 +582,7 @@ def assign_splits(keys, seed, validation_fraction, test_fraction):
     return split
 
 
+# %%
 keys = [question_key(row, question_fields) for row in rows]
 split_of = assign_splits(keys, seed, validation_fraction, test_fraction)
 pd.DataFrame({"rows": Counter(map(split_of.get, keys)), "questions": Counter(split_of.values())}).loc[
@@ -587,6 +602,7 @@ def build_split(name):
     return datasets.Dataset.from_list(examples)
 
 
+# %%
 splits = datasets.DatasetDict({name: build_split(name) for name in ("train", "validation", "test")})
 print(splits["train"]["text"][0])
 
@@ -618,6 +634,7 @@ def check_example(example, tokenizer, special_tokens, max_length):
             raise StageError(f"A row breaks the promise of {promise}: {example['text']!r}")
 
 
+# %%
 plain = encode(to_conversation(dict.fromkeys(raw.columns, "x"), question_template, answer_template), tokenizer)
 special_tokens = Counter(i for i in plain["input_ids"] if i in tokenizer.all_special_ids)
 for split in splits.values():
@@ -659,6 +676,7 @@ def fingerprint(splits):
     return digest.hexdigest()[:16]
 
 
+# %%
 report = {
     "rows_in": len(table),
     "rows_out": len(rows),

@@ -25,10 +25,10 @@
 # |---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples |
 #
-# **In:** `dataset/` in the run folder, from notebook 1.
-# **Out:** `adapter/`, a LoRA adapter of some hundred megabytes or less, `training/metrics.json` and the loss curves.
-# **Time:** minutes for a table of some hundred rows on a GPU; about three minutes on a CPU with the small model of the
-# `cpu` profile.
+# - **In:** `dataset/` in the run folder, from notebook 1.
+# - **Out:** `adapter/`, a LoRA adapter of some hundred megabytes or less, `training/metrics.json` and the loss curves.
+# - **Time:** minutes for a table of some hundred rows on a GPU; about three minutes on a CPU with the small model of the
+#   `cpu` profile.
 #
 # QLoRA ([Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)) keeps the base model frozen in 4 bits and trains a
 # small [LoRA](https://arxiv.org/abs/2106.09685) adapter through it, so that a 7B model trains on a card of 15 GB.
@@ -73,11 +73,14 @@ packing = False  # several examples in one row of max_length: no padding, fewer 
 evaluations = 4  # how often the validation loss is taken and a checkpoint kept during training
 early_stopping_patience = 0  # stop after so many evaluations without improvement; 0 never stops early
 
+# %% [markdown]
+# What was chosen, for `manifest.json`:
+
 # %%
 parameters = {
     name: value
     for name, value in globals().items()
-    if isinstance(value, (str, int, float, dict)) and not name.startswith("_") and name not in ("In", "Out")
+    if isinstance(value, (str, int, float, list, dict)) and not name.startswith("_") and name not in ("In", "Out")
 }
 
 # %% [markdown]
@@ -185,6 +188,7 @@ import bitsandbytes as bnb
 import datasets
 import matplotlib.pyplot as plt
 import pandas as pd
+import psutil
 import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -278,6 +282,7 @@ def load_dataset_of_run(run):
         raise StageError(f"{run / 'dataset'} {reason}. Run 01_format_dataset first, with the same run_dir.") from None
 
 
+# %%
 splits, report = load_dataset_of_run(run)
 tokenizer = load_tokenizer(base_model, base_model_revision)
 encoded = splits.map(encode, fn_kwargs={"tokenizer": tokenizer}, remove_columns=splits["train"].column_names)
@@ -395,6 +400,7 @@ def newest_checkpoint(folder, settings):
     return None
 
 
+# %%
 settings = {name: value for name, value in parameters.items() if name != "run_dir"}
 settings |= {"dataset_fingerprint": report["fingerprint"], "dtype": str(dtype), "device": model.device.type}
 checkpoint = newest_checkpoint(run / "checkpoints", settings)
@@ -422,6 +428,7 @@ class Stopwatch(TrainerCallback):
         state.log_history[-1]["seconds"] = round(time.perf_counter() - self.start, 2)
 
 
+# %%
 training_arguments = SFTConfig(
     output_dir=str(run / "checkpoints"),
     seed=seed,
@@ -472,39 +479,44 @@ for parameter in trainer.model.parameters():
 
 
 # %%
-def expected_memory_gib(model, batch_size, length, gradient_checkpointing, optimizer_bytes):
-    """Expected peak memory of training in GiB: weights, adapter with gradients and optimizer, activations, logits.
+def expected_memory_gib(model, dtype, tokens, gradient_checkpointing, optimizer_bytes):
+    """Expected peak memory of training on batches of `tokens` tokens in GiB.
 
-    Activations follow Korthikanti et al., 2022 (https://arxiv.org/abs/2205.05198), table 2, without the attention
-    matrix, which SDPA does not keep: with checkpointing, one hidden state a layer and one layer in full.
+    It is the sum of what is there already, the adapter's gradients and optimizer states, the activations and the logits.
+    Activations: those of a Llama layer without the attention matrix, which SDPA does not keep, after Korthikanti et al.,
+    2022 (https://arxiv.org/abs/2205.05198), and each adapter's input after dropout with its mask. With checkpointing,
+    one hidden state a layer and one layer in full.
     """
-    config, bytes_each = model.config, 4 if model.dtype == torch.float32 else 2
+    config, size = model.config, dtype.itemsize
     adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens = batch_size * length
-    layer = tokens * (10 * config.hidden_size + 4 * config.intermediate_size) * bytes_each
-    state = tokens * config.hidden_size * bytes_each
-    layers = config.num_hidden_layers
-    activations = layers * state + layer if gradient_checkpointing else layers * layer
-    logits = tokens * config.vocab_size * (bytes_each + 3 * 4)  # as computed, in fp32, their gradient and entropy
-    frozen = model.get_memory_footprint() - 4 * adapter
-    return (frozen + adapter * (4 + 4 + optimizer_bytes) + activations + logits) / 2**30
+    adapter_inputs = sum(m.in_features for m in model.modules() if hasattr(m, "lora_A")) / config.num_hidden_layers
+    layer = tokens * ((10 * config.hidden_size + 4 * config.intermediate_size) * size + adapter_inputs * (size + 1))
+    checkpoints = config.num_hidden_layers * tokens * config.hidden_size * size
+    activations = checkpoints + layer if gradient_checkpointing else config.num_hidden_layers * layer
+    logits = tokens * config.vocab_size * (size + 4 * 4)  # as computed; in fp32: shifted, softmax, gradient, entropy
+    present = torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    return (present + adapter * (4 + optimizer_bytes) + activations + logits) / 2**30
 
 
+# %%
 steps = -(-len(trainer.train_dataset) // batch_size)
 steps = -(-steps // gradient_accumulation_steps) * epochs
 tokens_an_epoch = sum(map(len, encoded["train"]["input_ids"]))
 row_length = max_length if packing else longest
-memory = expected_memory_gib(trainer.model, batch_size, row_length, gradient_checkpointing, 2 if "8bit" in optim else 8)
+optimizer_bytes = 2 if "8bit" in optim else 8
+memory = expected_memory_gib(trainer.model, dtype, batch_size * row_length, gradient_checkpointing, optimizer_bytes)
 pd.Series(
     {
         "trainable parameters": f"{trainable:,} ({trainable_percent:.2f}%)",
         "examples": f"{len(encoded['train']):,}",
         "optimizer steps": f"{steps:,}",
         "tokens": f"{tokens_an_epoch * epochs:,.0f}",
-        "expected peak memory": f"{memory:.1f} GiB",
     },
     name="plan",
 ).to_frame()
+
+# %% tags=["nbval-ignore-output"]
+print(f"expected peak memory: {memory:.1f} GiB")
 
 # %% [markdown]
 # ## Train

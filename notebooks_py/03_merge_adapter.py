@@ -25,9 +25,9 @@
 # |---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples |
 #
-# **In:** `adapter/` in the run folder, from notebook 2, and the base model.
-# **Out:** `merged/`, a plain model that needs neither PEFT nor bitsandbytes, and `merged/merge_report.json`.
-# **Time:** about as long as copying the base model's files; then as long again to prove the result.
+# - **In:** `adapter/` in the run folder, from notebook 2, and the base model.
+# - **Out:** `merged/`, a plain model that needs neither PEFT nor bitsandbytes, and `merged/merge_report.json`.
+# - **Time:** about as long as copying the base model's files; then as long again to prove the result.
 #
 # The usual way, `merge_and_unload`, holds the whole base model in memory: 13 GB for a 7B model, more than free Colab
 # has. Merging touches one weight matrix at a time, so this notebook reads, merges and writes one at a time, and needs
@@ -58,11 +58,14 @@ base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
 base_weights = "original"  # or "dequantized"
 max_shard_gb = 1.0  # size of a file of the merged model, and about the memory that merging takes
 
+# %% [markdown]
+# What was chosen, for `manifest.json`:
+
 # %%
 parameters = {
     name: value
     for name, value in globals().items()
-    if isinstance(value, (str, int, float, dict)) and not name.startswith("_") and name not in ("In", "Out")
+    if isinstance(value, (str, int, float, list, dict)) and not name.startswith("_") and name not in ("In", "Out")
 }
 
 # %% [markdown]
@@ -175,6 +178,7 @@ import transformers
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -190,6 +194,11 @@ transformers.utils.logging.set_verbosity_error()
 
 
 # %%
+def same_model(one, other):
+    """Whether two names mean the same model: equal, or one local folder."""
+    return one == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())
+
+
 def load_adapter(folder, base_model):
     """The config, the provenance and the weights of the adapter in `folder`, trained on `base_model`.
 
@@ -205,13 +214,14 @@ def load_adapter(folder, base_model):
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise StageError(f"The adapter in {folder} is damaged ({error}). Run 02_finetune_qlora again.") from None
     trained_on = config.base_model_name_or_path
-    if trained_on != base_model and Path(trained_on).resolve() != Path(base_model).resolve():
+    if not same_model(trained_on, base_model):
         raise StageError(f"The adapter in {folder} was trained on {trained_on}, but base_model is {base_model}.")
     if config.use_dora or config.bias != "none" or config.modules_to_save or config.fan_in_fan_out:
         raise StageError(f"The adapter in {folder} is more than plain LoRA (DoRA, bias or whole modules).")
     return config, provenance, weights
 
 
+# %%
 if base_weights not in ("original", "dequantized"):
     raise StageError(f'base_weights={base_weights!r}: use "original" or "dequantized".')
 config, provenance, adapter = load_adapter(run / "adapter", base_model)
@@ -250,6 +260,7 @@ def locate_base(base_model, revision):
     return folder, files
 
 
+# %%
 base_folder, files = locate_base(base_model, base_model_revision)
 stored_in_4_bits = {name for name in files if f"{name}.quant_state.bitsandbytes__nf4" in files}
 if stored_in_4_bits and base_weights == "original":
@@ -289,7 +300,8 @@ def through_nf4(weight, dtype):
 
 def lora_delta(adapter, config, module):
     """What LoRA adds to a module's weight: alpha / r · B A, or alpha / √r · B A for rsLoRA; fp32, [out, in]."""
-    r, alpha = config.rank_pattern.get(module, config.r), config.alpha_pattern.get(module, config.lora_alpha)
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
     scale = alpha / (r**0.5 if config.use_rslora else r)
     a, b = (adapter[f"base_model.model.{module}.lora_{matrix}.weight"].float() for matrix in "AB")
     return scale * (b @ a)
@@ -347,6 +359,7 @@ def plan_shards(sizes, limit):
     return shards
 
 
+# %%
 parameters_of_base = dict(skeleton.named_parameters())
 absent = sorted(parameters_of_base.keys() - set(names))
 if absent:

@@ -25,9 +25,9 @@
 # |---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples |
 #
-# **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
-# **Out:** `evaluation/metrics.json` and `evaluation/samples.jsonl`.
-# **Time:** some minutes on a T4; about two minutes on a CPU with the small model of the `cpu` profile.
+# - **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
+# - **Out:** `evaluation/metrics.json` and `evaluation/samples.jsonl`.
+# - **Time:** some minutes on a T4; about two minutes on a CPU with the small model of the `cpu` profile.
 #
 # Three models answer the same questions, none of which was in training: the base model, the base model with the
 # adapter, and the merged model.
@@ -64,11 +64,14 @@ top_p = 0.9
 bootstrap_samples = 2000
 your_question = "I am suffering from a sore throat. Please suggest a home remedy."
 
+# %% [markdown]
+# What was chosen, for `manifest.json`:
+
 # %%
 parameters = {
     name: value
     for name, value in globals().items()
-    if isinstance(value, (str, int, float, dict)) and not name.startswith("_") and name not in ("In", "Out")
+    if isinstance(value, (str, int, float, list, dict)) and not name.startswith("_") and name not in ("In", "Out")
 }
 
 # %% [markdown]
@@ -217,6 +220,11 @@ def load_dataset_of_run(run):
         raise StageError(f"{run / 'dataset'} {reason}. Run 01_format_dataset first, with the same run_dir.") from None
 
 
+def same_model(one, other):
+    """Whether two names mean the same model: equal, or one local folder."""
+    return one == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())
+
+
 def check_run(run, report, base_model):
     """Raise StageError if the adapter or the merged model is missing or does not belong to the rest of the run."""
     for folder, stage in (("adapter", "02_finetune_qlora"), ("merged", "03_merge_adapter")):
@@ -225,7 +233,7 @@ def check_run(run, report, base_model):
     provenance = json.loads((run / "adapter" / "provenance.json").read_text())
     merge_report = json.loads((run / "merged" / "merge_report.json").read_text())
     digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-    if provenance["base_model"] != base_model:
+    if not same_model(provenance["base_model"], base_model):
         raise StageError(f"The adapter was trained on {provenance['base_model']}, but base_model is {base_model}.")
     if provenance["dataset_fingerprint"] != report["fingerprint"]:
         raise StageError("The adapter was trained on another data set. Run 02_finetune_qlora again.")
@@ -233,6 +241,7 @@ def check_run(run, report, base_model):
         raise StageError("The merged model was made from another adapter. Run 03_merge_adapter again.")
 
 
+# %%
 splits, report = load_dataset_of_run(run)
 check_run(run, report, base_model)
 tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
@@ -263,6 +272,7 @@ def encode(example, tokenizer):
     return {"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
 
 
+# %%
 test = splits["test"].map(encode, fn_kwargs={"tokenizer": tokenizer})
 print(f"{len(test)} test rows, {sum(map(sum, test['completion_mask'])):,} response tokens")
 
@@ -284,7 +294,7 @@ def spans(length, window, stride):
     """
     cut = [(0, min(window, length), 1)]
     while cut[-1][1] < length:
-        end = min(cut[-1][1] + stride, length)
+        end = min(cut[-1][1] + min(stride, window - 1), length)
         cut.append((max(0, end - window), end, cut[-1][1]))
     return cut
 
@@ -369,8 +379,9 @@ def has_structure(answer, answer_template, answer_column):
         required = "{" not in line or f"{{{answer_column}}}" in line
         pattern += rf"(?:{filled}\s*)" + ("" if required else "?")
         labels.append(line.split("{")[0])
-    once = all(answer.count(label) <= 1 for label in labels if label)
-    return once and re.fullmatch(pattern, answer.strip()) is not None
+    found = [label for label in labels if label and label in answer]
+    in_order = sorted(found, key=answer.index) == found and all(answer.count(label) == 1 for label in found)
+    return in_order and re.fullmatch(pattern, answer.strip()) is not None
 
 
 # %%
@@ -487,6 +498,7 @@ def summarize(name):
     }
 
 
+# %%
 metrics = {name: summarize(name) for name in ("base", "adapter", "merged")}
 results = pd.DataFrame(
     {
@@ -535,6 +547,7 @@ def side_by_side(columns, rows):
     return HTML(f"<p><b>{DISCLAIMER}</b></p><table><tr>{head}</tr>{body}</table>")
 
 
+# %%
 questions = [prompt[0]["content"] for prompt in prompts]
 texts = {name: list(made["answer"]) for name, made in answers.items()}
 side_by_side({"question": questions, "in the table": references, **texts}, min(4, len(questions)))

@@ -1,0 +1,77 @@
+"""What the tests share: the functions of a notebook, taken out of its paired .py, and ways to run one."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / ".cache" / "tiny-llama"
+TABLE = ROOT / "data" / "home_remedies.csv"
+
+
+def definitions(name):
+    """The imports, functions, classes and constants of a notebook, without running its other cells."""
+    source = (ROOT / "notebooks_py" / f"{name}.py").read_text(encoding="utf-8")
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    kept = [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, kinds) or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper())
+    ]
+    namespace = {}
+    exec(compile(ast.Module(kept, []), name, "exec"), namespace)
+    return SimpleNamespace(**namespace)
+
+
+@pytest.fixture(scope="session")
+def format_dataset():
+    return definitions("01_format_dataset")
+
+
+@pytest.fixture(scope="session")
+def finetune():
+    return definitions("02_finetune_qlora")
+
+
+@pytest.fixture(scope="session")
+def merge_adapter():
+    return definitions("03_merge_adapter")
+
+
+@pytest.fixture(scope="session")
+def evaluation():
+    return definitions("04_evaluate")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(format_dataset):
+    return format_dataset.load_tokenizer(str(TINY), None)
+
+
+def make(*arguments):
+    """Run make in this environment. Returns the finished process, its output as text."""
+    command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A run folder in which all four stages of the tiny profile have run, undisturbed. Copy it before changing it."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    done = make("run-all", "PROFILE=tiny", f"RUN_DIR={run_dir}")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def run_script(name, **parameters):
+    """Run a notebook's paired .py in this process with other parameters, as Papermill would. Returns its globals."""
+    cells = (ROOT / "notebooks_py" / f"{name}.py").read_text(encoding="utf-8").split("\n# %%")
+    after = next(i for i, cell in enumerate(cells) if cell.startswith(' tags=["parameters"]')) + 1
+    cells.insert(after, "\n" + "\n".join(f"{key} = {value!r}" for key, value in parameters.items()))
+    namespace = {"__name__": name}
+    exec(compile("\n# %%".join(cells), name, "exec"), namespace)
+    return SimpleNamespace(**namespace)

@@ -1,0 +1,166 @@
+"""Notebook 04: perplexity by its definition, generation, structure."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY
+from transformers import AutoModelForCausalLM
+
+ANSWER = "Here is a suggested remedy:\n\n**Item:** {item}\n**Remedy:** {remedy}\n**Recommended Yoga:** {yoga}"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    generator = np.random.default_rng(0)
+    lengths = [5, 40, 17, 200, 3, 64, 90]
+    return [
+        {
+            "input_ids": [1, *generator.integers(3, 2000, size=n - 2).tolist(), 2],
+            "completion_mask": [0] * (n // 2) + [1] * (n - n // 2),
+        }
+        for n in lengths
+    ]
+
+
+def by_hand(model, row):
+    """The definition: minus the log of the probability of each token, given all before it."""
+    ids = torch.tensor(row["input_ids"])
+    with torch.no_grad():
+        probabilities = model(ids[None]).logits[0].double().softmax(-1)
+    return np.array([-math.log(probabilities[i - 1, ids[i]]) for i in range(1, len(ids))])
+
+
+def test_perplexity_is_its_definition(evaluation, model, rows):
+    scores = evaluation.score(model, rows, 0, batch_size=3, window=512, stride=256)
+    nll = [by_hand(model, row) for row in rows]
+    response = [n[np.array(row["completion_mask"][1:]) == 1] for n, row in zip(nll, rows, strict=True)]
+    assert scores["full_tokens"].tolist() == [len(n) for n in nll]
+    assert scores["response_tokens"].tolist() == [len(n) for n in response]
+    assert evaluation.perplexity(scores, "full") == pytest.approx(math.exp(np.concatenate(nll).mean()), rel=1e-5)
+    assert evaluation.perplexity(scores, "response") == pytest.approx(
+        math.exp(np.concatenate(response).mean()), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_perplexity_does_not_depend_on_the_batch(evaluation, model, rows, batch_size):
+    one = evaluation.score(model, rows, 0, batch_size, 512, 256)
+    other = evaluation.score(model, rows, 5, 4, 512, 256)
+    assert np.allclose(one, other, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "stride"), [(10, 512, 256), (200, 64, 32), (200, 64, 64), (65, 64, 1), (1, 8, 4)]
+)
+def test_windows_score_every_token_once(evaluation, length, window, stride):
+    scored = []
+    for start, end, first in evaluation.spans(length, window, stride):
+        assert 0 <= start < first <= end <= length and end - start <= window
+        assert start == 0 or first - start >= max(window - stride, 1)
+        scored += range(first, end)
+    assert scored == list(range(1, length))
+
+
+def test_a_long_text_is_not_cut(evaluation, model, rows):
+    scores = evaluation.score(model, rows, 0, batch_size=3, window=64, stride=16)
+    whole = evaluation.score(model, rows, 0, batch_size=3, window=512, stride=16)
+    assert scores["full_tokens"].tolist() == whole["full_tokens"].tolist()
+    short = [i for i, row in enumerate(rows) if len(row["input_ids"]) <= 64]
+    assert np.allclose(scores.loc[short], whole.loc[short], rtol=1e-5)
+
+
+def test_the_interval_holds_the_estimate_and_narrows(evaluation):
+    generator = np.random.default_rng(0)
+
+    def scores(n):
+        tokens = generator.integers(10, 60, size=n)
+        return pd.DataFrame({"response_nll": tokens * generator.normal(2, 0.3, size=n), "response_tokens": tokens})
+
+    few, many = scores(20), scores(500)
+    low, high = evaluation.perplexity_ci95(few, "response", 2000, 0)
+    assert low < evaluation.perplexity(few, "response") < high
+    narrow = evaluation.perplexity_ci95(many, "response", 2000, 0)
+    assert narrow[1] - narrow[0] < (high - low) / 2
+    assert evaluation.perplexity_ci95(few, "response", 2000, 0) == [low, high]
+
+
+def test_the_interval_covers_the_truth(evaluation):
+    """Of 200 tables drawn from the same source, about 95% of the intervals hold the source's perplexity, exp(2)."""
+    generator = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        tokens = np.full(60, 30)
+        table = pd.DataFrame({"response_nll": tokens * generator.normal(2, 0.3, size=60), "response_tokens": tokens})
+        low, high = evaluation.perplexity_ci95(table, "response", 500, 0)
+        hits += low < math.exp(2) < high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("answer", "structured"),
+    [
+        ("Here is a suggested remedy:\n\n**Item:** Ginger\n**Remedy:** Sip tea.\n**Recommended Yoga:** Balasana", True),
+        ("Here is a suggested remedy:\n\n**Remedy:** Sip tea.", True),
+        ("Here is a suggested remedy:\n\n**Remedy:** Sip tea.\n\nThen rest.\n**Recommended Yoga:** Balasana", True),
+        ("Here is a suggested remedy:\n\n**Item:** Ginger\n**Recommended Yoga:** Balasana", False),
+        ("Here is a suggested remedy:\n\n**Item:** Ginger\n**Remedy:**", False),
+        ("Here is a suggested remedy:\n\n**Remedy:** Sip tea.\n**Item:** Ginger", False),
+        ("Here is a suggested remedy:\n\n**Remedy:** Sip.\n**Remedy:** Rest.", False),
+        ("**Item:** Ginger\n**Remedy:** Sip tea.", False),
+        ("I suggest honey.", False),
+        ("", False),
+    ],
+)
+def test_structure(evaluation, answer, structured):
+    assert evaluation.has_structure(answer, ANSWER, "remedy") is structured
+
+
+def test_structure_of_a_bare_template(evaluation):
+    assert evaluation.has_structure("Any text.\nOf two lines.", "{a}", "a")
+    assert not evaluation.has_structure("", "{a}", "a")
+
+
+def test_answers_do_not_depend_on_the_batch(evaluation, model, tokenizer):
+    prompts = [
+        [{"role": "user", "content": text}] for text in ("Cold", "A long question about a very sore throat", "Hi")
+    ]
+    one, _ = evaluation.generate(model, tokenizer, prompts, 1, 12, do_sample=False)
+    three, _ = evaluation.generate(model, tokenizer, prompts, 3, 12, do_sample=False)
+    assert one.to_dict() == three.to_dict()
+    assert (one["new_tokens"] <= 12).all()
+
+
+def test_an_answer_that_stops_is_counted(evaluation, model, tokenizer, monkeypatch):
+    prompts = [[{"role": "user", "content": "Cold"}]]
+    first = evaluation.generate(model, tokenizer, prompts, 1, 4, do_sample=False)[0]
+    assert not first["stopped"].any()
+    ids = tokenizer(first["answer"][0], add_special_tokens=False)["input_ids"]
+    new = model.generate(
+        torch.tensor([evaluation.encode_prompt(prompts[0], tokenizer)]), max_new_tokens=2, do_sample=False
+    )
+    monkeypatch.setattr(tokenizer, "eos_token", tokenizer.convert_ids_to_tokens(new[0, -1].item()))
+    again = evaluation.generate(model, tokenizer, prompts, 1, 4, do_sample=False)[0]
+    assert again["stopped"].all() and again["new_tokens"][0] <= 2 < len(ids) + 3
+
+
+def test_the_metrics_of_a_run(finished_run):
+    metrics = json.loads((finished_run / "evaluation" / "metrics.json").read_text())
+    for name in ("base", "adapter", "merged"):
+        entry = metrics[name]
+        low, high = entry["perplexity"]["response_ci95"]
+        assert low < entry["perplexity"]["response"] < high
+        assert set(entry["generation"]) == {"stop_rate", "structure_rate", "mean_new_tokens", "tokens_per_second"}
+        assert entry["tokens"] == metrics["base"]["tokens"] > 0
+    assert metrics["adapter"]["perplexity"]["response"] < 0.9 * metrics["base"]["perplexity"]["response"]
+    samples = [json.loads(line) for line in (finished_run / "evaluation" / "samples.jsonl").read_text().splitlines()]
+    assert {"question", "in_the_table", "base", "adapter", "merged", "disclaimer"} == set(samples[0])
+    assert all("not medical advice" in sample["disclaimer"] for sample in samples)

@@ -1,0 +1,228 @@
+"""Notebook 01: cleaning, dropping, splitting, formatting."""
+
+import json
+import random
+from collections import Counter
+
+import datasets
+import pandas as pd
+import pytest
+from conftest import ROOT, TABLE, make
+
+FIELDS = ("issue", "item", "remedy", "yoga")
+QUESTION = "I am suffering from {issue}. Please suggest a home remedy."
+ANSWER = "Here is a suggested remedy:\n\n**Item:** {item}\n**Remedy:** {remedy}\n**Recommended Yoga:** {yoga}"
+
+
+def row(issue="Cold", item="Ginger", remedy="Sip ginger tea twice a day.", yoga="Balasana"):
+    return {"issue": issue, "item": item, "remedy": remedy, "yoga": yoga}
+
+
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        ("  warm \t water\u00a0and  salt ", "warm water and salt"),
+        ("1½ cups", "1½ cups"),  # NFKC would make it 11⁄2
+        ("cafe\u0301", "café"),
+        ("a\u200bb\ufeff\x07", "ab"),
+        ("None", ""),
+        ("NaN", ""),
+        (" n/a ", ""),
+        ("-", ""),
+        ("https://example.org/pose.jpg?size=640", ""),
+        ("www.example.org/pose.png", ""),
+        ("HTTP://EXAMPLE.ORG", ""),
+        ("Rest. See https://example.org for more.", "Rest. See for more."),
+        ("Banana and none other", "Banana and none other"),
+        ("one\r\ntwo  \n\n\n\nthree", "one\ntwo\n\nthree"),
+    ],
+)
+def test_clean_cell(format_dataset, raw, cleaned):
+    assert format_dataset.clean_cell(raw) == cleaned
+    assert format_dataset.clean_cell(cleaned) == cleaned
+
+
+def test_reasons_to_drop(format_dataset):
+    rows = [
+        row(),
+        row(),
+        row(remedy="SIP GINGER TEA, twice a day!"),
+        row(remedy="Rest in a dark room for an hour."),
+        row(issue="Cough"),
+        row(issue=""),
+        row(remedy=""),
+        row(issue="cold "),
+    ]
+    reasons = format_dataset.reason_to_drop(pd.DataFrame(rows), ["issue"], "remedy", 0.9)
+    assert list(reasons) == ["", "duplicate", "near duplicate", "", "", "no question", "no answer", "near duplicate"]
+
+
+def test_lines_without_a_value_are_left_out(format_dataset):
+    filled = format_dataset.fill(ANSWER, row(item="", yoga=""))
+    assert filled == "Here is a suggested remedy:\n\n**Remedy:** Sip ginger tea twice a day."
+
+
+def test_braces_in_a_value_stay(format_dataset):
+    assert format_dataset.fill("{remedy}", row(remedy="use {yoga} {0}")) == "use {yoga} {0}"
+
+
+def test_template_of_another_table(format_dataset):
+    example = format_dataset.to_conversation({"q": "Why?", "a": "Because."}, "{q}", "{a}")
+    assert example["prompt"] == [{"role": "user", "content": "Why?"}]
+    assert example["completion"] == [{"role": "assistant", "content": "Because."}]
+
+
+def test_splits_do_not_move(format_dataset):
+    keys = [f"issue {i}" for i in range(300)]
+    split = format_dataset.assign_splits(keys, 42, 0.1, 0.15)
+    sizes = Counter(split.values())
+    assert 15 < sizes["validation"] < 50 and 25 < sizes["test"] < 70
+    shuffled = random.Random(0).sample(keys, len(keys))
+    assert format_dataset.assign_splits(shuffled, 42, 0.1, 0.15) == split
+    more = format_dataset.assign_splits([*keys, *(f"new {i}" for i in range(300))], 42, 0.1, 0.15)
+    assert all(more[key] == split[key] for key in keys)
+    assert format_dataset.assign_splits(keys, 43, 0.1, 0.15) != split
+
+
+@pytest.mark.parametrize("questions", [3, 4, 5, 10])
+def test_small_tables_get_every_split(format_dataset, questions):
+    for seed in range(50):
+        split = format_dataset.assign_splits([f"q{i}" for i in range(questions)], seed, 0.1, 0.1)
+        assert set(split.values()) == {"train", "validation", "test"}
+
+
+def test_too_few_questions(format_dataset):
+    with pytest.raises(format_dataset.StageError, match="at least 3"):
+        format_dataset.assign_splits(["a", "b", "a"], 42, 0.1, 0.1)
+
+
+def test_case_and_punctuation_do_not_make_another_question(format_dataset):
+    key = format_dataset.question_key
+    assert key(row(issue="Sore Throat"), ["issue"]) == key(row(issue="sore  throat!"), ["issue"])
+    assert key(row(issue="Sore Throat"), ["issue"]) != key(row(issue="Sore Foot"), ["issue"])
+    assert key(row(issue="?!"), ["issue"]) != key(row(issue="..."), ["issue"])
+
+
+def test_encode(format_dataset, tokenizer):
+    encoded = format_dataset.encode(format_dataset.to_conversation(row(), QUESTION, ANSWER), tokenizer)
+    ids, mask = encoded["input_ids"], encoded["completion_mask"]
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+    response = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    assert response.strip().startswith("Here is a suggested remedy") and response.endswith("</s>")
+    assert mask == sorted(mask)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}",
+        "{{ bos_token }}{% for m in messages %}|{{ m['role'] }}|{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}|assistant|{% endif %}",
+    ],
+    ids=["no BOS, no EOS", "EOS after each turn and a line break after the last"],
+)
+def test_encode_puts_other_templates_right(format_dataset, tokenizer, monkeypatch, template):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    encoded = format_dataset.encode(format_dataset.to_conversation(row(), QUESTION, ANSWER), tokenizer)
+    ids, mask = encoded["input_ids"], encoded["completion_mask"]
+    response = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    assert response[-1] == tokenizer.eos_token_id and response.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_pad_token_that_is_eos_is_replaced(format_dataset, tokenizer):
+    assert tokenizer.pad_token == "<unk>"
+    assert tokenizer.padding_side == "right"
+
+
+def test_markers_in_the_data_stay_text(format_dataset, tokenizer):
+    markers = ["[INST]", "</s>", "<s>"]
+    text = format_dataset.break_markers("quote </s> and [INST] and <s>", markers)
+    assert not any(marker in text for marker in markers)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert not set(ids) & {tokenizer.bos_token_id, tokenizer.eos_token_id}
+
+
+def test_split_answer(format_dataset):
+    def count_words(row):
+        return len(row["remedy"].split())
+
+    text = "One two three. Four five! Six seven eight nine ten eleven. Twelve?"
+    parts, too_long = format_dataset.split_answer(row(remedy=text), "remedy", 5, count_words)
+    assert [part["remedy"] for part in parts] == ["One two three. Four five!", "Twelve?"]
+    assert too_long == 1
+    assert all(part["issue"] == "Cold" for part in parts)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_read_table(format_dataset, tmp_path, suffix):
+    table = pd.DataFrame({"q": ["a", "None", "é"], "a": ["007", "", "1.50"]})
+    path = tmp_path / f"table{suffix}"
+    if suffix == ".csv":
+        path.write_bytes(b"\xef\xbb\xbf" + table.to_csv(index=False).replace("\n", "\r\n").encode())
+    elif suffix == ".jsonl":
+        table.to_json(path, orient="records", lines=True)
+    else:
+        table.to_parquet(path)
+    assert format_dataset.read_table(str(path), "main").to_dict("list") == table.to_dict("list")
+
+
+def test_a_misspelt_column_is_named_and_the_nearest_suggested(format_dataset):
+    table = pd.DataFrame({"Health Isue": ["a"], "Remedy": ["b"]})
+    with pytest.raises(format_dataset.StageError, match=r"'Health Issue'.*Did you mean 'Health Isue'"):
+        format_dataset.rename_columns(table, {"issue": "Health Issue"}, ["issue"])
+
+
+def test_the_bundled_table(format_dataset):
+    table = format_dataset.read_table(str(TABLE), "main")
+    assert list(table.columns) == ["Name of Item", "Health Issue", "Home Remedy", "Yogasan"]
+    issues = {format_dataset.question_key({"issue": issue}, ["issue"]) for issue in table["Health Issue"]} - {""}
+    assert len(table) >= 240 and len(issues) >= 80
+
+
+def test_emergencies_are_sent_to_hospital():
+    table = pd.read_csv(TABLE, keep_default_na=False)
+    emergencies = (
+        "Chest Pain|Stroke|Difficulty Breathing|Allergic Reaction|Snake Bite|Poison|"
+        "Severe Burns|Heavy Bleeding|Head Injury|Seizure|Newborn|Animal Bite"
+    )
+    rows = table[table["Health Issue"].str.contains(emergencies)]
+    assert rows["Health Issue"].nunique() == 12
+    assert rows["Home Remedy"].str.contains("emergency|ambulance|hospital", case=False).all()
+    assert not rows["Name of Item"].any() and not rows["Yogasan"].any()
+
+
+def test_the_finished_run(finished_run):
+    report = json.loads((finished_run / "dataset" / "report.json").read_text())
+    splits = datasets.load_from_disk(finished_run / "dataset")
+    made = report["split_long_answers"]
+    assert report["rows_out"] == report["rows_in"] - sum(report["dropped"].values()) - made["rows"] + made["into"]
+    assert report["splits"] == {name: len(split) for name, split in splits.items()}
+    assert sum(report["splits"].values()) == report["rows_out"]
+    assert set(report["dropped"]) == {"no question", "no answer", "duplicate", "near duplicate"}
+    prompts = [{p[0]["content"].casefold() for p in split["prompt"]} for split in splits.values()]
+    assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+    for split in splits.values():
+        for text in split["text"]:
+            assert text.startswith("<s>") and text.count("<s>") == 1
+            assert text.endswith("</s>") and text.count("</s>") == 1
+            assert "http" not in text and "None" not in text and " nan" not in text
+
+
+def test_a_table_of_another_shape(tmp_path):
+    """A question/answer JSONL goes through by parameters alone; the answers may have several paragraphs."""
+    rows = [{"q": f"What is {i} plus {i}?", "a": f"It is {2 * i}.\n\nCount on your fingers."} for i in range(40)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    profile = ROOT / "profiles" / "tiny.yaml"
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        profile.read_text().replace("data/home_remedies.csv", str(tmp_path / "sums.jsonl"))
+        + "columns: {question: q, answer: a}\nquestion_template: '{question}'\nanswer_template: '{answer}'\n"
+        "answer_column: answer\n"
+    )
+    done = make("01_format_dataset", "PROFILE=own", f"PROFILE_FILE={own}", f"RUN_DIR={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "dataset" / "report.json").read_text())
+    assert report["rows_out"] == 40 and not report["dropped"]
