@@ -90,6 +90,7 @@ parameters = {
 
 # %%
 import json
+import os
 import platform
 import re
 import resource
@@ -100,6 +101,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same bits from the same sums, whatever the memory looks like
 
 import torch
 

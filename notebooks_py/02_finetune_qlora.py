@@ -27,8 +27,8 @@
 #
 # - **In:** `dataset/` in the run folder, from notebook 1.
 # - **Out:** `adapter/`, a LoRA adapter of some hundred megabytes or less, `training/metrics.json` and the loss curves.
-# - **Time:** minutes for a table of some hundred rows on a GPU; about three minutes on a CPU with the small model of the
-#   `cpu` profile.
+# - **Time:** minutes for a table of some hundred rows on a GPU; three minutes on a CPU with the small model of
+#   `profiles/cpu.yaml`.
 #
 # QLoRA ([Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)) keeps the base model frozen in 4 bits and trains a
 # small [LoRA](https://arxiv.org/abs/2106.09685) adapter through it, so that a 7B model trains on a card of 15 GB.
@@ -91,6 +91,7 @@ parameters = {
 
 # %%
 import json
+import os
 import platform
 import resource
 import shutil
@@ -100,6 +101,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same bits from the same sums, whatever the memory looks like
 
 import torch
 
@@ -177,7 +180,6 @@ def record(stage, dataset_fingerprint):
 
 # %%
 import logging
-import os
 import warnings
 
 # bitsandbytes looks for an optional CPU kernel, and tqdm for widgets; both do without
@@ -482,10 +484,10 @@ for parameter in trainer.model.parameters():
 def expected_memory_gib(model, dtype, tokens, gradient_checkpointing, optimizer_bytes):
     """Expected peak memory of training on batches of `tokens` tokens in GiB.
 
-    It is the sum of what is there already, the adapter's gradients and optimizer states, the activations and the logits.
-    Activations: those of a Llama layer without the attention matrix, which SDPA does not keep, after Korthikanti et al.,
-    2022 (https://arxiv.org/abs/2205.05198), and each adapter's input after dropout with its mask. With checkpointing,
-    one hidden state a layer and one layer in full.
+    The sum of what is there already, the adapter's gradients and optimizer states, the activations and the logits.
+    Activations: those of a Llama layer without the attention matrix, which SDPA does not keep, after Korthikanti et
+    al., 2022 (https://arxiv.org/abs/2205.05198), and each adapter's input after dropout with its mask. With
+    checkpointing, one hidden state a layer and one layer in full.
     """
     config, size = model.config, dtype.itemsize
     adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)

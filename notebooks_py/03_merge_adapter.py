@@ -76,6 +76,7 @@ parameters = {
 
 # %%
 import json
+import os
 import platform
 import resource
 import shutil
@@ -85,6 +86,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same bits from the same sums, whatever the memory looks like
 
 import torch
 
@@ -472,6 +475,7 @@ def load_base(base_model, revision, dtype, attn_implementation):
     return model
 
 
+# %%
 def encode_prompt(prompt, tokenizer):
     """Token ids of a prompt, a list of messages, up to where the answer begins; they start with one BOS."""
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
@@ -496,6 +500,7 @@ def encode(example, tokenizer):
     return {"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
 
 
+# %%
 def logits_of(model, rows):
     """The logits of `model` at every token of `rows`, lists of token ids, in fp32 on the CPU: [tokens, vocabulary]."""
     model.eval()
