@@ -12,6 +12,9 @@ STAGES := 01_format_dataset 02_finetune_qlora 03_merge_adapter 04_evaluate
 PROFILE_FILE := profiles/$(PROFILE).yaml
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/.ready,environment)
+CLEAR_METADATA := --ClearMetadataPreprocessor.enabled=True \
+	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",)}' \
+	--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{("language_info", "name"), ("kernelspec",)}'
 BASE_MODELS := .cache/SmolLM2-135M-Instruct .cache/tiny-llama
 USED := $(shell cat $(PROFILE_FILE) 2>/dev/null) $(ARGS)
 # what the first stage reads: the base model if it is one of ours, and the table if it is a file here
@@ -27,7 +30,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 export PYTHONWARNINGS = ignore
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: run-all $(STAGES) setup environment base-models test reference sync lint lab clean help FORCE
+.PHONY: run-all $(STAGES) setup environment base-models test reference examples sync lint lab clean help FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
@@ -79,8 +82,13 @@ reference: $(READY) .cache/tiny-llama/config.json ## remake tests/reference afte
 	@for stage in $(STAGES); do $(PY) -c "$$RUN_STAGE" notebooks/$$stage.ipynb tests/reference/$$stage.ipynb \
 		--cwd tests/reference -f profiles/tiny.yaml -p run_dir ../../runs/reference \
 		-p base_model ../../.cache/tiny-llama -p dataset ../../data/home_remedies.csv || exit 1; done
-	@$(PY) -m nbconvert --log-level=ERROR --to notebook --inplace --ClearMetadataPreprocessor.enabled=True \
-		--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",)}' tests/reference/*.ipynb
+	@$(PY) -m nbconvert --log-level=ERROR --to notebook --inplace $(CLEAR_METADATA) tests/reference/*.ipynb
+
+examples: ## remake examples/cpu_run, the executed notebooks of the cpu profile, and its plot
+	@$(MAKE) --no-print-directory run-all PROFILE=cpu RUN_DIR=runs/examples
+	@mkdir -p examples/cpu_run && cp runs/examples/0*.ipynb runs/examples/evaluation/* examples/cpu_run
+	@$(PY) -m nbconvert --log-level=ERROR --to notebook --inplace $(CLEAR_METADATA) examples/cpu_run/*.ipynb
+	@$(PY) -c "$$EXTRACT_PLOT" examples/cpu_run/04_evaluate.ipynb examples/cpu_run/results.png
 
 sync: $(READY) ## format notebooks_py/ and bring notebooks/ up to date with it (or the other way, whichever is newer)
 	@$(PY) -m jupytext --quiet --sync notebooks_py/*.py
@@ -148,4 +156,14 @@ for name in ("base", "adapter", "merged"):
 print(f"\nmodel {run / 'merged'}, adapter {run / 'adapter'}, metrics and samples {run / 'evaluation'},")
 print(f"executed notebooks {run}/*.ipynb. Educational: no answer of these models is medical advice.")
 endef
-export RUN_STAGE CHECK_PARAMETERS SUMMARY
+
+define EXTRACT_PLOT
+import base64, sys
+from pathlib import Path
+import nbformat
+
+outputs = [output for cell in nbformat.read(sys.argv[1], 4).cells for output in cell.get("outputs", [])]
+plot = next(output.data["image/png"] for output in outputs if "image/png" in output.get("data", {}))
+Path(sys.argv[2]).write_bytes(base64.b64decode(plot))
+endef
+export RUN_STAGE CHECK_PARAMETERS SUMMARY EXTRACT_PLOT

@@ -276,18 +276,18 @@ print(f"{len(names)} tensors in {len(set(files.values()))} files")
 # ## One matrix
 #
 # Merging one matrix is one line: $W' = W + s\,BA$, where $s$ is $\alpha / r$. The sum is taken in fp32 and rounded
-# once. `read` fetches one tensor from the files; `pread` keeps the rest of the file out of memory.
+# once. `read` fetches one tensor; of the file that holds it, only that part comes into memory.
 
 
 # %%
 def read(name):
     """One tensor of the base model, by name, on the CPU, dequantized to fp32 if it is stored in 4 bits."""
-    with safe_open(files[name], framework="pt", backend="pread") as file:
+    with safe_open(files[name], framework="pt") as file:
         tensor = file.get_tensor(name)
     if name in stored_in_4_bits:
         parts = {part: None for part in files if part.startswith(f"{name}.")}
         for part in parts:
-            with safe_open(files[part], framework="pt", backend="pread") as file:
+            with safe_open(files[part], framework="pt") as file:
                 parts[part] = file.get_tensor(part)
         state = QuantState.from_dict(
             {part.removeprefix(f"{name}."): t for part, t in parts.items()}, torch.device("cpu")
@@ -298,16 +298,17 @@ def read(name):
 
 def through_nf4(weight, dtype):
     """A weight as training saw it: cast to `dtype`, quantized to NF4 with double quantization, and back, in fp32."""
-    return dequantize_4bit(*quantize_4bit(weight.to(dtype).float(), quant_type="nf4", compress_statistics=True))
+    weight = weight.to("cuda" if torch.cuda.is_available() else "cpu", dtype).float()
+    return dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True)).cpu()
 
 
-def lora_delta(adapter, config, module):
-    """What LoRA adds to a module's weight: alpha / r · B A, or alpha / √r · B A for rsLoRA; fp32, [out, in]."""
+def add_lora(weight, adapter, config, module):
+    """Add α / r · B A (rsLoRA: α / √r · B A) of a module to its `weight`, fp32 and [out, in], in place."""
     r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
     scale = alpha / (r**0.5 if config.use_rslora else r)
     a, b = (adapter[f"base_model.model.{module}.lora_{matrix}.weight"].float() for matrix in "AB")
-    return scale * (b @ a)
+    return weight.addmm_(b, a, alpha=scale)
 
 
 # %% [markdown]
@@ -339,7 +340,7 @@ def merge(name):
     if base_weights == "dequantized" and name in quantized and name not in stored_in_4_bits:
         weight = through_nf4(weight, training_dtype)
     if module in adapted:
-        weight = weight.float() + lora_delta(adapter, config, module)
+        weight = add_lora(weight.to(torch.float32, copy=True), adapter, config, module)
     return weight.to(merged_dtype).contiguous()
 
 
@@ -515,29 +516,38 @@ except (OSError, ValueError, KeyError):
     raise StageError(f"{run / 'dataset'} is missing or damaged. Run 01_format_dataset first.") from None
 rows = [encode(row, tokenizer)["input_ids"] for row in test_rows]
 gpu = torch.cuda.is_available()
+room = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
 # fp32 where there is room for it, so that only the rounding of the weights is left
-roomy = not gpu and psutil.virtual_memory().available > 3 * total_size * 4 / merged_dtype.itemsize
-dtype = torch.float32 if roomy else merged_dtype
+dtype = torch.float32 if not gpu and room > 3 * total_size * 4 / merged_dtype.itemsize else merged_dtype
 plain = {"dtype": dtype, "device_map": {"": 0} if gpu else "cpu", "use_safetensors": True}
+provable = room > 1.05 * total_size
+if not provable:
+    print(f"UNPROVEN: comparing takes {total_size / 2**30:.1f} GiB of memory, and there are {room / 2**30:.1f} GiB.")
 
-if base_weights == "original":
-    reference = AutoModelForCausalLM.from_pretrained(base_folder, **plain)
-else:
-    reference = load_base(base_folder, None, training_dtype, "sdpa")
-expected = logits_of(PeftModel.from_pretrained(reference, run / "adapter"), rows)
-del reference
-gc.collect()
-torch.cuda.empty_cache()
-actual = logits_of(AutoModelForCausalLM.from_pretrained(folder, **plain), rows)
+# %% tags=["nbval-ignore-output"]
+difference = logit_range = agreement = None
+if provable:
+    if base_weights == "original":
+        reference = AutoModelForCausalLM.from_pretrained(base_folder, **plain)
+    else:
+        reference = load_base(base_folder, None, training_dtype, "sdpa")
+    expected = logits_of(PeftModel.from_pretrained(reference, run / "adapter"), rows)
+    del reference
+    gc.collect()
+    torch.cuda.empty_cache()
+    actual = logits_of(AutoModelForCausalLM.from_pretrained(folder, **plain), rows)
+    difference = (actual - expected).abs().max().item()
+    logit_range = (expected.max() - expected.min()).item()
+    agreement = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
 
 # %%
-difference = (actual - expected).abs().max().item()
-logit_range = (expected.max() - expected.min()).item()
-agreement = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
-if not difference < 0.05 * logit_range:
-    raise StageError(f"The merged model differs by {difference:.3g} in logits that span {logit_range:.3g}: not kept.")
-print(f"largest difference: {difference / logit_range:.1%} of the range of the logits")
-print(f"same most likely next token at {agreement:.0%} of the positions")
+if provable:
+    print(f"largest difference: {difference / logit_range:.1%} of the range of the logits")
+    print(f"same most likely next token at {agreement:.0%} of the positions")
+    if not difference < 0.05 * logit_range:
+        raise StageError(
+            f"The merged model differs by {difference:.3g} in logits that span {logit_range:.3g}: not kept."
+        )
 
 # %% [markdown]
 # ## Save
