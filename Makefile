@@ -29,6 +29,7 @@ endif
 export JUPYTER_PREFER_ENV_PATH = 1
 export PYTHONWARNINGS = ignore
 export TOKENIZERS_PARALLELISM = false
+export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
 .PHONY: run-all $(STAGES) setup environment base-models test reference examples sync lint lab clean help FORCE
 .DELETE_ON_ERROR:
@@ -63,7 +64,9 @@ $(or $(VENV),.venv)/.ready: requirements.txt
 	@touch $@
 
 environment:
-	@$(PY) -c 'import torch, transformers, peft, bitsandbytes, trl, datasets, papermill' || { echo "This environment lacks a package: $(PY) -m pip install -r requirements.txt" >&2; exit 1; }
+	@$(PY) -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' \
+		torch transformers peft bitsandbytes trl datasets papermill \
+		|| { echo "This environment lacks a package: $(PY) -m pip install -r requirements.txt" >&2; exit 1; }
 
 base-models: $(addsuffix /config.json,$(BASE_MODELS)) ## make the base models of the cpu and tiny profiles in .cache
 
@@ -71,7 +74,7 @@ base-models: $(addsuffix /config.json,$(BASE_MODELS)) ## make the base models of
 .cache/tiny-llama/config.json: MODEL = tiny
 .cache/%/config.json: profiles/base_models.py | $(READY)
 	@echo "making the base model $(@D)"
-	@rm -rf $(@D) && mkdir -p .cache && $(PY) $< $(MODEL) $(@D)
+	@rm -rf $(@D) && mkdir -p .cache && TQDM_DISABLE=1 $(PY) $< $(MODEL) $(@D)
 
 test: $(READY) .cache/tiny-llama/config.json ## unit tests, contract tests, and the notebooks against tests/reference
 	@rm -rf runs/reference

@@ -406,7 +406,8 @@ def newest_checkpoint(folder, settings):
 settings = {name: value for name, value in parameters.items() if name != "run_dir"}
 settings |= {"dataset_fingerprint": report["fingerprint"], "dtype": str(dtype), "device": model.device.type}
 checkpoint = newest_checkpoint(run / "checkpoints", settings)
-remove(run / "adapter")  # it comes back when this training has ended
+if checkpoint is None:
+    remove(run / "adapter")  # an adapter of other settings; it comes back when this training has ended
 print(f"going on from {checkpoint.name}" if checkpoint else "starting from the beginning")
 
 # %% [markdown]
@@ -518,7 +519,11 @@ pd.Series(
 ).to_frame()
 
 # %% tags=["nbval-ignore-output"]
-print(f"expected peak memory: {memory:.1f} GiB")
+disk = trainable * (4 + 3 * (4 + optimizer_bytes))  # the adapter; two checkpoints, and one more while it is written
+free = shutil.disk_usage(run).free
+print(f"expected peak memory: {memory:.1f} GiB; disk: {disk / 2**30:.1f} of {free / 2**30:.1f} GiB that are free")
+if disk > free:
+    raise StageError(f"Training writes {disk / 2**20:,.1f} MiB to {run}, which has room for {free / 2**20:,.1f} MiB.")
 
 # %% [markdown]
 # ## Train
@@ -568,7 +573,7 @@ metrics = {
     "tokens": trained_tokens,
     "seconds": seconds,
     "tokens_per_second": round(trained_tokens / seconds, 1),
-    "peak_memory_gib": max(peak_memory_gib().values()) if dtype == torch.float32 else peak_memory_gib()["gpu"],
+    "peak_memory_gib": peak_memory_gib().get("gpu", peak_memory_gib()["host"]),
     "trainable_parameters": trainable,
     "trainable_percent": round(trainable_percent, 4),
     "loss_first": float(training_loss.iloc[0]),

@@ -392,7 +392,9 @@ if not plan_file.exists() or json.loads(plan_file.read_text()) != plan:
 remove(run / "merged")
 free = shutil.disk_usage(run).free + sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 if total_size > free:
-    raise StageError(f"The merged model needs {total_size / 2**30:.1f} GiB; {run} has room for {free / 2**30:.1f} GiB.")
+    raise StageError(
+        f"The merged model needs {total_size / 2**20:,.1f} MiB; {run} has room for {free / 2**20:,.1f} MiB."
+    )
 
 # %% tags=["nbval-ignore-output"]
 merging_started = time.perf_counter()
