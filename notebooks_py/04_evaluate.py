@@ -53,7 +53,7 @@ base_model = "NousResearch/Llama-2-7b-chat-hf"
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
 precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
 attn_implementation = "sdpa"
-batch_size = 4
+eval_batch_size = 4  # rows to score, or questions to answer, at once
 window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
 stride = 512  # by which a window moves on
 samples = 20  # questions of the test split to answer
@@ -398,9 +398,9 @@ scores, answers, seconds = {}, {}, {}
 
 def evaluate(name, model):
     """Score the test rows and answer the prompts with one of the three models."""
-    scores[name] = score(model, list(test), tokenizer.pad_token_id, batch_size, window, stride)
+    scores[name] = score(model, list(test), tokenizer.pad_token_id, eval_batch_size, window, stride)
     set_seed(seed)
-    answers[name], seconds[name] = generate(model, tokenizer, prompts, batch_size, max_new_tokens, **sampling)
+    answers[name], seconds[name] = generate(model, tokenizer, prompts, eval_batch_size, max_new_tokens, **sampling)
 
 
 # %% [markdown]
