@@ -102,7 +102,7 @@ lint: $(READY) ## check format, names and pairs
 	@$(PY) -m ruff format --check --quiet && $(PY) -m ruff check --quiet
 
 lab: $(READY) ## open the notebooks in JupyterLab
-	@$(PY) -m pip install --quiet --disable-pip-version-check jupyterlab==4.6.0
+	@$(PY) -m pip install --quiet --disable-pip-version-check jupyterlab==4.6.6
 	@$(PY) -m jupyter lab notebooks
 
 clean: ## delete runs/ and .cache/; the environment stays

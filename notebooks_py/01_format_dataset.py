@@ -201,6 +201,18 @@ datasets.disable_progress_bars()
 
 
 # %%
+def read_hub(name, revision):
+    """Read all splits of a Hub data set as one DataFrame. Raises StageError if that fails, for whatever reason."""
+    try:
+        splits = datasets.load_dataset(name, revision=revision)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StageError(
+            f"dataset={name}: no such file here (looked in {Path.cwd()}), and not to be had from the Hub: {reason}"
+        ) from None
+    return pd.concat([split.to_pandas() for split in splits.values()])
+
+
 def read_table(source, revision):
     """Read a Hub data set or a local .csv, .jsonl or .parquet file as a DataFrame of strings, missing cells empty.
 
@@ -218,10 +230,9 @@ def read_table(source, revision):
         elif path.exists():
             raise StageError(f"dataset={source}: this kind of file is not read. Use .csv, .jsonl or .parquet.")
         else:
-            splits = datasets.load_dataset(source, revision=revision)
-            table = pd.concat([split.to_pandas() for split in splits.values()])
+            table = read_hub(source, revision)
     except FileNotFoundError:
-        raise StageError(f"dataset={source}: there is no such file or Hub data set (looked in {Path.cwd()}).") from None
+        raise StageError(f"dataset={source}: there is no such file (looked in {Path.cwd()}).") from None
     except UnicodeDecodeError as error:
         raise StageError(
             f"dataset={source} is not UTF-8 (byte {error.start}). Save it as UTF-8 and try again."

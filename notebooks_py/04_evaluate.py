@@ -524,7 +524,7 @@ heights = [m["perplexity"]["response"] for m in metrics.values()]
 intervals = np.array([m["perplexity"]["response_ci95"] for m in metrics.values()]).T
 bars = left.bar(list(metrics), heights, color=["0.85", "0.6", "0.35"], edgecolor="black")
 left.errorbar(range(3), heights, np.abs(intervals - heights), fmt="none", color="black", capsize=6)
-left.bar_label(bars, fmt="%.1f", label_type="center", color="black", backgroundcolor="white")
+left.bar_label(bars, fmt="%.2f", label_type="center", color="black", backgroundcolor="white")
 left.set(ylabel="response perplexity", title="Test split, 95% intervals")
 lengths = [answers[name]["new_tokens"] for name in metrics]
 right.hist(lengths, bins=12, label=list(metrics), color=["0.85", "0.6", "0.35"], edgecolor="black")

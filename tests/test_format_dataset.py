@@ -226,3 +226,19 @@ def test_a_table_of_another_shape(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "dataset" / "report.json").read_text())
     assert report["rows_out"] == 40 and not report["dropped"]
+
+
+def test_whatever_the_hub_answers_is_one_line(format_dataset, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Cannot send a request,\nas the client has been closed.")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(format_dataset.StageError, match=r"no such file here.*from the Hub: Cannot send a request,$"):
+        format_dataset.read_table("someone/table", "main")
+
+
+def test_all_splits_of_a_hub_data_set_are_read(format_dataset, monkeypatch):
+    parts = {name: datasets.Dataset.from_dict({"q": [name], "a": [None]}) for name in ("train", "test")}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: datasets.DatasetDict(parts))
+    table = format_dataset.read_table("someone/table", "main")
+    assert table.to_dict("list") == {"q": ["train", "test"], "a": ["", ""]}

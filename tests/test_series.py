@@ -173,6 +173,7 @@ def test_a_table_in_another_encoding(tmp_path):
     [
         ({"dataset": "Makefile"}, r"Makefile: this kind of file is not read.*\.parquet"),
         ({"dataset": "someone/no-such-table"}, r"dataset=someone/no-such-table"),
+        ({"dataset": "nowhere.jsonl"}, r"nowhere.jsonl: there is no such file"),
         ({"base_model": "no/such-model"}, r"base_model=no/such-model: not a model folder here"),
         ({"base_model": "data"}, r"base_model=data: not a model folder here"),
         ({"max_length": 10}, r"max_length=10 leaves no room.*the shortest prompt has \d+ tokens"),
