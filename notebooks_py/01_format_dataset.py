@@ -224,6 +224,8 @@ def read_table(source, revision):
         ".jsonl": lambda p: pd.read_json(p, lines=True, dtype=False, convert_dates=False, encoding="utf-8-sig"),
         ".parquet": pd.read_parquet,
     }
+    if path.suffix in readers and not path.exists():
+        raise StageError(f"dataset={source}: there is no such file (looked in {Path.cwd()}).")
     try:
         if path.suffix in readers:
             table = readers[path.suffix](path)
@@ -231,8 +233,6 @@ def read_table(source, revision):
             raise StageError(f"dataset={source}: this kind of file is not read. Use .csv, .jsonl or .parquet.")
         else:
             table = read_hub(source, revision)
-    except FileNotFoundError:
-        raise StageError(f"dataset={source}: there is no such file (looked in {Path.cwd()}).") from None
     except UnicodeDecodeError as error:
         raise StageError(
             f"dataset={source} is not UTF-8 (byte {error.start}). Save it as UTF-8 and try again."
