@@ -431,11 +431,20 @@ class Stopwatch(TrainerCallback):
         state.log_history[-1]["seconds"] = round(time.perf_counter() - self.start, 2)
 
 
+def steps_if_stopped(checkpoint):
+    """The steps of a training that had come to its end, early or not, at this checkpoint; otherwise -1, no limit."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    return state["global_step"] if control.get("should_training_stop") else -1
+
+
 # %%
 training_arguments = SFTConfig(
     output_dir=str(run / "checkpoints"),
     seed=seed,
     num_train_epochs=epochs,
+    max_steps=steps_if_stopped(checkpoint),
+    restore_callback_states_from_checkpoint=early_stopping_patience > 0,
     per_device_train_batch_size=batch_size,
     per_device_eval_batch_size=batch_size,
     gradient_accumulation_steps=gradient_accumulation_steps,
@@ -535,6 +544,7 @@ if disk > free:
 before = trainer.evaluate()["eval_loss"]
 trainer.state.log_history.clear()
 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+set_seed(seed)  # with group_by_length the batches of an evaluation are drawn, too
 after = trainer.evaluate()["eval_loss"]
 
 # %% [markdown]

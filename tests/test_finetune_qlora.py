@@ -120,10 +120,16 @@ def test_resuming_throws_away_what_is_not_whole(finetune, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "-p group_by_length true -p epochs 2 -p packing false"], ids=["random", "grouped"]
+    "arguments",
+    [
+        "",
+        "-p group_by_length true -p epochs 2",
+        "-p packing true -p epochs 4 -p learning_rate 0.2 -p early_stopping_patience 1",
+    ],
+    ids=["random", "grouped", "packed, stopping early"],
 )
 def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, arguments):
-    """SIGKILL once the first checkpoint is there; the next run goes on from it."""
+    """SIGKILL once the first checkpoint is there; the next run goes on from it; one after the end changes nothing."""
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run / "dataset", run_dir / "dataset")
     done = tmp_path / "done"
@@ -152,3 +158,6 @@ def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, ar
     }
     weights = [(d / "adapter" / "adapter_model.safetensors").read_bytes() for d in (done, run_dir)]
     assert weights[0] == weights[1]
+    assert start(run_dir).wait() == 0
+    again = json.loads((run_dir / "training" / "metrics.json").read_text())
+    assert {k: v for k, v in again.items() if k not in TIMES} == {k: v for k, v in resumed.items() if k not in TIMES}
