@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY, run_script
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 TIMES = {"seconds", "tokens_per_second", "peak_memory_gib"}
@@ -81,8 +82,10 @@ def test_the_loss_covers_the_response_and_its_eos_and_nothing_else(stage):
 
 
 def test_the_adapter_is_trained_in_fp32_and_learns(stage):
+    # as it was during training, before the best checkpoint was loaded again
+    checkpoints = list((stage.run / "checkpoints").glob("checkpoint-*/adapter_model.safetensors"))
+    assert {p.dtype for path in checkpoints for p in load_file(path).values()} == {torch.float32}
     trained = {n: p for n, p in stage.trainer.model.named_parameters() if p.requires_grad}
-    assert {p.dtype for p in trained.values()} == {torch.float32}
     assert all(p.abs().max() > 0 for p in trained.values()), "B starts at zero"
     metrics = json.loads((stage.run / "training" / "metrics.json").read_text())
     assert metrics["eval_loss_after"] < metrics["eval_loss_before"] - 0.1
