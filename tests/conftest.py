@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / ".cache" / "tiny-llama"
@@ -75,3 +76,10 @@ def run_script(name, **parameters):
     namespace = {"__name__": name}
     exec(compile("\n# %%".join(cells), name, "exec"), namespace)
     return SimpleNamespace(**namespace)
+
+
+def run_tiny(name, run_dir, **parameters):
+    """`run_script` with the tiny profile, its paths made absolute, and `parameters` on top."""
+    profile = yaml.safe_load((ROOT / "profiles" / "tiny.yaml").read_text())
+    profile |= {"base_model": str(TINY), "dataset": str(TABLE), "run_dir": str(run_dir)}
+    return run_script(name, **{**profile, **parameters})

@@ -9,8 +9,7 @@ import time
 import psutil
 import pytest
 import torch
-import yaml
-from conftest import ROOT, TINY, run_script
+from conftest import ROOT, TINY, run_tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -23,8 +22,7 @@ def stage(finished_run, tmp_path_factory):
     """The globals of notebook 02 after it has run in this process on the tiny profile."""
     run_dir = tmp_path_factory.mktemp("stage") / "run"
     shutil.copytree(finished_run / "dataset", run_dir / "dataset")
-    profile = yaml.safe_load((ROOT / "profiles" / "tiny.yaml").read_text())
-    return run_script("02_finetune_qlora", **{**profile, "base_model": str(TINY), "run_dir": str(run_dir)})
+    return run_tiny("02_finetune_qlora", run_dir)
 
 
 @pytest.mark.parametrize(

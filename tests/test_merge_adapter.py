@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 import torch
-import yaml
-from conftest import ROOT, TINY, run_script
+from conftest import TINY, run_tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, pipeline
@@ -22,8 +21,7 @@ def run_dir(finished_run, tmp_path):
 
 
 def merge_stage(run_dir, **parameters):
-    profile = yaml.safe_load((ROOT / "profiles" / "tiny.yaml").read_text())
-    return run_script("03_merge_adapter", **{**profile, "base_model": str(TINY), "run_dir": str(run_dir), **parameters})
+    return run_tiny("03_merge_adapter", run_dir, **parameters)
 
 
 def logits(model):

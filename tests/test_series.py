@@ -8,7 +8,7 @@ import jupytext
 import nbformat
 import pytest
 import yaml
-from conftest import ROOT, TABLE, TINY, make, run_script
+from conftest import ROOT, TABLE, TINY, make, run_tiny
 
 STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate"]
 
@@ -126,10 +126,8 @@ def test_missing_file(tmp_path):
 
 def expect_error(stage, run_dir, message, **parameters):
     """A stage must stop with a StageError that matches `message`, and leave nothing under its own name."""
-    profile = yaml.safe_load((ROOT / "profiles" / "tiny.yaml").read_text())
-    profile |= {"base_model": str(TINY), "dataset": str(TABLE), "run_dir": str(run_dir)}
     with pytest.raises(Exception, match=message) as caught:
-        run_script(stage, **{**profile, **parameters})
+        run_tiny(stage, run_dir, **parameters)
     assert type(caught.value).__name__ == "StageError"
     assert "\n" not in str(caught.value) and caught.value._render_traceback_() == [f"StageError: {caught.value}"]
     output = ["dataset", "adapter", "merged", "evaluation"][STAGES.index(stage)]
