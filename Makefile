@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ifndef PROFILE
 PROFILE := $(shell nvidia-smi --query-gpu=compute_cap,memory.total --format=csv,noheader,nounits 2>/dev/null \
-	| awk -F, 'NR == 1 { found = $$1 >= 8 && $$2 > 20000 ? "a100" : "t4" } END { print found ? found : "cpu" }')
+	| awk -F, 'NR == 1 { found = $$1 >= 8 && $$2 > 35000 ? "a100" : "t4" } END { print found ? found : "cpu" }')
 endif
 RUN_DIR ?= runs/$(PROFILE)
 ARGS ?=
@@ -31,8 +31,10 @@ export PYTHONWARNINGS = ignore
 export TOKENIZERS_PARALLELISM = false
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: run-all $(STAGES) setup environment base-models test reference examples sync lint lab clean help FORCE
+.PHONY: run-all $(STAGES) setup environment base-models test test-gpu reference examples sync lint lab clean help FORCE
 .DELETE_ON_ERROR:
+# the stored outputs are those of a CPU
+test reference: export CUDA_VISIBLE_DEVICES =
 .SUFFIXES:
 
 run-all: 04_evaluate ## run the four notebooks; PROFILE=t4|a100|cpu|tiny, ARGS="-p name value", RUN_DIR=folder
@@ -78,7 +80,10 @@ base-models: $(addsuffix /config.json,$(BASE_MODELS)) ## make the base models of
 
 test: $(READY) .cache/tiny-llama/config.json ## unit tests, contract tests, and the notebooks against tests/reference
 	@rm -rf runs/reference
-	@$(PY) -m pytest --nbval --nbval-kernel-name=python3 tests
+	@$(PY) -m pytest -m "not gpu" --nbval --nbval-kernel-name=python3 tests
+
+test-gpu: $(READY) $(addsuffix /config.json,$(BASE_MODELS)) ## the tests that need an NVIDIA GPU; skipped without one
+	@$(PY) -m pytest -m gpu -rs -v --durations=0 tests/test_gpu.py
 
 reference: $(READY) .cache/tiny-llama/config.json ## remake tests/reference after a change of a notebook
 	@rm -rf runs/reference tests/reference && mkdir -p tests/reference

@@ -41,7 +41,7 @@ import sys
 from IPython import get_ipython
 
 if "google.colab" in sys.modules:
-    get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2")
+    get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5")
 
 # %% [markdown]
 # ## Parameters

@@ -41,7 +41,7 @@ import sys
 from IPython import get_ipython
 
 if "google.colab" in sys.modules:
-    get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2")
+    get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5")
 
 # %% [markdown]
 # ## Parameters
@@ -53,7 +53,7 @@ base_model = "NousResearch/Llama-2-7b-chat-hf"
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
 precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
 attn_implementation = "sdpa"
-eval_batch_size = 4  # rows to score, or questions to answer, at once
+eval_batch_size = 32  # rows to score, or questions to answer, at once, where memory allows
 window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
 stride = 512  # by which a window moves on
 samples = 20  # questions of the test split to answer
@@ -187,10 +187,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import transformers
+from huggingface_hub import snapshot_download
 from IPython.display import HTML
 from peft import PeftModel
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -396,11 +399,32 @@ sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if do
 scores, answers, seconds = {}, {}, {}
 
 
+def rows_that_fit(model, length, most):
+    """How many rows of `length` tokens, up to `most`, have room on the GPU beside `model`; `most` without a GPU.
+
+    A token takes its keys and values in every layer while an answer is generated, and its logits, as computed and twice
+    in fp32, while it is scored. A fifth of the free memory is left alone.
+    """
+    if not torch.cuda.is_available():
+        return most
+    config, size = model.config, model.dtype.itemsize
+    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    logits = config.vocab_size * (size + 4 + 4)
+    free, total = torch.cuda.mem_get_info()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    allowed = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_allocated()
+    return max(1, min(most, int(0.8 * min(free + unused, allowed) / (length * (keys_and_values + logits)))))
+
+
 def evaluate(name, model):
     """Score the test rows and answer the prompts with one of the three models."""
-    scores[name] = score(model, list(test), tokenizer.pad_token_id, eval_batch_size, window, stride)
+    longest = min(window, max(map(len, test["input_ids"])))
+    rows = rows_that_fit(model, longest, eval_batch_size)
+    scores[name] = score(model, list(test), tokenizer.pad_token_id, rows, window, stride)
+    longest = max_new_tokens + max(len(encode_prompt(prompt, tokenizer)) for prompt in prompts)
+    rows = rows_that_fit(model, longest, eval_batch_size)
     set_seed(seed)
-    answers[name], seconds[name] = generate(model, tokenizer, prompts, eval_batch_size, max_new_tokens, **sampling)
+    answers[name], seconds[name] = generate(model, tokenizer, prompts, rows, max_new_tokens, **sampling)
 
 
 # %% [markdown]
@@ -422,6 +446,48 @@ def compute_dtype(precision):
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
+class OnDisk:
+    """A tensor in a safetensors file, read each time it is asked for with `[...]`."""
+
+    def __init__(self, file, name, device):
+        self.file, self.name, self.device = file, name, device
+
+    def __getitem__(self, index):
+        with safe_open(self.file, framework="pt", device=self.device) as file:
+            return file.get_tensor(self.name)[index]
+
+
+def load_model(model, revision, dtype, attn_implementation, quantization_config=None):
+    """A causal language model, a folder or a name on the Hub, on the GPU if there is one, with its generation config.
+
+    It is read one tensor at a time. `from_pretrained` alone keeps all files mapped until the last tensor is read, so
+    that a 7B model in fp16 takes 13.7 GiB of resident memory on its way to the GPU; this way it takes 1.3 GiB. A model
+    stored in 4 bits is small enough, and needs the statistics beside its tensors.
+    """
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    options = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": attn_implementation}
+    patterns = ["*.safetensors", "*.json"]
+    folder = Path(
+        model if Path(model).is_dir() else snapshot_download(model, revision=revision, allow_patterns=patterns)
+    )
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+    weights = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            weights |= {name: OnDisk(path, name, device) for name in file.keys()}  # noqa: SIM118
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
+    loaded = kind.from_pretrained(
+        None, config=config, state_dict=weights, quantization_config=quantization_config, **options
+    )
+    loaded.name_or_path = loaded.config.name_or_path = str(model)  # what an adapter will say it was trained on
+    if (folder / "generation_config.json").exists():
+        loaded.generation_config = GenerationConfig.from_pretrained(folder)
+    return loaded
+
+
 def load_base(base_model, revision, dtype, attn_implementation):
     """The base model in NF4 with double quantization, computing in `dtype`, on the GPU if there is one.
 
@@ -429,23 +495,17 @@ def load_base(base_model, revision, dtype, attn_implementation):
     layout that has no gradient: a model that was evaluated once would never learn again, without an error
     (`Linear4bit.forward` in bitsandbytes 0.50). The attribute that asks for the repacking is switched off here.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        base_model,
-        revision=revision,
-        dtype=dtype,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-        device_map={"": 0} if torch.cuda.is_available() else "cpu",
-        attn_implementation=attn_implementation,
-        use_safetensors=True,
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
+    model = load_model(base_model, revision, dtype, attn_implementation, nf4)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = dtype  # a base stored in 4 bits brings the dtype of whoever stored it
     return model
 
 
@@ -466,13 +526,7 @@ evaluate("adapter", adapted)
 del base, adapted
 gc.collect()
 torch.cuda.empty_cache()
-merged = AutoModelForCausalLM.from_pretrained(
-    run / "merged",
-    dtype=dtype,
-    device_map={"": 0} if torch.cuda.is_available() else "cpu",
-    attn_implementation=attn_implementation,
-    use_safetensors=True,
-)
+merged = load_model(run / "merged", None, dtype, attn_implementation)
 evaluate("merged", merged)
 
 # %% [markdown]

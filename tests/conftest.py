@@ -68,9 +68,15 @@ def finished_run(tmp_path_factory):
     return run_dir
 
 
-def run_script(name, **parameters):
-    """Run a notebook's paired .py in this process with other parameters, as Papermill would. Returns its globals."""
-    cells = (ROOT / "notebooks_py" / f"{name}.py").read_text(encoding="utf-8").split("\n# %%")
+def run_script(name, before=None, **parameters):
+    """Run a notebook's paired .py in this process with other parameters, as Papermill would. Returns its globals.
+
+    With `before`, a heading, it stops in front of the part that the heading opens.
+    """
+    source = (ROOT / "notebooks_py" / f"{name}.py").read_text(encoding="utf-8")
+    if before:
+        source = source[: source.rindex("\n# %%", 0, source.index(f"\n# {before}\n"))]
+    cells = source.split("\n# %%")
     after = next(i for i, cell in enumerate(cells) if cell.startswith(' tags=["parameters"]')) + 1
     cells.insert(after, "\n" + "\n".join(f"{key} = {value!r}" for key, value in parameters.items()))
     namespace = {"__name__": name}
@@ -78,8 +84,8 @@ def run_script(name, **parameters):
     return SimpleNamespace(**namespace)
 
 
-def run_tiny(name, run_dir, **parameters):
+def run_tiny(name, run_dir, before=None, **parameters):
     """`run_script` with the tiny profile, its paths made absolute, and `parameters` on top."""
     profile = yaml.safe_load((ROOT / "profiles" / "tiny.yaml").read_text())
     profile |= {"base_model": str(TINY), "dataset": str(TABLE), "run_dir": str(run_dir)}
-    return run_script(name, **{**profile, **parameters})
+    return run_script(name, before, **{**profile, **parameters})

@@ -6,13 +6,17 @@ import subprocess
 import sys
 import time
 
+import bitsandbytes as bnb
+import numpy as np
 import psutil
 import pytest
 import torch
+import transformers
 from conftest import ROOT, TINY, run_tiny
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from transformers import AutoModelForCausalLM
 
 TIMES = {"seconds", "tokens_per_second", "peak_memory_gib"}
 
@@ -66,17 +70,26 @@ def test_gradient_reaches_every_adapter_also_after_an_evaluation(finetune):
 
 
 def test_the_loss_covers_the_response_and_its_eos_and_nothing_else(stage):
-    batch = next(iter(stage.trainer.get_train_dataloader()))
-    tokenizer = stage.tokenizer
-    assert batch["labels"].shape == batch["input_ids"].shape
-    for ids, labels, attention in zip(
-        *(batch[k].tolist() for k in ("input_ids", "labels", "attention_mask")), strict=True
-    ):
-        in_loss = [i for i, label in enumerate(labels) if label != -100]
-        assert [labels[i] for i in in_loss] == [ids[i] for i in in_loss]
-        assert in_loss == list(range(in_loss[0], sum(attention))), "one stretch, to the end of the row"
-        assert tokenizer.decode(ids[: in_loss[0]]).endswith("[/INST]")
-        assert ids[in_loss[-1]] == tokenizer.eos_token_id
+    """Also in packed rows, which are taken apart here by their positions."""
+    tokenizer, answers = stage.tokenizer, []
+    for batch in stage.trainer.get_train_dataloader():
+        assert {tuple(tensor.shape) for tensor in batch.values()} == {(len(batch["labels"]), stage.max_length)}
+        for ids, labels, positions in zip(
+            *(batch[k].tolist() for k in ("input_ids", "labels", "position_ids")), strict=True
+        ):
+            starts = [i for i, position in enumerate(positions) if position == 0]
+            for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+                if end - start == 1:  # padding
+                    assert (ids[start], labels[start]) == (tokenizer.pad_token_id, -100)
+                    continue
+                assert ids[start] == tokenizer.bos_token_id and positions[start:end] == list(range(end - start))
+                in_loss = [i for i in range(start, end) if labels[i] != -100]
+                assert [labels[i] for i in in_loss] == [ids[i] for i in in_loss]
+                assert in_loss == list(range(in_loss[0], end)), "one stretch, to the end of the example"
+                assert tokenizer.decode(ids[start : in_loss[0]]).endswith("[/INST]")
+                assert ids[end - 1] == tokenizer.eos_token_id
+                answers.append(ids[start:end])
+    assert sorted(answers) == sorted(stage.encoded["train"]["input_ids"]), "each example once"
 
 
 def test_the_adapter_is_trained_in_fp32_and_learns(stage):
@@ -87,24 +100,88 @@ def test_the_adapter_is_trained_in_fp32_and_learns(stage):
     assert all(p.abs().max() > 0 for p in trained.values()), "B starts at zero"
     metrics = json.loads((stage.run / "training" / "metrics.json").read_text())
     assert metrics["eval_loss_after"] < metrics["eval_loss_before"] - 0.1
-    assert metrics["steps"] == -(-metrics["examples"] // stage.batch_size)
+    assert metrics["steps"] == -(-len(stage.train) // stage.rows_a_step)
     assert metrics["tokens"] == sum(map(len, stage.encoded["train"]["input_ids"]))
 
 
 def test_packed_rows_do_not_see_each_other(stage):
-    """Loss and gradients of three rows packed into one equal those of the same rows padded."""
-    rows = [dict(stage.encoded["train"][i]) for i in range(3)]
-    model, gradients = stage.trainer.model, []
-    model.eval()  # dropout off
-    for padding_free in (False, True):
-        collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)
+    """Loss and gradients of examples packed into rows equal those of the same examples padded, and leaks would show."""
+    rows = [row for row in stage.train if len(row["seq_lengths"]) > 1][:2]
+    examples, leaking = [], []
+    for row in rows:
+        ends = np.cumsum(row["seq_lengths"])
+        examples += [
+            {name: row[name][end - n : end] for name in ("input_ids", "completion_mask")}
+            for end, n in zip(ends, row["seq_lengths"], strict=True)
+        ]
+        leaking.append({**row, "seq_lengths": [int(ends[-1])]})
+    assert len(examples) > len(rows)
+    model = stage.trainer.model.eval()  # dropout off
+
+    def gradient(batch):
         model.zero_grad()
-        loss = model(**collate(rows)).loss
+        loss = model(**stage.collate(batch)).loss
         loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
-    padded, packed = gradients
-    assert padded.norm() > 0
-    assert (padded - packed).norm() / padded.norm() < 1e-4
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    (loss, packed), (loss_padded, padded), (_, leaked) = map(gradient, (rows, examples, leaking))
+    assert loss == pytest.approx(loss_padded, abs=1e-5)
+    assert (padded - packed).norm() < 1e-4 * padded.norm()
+    assert (padded - leaked).norm() > 1e-2 * padded.norm()
+
+
+@pytest.mark.parametrize(("batch_size", "min_steps", "accumulate"), [(16, 300, 1), (16, 20, 1), (16, 20, 3), (4, 1, 1)])
+def test_a_small_table_is_dealt_out_in_small_batches(finished_run, batch_size, min_steps, accumulate):
+    """As many rows a step as leave `min_steps` steps, but at least one, and at most `batch_size`."""
+    parameters = {"batch_size": batch_size, "min_steps": min_steps, "gradient_accumulation_steps": accumulate}
+    stage = run_tiny("02_finetune_qlora", finished_run, before="## The base model, in 4 bits", **parameters)
+    rows = len(stage.train)
+    assert 1 <= stage.rows_a_step <= batch_size
+    assert stage.rows_a_step == 1 or rows / (stage.rows_a_step * accumulate) >= min_steps
+    assert stage.rows_a_step == batch_size or rows / ((stage.rows_a_step + 1) * accumulate) < min_steps
+
+
+def test_the_base_is_read_one_tensor_at_a_time(finetune, merge_adapter, tmp_path, monkeypatch):
+    """Same logits as from `from_pretrained`, from several files, with never more than one of them open."""
+    plain = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    plain.save_pretrained(tmp_path, max_shard_size="1MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    opened, most = [0], [0]
+
+    class Counted:
+        def __init__(self, *args, **kwargs):
+            self.file = safe_open(*args, **kwargs)
+
+        def __enter__(self):
+            opened[0] += 1
+            most[0] = max(most[0], opened[0])
+            return self.file.__enter__()
+
+        def __exit__(self, *error):
+            opened[0] -= 1
+            return self.file.__exit__(*error)
+
+    monkeypatch.setitem(finetune.load_model.__globals__, "safe_open", Counted)
+    monkeypatch.setattr(transformers.modeling_utils, "safe_open", None)  # it would keep all files mapped
+    model = finetune.load_model(tmp_path, None, torch.float32, "sdpa")
+    assert (opened, most) == ([0], [1])
+    assert model.name_or_path == model.config.name_or_path == str(tmp_path)
+    assert model.generation_config.eos_token_id == plain.generation_config.eos_token_id
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+def test_a_base_stored_in_4_bits_computes_in_the_dtype_of_the_run(finetune, tmp_path):
+    finetune.load_base(str(TINY), None, torch.bfloat16, "sdpa").save_pretrained(tmp_path)
+    model = finetune.load_base(str(tmp_path), None, torch.float32, "sdpa")
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert len(layers) == 2 * 7
+    assert {layer.compute_dtype for layer in layers} == {torch.float32}
+    again = finetune.load_base(str(TINY), None, torch.float32, "sdpa")
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, again(ids).logits, atol=0.1)
 
 
 def test_resuming_throws_away_what_is_not_whole(finetune, tmp_path):
@@ -124,10 +201,10 @@ def test_resuming_throws_away_what_is_not_whole(finetune, tmp_path):
     "arguments",
     [
         "",
-        "-p group_by_length true -p epochs 2",
-        "-p packing true -p epochs 4 -p learning_rate 0.2 -p early_stopping_patience 1",
+        "-p packing false -p epochs 2",
+        "-p epochs 4 -p learning_rate 0.2 -p early_stopping_patience 1",
     ],
-    ids=["random", "grouped", "packed, stopping early"],
+    ids=["packed", "padded", "packed, stopping early"],
 )
 def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, arguments):
     """SIGKILL once the first checkpoint is there; the next run goes on from it; one after the end changes nothing."""

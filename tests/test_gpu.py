@@ -1,0 +1,174 @@
+"""On an NVIDIA GPU, with the real weights of SmolLM2-135M: `make test-gpu`."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, make, run_script
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here"),
+]
+SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct"
+ON_GPU = {"use_liger_kernel": True, "optim": "paged_adamw_32bit"}
+NOISE = 0.03  # in nats: five seeds of one setting differed by up to 0.02
+
+
+def settings(run_dir, **parameters):
+    """The cpu profile, its paths made absolute, with what only a GPU has switched on."""
+    profile = yaml.safe_load((ROOT / "profiles" / "cpu.yaml").read_text())
+    return {**profile, **ON_GPU, "base_model": str(SMOLLM2), "run_dir": str(run_dir), **parameters}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run folder of the cpu profile in which notebook 1 has run."""
+    folder = tmp_path_factory.mktemp("gpu") / "run"
+    done = make("01_format_dataset", "PROFILE=cpu", f"RUN_DIR={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run_parameters():
+    """The defaults of notebook 2's parameters."""
+    source = (ROOT / "notebooks_py" / "02_finetune_qlora.py").read_text(encoding="utf-8")
+    cell = next(c for c in source.split("\n# %%") if c.startswith(' tags=["parameters"]'))
+    namespace = {}
+    exec(cell.partition("\n")[2], namespace)
+    return namespace
+
+
+class Skips(TrainerCallback):
+    """Count the optimizer steps that the fp16 gradient scaler skipped, and look at the gradients' norms."""
+
+    def __init__(self, trainer):
+        self.trainer, self.skipped = trainer, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.skipped.append(self.trainer.accelerator.optimizer_step_was_skipped)
+
+
+def train(run_dir, **parameters):
+    """Run notebook 2 up to its training, then train. Returns validation losses, skipped steps and the globals."""
+    stage = run_script("02_finetune_qlora", before="## Train", **settings(run_dir, **parameters))
+    trainer = stage.trainer
+    shutil.rmtree(stage.run / "checkpoints")
+    trainer.args.per_device_eval_batch_size = 4  # the mean over batches depends on how rows are batched
+    skips = Skips(trainer)
+    trainer.add_callback(skips)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    return before, trainer.evaluate()["eval_loss"], skips.skipped, stage
+
+
+@pytest.fixture(scope="module")
+def full_precision(run_dir):
+    return train(run_dir, precision="fp32", use_liger_kernel=False)[:2]
+
+
+@pytest.mark.parametrize("profile", ["t4", "a100"])
+def test_a_profile_learns_as_much_from_an_example_as_the_seeds_settings(run_dir, profile):
+    """Speed may not cost quality: one pass over the same rows, the profile's batches and rate against the seed's."""
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    seeds = {"packing": False, "batch_size": 4, "min_steps": 1, "learning_rate": 2e-4, "lora_dropout": 0.1}
+    of_profile = yaml.safe_load((ROOT / "profiles" / f"{profile}.yaml").read_text())
+    defaults = run_parameters()
+    ours = {name: of_profile.get(name, defaults[name]) for name in (*seeds, "gradient_checkpointing")}
+    _, after, _, stage = train(run_dir, lora_target_modules=attention, **ours)
+    _, after_seeds, _, _ = train(run_dir, lora_target_modules=attention, **seeds)
+    print(f"{profile}: {after:.3f} in {stage.steps} steps; the seed's settings: {after_seeds:.3f}")
+    assert after < after_seeds + NOISE
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_what_full_precision_learns(run_dir, full_precision, precision):
+    before, after, skipped, stage = train(run_dir, precision=precision)
+    assert before == pytest.approx(full_precision[0], abs=NOISE)
+    assert after == pytest.approx(full_precision[1], abs=NOISE)
+    assert after < before - 1
+    assert not any(skipped[10:]), "the gradient scaler has found its scale"
+    assert {p.dtype for p in stage.trainer.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_a_base_stored_in_4_bits_trains_in_fp16(run_dir, full_precision, tmp_path):
+    """Stored by someone with another card, as bf16; the seed's traps: dtype of the adapter, dtype of the layers."""
+    stored = tmp_path / "stored"
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(
+        SMOLLM2, dtype=torch.bfloat16, device_map={"": 0}, quantization_config=BitsAndBytesConfig(**nf4)
+    )
+    model.save_pretrained(stored)
+    for file in [*SMOLLM2.glob("*token*"), *SMOLLM2.glob("*.jinja")]:
+        shutil.copy(file, stored)
+    before, after, skipped, _ = train(run_dir, precision="fp16", base_model=str(stored))
+    assert before == pytest.approx(full_precision[0], abs=2 * NOISE)
+    assert after == pytest.approx(full_precision[1], abs=2 * NOISE)
+    assert not any(skipped[10:])
+
+
+def test_gradients_of_packed_and_unpacked_rows_agree(run_dir):
+    """In bf16 through 4-bit layers, to what rounding allows; rows that see each other differ by far more."""
+    stage = run_script("02_finetune_qlora", before="## Train", **settings(run_dir, precision="bf16"))
+    model, collate = stage.trainer.model.eval(), stage.trainer.data_collator  # eval: no dropout
+    row = stage.train[0]
+    ends = torch.tensor(row["seq_lengths"]).cumsum(0).tolist()
+    pieces = [
+        {name: row[name][end - length : end] for name in ("input_ids", "completion_mask")}
+        for end, length in zip(ends, row["seq_lengths"], strict=True)
+    ]
+    leaking = {**row, "seq_lengths": [ends[-1]]}
+    assert len(pieces) > 2
+
+    def gradient(examples):
+        batch = {name: tensor.cuda() for name, tensor in collate(examples).items()}
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(**batch).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator("cuda").manual_seed(0))
+    packed, unpacked, leaked = gradient([row]), gradient(pieces), gradient([leaking])
+    assert (packed - unpacked).norm() < 0.03 * unpacked.norm()
+    assert (leaked - unpacked).norm() > 0.1 * unpacked.norm()
+
+
+def test_the_cpu_profile_reaches_its_quality_on_the_gpu(run_dir):
+    """The figures of README's run on a CPU, in bf16 on the GPU; the merged model computes what the adapter computes."""
+    done = make("run-all", "PROFILE=cpu", f"RUN_DIR={run_dir}", "ARGS=-p use_liger_kernel true")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
+    print(json.dumps(metrics, indent=1))
+    on_cpu = (ROOT / "examples" / "cpu_run" / "metrics.json").read_text()
+    for name, figures in json.loads(on_cpu).items():
+        if name in ("base", "adapter", "merged"):
+            here = metrics[name]["perplexity"]["response"]
+            low, high = figures["perplexity"]["response_ci95"]
+            assert low < here < high, name
+    assert metrics["adapter"]["generation"]["stop_rate"] == 1
+    report = json.loads((run_dir / "merged" / "merge_report.json").read_text())
+    assert report["max_logit_difference"] < 0.5
+    adapter = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+
+
+def test_batched_generation_is_five_times_as_fast(run_dir):
+    stage = run_script("04_evaluate", before="## Base and adapter", **settings(run_dir))
+    model = stage_model(run_dir)
+    prompts = [stage.test[i % len(stage.test)]["prompt"] for i in range(20)]
+    seconds = {
+        size: stage.generate(model, stage.tokenizer, prompts, size, 64, do_sample=False, min_new_tokens=64)[1]
+        for size in (20, 1, 20)
+    }
+    assert seconds[1] > 5 * seconds[20], seconds
+
+
+def stage_model(run_dir):
+    """The merged model of a run, on the GPU."""
+    return AutoModelForCausalLM.from_pretrained(run_dir / "merged", dtype=torch.bfloat16, device_map={"": 0})
