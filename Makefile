@@ -31,7 +31,7 @@ export PYTHONWARNINGS = ignore
 export TOKENIZERS_PARALLELISM = false
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: run-all $(STAGES) setup environment base-models test test-gpu reference examples sync lint lab clean help FORCE
+.PHONY: run-all $(STAGES) setup environment base-models test test-gpu reference examples sync badges lint lab clean help FORCE
 .DELETE_ON_ERROR:
 # the stored outputs are those of a CPU
 test reference: export CUDA_VISIBLE_DEVICES =
@@ -103,6 +103,10 @@ sync: $(READY) ## format notebooks_py/ and bring notebooks/ up to date with it (
 	@$(PY) -m ruff format --quiet && $(PY) -m ruff check --quiet --fix
 	@$(PY) -m jupytext --quiet --sync notebooks_py/*.py
 
+badges: $(READY) ## write the repository, REPO=owner/name, and Colab's runtime version into README and the notebooks
+	@$(PY) -c "$$BADGES" "$(REPO)"
+	@$(MAKE) --no-print-directory sync
+
 lint: $(READY) ## check format, names and pairs
 	@$(PY) -m ruff format --check --quiet && $(PY) -m ruff check --quiet
 
@@ -150,6 +154,22 @@ for name in sorted(given - known):
     sys.exit(f"No notebook has a parameter {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
 endef
 
+# pyproject.toml is the one place where these two are kept.
+define BADGES
+import re, sys, tomllib
+from pathlib import Path
+
+settings = Path("pyproject.toml")
+series = tomllib.loads(settings.read_text())["tool"]["series"]
+repository = sys.argv[1] or series["repository"]
+if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    sys.exit(f"REPO={repository!r}: use owner/name, as on GitHub.")
+settings.write_text(settings.read_text().replace(f'"{series["repository"]}"', f'"{repository}"'))
+for path in [Path("README.md"), *Path("notebooks_py").glob("*.py")]:
+    text = re.sub(r"(colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+/", rf"\g<1>{repository}/", path.read_text())
+    path.write_text(re.sub(r"(#       runtime_version: ).*", rf"\g<1>'{series['colab_runtime']}'", text))
+endef
+
 define SUMMARY
 import json, sys
 from pathlib import Path
@@ -174,4 +194,4 @@ outputs = [output for cell in nbformat.read(sys.argv[1], 4).cells for output in 
 plot = next(output.data["image/png"] for output in outputs if "image/png" in output.get("data", {}))
 Path(sys.argv[2]).write_bytes(base64.b64decode(plot))
 endef
-export RUN_STAGE CHECK_PARAMETERS SUMMARY EXTRACT_PLOT
+export RUN_STAGE CHECK_PARAMETERS BADGES SUMMARY EXTRACT_PLOT

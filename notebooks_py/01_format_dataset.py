@@ -3,6 +3,8 @@
 #   accelerator: GPU
 #   colab:
 #     gpuType: T4
+#     runtime_attributes:
+#       runtime_version: '2026.07'
 #   jupytext:
 #     cell_metadata_filter: tags,-all
 #     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
@@ -33,14 +35,15 @@
 # that a model trained on it says, is medical advice.
 
 # %% [markdown]
-# On Colab, this cell installs what the runtime lacks. Elsewhere it does nothing.
+# On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
 
 # %%
 import sys
+from importlib.util import find_spec
 
 from IPython import get_ipython
 
-if "google.colab" in sys.modules:
+if "google.colab" in sys.modules and not all(map(find_spec, ["trl", "bitsandbytes", "liger_kernel"])):
     get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5")
 
 # %% [markdown]

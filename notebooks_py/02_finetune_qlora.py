@@ -3,6 +3,8 @@
 #   accelerator: GPU
 #   colab:
 #     gpuType: T4
+#     runtime_attributes:
+#       runtime_version: '2026.07'
 #   jupytext:
 #     cell_metadata_filter: tags,-all
 #     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
@@ -34,14 +36,15 @@
 # small [LoRA](https://arxiv.org/abs/2106.09685) adapter through it, so that a 7B model trains on a card of 15 GB.
 
 # %% [markdown]
-# On Colab, this cell installs what the runtime lacks. Elsewhere it does nothing.
+# On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
 
 # %%
 import sys
+from importlib.util import find_spec
 
 from IPython import get_ipython
 
-if "google.colab" in sys.modules:
+if "google.colab" in sys.modules and not all(map(find_spec, ["trl", "bitsandbytes", "liger_kernel"])):
     get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5")
 
 # %% [markdown]
@@ -182,7 +185,6 @@ def record(stage, dataset_fingerprint):
 # %%
 import logging
 import warnings
-from importlib.util import find_spec
 
 # bitsandbytes looks for an optional CPU kernel, and tqdm for widgets; both do without
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

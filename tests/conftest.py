@@ -53,10 +53,10 @@ def tokenizer(format_dataset):
     return format_dataset.load_tokenizer(str(TINY), None)
 
 
-def make(*arguments):
+def make(*arguments, cwd=ROOT):
     """Run make in this environment. Returns the finished process, its output as text."""
     command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")

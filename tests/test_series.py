@@ -45,7 +45,16 @@ def test_only_times_and_pictures_are_ignored(stage):
     """A cell that nbval does not compare loads, trains, evaluates or plots: it prints a time or a picture."""
     for cell in nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4).cells:
         if "nbval-ignore-output" in cell.metadata.get("tags", []):
-            timed = ("plt.show()", "load_base(", "load_model(", "trainer.train(", "tqdm(", "from_pretrained(", "memory", "report")
+            timed = (
+                "plt.show()",
+                "load_base(",
+                "load_model(",
+                "trainer.train(",
+                "tqdm(",
+                "from_pretrained(",
+                "memory",
+                "report",
+            )
             assert any(word in cell.source for word in timed), cell.source
         assert "NBVAL_" not in cell.source
 
