@@ -25,6 +25,9 @@ ifeq ($(wildcard $(PROFILE_FILE)),)
 $(error there is no profile "$(PROFILE)". Choose one of: $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif
 endif
+ifneq ($(words $(subst :, ,$(RUN_DIR))),1)
+$(error RUN_DIR="$(RUN_DIR)": make wants the name of a folder without spaces and colons)
+endif
 .DEFAULT_GOAL := help
 export JUPYTER_PREFER_ENV_PATH = 1
 export PYTHONWARNINGS = ignore

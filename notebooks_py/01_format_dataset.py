@@ -53,7 +53,7 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["trl", "bitsandbyte
 # your table; a line of `answer_template` whose value is missing is left out of that row's answer.
 
 # %% tags=["parameters"]
-run_dir = "runs/home_remedies"  # everything that this series writes goes here
+run_dir = "runs/home_remedies"  # where all goes that the series writes; in Colab better "drive:home_remedies"
 seed = 42
 base_model = "NousResearch/Llama-2-7b-chat-hf"  # its tokenizer and chat template render the rows
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
@@ -100,7 +100,7 @@ import resource
 import shutil
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -108,8 +108,9 @@ from pathlib import Path
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same bits from the same sums, whatever the memory looks like
 
 import torch
+from huggingface_hub import create_repo, snapshot_download, upload_folder
+from huggingface_hub.errors import RepositoryNotFoundError
 
-run = Path(run_dir)
 started = time.perf_counter()
 
 
@@ -147,6 +148,69 @@ def whole(path):
         if "No space left" in str(error):
             raise StageError(f"The disk is full, so {path} was not written. Free some space and run again.") from None
         raise
+
+
+# %% [markdown]
+# ### Where the run lives
+#
+# A notebook opened in Colab has a machine of its own, which is gone with the tab. What the next notebook needs must
+# live elsewhere: with `run_dir = "drive:home_remedies"` the run is a folder of your Google Drive, checkpoints included;
+# with `"hub:you/home-remedies"` the finished data set and adapter go to two private repositories on the Hugging Face
+# Hub, under the token `HF_TOKEN` of Colab's secrets or of the environment, or that of `hf auth login`.
+
+
+# %%
+def hub_token():
+    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login."""
+    try:
+        from google.colab import userdata
+
+        return userdata.get("HF_TOKEN")
+    except Exception:  # not Colab; no such secret; no leave to read it
+        return None
+
+
+def open_run(run_dir):
+    """The folder of the run. Mounts Google Drive for "drive:NAME", fetches what the Hub has for "hub:OWNER/NAME".
+
+    Raises StageError if there is no Drive here.
+    """
+    place, _, name = run_dir.rpartition(":")
+    if place == "drive":
+        try:
+            from google.colab import drive
+        except ImportError:
+            raise StageError(f"run_dir={run_dir}: only Colab can mount Google Drive. Use a folder here.") from None
+        drive.mount(str(Path.cwd() / "drive"))
+        return Path.cwd() / "drive" / "MyDrive" / name
+    if place != "hub":
+        return Path(run_dir)
+    run = Path("runs") / name.replace("/", "--")
+    for kind, part in (("dataset", "dataset"), ("model", "adapter")):
+        if not (run / part).exists():
+            with suppress(RepositoryNotFoundError), whole(run / part) as folder:
+                snapshot_download(name, repo_type=kind, local_dir=folder, token=hub_token())
+    return run
+
+
+def hand_over(run_dir, folder):
+    """Upload a finished folder of the run to its private repository, if the run lives on the Hub.
+
+    Raises StageError if the Hub refuses.
+    """
+    place, _, name = run_dir.rpartition(":")
+    kind = "dataset" if folder.name == "dataset" else "model"
+    try:
+        if place == "hub":
+            create_repo(name, repo_type=kind, private=True, exist_ok=True, token=hub_token())
+            upload_folder(repo_id=name, repo_type=kind, folder_path=folder, token=hub_token())
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise StageError(f"{folder} is here, but could not go to the Hub as {name}: {reason}") from None
+
+
+# %%
+run = open_run(run_dir)
 
 
 # %%
@@ -718,12 +782,13 @@ report = {
 with whole(run / "dataset") as folder:
     splits.save_to_disk(folder)
     (folder / "report.json").write_text(json.dumps(report, indent=2))
+hand_over(run_dir, run / "dataset")
 record("01_format_dataset", report["fingerprint"])
 report
 
 # %%
 if push_dataset_to:
-    splits.push_to_hub(push_dataset_to)
+    splits.push_to_hub(push_dataset_to, token=hub_token())
 
 # %% [markdown]
 # ## What we have now

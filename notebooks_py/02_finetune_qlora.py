@@ -51,7 +51,7 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["trl", "bitsandbyte
 # ## Parameters
 
 # %% tags=["parameters"]
-run_dir = "runs/home_remedies"  # the run folder of notebook 1
+run_dir = "runs/home_remedies"  # that of notebook 1; in Colab better "drive:home_remedies"
 seed = 42
 base_model = "NousResearch/Llama-2-7b-chat-hf"
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
@@ -101,7 +101,7 @@ import resource
 import shutil
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -109,8 +109,9 @@ from pathlib import Path
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same bits from the same sums, whatever the memory looks like
 
 import torch
+from huggingface_hub import create_repo, snapshot_download, upload_folder
+from huggingface_hub.errors import RepositoryNotFoundError
 
-run = Path(run_dir)
 started = time.perf_counter()
 
 
@@ -148,6 +149,69 @@ def whole(path):
         if "No space left" in str(error):
             raise StageError(f"The disk is full, so {path} was not written. Free some space and run again.") from None
         raise
+
+
+# %% [markdown]
+# ### Where the run lives
+#
+# A notebook opened in Colab has a machine of its own, which is gone with the tab. What the next notebook needs must
+# live elsewhere: with `run_dir = "drive:home_remedies"` the run is a folder of your Google Drive, checkpoints included;
+# with `"hub:you/home-remedies"` the finished data set and adapter go to two private repositories on the Hugging Face
+# Hub, under the token `HF_TOKEN` of Colab's secrets or of the environment, or that of `hf auth login`.
+
+
+# %%
+def hub_token():
+    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login."""
+    try:
+        from google.colab import userdata
+
+        return userdata.get("HF_TOKEN")
+    except Exception:  # not Colab; no such secret; no leave to read it
+        return None
+
+
+def open_run(run_dir):
+    """The folder of the run. Mounts Google Drive for "drive:NAME", fetches what the Hub has for "hub:OWNER/NAME".
+
+    Raises StageError if there is no Drive here.
+    """
+    place, _, name = run_dir.rpartition(":")
+    if place == "drive":
+        try:
+            from google.colab import drive
+        except ImportError:
+            raise StageError(f"run_dir={run_dir}: only Colab can mount Google Drive. Use a folder here.") from None
+        drive.mount(str(Path.cwd() / "drive"))
+        return Path.cwd() / "drive" / "MyDrive" / name
+    if place != "hub":
+        return Path(run_dir)
+    run = Path("runs") / name.replace("/", "--")
+    for kind, part in (("dataset", "dataset"), ("model", "adapter")):
+        if not (run / part).exists():
+            with suppress(RepositoryNotFoundError), whole(run / part) as folder:
+                snapshot_download(name, repo_type=kind, local_dir=folder, token=hub_token())
+    return run
+
+
+def hand_over(run_dir, folder):
+    """Upload a finished folder of the run to its private repository, if the run lives on the Hub.
+
+    Raises StageError if the Hub refuses.
+    """
+    place, _, name = run_dir.rpartition(":")
+    kind = "dataset" if folder.name == "dataset" else "model"
+    try:
+        if place == "hub":
+            create_repo(name, repo_type=kind, private=True, exist_ok=True, token=hub_token())
+            upload_folder(repo_id=name, repo_type=kind, folder_path=folder, token=hub_token())
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise StageError(f"{folder} is here, but could not go to the Hub as {name}: {reason}") from None
+
+
+# %%
+run = open_run(run_dir)
 
 
 # %%
@@ -196,7 +260,6 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import transformers
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import (
@@ -289,7 +352,9 @@ def load_dataset_of_run(run):
         return datasets.load_from_disk(run / "dataset"), report
     except (OSError, ValueError) as error:
         reason = "is missing" if not (run / "dataset").exists() else f"cannot be read ({error})"
-        raise StageError(f"{run / 'dataset'} {reason}. Run 01_format_dataset first, with the same run_dir.") from None
+        raise StageError(
+            f"{run / 'dataset'} {reason}. Run 01_format_dataset first, with the same run_dir, in Colab one in Drive."
+        ) from None
 
 
 # %%
@@ -436,10 +501,72 @@ def load_base(base_model, revision, dtype, attn_implementation):
     return model
 
 
+# %% [markdown]
+# Is there room? The sum is taken from the model's config and the parameters, before anything large is downloaded.
+
+
+# %%
+def room_gib():
+    """Memory in GiB that models can take here: on the GPU, within this process's share of it, or RAM without one."""
+    if not torch.cuda.is_available():
+        return psutil.virtual_memory().available / 2**30
+    free, total = torch.cuda.mem_get_info()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    share = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_allocated()
+    return min(free + unused, share) / 2**30
+
+
+# %%
+def expected_gib(config, dtype, tokens):
+    """What training on batches of `tokens` tokens takes at its peak, in GiB, by part: a Series.
+
+    NF4 with double quantization takes 4 bits a weight and 8.25 bits for each 64 of them, in all linear layers but the
+    output layer. Activations: those of a Llama layer without the attention matrix, which SDPA does not keep, after
+    Korthikanti et al., 2022 (https://arxiv.org/abs/2205.05198), and each adapter's input after dropout with its mask.
+    With checkpointing, one hidden state a layer and one layer in full. Liger's kernels keep less of the MLP, and
+    compute the logits in pieces.
+    """
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    size, layers = dtype.itemsize, config.num_hidden_layers
+    linear = [
+        (name.split(".")[-1], module) for name, module in skeleton.named_modules() if hasattr(module, "in_features")
+    ]
+    linear = [(name, module) for name, module in linear if module is not skeleton.get_output_embeddings()]
+    quantized = sum(module.weight.numel() for _, module in linear)
+    adapted = [module for name, module in linear if lora_target_modules == "all-linear" or name in lora_target_modules]
+    adapter = sum(lora_r * (module.in_features + module.out_features) for module in adapted)
+    hidden, intermediate = (7, 2) if use_liger_kernel else (10, 4)
+    layer = (hidden * config.hidden_size + intermediate * config.intermediate_size) * size
+    layer += sum(module.in_features for module in adapted) / layers * (size + 1) if lora_dropout else 0
+    activations = layers * config.hidden_size * size + layer if gradient_checkpointing else layers * layer
+    logits = config.vocab_size * (size + 4 * 4)  # as computed; in fp32: shifted, softmax, gradient, entropy
+    parts = {
+        "base model": quantized * (0.5 + 8.25 / 8 / 64) + (skeleton.num_parameters() - quantized) * size,
+        "adapter, gradients, optimizer": adapter * (4 + 4 + (2 if "8bit" in optim else 8)),
+        "activations": tokens * activations,
+        "logits": tokens * logits / (8 if use_liger_kernel else 1),
+    }
+    if not torch.cuda.is_available():
+        parts["Python and its libraries"] = psutil.Process().memory_info().rss
+    return pd.Series(parts, name="GiB") / 2**30
+
+
 # %% tags=["nbval-ignore-output"]
 dtype = compute_dtype(precision)
 if use_liger_kernel and not (torch.cuda.is_available() and find_spec("liger_kernel")):
     raise StageError("use_liger_kernel needs a GPU and the package liger-kernel. Install it, or set it to false.")
+config = AutoConfig.from_pretrained(base_model, revision=base_model_revision)
+expected = expected_gib(config, dtype, rows_a_step * (max_length if packing else longest))
+print(f"expected peak memory: {expected.sum():.1f} GiB; there is room for {room_gib():.1f} GiB")
+if expected.sum() > room_gib():
+    raise StageError(
+        f"Training is expected to take {expected.sum():.1f} GiB of memory, and there are {room_gib():.1f} GiB. "
+        "Lower batch_size or max_length, set gradient_checkpointing, or take a smaller base_model."
+    )
+expected.round(2).to_frame()
+
+# %% tags=["nbval-ignore-output"]
 model = load_base(base_model, base_model_revision, dtype, attn_implementation)
 model.config.use_cache = False
 
@@ -578,35 +705,9 @@ for parameter in trainer.model.parameters():
 
 
 # %%
-def expected_memory_gib(model, dtype, tokens):
-    """Expected peak memory of training on batches of `tokens` tokens in GiB.
-
-    The sum of what is there already, the adapter's gradients and optimizer states, the activations and the logits.
-    Activations: those of a Llama layer without the attention matrix, which SDPA does not keep, after Korthikanti et
-    al., 2022 (https://arxiv.org/abs/2205.05198), and each adapter's input after dropout with its mask. With
-    checkpointing, one hidden state a layer and one layer in full. Liger's kernels keep less of the MLP, and compute
-    the logits in pieces.
-    """
-    config, size = model.config, dtype.itemsize
-    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapter_inputs = sum(m.in_features for m in model.modules() if hasattr(m, "lora_A")) / config.num_hidden_layers
-    hidden, intermediate = (7, 2) if use_liger_kernel else (10, 4)
-    layer = (hidden * config.hidden_size + intermediate * config.intermediate_size) * size
-    layer = tokens * (layer + (adapter_inputs * (size + 1) if lora_dropout else 0))
-    checkpoints = config.num_hidden_layers * tokens * config.hidden_size * size
-    activations = checkpoints + layer if gradient_checkpointing else config.num_hidden_layers * layer
-    optimizer_bytes = 2 if "8bit" in optim else 8
-    logits = tokens * config.vocab_size * (size + 4 * 4)  # as computed; in fp32: shifted, softmax, gradient, entropy
-    logits /= 8 if use_liger_kernel else 1
-    present = torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
-    return (present + adapter * (4 + optimizer_bytes) + activations + logits) / 2**30
-
-
-# %%
 steps = -(-len(train) // rows_a_step)
 steps = -(-steps // gradient_accumulation_steps) * epochs
 tokens_an_epoch = sum(map(len, encoded["train"]["input_ids"]))
-memory = expected_memory_gib(trainer.model, dtype, rows_a_step * (max_length if packing else longest))
 pd.Series(
     {
         "trainable parameters": f"{trainable:,} ({trainable_percent:.2f}%)",
@@ -620,7 +721,7 @@ pd.Series(
 # %% tags=["nbval-ignore-output"]
 disk = trainable * (4 + 3 * (4 + 8))  # the adapter; two checkpoints, and one more while it is written
 free = shutil.disk_usage(run).free
-print(f"expected peak memory: {memory:.1f} GiB; disk: {disk / 2**30:.1f} of {free / 2**30:.1f} GiB that are free")
+print(f"expected on disk: {disk / 2**30:.1f} of {free / 2**30:.1f} GiB that are free")
 if disk > free:
     raise StageError(f"Training writes {disk / 2**20:,.1f} MiB to {run}, which has room for {free / 2**20:,.1f} MiB.")
 
@@ -690,6 +791,7 @@ with whole(run / "adapter") as folder:
     provenance = {"base_model": base_model, "base_model_revision": base_model_revision}
     provenance |= {"dataset_fingerprint": report["fingerprint"], "dtype": str(dtype).removeprefix("torch.")}
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=2))
+hand_over(run_dir, run / "adapter")
 record("02_finetune_qlora", report["fingerprint"])
 
 # %% [markdown]

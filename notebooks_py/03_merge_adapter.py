@@ -55,7 +55,7 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["trl", "bitsandbyte
 # better in principle; notebook 4 measures.
 
 # %% tags=["parameters"]
-run_dir = "runs/home_remedies"  # the run folder of notebooks 1 and 2
+run_dir = "runs/home_remedies"  # that of notebooks 1 and 2; in Colab better "drive:home_remedies"
 base_model = "NousResearch/Llama-2-7b-chat-hf"
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
 base_weights = "original"  # or "dequantized"
@@ -85,7 +85,7 @@ import resource
 import shutil
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -93,8 +93,9 @@ from pathlib import Path
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same bits from the same sums, whatever the memory looks like
 
 import torch
+from huggingface_hub import create_repo, snapshot_download, upload_folder
+from huggingface_hub.errors import RepositoryNotFoundError
 
-run = Path(run_dir)
 started = time.perf_counter()
 
 
@@ -132,6 +133,69 @@ def whole(path):
         if "No space left" in str(error):
             raise StageError(f"The disk is full, so {path} was not written. Free some space and run again.") from None
         raise
+
+
+# %% [markdown]
+# ### Where the run lives
+#
+# A notebook opened in Colab has a machine of its own, which is gone with the tab. What the next notebook needs must
+# live elsewhere: with `run_dir = "drive:home_remedies"` the run is a folder of your Google Drive, checkpoints included;
+# with `"hub:you/home-remedies"` the finished data set and adapter go to two private repositories on the Hugging Face
+# Hub, under the token `HF_TOKEN` of Colab's secrets or of the environment, or that of `hf auth login`.
+
+
+# %%
+def hub_token():
+    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login."""
+    try:
+        from google.colab import userdata
+
+        return userdata.get("HF_TOKEN")
+    except Exception:  # not Colab; no such secret; no leave to read it
+        return None
+
+
+def open_run(run_dir):
+    """The folder of the run. Mounts Google Drive for "drive:NAME", fetches what the Hub has for "hub:OWNER/NAME".
+
+    Raises StageError if there is no Drive here.
+    """
+    place, _, name = run_dir.rpartition(":")
+    if place == "drive":
+        try:
+            from google.colab import drive
+        except ImportError:
+            raise StageError(f"run_dir={run_dir}: only Colab can mount Google Drive. Use a folder here.") from None
+        drive.mount(str(Path.cwd() / "drive"))
+        return Path.cwd() / "drive" / "MyDrive" / name
+    if place != "hub":
+        return Path(run_dir)
+    run = Path("runs") / name.replace("/", "--")
+    for kind, part in (("dataset", "dataset"), ("model", "adapter")):
+        if not (run / part).exists():
+            with suppress(RepositoryNotFoundError), whole(run / part) as folder:
+                snapshot_download(name, repo_type=kind, local_dir=folder, token=hub_token())
+    return run
+
+
+def hand_over(run_dir, folder):
+    """Upload a finished folder of the run to its private repository, if the run lives on the Hub.
+
+    Raises StageError if the Hub refuses.
+    """
+    place, _, name = run_dir.rpartition(":")
+    kind = "dataset" if folder.name == "dataset" else "model"
+    try:
+        if place == "hub":
+            create_repo(name, repo_type=kind, private=True, exist_ok=True, token=hub_token())
+            upload_folder(repo_id=name, repo_type=kind, folder_path=folder, token=hub_token())
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise StageError(f"{folder} is here, but could not go to the Hub as {name}: {reason}") from None
+
+
+# %%
+run = open_run(run_dir)
 
 
 # %%
@@ -182,7 +246,6 @@ import pandas as pd
 import psutil
 import transformers
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
-from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -211,7 +274,9 @@ def load_adapter(folder, base_model):
     Raises StageError if it is missing, damaged, trained on another base, or of a kind that cannot be merged here.
     """
     if not (folder / "adapter_config.json").exists():
-        raise StageError(f"{folder} is missing. Run 02_finetune_qlora first, with the same run_dir.")
+        raise StageError(
+            f"{folder} is missing. Run 02_finetune_qlora first, with the same run_dir, in Colab one in Drive."
+        )
     try:
         config = PeftConfig.from_pretrained(folder)
         provenance = json.loads((folder / "provenance.json").read_text())
@@ -386,17 +451,22 @@ plan = {
     "base_weights": base_weights,
     "shards": shards,
 }
-folder = run / "merged.partial"
+place = run
+if run_dir.startswith("drive:") and total_size > shutil.disk_usage(run).free / 2:
+    place = Path("runs") / run.name
+    print(f"{total_size / 2**30:.1f} GiB are too much for Google Drive: the merged model stays here, in {place}.")
+    place.mkdir(parents=True, exist_ok=True)
+folder = place / "merged.partial"
 plan_file = folder / "plan.json"
 if not plan_file.exists() or json.loads(plan_file.read_text()) != plan:
     remove(folder)
     with whole(plan_file) as partial:
         partial.write_text(json.dumps(plan))
-remove(run / "merged")
-free = shutil.disk_usage(run).free + sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+remove(place / "merged")
+free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 if total_size > free:
     raise StageError(
-        f"The merged model needs {total_size / 2**20:,.1f} MiB; {run} has room for {free / 2**20:,.1f} MiB."
+        f"The merged model needs {total_size / 2**20:,.1f} MiB; {place} has room for {free / 2**20:,.1f} MiB."
     )
 
 # %% tags=["nbval-ignore-output"]
@@ -543,6 +613,17 @@ def encode(example, tokenizer):
 
 
 # %%
+def room_gib():
+    """Memory in GiB that models can take here: on the GPU, within this process's share of it, or RAM without one."""
+    if not torch.cuda.is_available():
+        return psutil.virtual_memory().available / 2**30
+    free, total = torch.cuda.mem_get_info()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    share = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_allocated()
+    return min(free + unused, share) / 2**30
+
+
+# %%
 def logits_of(model, rows):
     """The logits of `model` at every token of `rows`, lists of token ids, in fp32 on the CPU: [tokens, vocabulary]."""
     model.eval()
@@ -557,7 +638,7 @@ except (OSError, ValueError, KeyError):
     raise StageError(f"{run / 'dataset'} is missing or damaged. Run 01_format_dataset first.") from None
 rows = [encode(row, tokenizer)["input_ids"] for row in test_rows]
 gpu = torch.cuda.is_available()
-room = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
+room = room_gib() * 2**30
 # fp32 where there is room for it, so that only the rounding of the weights is left
 dtype = torch.float32 if not gpu and room > 3 * total_size * 4 / merged_dtype.itemsize else merged_dtype
 provable = room > 1.05 * total_size
@@ -611,7 +692,7 @@ report = {
 with whole(folder / "merge_report.json") as partial:
     partial.write_text(json.dumps(report, indent=2))
 plan_file.unlink()
-folder.rename(run / "merged")
+folder.rename(place / "merged")
 record("03_merge_adapter", provenance["dataset_fingerprint"])
 
 # %% tags=["nbval-ignore-output"]

@@ -50,7 +50,7 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["trl", "bitsandbyte
 # ## Parameters
 
 # %% tags=["parameters"]
-run_dir = "runs/home_remedies"  # the run folder of notebooks 1 to 3
+run_dir = "runs/home_remedies"  # that of notebooks 1 to 3; in Colab better "drive:home_remedies"
 seed = 42
 base_model = "NousResearch/Llama-2-7b-chat-hf"
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
@@ -92,7 +92,7 @@ import resource
 import shutil
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -100,8 +100,9 @@ from pathlib import Path
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same bits from the same sums, whatever the memory looks like
 
 import torch
+from huggingface_hub import create_repo, snapshot_download, upload_folder
+from huggingface_hub.errors import RepositoryNotFoundError
 
-run = Path(run_dir)
 started = time.perf_counter()
 
 
@@ -139,6 +140,69 @@ def whole(path):
         if "No space left" in str(error):
             raise StageError(f"The disk is full, so {path} was not written. Free some space and run again.") from None
         raise
+
+
+# %% [markdown]
+# ### Where the run lives
+#
+# A notebook opened in Colab has a machine of its own, which is gone with the tab. What the next notebook needs must
+# live elsewhere: with `run_dir = "drive:home_remedies"` the run is a folder of your Google Drive, checkpoints included;
+# with `"hub:you/home-remedies"` the finished data set and adapter go to two private repositories on the Hugging Face
+# Hub, under the token `HF_TOKEN` of Colab's secrets or of the environment, or that of `hf auth login`.
+
+
+# %%
+def hub_token():
+    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login."""
+    try:
+        from google.colab import userdata
+
+        return userdata.get("HF_TOKEN")
+    except Exception:  # not Colab; no such secret; no leave to read it
+        return None
+
+
+def open_run(run_dir):
+    """The folder of the run. Mounts Google Drive for "drive:NAME", fetches what the Hub has for "hub:OWNER/NAME".
+
+    Raises StageError if there is no Drive here.
+    """
+    place, _, name = run_dir.rpartition(":")
+    if place == "drive":
+        try:
+            from google.colab import drive
+        except ImportError:
+            raise StageError(f"run_dir={run_dir}: only Colab can mount Google Drive. Use a folder here.") from None
+        drive.mount(str(Path.cwd() / "drive"))
+        return Path.cwd() / "drive" / "MyDrive" / name
+    if place != "hub":
+        return Path(run_dir)
+    run = Path("runs") / name.replace("/", "--")
+    for kind, part in (("dataset", "dataset"), ("model", "adapter")):
+        if not (run / part).exists():
+            with suppress(RepositoryNotFoundError), whole(run / part) as folder:
+                snapshot_download(name, repo_type=kind, local_dir=folder, token=hub_token())
+    return run
+
+
+def hand_over(run_dir, folder):
+    """Upload a finished folder of the run to its private repository, if the run lives on the Hub.
+
+    Raises StageError if the Hub refuses.
+    """
+    place, _, name = run_dir.rpartition(":")
+    kind = "dataset" if folder.name == "dataset" else "model"
+    try:
+        if place == "hub":
+            create_repo(name, repo_type=kind, private=True, exist_ok=True, token=hub_token())
+            upload_folder(repo_id=name, repo_type=kind, folder_path=folder, token=hub_token())
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise StageError(f"{folder} is here, but could not go to the Hub as {name}: {reason}") from None
+
+
+# %%
+run = open_run(run_dir)
 
 
 # %%
@@ -189,8 +253,8 @@ import datasets
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import psutil
 import transformers
-from huggingface_hub import snapshot_download
 from IPython.display import HTML
 from peft import PeftModel
 from safetensors import safe_open
@@ -226,7 +290,9 @@ def load_dataset_of_run(run):
         return datasets.load_from_disk(run / "dataset"), report
     except (OSError, ValueError) as error:
         reason = "is missing" if not (run / "dataset").exists() else f"cannot be read ({error})"
-        raise StageError(f"{run / 'dataset'} {reason}. Run 01_format_dataset first, with the same run_dir.") from None
+        raise StageError(
+            f"{run / 'dataset'} {reason}. Run 01_format_dataset first, with the same run_dir, in Colab one in Drive."
+        ) from None
 
 
 def same_model(one, other):
@@ -234,25 +300,28 @@ def same_model(one, other):
     return one == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())
 
 
-def check_run(run, report, base_model):
+def check_run(run, merged, report, base_model):
     """Raise StageError if the adapter or the merged model is missing or does not belong to the rest of the run."""
-    for folder, stage in (("adapter", "02_finetune_qlora"), ("merged", "03_merge_adapter")):
-        if not (run / folder).exists():
-            raise StageError(f"{run / folder} is missing. Run {stage} first, with the same run_dir.")
+    for folder, stage in ((run / "adapter", "02_finetune_qlora"), (merged, "03_merge_adapter")):
+        if folder and not folder.exists():
+            raise StageError(f"{folder} is missing. Run {stage} first, with the same run_dir, in Colab one in Drive.")
     provenance = json.loads((run / "adapter" / "provenance.json").read_text())
-    merge_report = json.loads((run / "merged" / "merge_report.json").read_text())
     digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
     if not same_model(provenance["base_model"], base_model):
         raise StageError(f"The adapter was trained on {provenance['base_model']}, but base_model is {base_model}.")
     if provenance["dataset_fingerprint"] != report["fingerprint"]:
         raise StageError("The adapter was trained on another data set. Run 02_finetune_qlora again.")
-    if merge_report["adapter_sha256"] != digest:
+    if merged and json.loads((merged / "merge_report.json").read_text())["adapter_sha256"] != digest:
         raise StageError("The merged model was made from another adapter. Run 03_merge_adapter again.")
 
 
 # %%
 splits, report = load_dataset_of_run(run)
-check_run(run, report, base_model)
+merged_folder = run / "merged"
+if run_dir.startswith(("drive:", "hub:")) and not merged_folder.exists():
+    kept_here = Path("runs") / run.name / "merged"
+    merged_folder = kept_here if kept_here.exists() else None
+check_run(run, merged_folder, report, base_model)
 tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
 
 
@@ -355,8 +424,11 @@ def perplexity_ci95(scores, part, bootstrap_samples, seed):
 
 # %%
 @torch.no_grad()
-def generate(model, tokenizer, prompts, batch_size, max_new_tokens, **sampling):
-    """Answer prompts, lists of messages. Returns a DataFrame, `answer`, `new_tokens`, `stopped`, and the seconds."""
+def generate(model, tokenizer, prompts, batch_size, max_new_tokens, so_far, seed=0, **sampling):
+    """Answer prompts, lists of messages. Returns a DataFrame, `answer`, `new_tokens`, `stopped`, and the seconds.
+
+    Each batch is written to the folder `so_far` when it is done, and not done again after an interruption.
+    """
     model.eval()
     stops = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -365,16 +437,22 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens, **sampling):
         **sampling,
     )
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    answers, begun = [], time.perf_counter()
     for k in tqdm(range(0, len(ids), batch_size), unit="batch"):
+        if (so_far / f"{k}.json").exists():
+            continue
+        set_seed(seed + k)
+        begun, batch = time.perf_counter(), []
         padded = tokenizer.pad({"input_ids": ids[k : k + batch_size]}, padding_side="left", return_tensors="pt")
         output = model.generate(**padded.to(model.device), generation_config=stops)
         for new in output[:, padded["input_ids"].shape[1] :].tolist():
             stopped = tokenizer.eos_token_id in new
             new = new[: new.index(tokenizer.eos_token_id) + 1] if stopped else new
             answer = tokenizer.decode(new, skip_special_tokens=True).strip()
-            answers.append({"answer": answer, "new_tokens": len(new), "stopped": stopped})
-    return pd.DataFrame(answers), time.perf_counter() - begun
+            batch.append({"answer": answer, "new_tokens": len(new), "stopped": stopped})
+        with whole(so_far / f"{k}.json") as partial:
+            partial.write_text(json.dumps({"answers": batch, "seconds": time.perf_counter() - begun}))
+    done = [json.loads((so_far / f"{k}.json").read_text()) for k in range(0, len(ids), batch_size)]
+    return pd.DataFrame([answer for batch in done for answer in batch["answers"]]), sum(b["seconds"] for b in done)
 
 
 def has_structure(answer, answer_template, answer_column):
@@ -401,22 +479,37 @@ references = [test[i]["completion"][0]["content"] for i in first_of["row"]]
 sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if do_sample else {"do_sample": False}
 scores, answers, seconds = {}, {}, {}
 
+so_far = run / "answers_so_far"  # of this evaluation; another one's are thrown away
+evaluated = {
+    **parameters,
+    "adapter": hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest(),
+}
+if not (so_far / "of.json").exists() or json.loads((so_far / "of.json").read_text()) != evaluated:
+    remove(so_far)
+    with whole(so_far / "of.json") as partial:
+        partial.write_text(json.dumps(evaluated))
+
+
+def room_gib():
+    """Memory in GiB that models can take here: on the GPU, within this process's share of it, or RAM without one."""
+    if not torch.cuda.is_available():
+        return psutil.virtual_memory().available / 2**30
+    free, total = torch.cuda.mem_get_info()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    share = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_allocated()
+    return min(free + unused, share) / 2**30
+
 
 def rows_that_fit(model, length, most):
-    """How many rows of `length` tokens, up to `most`, have room on the GPU beside `model`; `most` without a GPU.
+    """How many rows of `length` tokens, up to `most`, have room in memory beside `model`.
 
     A token takes its keys and values in every layer while an answer is generated, and its logits, as computed and twice
     in fp32, while it is scored. A fifth of the free memory is left alone.
     """
-    if not torch.cuda.is_available():
-        return most
     config, size = model.config, model.dtype.itemsize
     keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
     logits = config.vocab_size * (size + 4 + 4)
-    free, total = torch.cuda.mem_get_info()
-    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    allowed = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_allocated()
-    return max(1, min(most, int(0.8 * min(free + unused, allowed) / (length * (keys_and_values + logits)))))
+    return max(1, min(most, int(0.8 * room_gib() * 2**30 / (length * (keys_and_values + logits)))))
 
 
 def evaluate(name, model):
@@ -426,8 +519,8 @@ def evaluate(name, model):
     scores[name] = score(model, list(test), tokenizer.pad_token_id, rows, window, stride)
     longest = max_new_tokens + max(len(encode_prompt(prompt, tokenizer)) for prompt in prompts)
     rows = rows_that_fit(model, longest, eval_batch_size)
-    set_seed(seed)
-    answers[name], seconds[name] = generate(model, tokenizer, prompts, rows, max_new_tokens, **sampling)
+    done = so_far / f"{name}, {rows} at once"
+    answers[name], seconds[name] = generate(model, tokenizer, prompts, rows, max_new_tokens, done, seed, **sampling)
 
 
 # %% [markdown]
@@ -523,13 +616,18 @@ evaluate("adapter", adapted)
 # %% [markdown]
 # ## Merged
 #
-# The merged model is loaded as anyone would load it, without PEFT and without 4 bits.
+# The merged model is loaded as anyone would load it, without PEFT and without 4 bits. If notebook 3 left it on another
+# machine, because it was too large for Google Drive or the run lives on the Hub, it is merged again, in memory.
 
 # %% tags=["nbval-ignore-output"]
 del base, adapted
 gc.collect()
 torch.cuda.empty_cache()
-merged = load_model(run / "merged", None, dtype, attn_implementation)
+if merged_folder:
+    merged = load_model(merged_folder, None, dtype, attn_implementation)
+else:
+    merged = load_model(base_model, base_model_revision, dtype, attn_implementation)
+    merged = PeftModel.from_pretrained(merged, run / "adapter").merge_and_unload()
 evaluate("merged", merged)
 
 # %% [markdown]
@@ -652,6 +750,7 @@ with whole(run / "evaluation") as folder:
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
     lines = pd.DataFrame({"question": questions, "in_the_table": references, **texts}).assign(disclaimer=DISCLAIMER)
     lines.to_json(folder / "samples.jsonl", orient="records", lines=True, force_ascii=False)
+remove(so_far)
 record("04_evaluate", report["fingerprint"])
 
 # %% [markdown]

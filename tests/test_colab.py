@@ -1,13 +1,17 @@
 """What Colab runs: its metadata, the badges, and what the install cell would change on its runtimes."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import requires, version
 
 import nbformat
 import pytest
-from conftest import ROOT, make
+from conftest import ROOT, TABLE, TINY, make
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -133,3 +137,154 @@ def test_the_install_cell_installs_on_colab_only_and_once(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trl" else True)
     exec(INSTALL["02_finetune_qlora"], {})
     assert [name for name, _ in asked] == ["pip"] and "trl==" in asked[0][1]
+
+
+STAND_IN = {
+    "google/colab/__init__.py": "",
+    "google/colab/errors.py": "class Error(Exception): pass\n",
+    "google/colab/drive.py": """
+import os
+from pathlib import Path
+
+def mount(mountpoint):
+    Path(mountpoint).mkdir(exist_ok=True)
+    if not (Path(mountpoint) / "MyDrive").exists():
+        (Path(mountpoint) / "MyDrive").symlink_to(os.environ["STAND_IN_DRIVE"], target_is_directory=True)
+""",
+    "google/colab/userdata.py": """
+import os
+
+class SecretNotFoundError(Exception): pass
+class NotebookAccessError(Exception): pass
+
+def get(name):
+    try:
+        return {"HF_TOKEN": os.environ["STAND_IN_SECRET"]}[name]
+    except KeyError:
+        raise SecretNotFoundError(name)
+""",
+    # a kernel of Colab has this module from the start, and the Hub is a folder that wants to see the token
+    "sitecustomize.py": """
+import os, shutil
+from pathlib import Path
+
+import google.colab
+import huggingface_hub
+from huggingface_hub.errors import RepositoryNotFoundError
+
+class Response:
+    headers, request = {}, None
+
+def place(repo_id, repo_type, token):
+    assert token == os.environ["STAND_IN_SECRET"], "the Hub wants the token of Colab's secrets"
+    return Path(os.environ["STAND_IN_HUB"]) / repo_type / repo_id
+
+def create_repo(repo_id, *, repo_type, private, exist_ok, token):
+    assert private and exist_ok
+    place(repo_id, repo_type, token).mkdir(parents=True, exist_ok=True)
+
+def upload_folder(*, repo_id, repo_type, folder_path, token):
+    shutil.copytree(folder_path, place(repo_id, repo_type, token), dirs_exist_ok=True)
+
+def snapshot_download(repo_id, *, repo_type, local_dir, token):
+    if not place(repo_id, repo_type, token).exists():
+        raise RepositoryNotFoundError(repo_id, response=Response())
+    return shutil.copytree(place(repo_id, repo_type, token), local_dir, dirs_exist_ok=True)
+
+if os.environ.get("STAND_IN_HUB"):
+    huggingface_hub.create_repo = create_repo
+    huggingface_hub.upload_folder = upload_folder
+    huggingface_hub.snapshot_download = snapshot_download
+""",
+}
+SECRET = "hf_PlantedSecretThatMustNeverBeSeen"
+
+
+def on_colab(machine, name, run_dir, **environment):
+    """Run one notebook alone on a stand-in of a Colab machine. Returns the process and the executed notebook's path.
+
+    The machine is a folder with `content/` as working folder, in which there is only the .ipynb, and a `google.colab`
+    that mounts a folder as Drive and hands out one secret.
+    """
+    content = machine / "content"
+    content.mkdir(parents=True)
+    for path, text in STAND_IN.items():
+        (machine / "stand-in" / path).parent.mkdir(parents=True, exist_ok=True)
+        (machine / "stand-in" / path).write_text(text)
+    shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", content)
+    executed = machine / f"{name}.ipynb"
+    profile = f"-f {ROOT}/profiles/tiny.yaml -p base_model {TINY} -p dataset {TABLE} -p run_dir {run_dir}".split()
+    command = [sys.executable, "-m", "papermill", f"{name}.ipynb", executed, *profile, "--log-level", "ERROR"]
+    environment = {**os.environ, "HOME": str(machine), "PYTHONPATH": str(machine / "stand-in"), **environment}
+    environment |= {"STAND_IN_SECRET": SECRET, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=content, env=environment, capture_output=True, text=True)
+    return done, executed
+
+
+def results(folder):
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    for figures in metrics.values():
+        figures.get("generation", {}).pop("tokens_per_second", None)
+    return metrics
+
+
+def secret_in(*folders):
+    """The files under the folders that hold the planted secret."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_four_machines_that_share_only_drive(finished_run, tmp_path):
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    for name in NOTEBOOKS:
+        done, _ = on_colab(tmp_path / name, name, "drive:remedies", STAND_IN_DRIVE=str(drive))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert sorted(path.name for path in (tmp_path / name / "content").iterdir()) == [f"{name}.ipynb", "drive"]
+    assert results(drive / "remedies") == results(finished_run)
+    assert not secret_in(tmp_path)
+
+
+def test_four_machines_that_share_only_the_hub(finished_run, tmp_path):
+    """The data set and the adapter go over the Hub; the merged model stays behind and is merged again to be scored."""
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    for name in NOTEBOOKS:
+        done, _ = on_colab(tmp_path / name, name, "hub:some-one/remedies", STAND_IN_HUB=str(hub))
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(path.relative_to(hub).as_posix() for path in hub.glob("*/*/*")) == [
+        "dataset/some-one/remedies",
+        "model/some-one/remedies",
+    ]
+    here, there = results(tmp_path / "04_evaluate" / "content" / "runs" / "some-one--remedies"), results(finished_run)
+    for name in ("base", "adapter", "merged"):
+        assert here[name]["perplexity"]["response"] == pytest.approx(there[name]["perplexity"]["response"], rel=1e-4)
+    assert not secret_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("02_finetune_qlora", "Run 01_format"), ("03_merge_adapter", "Run 02_fine"), ("04_evaluate", "Run 01_format")],
+)
+def test_alone_with_nothing_to_go_on(tmp_path, name, first):
+    done, executed = on_colab(tmp_path, name, "runs/home_remedies")
+    assert done.returncode != 0
+    [error] = [
+        output
+        for cell in nbformat.read(executed, 4).cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+    ]
+    assert error.ename == "StageError" and first in error.evalue and "in Colab one in Drive" in error.evalue
+
+
+def test_drive_is_in_colab_only(evaluation):
+    with pytest.raises(evaluation.StageError, match="only Colab can mount Google Drive"):
+        evaluation.open_run("drive:remedies")
+    assert evaluation.hub_token() is None
+
+
+def test_the_search_for_the_secret_finds_it(tmp_path):
+    (tmp_path / "run" / "log").mkdir(parents=True)
+    (tmp_path / "run" / "log" / "events").write_bytes(b"\x00" + SECRET.encode())
+    assert len(secret_in(tmp_path)) == 1

@@ -129,26 +129,53 @@ def test_structure_of_a_bare_template(evaluation):
     assert not evaluation.has_structure("", "{a}", "a")
 
 
-def test_answers_do_not_depend_on_the_batch(evaluation, model, tokenizer):
+def test_answers_do_not_depend_on_the_batch(evaluation, model, tokenizer, tmp_path):
     prompts = [
         [{"role": "user", "content": text}] for text in ("Cold", "A long question about a very sore throat", "Hi")
     ]
-    one, _ = evaluation.generate(model, tokenizer, prompts, 1, 12, do_sample=False)
-    three, _ = evaluation.generate(model, tokenizer, prompts, 3, 12, do_sample=False)
+    one, _ = evaluation.generate(model, tokenizer, prompts, 1, 12, tmp_path / "1", do_sample=False)
+    three, _ = evaluation.generate(model, tokenizer, prompts, 3, 12, tmp_path / "3", do_sample=False)
     assert one.to_dict() == three.to_dict()
     assert (one["new_tokens"] <= 12).all()
 
 
-def test_an_answer_that_stops_is_counted(evaluation, model, tokenizer, monkeypatch):
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_answers_that_are_there_are_not_made_again(evaluation, model, tokenizer, tmp_path, do_sample):
+    """After an interruption the answers are those of an undisturbed run, drawn or not."""
+    prompts = [[{"role": "user", "content": text}] for text in ("Cold", "A sore throat", "Hi", "Cough", "A fever")]
+    sampling = {"do_sample": True, "temperature": 1.5} if do_sample else {"do_sample": False}
+    whole, _ = evaluation.generate(model, tokenizer, prompts, 2, 6, tmp_path / "whole", 1, **sampling)
+    part = tmp_path / "part"
+    calls, generate = [], model.generate
+
+    def dies_at_the_second(**arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(**arguments)
+
+    model.generate = dies_at_the_second
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.generate(model, tokenizer, prompts, 2, 6, part, 1, **sampling)
+        assert [path.name for path in part.iterdir()] == ["0.json"]
+        resumed, _ = evaluation.generate(model, tokenizer, prompts, 2, 6, part, 1, **sampling)
+    finally:
+        del model.generate
+    assert len(calls) == 4, "one before, one that died, two after"
+    assert resumed.to_dict() == whole.to_dict()
+
+
+def test_an_answer_that_stops_is_counted(evaluation, model, tokenizer, monkeypatch, tmp_path):
     prompts = [[{"role": "user", "content": "Cold"}]]
-    first = evaluation.generate(model, tokenizer, prompts, 1, 4, do_sample=False)[0]
+    first = evaluation.generate(model, tokenizer, prompts, 1, 4, tmp_path / "first", do_sample=False)[0]
     assert not first["stopped"].any()
     ids = tokenizer(first["answer"][0], add_special_tokens=False)["input_ids"]
     new = model.generate(
         torch.tensor([evaluation.encode_prompt(prompts[0], tokenizer)]), max_new_tokens=2, do_sample=False
     )
     monkeypatch.setattr(tokenizer, "eos_token", tokenizer.convert_ids_to_tokens(new[0, -1].item()))
-    again = evaluation.generate(model, tokenizer, prompts, 1, 4, do_sample=False)[0]
+    again = evaluation.generate(model, tokenizer, prompts, 1, 4, tmp_path / "again", do_sample=False)[0]
     assert again["stopped"].all() and again["new_tokens"][0] <= 2 < len(ids) + 3
 
 
