@@ -239,3 +239,57 @@ def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, ar
     assert start(run_dir).wait() == 0
     again = json.loads((run_dir / "training" / "metrics.json").read_text())
     assert {k: v for k, v in again.items() if k not in TIMES} == {k: v for k, v in resumed.items() if k not in TIMES}
+
+
+# PyTorch's peak of reserved memory in GiB, Llama-2-7B's shape, r 64 on q, k, v, o, packed rows of 512 with Liger's
+# kernels on an H100, and padded ones without on an H200
+MEASURED = [
+    ({"rows": 1, "dtype": torch.bfloat16}, 6.45),
+    ({"rows": 8, "dtype": torch.bfloat16}, 18.83),
+    ({"rows": 16, "dtype": torch.bfloat16}, 31.41),
+    ({"rows": 4, "dtype": torch.float16}, 11.44),
+    ({"rows": 8, "dtype": torch.float16, "gradient_checkpointing": True}, 6.05),
+    ({"rows": 16, "dtype": torch.float16, "gradient_checkpointing": True}, 8.05),
+    ({"rows": 24, "dtype": torch.float16, "gradient_checkpointing": True}, 9.26),
+    ({"rows": 4, "dtype": torch.bfloat16, "use_liger_kernel": False, "lora_dropout": 0.1}, 17.46),
+    (
+        {
+            "rows": 4,
+            "dtype": torch.float16,
+            "use_liger_kernel": False,
+            "lora_dropout": 0.1,
+            "gradient_checkpointing": True,
+        },
+        7.38,
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "measured"), MEASURED)
+def test_the_expected_memory_is_near_the_measured(finetune, settings, measured):
+    settings = {
+        "gradient_checkpointing": False,
+        "use_liger_kernel": True,
+        "lora_dropout": 0.0,
+        "lora_r": 64,
+        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "optim": "adamw_torch_fused",
+        **settings,
+    }
+    rows, dtype = settings.pop("rows"), settings.pop("dtype")
+    finetune.expected_gib.__globals__.update(settings)
+    config = transformers.LlamaConfig(intermediate_size=11008, num_hidden_layers=32)
+    expected = finetune.expected_gib(config, dtype, rows * 512).drop("Python and its libraries", errors="ignore")
+    assert expected.sum() == pytest.approx(measured, rel=0.15)
+
+
+def test_a_model_that_does_not_fit_is_not_loaded(finished_run, tmp_path, monkeypatch):
+    shutil.copytree(finished_run / "dataset", tmp_path / "run" / "dataset")
+    room = psutil.virtual_memory()._replace(available=2**28)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(
+        Exception, match=r"expected to take 0\.\d GiB of memory, and there are 0\.2 GiB\. Lower"
+    ) as caught:
+        run_tiny("02_finetune_qlora", tmp_path / "run")
+    assert type(caught.value).__name__ == "StageError"
