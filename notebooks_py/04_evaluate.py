@@ -607,6 +607,17 @@ def load_base(base_model, revision, dtype, attn_implementation):
 
 # %% tags=["nbval-ignore-output"]
 dtype = compute_dtype(precision)
+with torch.device("meta"):
+    largest = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_model, revision=base_model_revision))
+largest = largest.num_parameters() * dtype.itemsize / 2**30  # the merged model; the others are in 4 bits
+print(f"the merged model will take {largest:.1f} GiB of memory; there is room for {room_gib():.1f} GiB")
+if largest > room_gib():
+    raise StageError(
+        f"The merged model takes {largest:.1f} GiB of memory, and there are {room_gib():.1f} GiB. "
+        "Evaluate it on a larger machine: the run folder can be copied."
+    )
+
+# %% tags=["nbval-ignore-output"]
 base = load_base(base_model, base_model_revision, dtype, attn_implementation)
 adapted = PeftModel.from_pretrained(base, run / "adapter")
 with adapted.disable_adapter():

@@ -139,6 +139,27 @@ def test_the_install_cell_installs_on_colab_only_and_once(monkeypatch):
     assert [name for name, _ in asked] == ["pip"] and "trl==" in asked[0][1]
 
 
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_nothing_that_is_downloaded_is_run(name):
+    """No code from a repository of the Hub, no pickled weights, no script; the base model by its commit."""
+    code = "\n".join(cell.source for cell in NOTEBOOKS[name].cells if cell.cell_type == "code")
+    for forbidden in (
+        "trust_remote_code",
+        "torch.load",
+        "pickle",
+        "wget",
+        "curl",
+        "urllib",
+        "requests",
+        "eval(",
+        "exec(",
+    ):
+        assert not re.search(rf"(?<![\w.]){re.escape(forbidden)}", code), forbidden
+    for call in re.findall(r"AutoModelForCausalLM\.from_pretrained\([^)]*\)", code):
+        assert "use_safetensors=True" in call
+    assert re.search(r'base_model_revision = "[0-9a-f]{40}"', code)
+
+
 STAND_IN = {
     "google/colab/__init__.py": "",
     "google/colab/errors.py": "class Error(Exception): pass\n",
