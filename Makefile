@@ -34,7 +34,7 @@ export PYTHONWARNINGS = ignore
 export TOKENIZERS_PARALLELISM = false
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: run-all $(STAGES) setup environment base-models test test-gpu reference examples sync badges lint lab clean help FORCE
+.PHONY: run-all $(STAGES) setup environment base-models test test-gpu test-browser reference examples sync badges lint lab clean help FORCE
 .DELETE_ON_ERROR:
 # the stored outputs are those of a CPU
 test reference: export CUDA_VISIBLE_DEVICES =
@@ -83,10 +83,16 @@ base-models: $(addsuffix /config.json,$(BASE_MODELS)) ## make the base models of
 
 test: $(READY) .cache/tiny-llama/config.json ## unit tests, contract tests, and the notebooks against tests/reference
 	@rm -rf runs/reference
-	@$(PY) -m pytest -m "not gpu" --nbval --nbval-kernel-name=python3 tests
+	@$(PY) -m pytest -m "not gpu and not browser" --nbval --nbval-kernel-name=python3 tests
 
 test-gpu: $(READY) $(addsuffix /config.json,$(BASE_MODELS)) ## the tests that need an NVIDIA GPU; skipped without one
 	@$(PY) -m pytest -m gpu -rs -v --durations=0 tests/test_gpu.py
+
+test-browser: $(READY) .cache/tiny-llama/config.json ## press Run All in JupyterLab; needs chromium and chromedriver
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+		|| { echo "Chromium or its driver is missing. On Debian: apt-get install chromium chromium-driver" >&2; exit 1; }
+	@$(PY) -m pip install --quiet --disable-pip-version-check jupyterlab==4.6.6 selenium==4.51.0
+	@$(PY) -m pytest -m browser -x -v --durations=0 tests/test_browser.py
 
 reference: $(READY) .cache/tiny-llama/config.json ## remake tests/reference after a change of a notebook
 	@rm -rf runs/reference tests/reference && mkdir -p tests/reference
