@@ -236,7 +236,10 @@ def test_run_all_cells(folder, lab, browser, stage):
     choose(browser, "File", "docmanager:save")
 
     def saved():
-        found = [cell for cell in nbformat.read(file, 4).cells if cell.cell_type == "code"]
+        try:
+            found = [cell for cell in nbformat.read(file, 4).cells if cell.cell_type == "code"]
+        except ValueError:  # it is being written
+            return False
         return [f"[{cell.execution_count or ' '}]:" for cell in found] == page["prompts"] and found
 
     outputs = [output for cell in wait_for(saved, "the notebook to be saved", 30) for output in cell.outputs]
