@@ -710,10 +710,10 @@ def side_by_side(columns, rows):
     """An HTML table of texts, line breaks kept, under the disclaimer. `columns` maps a heading to a list of texts."""
     from html import escape
 
-    cell = '<td style="text-align:left;vertical-align:top;white-space:pre-wrap">{}</td>'
+    cell = '<td style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere">{}</td>'
     head = "".join(f'<th style="text-align:left">{escape(heading)}</th>' for heading in columns)
     body = "".join("<tr>" + "".join(cell.format(escape(c[i])) for c in columns.values()) + "</tr>" for i in range(rows))
-    return HTML(f"<p><b>{DISCLAIMER}</b></p><table><tr>{head}</tr>{body}</table>")
+    return HTML(f"<p><b>{DISCLAIMER}</b></p><table style='table-layout:fixed;width:100%'><tr>{head}</tr>{body}</table>")
 
 
 # %%

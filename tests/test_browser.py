@@ -42,6 +42,8 @@ return {
     status: panel.querySelector(".jp-Notebook-ExecutionIndicator")?.dataset.status,
     prompts: texts(".jp-CodeCell .jp-InputPrompt"),
     stderr: texts(`.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]`),
+    cutOff: all(".jp-OutputArea-output").filter(output => output.scrollWidth > output.clientWidth + 1)
+        .map(output => output.innerText.slice(0, 100)),
     bars: all(".jp-OutputArea-output progress").map(bar => bar.value + "/" + bar.max),
     tables: all(".jp-OutputArea-output table").filter(table => seen(table) && table.rows.length > 1).length,
     plots: all(".jp-OutputArea-output img").filter(img => seen(img) && img.naturalWidth > 300).length,
@@ -252,5 +254,6 @@ def test_run_all_cells(folder, lab, browser, stage):
     for line in "\n".join(page["stderr"]).splitlines():
         assert "100%|" in line, f"on red, and not a progress bar that has ended: {line}"
     assert all(value == end for value, end in (bar.split("/") for bar in page["bars"])), page["bars"]
+    assert not page["cutOff"], f"wider than the page: {page['cutOff'][0]}"
     for what, least in SHOWN[stage].items():
         assert page[what] >= least, f"{page[what]} {what} are shown, and there should be {least}"
