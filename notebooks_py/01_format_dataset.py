@@ -246,7 +246,9 @@ def record(stage, dataset_fingerprint):
 
 
 # %%
+import csv
 import hashlib
+import io
 import unicodedata
 import warnings
 from collections import Counter
@@ -256,6 +258,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 import datasets
 import matplotlib.pyplot as plt
 import pandas as pd
+import pyarrow.parquet as pq
 from IPython.display import HTML
 from transformers import AutoConfig, AutoTokenizer
 
@@ -264,10 +267,73 @@ datasets.disable_progress_bars()
 # %% [markdown]
 # ## Read the table
 #
-# Every cell is read as text, so that an answer of `007` or `None` arrives as it was written.
+# Every cell is read as text, so that an answer of `007` or `None` arrives as it was written. A table that can be
+# understood in two ways, such as one whose rows have more cells than its header, is refused: guessing would shift or
+# swallow rows without a word.
 
 
 # %%
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte order mark. Raises StageError if it is something else."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise StageError(f"dataset={path} is not UTF-8 (byte {error.start}). Save it as UTF-8 and try again.") from None
+    if "\0" in text[:2]:
+        raise StageError(f"dataset={path} is not UTF-8, but looks like UTF-16. Save it as UTF-8 and try again.")
+    return text
+
+
+def read_csv(path):
+    """Read a .csv file as a DataFrame. Raises StageError if a quote is open or a row is not as long as the header."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)  # pandas' own cuts a cell at a NUL
+    rows, line = [], 1
+    try:
+        for row in reader:
+            if row and rows and len(row) != len(rows[0]):
+                raise StageError(
+                    f"dataset={path}, line {line}: this row has {len(row)} cells, the header {len(rows[0])}. "
+                    "Put double quotes around a cell that has commas or line breaks."
+                )
+            rows += [row] if row else []
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise StageError(
+            f"dataset={path}: the row that begins in line {line} has a double quote too many or too few ({error}). "
+            'Write a quote inside a quoted cell twice: "".'
+        ) from None
+    return pd.DataFrame(rows[1:], columns=rows[0] if rows else [], dtype=object)
+
+
+def read_jsonl(path):
+    """Read a .jsonl file as a DataFrame. Raises StageError if a line is not a JSON object or names a field twice."""
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a field is there twice")
+        return dict(pairs)
+
+    rows = []
+    for number, line in enumerate(io.StringIO(read_text(path), newline=None), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=unique, strict=False)
+            written = json.loads(line, parse_float=str, parse_int=str, strict=False)  # 1.50 stays 1.50
+        except (ValueError, RecursionError) as error:
+            raise StageError(f"dataset={path}, line {number} is not JSON ({error}). Mend or remove it.") from None
+        if not isinstance(row, dict):
+            raise StageError(f'dataset={path}, line {number}: each line must be an object like {{"question": "..."}}.')
+        rows.append({name: written[name] if isinstance(value, (int, float)) else value for name, value in row.items()})
+    return pd.DataFrame(rows, dtype=object)
+
+
+def read_parquet(path):
+    """Read a .parquet file as a DataFrame."""
+    return pd.DataFrame(pq.read_table(path).to_pylist(), dtype=object)
+
+
 def read_hub(name, revision):
     """Read all splits of a Hub data set as one DataFrame. Raises StageError if that fails, for whatever reason."""
     try:
@@ -277,7 +343,19 @@ def read_hub(name, revision):
         raise StageError(
             f"dataset={name}: no such file here (looked in {Path.cwd()}), and not to be had from the Hub: {reason}"
         ) from None
-    return pd.concat([split.to_pandas() for split in splits.values()])
+    return pd.DataFrame([row for split in splits.values() for row in split.to_list()], dtype=object)
+
+
+# %%
+def cell_text(value):
+    """A cell as text: "" for a missing value, JSON for a list, an object or a truth value."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, (list, dict, bool)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return "" if pd.isna(value) else str(value)
 
 
 def read_table(source, revision):
@@ -286,30 +364,25 @@ def read_table(source, revision):
     Raises StageError if there is no such table, or if it cannot be read or is empty.
     """
     path = Path(source).expanduser()
-    readers = {
-        ".csv": lambda p: pd.read_csv(p, dtype=str, keep_default_na=False, encoding="utf-8-sig"),
-        ".jsonl": lambda p: pd.read_json(p, lines=True, dtype=False, convert_dates=False, encoding="utf-8-sig"),
-        ".parquet": pd.read_parquet,
-    }
+    readers = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
     if path.suffix in readers and not path.exists():
         raise StageError(f"dataset={source}: there is no such file (looked in {Path.cwd()}).")
+    if path.suffix not in readers and path.exists():
+        raise StageError(f"dataset={source}: this kind of file is not read. Use .csv, .jsonl or .parquet.")
     try:
-        if path.suffix in readers:
-            table = readers[path.suffix](path)
-        elif path.exists():
-            raise StageError(f"dataset={source}: this kind of file is not read. Use .csv, .jsonl or .parquet.")
-        else:
-            table = read_hub(source, revision)
-    except UnicodeDecodeError as error:
+        table = readers[path.suffix](path) if path.suffix in readers else read_hub(source, revision)
+        table = table.map(cell_text)
+    except StageError:
+        raise
+    except Exception as error:  # a damaged file fails in many ways, each with an error of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = "".join(c for c in reason if c.isprintable())[:300]  # it may quote the file
         raise StageError(
-            f"dataset={source} is not UTF-8 (byte {error.start}). Save it as UTF-8 and try again."
+            f"dataset={source} could not be read: {reason}. Is it damaged, or of another kind than its name says?"
         ) from None
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise StageError(f"dataset={source} could not be read: {reason}") from None
     if table.empty:
-        raise StageError(f"dataset={source} has no rows.")
-    return table.astype(object).where(table.notna(), "").astype(str).reset_index(drop=True)
+        raise StageError(f"dataset={source} has no rows. It needs some below its column names.")
+    return table
 
 
 # %%
@@ -337,10 +410,12 @@ def rename_columns(table, columns, needed):
         if column is None:
             raise StageError(f"The templates use {{{field}}}, which `columns` does not name. It names: {list(columns)}")
         if column not in table.columns:
-            found = list(table.columns)
-            near = get_close_matches(column.lower(), [str(c).lower() for c in found], n=1, cutoff=0.4)
-            hint = next((f" Did you mean {c!r}?" for c in found if near and str(c).lower() == near[0]), "")
+            found = [c[:60] for c in table.columns[:30]]  # without a header these are cells, as long as they like
+            near = get_close_matches(str(column).lower(), [c.lower() for c in found], n=1, cutoff=0.4)
+            hint = next((f" Did you mean {c!r}?" for c in found if near and c.lower() == near[0]), "")
             raise StageError(f"The table has no column {column!r} (for {{{field}}}). It has: {found}.{hint}")
+        if list(table.columns).count(column) > 1:
+            raise StageError(f"The table has more than one column {column!r} (for {{{field}}}). Rename or remove one.")
     return table[[columns[field] for field in needed]].set_axis(needed, axis=1)
 
 
@@ -361,13 +436,14 @@ raw = rename_columns(table, columns, list(dict.fromkeys(question_fields + answer
 
 # %%
 MISSING = {"", "none", "nan", "null", "n/a", "na", "nil", "-", "--", "<na>"}
-URL = re.compile(r"(?:https?:|www\.)\S*", re.IGNORECASE)
-INVISIBLE = re.compile(r"[\u200b\u2060\ufeff\u00ad\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+URL = re.compile(r"(?:https?:|\bwww\.)\S+", re.IGNORECASE)
+# zero-width characters, control characters, and halves of characters; emoji need their joiner (U+200D)
+INVISIBLE = re.compile(r"[\u200b\u2060\ufeff\u00ad\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
 def clean_cell(text):
     """Return a cell's text with Unicode and white space normalized, "" for a missing value or a web address."""
-    text = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
+    text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
     text = URL.sub("", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
@@ -433,25 +509,28 @@ clean = raw.map(clean_cell).map(lambda text: break_markers(text, markers))
 # lands in the test split it makes the test dishonest. Near duplicates are answers to one question whose words differ by
 # a tenth or less, letter case and punctuation aside.
 
+
 # %%
-WORDS = re.compile(r"\w+")
-
-
 def words(text):
-    """The words of a text, in lower case, without punctuation."""
-    return WORDS.findall(text.casefold())
+    """The words of a text, in lower case, without punctuation; accents, vowel signs and symbols are part of a word."""
+    return "".join(" " if unicodedata.category(c).startswith("P") else c for c in text.casefold()).split()
+
+
+def question_key(row, question_fields):
+    """What makes two rows ask the same: the words of the question's fields, letter case and punctuation aside."""
+    return " ".join(" ".join(words(row[field])) or row[field] for field in question_fields)
 
 
 def reason_to_drop(rows, question_fields, answer_column, threshold):
     """Say for each row why it is dropped: "no question", "no answer", "duplicate", "near duplicate", or "" to keep it.
 
-    Near duplicates share at least `threshold` of the distinct words of both rows (Jaccard index) and the question.
+    Near duplicates ask the same, and their other fields share at least `threshold` of the distinct words of both
+    (Jaccard index).
     """
     reasons, kept = [], {}
     for row in rows.to_dict("records"):
-        question = tuple(w for field in question_fields for w in words(row[field]))
-        texts, bag = list(row.values()), {w for value in row.values() for w in words(value)}
-        twins = kept.setdefault(question, [])
+        texts, bag = list(row.values()), {w for field in row for w in words(row[field]) if field not in question_fields}
+        twins = kept.setdefault(question_key(row, question_fields), [])
         if not all(row[field] for field in question_fields):
             reasons.append("no question")
         elif not row[answer_column]:
@@ -585,8 +664,9 @@ def split_answer(row, answer_column, max_length, length):
     Returns the rows and how many sentences were too long by themselves and so left out.
     """
     parts, too_long = [], 0
-    for sentence in re.split(r"(?<=[.!?।。])\s+", row[answer_column]):
-        longer = {**row, answer_column: f"{parts[-1]} {sentence}"} if parts else None
+    pieces = re.split(r"(?<=[.!?।。])(\s+)", row[answer_column])  # sentences, and between them spaces or line breaks
+    for space, sentence in zip(["", *pieces[1::2]], pieces[::2], strict=True):
+        longer = {**row, answer_column: parts[-1] + space + sentence} if parts else None
         if longer and length(longer) <= max_length:
             parts[-1] = longer[answer_column]
         elif length({**row, answer_column: sentence}) <= max_length:
@@ -635,11 +715,6 @@ print(
 
 
 # %%
-def question_key(row, question_fields):
-    """What makes two rows ask the same: the words of the question's fields, letter case and punctuation aside."""
-    return " ".join(" ".join(words(row[field])) or row[field] for field in question_fields)
-
-
 def assign_splits(keys, seed, validation_fraction, test_fraction):
     """Map each distinct key to "train", "validation" or "test" by its hash: the same key, the same split.
 
@@ -691,28 +766,38 @@ print(splits["train"]["text"][0])
 # ## Prove it
 #
 # On every row of every split: one BOS, and it comes first; one EOS in the response, and it comes last; no special token
-# beyond those of the template; no line that says "None" or "nan"; no web address; nothing over `max_length`.
+# beyond those of the template; no line of the template that says "None" or "nan"; no web address; nothing over
+# `max_length`.
 
 
 # %%
-def check_example(example, tokenizer, special_tokens, max_length):
+def empty_lines(template):
+    """The labelled lines of a template as they would be if their values were "none", "nan" or "null", in lower case."""
+    labelled = [line for line in template.split("\n") if field_names(line) and re.sub(r"{\w+}", "", line).strip()]
+    return {re.sub(r"{\w+}", word, line).casefold() for line in labelled for word in ("none", "nan", "null")}
+
+
+def check_example(example, tokenizer, special_tokens, answer_template, max_length):
     """Raise StageError if an example breaks what the format promises. `special_tokens`: {id: count} of the template."""
+    question, answer = example["prompt"][0]["content"], example["completion"][0]["content"]
+    texts = tokenizer(question + "\n" + answer, add_special_tokens=False)["input_ids"]
     encoded = encode(example, tokenizer)
     ids = encoded["input_ids"]
     response = [i for i, in_loss in zip(ids, encoded["completion_mask"], strict=True) if in_loss]
     promises = {
         "one BOS, at the start": tokenizer.bos_token_id is None or ids[0] == tokenizer.bos_token_id != ids[1],
         "one EOS, at the end": response.index(tokenizer.eos_token_id) == len(response) - 1,
-        "no other special token": Counter(i for i in ids if i in tokenizer.all_special_ids) == special_tokens,
-        "no missing value": not re.search(
-            r"(?i)(^|[:*]\s*)(none|nan|null)\s*$", example["completion"][0]["content"], re.M
-        ),
+        "no other special token": Counter(i for i in ids if i in tokenizer.all_special_ids) == special_tokens
+        and not set(texts) & set(tokenizer.all_special_ids),  # an EOS in the answer would have ended it
+        "no missing value": answer.casefold() not in MISSING
+        and not empty_lines(answer_template) & set(answer.casefold().split("\n")),
         "no web address": not URL.search(example["text"]),
         "at most max_length tokens": len(ids) <= max_length,
     }
     for promise, kept in promises.items():
         if not kept:
-            raise StageError(f"A row breaks the promise of {promise}: {example['text']!r}")
+            text = example["text"][:500]
+            raise StageError(f"A row breaks the promise of {promise}: {text!r}. Change or remove it in the table.")
 
 
 # %%
@@ -720,7 +805,7 @@ plain = encode(to_conversation(dict.fromkeys(raw.columns, "x"), question_templat
 special_tokens = Counter(i for i in plain["input_ids"] if i in tokenizer.all_special_ids)
 for split in splits.values():
     for example in split:
-        check_example(example, tokenizer, special_tokens, max_length)
+        check_example(example, tokenizer, special_tokens, answer_template, max_length)
 print(f"{sum(map(len, splits.values()))} rows checked")
 
 # %% [markdown]
