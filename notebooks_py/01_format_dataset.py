@@ -100,12 +100,15 @@ import resource
 import shutil
 import subprocess
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same bits from the same sums, whatever the memory looks like
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm looks for widgets, and does without
 
 import torch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
@@ -250,10 +253,7 @@ import csv
 import hashlib
 import io
 import unicodedata
-import warnings
 from collections import Counter
-
-warnings.filterwarnings("ignore", message="IProgress not found")
 
 import datasets
 import matplotlib.pyplot as plt
@@ -813,7 +813,7 @@ print(f"{sum(map(len, splits.values()))} rows checked")
 
 # %%
 lengths = pd.Series([len(encode(example, tokenizer)["input_ids"]) for split in splits.values() for example in split])
-lengths.describe(percentiles=[0.5, 0.95]).round(1)
+lengths.describe(percentiles=[0.5, 0.95]).round(1).to_frame("tokens")
 
 # %% tags=["nbval-ignore-output"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5), layout="constrained")

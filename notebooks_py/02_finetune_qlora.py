@@ -101,12 +101,15 @@ import resource
 import shutil
 import subprocess
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same bits from the same sums, whatever the memory looks like
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm looks for widgets, and does without
 
 import torch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
@@ -248,11 +251,9 @@ def record(stage, dataset_fingerprint):
 
 # %%
 import logging
-import warnings
 
-# bitsandbytes looks for an optional CPU kernel, and tqdm for widgets; both do without
+# bitsandbytes looks for an optional CPU kernel, and does without
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="IProgress not found")
 
 import bitsandbytes as bnb
 import datasets

@@ -85,12 +85,15 @@ import resource
 import shutil
 import subprocess
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same bits from the same sums, whatever the memory looks like
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm looks for widgets, and does without
 
 import torch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
@@ -234,11 +237,9 @@ def record(stage, dataset_fingerprint):
 import gc
 import hashlib
 import logging
-import warnings
 
-# bitsandbytes looks for an optional CPU kernel, and tqdm for widgets; both do without
+# bitsandbytes looks for an optional CPU kernel, and does without
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="IProgress not found")
 
 import bitsandbytes as bnb
 import datasets
@@ -472,7 +473,7 @@ if total_size > free:
 # %% tags=["nbval-ignore-output"]
 merging_started = time.perf_counter()
 weight_map = {}
-for number, shard in enumerate(tqdm(shards, unit="file"), start=1):
+for number, shard in enumerate(tqdm(shards, "merging", unit="file", file=sys.stdout), start=1):
     file = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     weight_map |= dict.fromkeys(shard, file.name)
     if not file.exists():
@@ -663,7 +664,7 @@ if provable:
 
 # %%
 if provable:
-    print(f"largest difference: {difference / logit_range:.1%} of the range of the logits")
+    print(f"largest difference: at most {max(difference / logit_range, 1e-4):.2%} of the range of the logits")
     print(f"same most likely next token at {agreement:.0%} of the positions")
     if not difference < 0.05 * logit_range:
         raise StageError(

@@ -32,7 +32,7 @@
 # - **Time:** some minutes on a T4; about two minutes on a CPU with the small model of the `cpu` profile.
 #
 # Three models answer the same questions, none of which was in training: the base model, the base model with the
-# adapter, and the merged model.
+# adapter, and the merged model. They are **educational**: nothing that they say is medical advice.
 
 # %% [markdown]
 # On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
@@ -92,12 +92,15 @@ import resource
 import shutil
 import subprocess
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same bits from the same sums, whatever the memory looks like
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm looks for widgets, and does without
 
 import torch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
@@ -242,11 +245,9 @@ import gc
 import hashlib
 import logging
 import math
-import warnings
 
-# bitsandbytes looks for an optional CPU kernel, and tqdm for widgets; both do without
+# bitsandbytes looks for an optional CPU kernel, and does without
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="IProgress not found")
 
 import bitsandbytes as bnb
 import datasets
@@ -388,7 +389,7 @@ def score(model, rows, pad_token_id, batch_size, window, stride):
     totals = np.zeros((len(rows), 4))
     work = [(i, *span) for i, row in enumerate(rows) for span in spans(len(row["input_ids"]), window, stride)]
     work.sort(key=lambda item: item[2] - item[1])
-    for k in tqdm(range(0, len(work), batch_size), unit="batch"):
+    for k in tqdm(range(0, len(work), batch_size), "scoring", unit="batch", file=sys.stdout):
         batch = work[k : k + batch_size]
         ids = [torch.tensor(rows[i]["input_ids"][start:end]) for i, start, end, _ in batch]
         ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(model.device)
@@ -437,7 +438,7 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens, so_far, seed
         **sampling,
     )
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    for k in tqdm(range(0, len(ids), batch_size), unit="batch"):
+    for k in tqdm(range(0, len(ids), batch_size), "answering", unit="batch", file=sys.stdout):
         if (so_far / f"{k}.json").exists():
             continue
         set_seed(seed + k)
@@ -514,6 +515,7 @@ def rows_that_fit(model, length, most):
 
 def evaluate(name, model):
     """Score the test rows and answer the prompts with one of the three models."""
+    print(f"{name}:")
     longest = min(window, max(map(len, test["input_ids"])))
     rows = rows_that_fit(model, longest, eval_batch_size)
     scores[name] = score(model, list(test), tokenizer.pad_token_id, rows, window, stride)
@@ -740,9 +742,9 @@ _ = merged.generate(
 # ## How it is often done, and why not to
 #
 # Many notebooks, the one that this series grew out of among them, join ten *training* texts into one sequence and take
-# the loss of that. The number comes out lower for three reasons that have nothing to do with a better model: the texts
-# were trained on, the prompts' boilerplate is counted, and nine of the ten texts can be copied in form from the one
-# before.
+# the loss of that. The number usually comes out lower, for three reasons that have nothing to do with a better model:
+# the texts were trained on, the prompts' boilerplate is counted, and nine of the ten texts can be copied in form from
+# the one before.
 
 # %%
 joined = tokenizer("\n".join(splits["train"]["text"][:10]), return_tensors="pt")["input_ids"].to(merged.device)
