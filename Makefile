@@ -10,7 +10,8 @@ ARGS ?=
 
 STAGES := 01_format_dataset 02_finetune_qlora 03_merge_adapter 04_evaluate
 PROFILE_FILE := profiles/$(PROFILE).yaml
-PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+# in quotes, as its folder may have a space in its name
+PY := "$(if $(VENV),$(VENV)/bin/python,$(PYTHON))"
 READY := $(if $(VENV),$(VENV)/.ready,environment)
 CLEAR_METADATA := --ClearMetadataPreprocessor.enabled=True \
 	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",)}' \

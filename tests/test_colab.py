@@ -234,11 +234,13 @@ def on_colab(machine, name, run_dir, **environment):
         (machine / "stand-in" / path).write_text(text)
     shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", content)
     executed = machine / f"{name}.ipynb"
-    profile = f"-f {ROOT}/profiles/tiny.yaml -p base_model {TINY} -p dataset {TABLE} -p run_dir {run_dir}".split()
+    profile = ["-f", ROOT / "profiles" / "tiny.yaml"]
+    for parameter in (("base_model", TINY), ("dataset", TABLE), ("run_dir", run_dir)):
+        profile += ["-p", *parameter]
     command = [sys.executable, "-m", "papermill", f"{name}.ipynb", executed, *profile, "--log-level", "ERROR"]
     environment = {**os.environ, "HOME": str(machine), "PYTHONPATH": str(machine / "stand-in"), **environment}
     environment |= {"STAND_IN_SECRET": SECRET, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=content, env=environment, capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), cwd=content, env=environment, capture_output=True, text=True)
     return done, executed
 
 

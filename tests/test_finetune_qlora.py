@@ -212,7 +212,7 @@ def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, ar
     shutil.copytree(finished_run / "dataset", run_dir / "dataset")
     done = tmp_path / "done"
     shutil.copytree(run_dir, done)
-    command = f"-f {ROOT}/profiles/tiny.yaml {arguments} --log-level ERROR --no-progress-bar".split()
+    command = ["-f", f"{ROOT}/profiles/tiny.yaml", *arguments.split(), "--log-level", "ERROR", "--no-progress-bar"]
     papermill = [sys.executable, "-m", "papermill", "notebooks/02_finetune_qlora.ipynb"]
 
     def start(folder):
