@@ -142,10 +142,10 @@ def test_a_small_table_is_dealt_out_in_small_batches(finished_run, batch_size, m
 
 
 def test_the_base_is_read_one_tensor_at_a_time(finetune, merge_adapter, tmp_path, monkeypatch):
-    """Same logits as from `from_pretrained`, from several files, with never more than one of them open."""
+    """Same logits as from `from_pretrained`, from many files, of which no more are open than there are threads."""
     plain = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    plain.save_pretrained(tmp_path, max_shard_size="1MB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    plain.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 10
     opened, most = [0], [0]
 
     class Counted:
@@ -164,7 +164,7 @@ def test_the_base_is_read_one_tensor_at_a_time(finetune, merge_adapter, tmp_path
     monkeypatch.setitem(finetune.load_model.__globals__, "safe_open", Counted)
     monkeypatch.setattr(transformers.modeling_utils, "safe_open", None)  # it would keep all files mapped
     model = finetune.load_model(tmp_path, None, torch.float32, "sdpa")
-    assert (opened, most) == ([0], [1])
+    assert opened == [0] and 1 <= most[0] <= 4
     assert model.name_or_path == model.config.name_or_path == str(tmp_path)
     assert model.generation_config.eos_token_id == plain.generation_config.eos_token_id
     ids = torch.arange(3, 35)[None]
@@ -289,7 +289,7 @@ def test_a_model_that_does_not_fit_is_not_loaded(finished_run, tmp_path, monkeyp
     monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
     with pytest.raises(
-        Exception, match=r"expected to take 0\.\d GiB of memory, and there are 0\.2 GiB\. Lower"
+        Exception, match=r"expected to take \d\.\d GiB of memory, and there are 0\.2 GiB\. Lower"
     ) as caught:
         run_tiny("02_finetune_qlora", tmp_path / "run")
     assert type(caught.value).__name__ == "StageError"
