@@ -115,14 +115,14 @@ def test_gradients_of_packed_and_unpacked_rows_agree(run_dir):
     """In bf16 through 4-bit layers, to what rounding allows; rows that see each other differ by far more."""
     stage = run_script("02_finetune_qlora", before="## Train", **settings(run_dir, precision="bf16"))
     model, collate = stage.trainer.model.eval(), stage.trainer.data_collator  # eval: no dropout
-    row = stage.train[0]
+    row = max(stage.train, key=lambda row: len(row["seq_lengths"]))
     ends = torch.tensor(row["seq_lengths"]).cumsum(0).tolist()
     pieces = [
         {name: row[name][end - length : end] for name in ("input_ids", "completion_mask")}
         for end, length in zip(ends, row["seq_lengths"], strict=True)
     ]
     leaking = {**row, "seq_lengths": [ends[-1]]}
-    assert len(pieces) > 2
+    assert len(pieces) > 1
 
     def gradient(examples):
         batch = {name: tensor.cuda() for name, tensor in collate(examples).items()}
