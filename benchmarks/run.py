@@ -1,6 +1,6 @@
 """Training throughput of the profiles, of the notebook this series grew out of, and of TRL's and Unsloth's notebooks.
 
-    python benchmarks/run.py [--peer-python PYTHON] [--base-model FOLDER] [--only ROW,ROW] [--out FOLDER]
+    python benchmarks/run.py [--peer-python PYTHON] [--base-model FOLDER] [--only ROW]... [--out FOLDER]
 
 One GPU, one process a row, the same base weights and the same examples for all. See README.md beside this file.
 """
@@ -344,11 +344,14 @@ def plot(results, path):
 def main():
     """Run every row in a process of its own, print the table as it grows, write results.json and throughput.png."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-model", help="a folder with a 7B model; random weights are made if it is left out")
+    absolute = {"type": lambda path: str(Path(path).absolute())}  # the rows run in a folder of their own
     parser.add_argument(
-        "--peer-python", help="the interpreter of an environment with Unsloth; its rows are left out without"
+        "--base-model", **absolute, help="a folder with a 7B model; random weights are made if it is left out"
     )
-    parser.add_argument("--only", help="rows to run, separated by commas", default=",".join(ROWS))
+    parser.add_argument(
+        "--peer-python", **absolute, help="Python of an environment with Unsloth; its rows are left out without"
+    )
+    parser.add_argument("--only", action="append", choices=ROWS, metavar="ROW", help="a row to run; may be repeated")
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--run-dir", help=argparse.SUPPRESS)
@@ -356,9 +359,6 @@ def main():
     if options.row:
         print("RESULT", json.dumps(measure(options.row, options.base_model, options.run_dir)), flush=True)
         os._exit(0)  # worker threads of a framework would hold the process up
-    unknown = set(options.only.split(",")) - ROWS.keys()
-    if unknown:
-        sys.exit(f"There is no row {', '.join(sorted(unknown))}. The rows are: {'; '.join(ROWS)}.")
     import torch
 
     if not torch.cuda.is_available():
@@ -375,7 +375,7 @@ def main():
         flush=True,
     )
     results = {}
-    for row in options.only.split(","):
+    for row in options.only or ROWS:
         python = options.peer_python if ROWS[row][0] == "unsloth" else sys.executable
         if python is None:
             continue

@@ -463,6 +463,7 @@ if not plan_file.exists() or json.loads(plan_file.read_text()) != plan:
     remove(folder)
     with whole(plan_file) as partial:
         partial.write_text(json.dumps(plan))
+remove(run / "merged")  # of another adapter
 remove(place / "merged")
 free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 if total_size > free:

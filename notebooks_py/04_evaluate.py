@@ -302,7 +302,10 @@ def same_model(one, other):
 
 
 def check_run(run, merged, report, base_model):
-    """Raise StageError if the adapter or the merged model is missing or does not belong to the rest of the run."""
+    """The adapter's SHA-256, once it is known that all belongs together; `merged` is None if it is elsewhere.
+
+    Raises StageError if the adapter or the merged model is missing or does not belong to the rest of the run.
+    """
     for folder, stage in ((run / "adapter", "02_finetune_qlora"), (merged, "03_merge_adapter")):
         if folder and not folder.exists():
             raise StageError(f"{folder} is missing. Run {stage} first, with the same run_dir, in Colab one in Drive.")
@@ -314,6 +317,7 @@ def check_run(run, merged, report, base_model):
         raise StageError("The adapter was trained on another data set. Run 02_finetune_qlora again.")
     if merged and json.loads((merged / "merge_report.json").read_text())["adapter_sha256"] != digest:
         raise StageError("The merged model was made from another adapter. Run 03_merge_adapter again.")
+    return digest
 
 
 # %%
@@ -322,7 +326,7 @@ merged_folder = run / "merged"
 if run_dir.startswith(("drive:", "hub:")) and not merged_folder.exists():
     kept_here = Path("runs") / run.name / "merged"
     merged_folder = kept_here if kept_here.exists() else None
-check_run(run, merged_folder, report, base_model)
+adapter_sha256 = check_run(run, merged_folder, report, base_model)
 tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
 
 
@@ -480,17 +484,20 @@ references = [test[i]["completion"][0]["content"] for i in first_of["row"]]
 sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if do_sample else {"do_sample": False}
 scores, answers, seconds = {}, {}, {}
 
-so_far = run / "answers_so_far"  # of this evaluation; another one's are thrown away
-evaluated = {
-    **parameters,
-    "adapter": hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest(),
-}
+# %% [markdown]
+# Answers that an interrupted run of this notebook left are kept, if they were made by the same adapter with the same
+# parameters.
+
+# %%
+so_far = run / "answers_so_far"
+evaluated = {**parameters, "adapter": adapter_sha256}
 if not (so_far / "of.json").exists() or json.loads((so_far / "of.json").read_text()) != evaluated:
     remove(so_far)
     with whole(so_far / "of.json") as partial:
         partial.write_text(json.dumps(evaluated))
 
 
+# %%
 def room_gib():
     """Memory in GiB that models can take here: on the GPU, within this process's share of it, or RAM without one."""
     if not torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """What the tests share: the functions of a notebook, taken out of its paired .py, and ways to run one."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -84,8 +85,21 @@ def run_script(name, before=None, **parameters):
     return SimpleNamespace(**namespace)
 
 
+def profile_parameters(profile, run_dir, **parameters):
+    """The parameters of a profile of ours that needs no Hub, its paths made absolute, and `parameters` on top."""
+    values = yaml.safe_load((ROOT / "profiles" / f"{profile}.yaml").read_text())
+    paths = {name: str(ROOT / values[name]) for name in ("base_model", "dataset")}
+    return {**values, **paths, "run_dir": str(run_dir), **parameters}
+
+
 def run_tiny(name, run_dir, before=None, **parameters):
-    """`run_script` with the tiny profile, its paths made absolute, and `parameters` on top."""
-    profile = yaml.safe_load((ROOT / "profiles" / "tiny.yaml").read_text())
-    profile |= {"base_model": str(TINY), "dataset": str(TABLE), "run_dir": str(run_dir)}
-    return run_script(name, before, **{**profile, **parameters})
+    """`run_script` with the tiny profile and `parameters` on top."""
+    return run_script(name, before, **profile_parameters("tiny", run_dir, **parameters))
+
+
+def metrics_without_times(run_dir):
+    """The metrics that notebook 4 left in a run folder, without those that differ from run to run."""
+    metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
+    for figures in metrics.values():
+        figures.get("generation", {}).pop("tokens_per_second", None)
+    return metrics

@@ -14,8 +14,7 @@ from urllib.request import Request, urlopen
 
 import nbformat
 import pytest
-import yaml
-from conftest import ROOT, TABLE, TINY
+from conftest import ROOT, profile_parameters
 
 pytestmark = pytest.mark.browser
 SCREENSHOTS = ROOT / "runs" / "browser"
@@ -65,8 +64,7 @@ def wait_for(condition, what, seconds):
 def folder(tmp_path_factory):
     """The four notebooks, each with the tiny profile's parameters in a cell of their own, as Papermill would do it."""
     folder = tmp_path_factory.mktemp("lab")
-    values = yaml.safe_load((ROOT / "profiles" / "tiny.yaml").read_text())
-    values |= {"base_model": str(TINY), "dataset": str(TABLE), "run_dir": str(folder / "run")}
+    values = profile_parameters("tiny", folder / "run")
     for stage in SHOWN:
         notebook = nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4)
         known = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))

@@ -11,7 +11,7 @@ from importlib.metadata import requires, version
 
 import nbformat
 import pytest
-from conftest import ROOT, TABLE, TINY, make
+from conftest import ROOT, TABLE, TINY, make, metrics_without_times
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -244,11 +244,11 @@ def on_colab(machine, name, run_dir, **environment):
     return done, executed
 
 
-def results(folder):
-    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
-    for figures in metrics.values():
-        figures.get("generation", {}).pop("tokens_per_second", None)
-    return metrics
+def series_on_colab(folder, run_dir, **environment):
+    """Run the four notebooks in sequence, each on a machine of its own."""
+    for name in NOTEBOOKS:
+        done, _ = on_colab(folder / name, name, run_dir, **environment)
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 def secret_in(*folders):
@@ -260,11 +260,10 @@ def secret_in(*folders):
 def test_four_machines_that_share_only_drive(finished_run, tmp_path):
     drive = tmp_path / "drive"
     drive.mkdir()
+    series_on_colab(tmp_path, "drive:remedies", STAND_IN_DRIVE=str(drive))
     for name in NOTEBOOKS:
-        done, _ = on_colab(tmp_path / name, name, "drive:remedies", STAND_IN_DRIVE=str(drive))
-        assert done.returncode == 0, done.stderr[-2000:]
         assert sorted(path.name for path in (tmp_path / name / "content").iterdir()) == [f"{name}.ipynb", "drive"]
-    assert results(drive / "remedies") == results(finished_run)
+    assert metrics_without_times(drive / "remedies") == metrics_without_times(finished_run)
     assert not secret_in(tmp_path)
 
 
@@ -272,14 +271,13 @@ def test_four_machines_that_share_only_the_hub(finished_run, tmp_path):
     """The data set and the adapter go over the Hub; the merged model stays behind and is merged again to be scored."""
     hub = tmp_path / "hub"
     hub.mkdir()
-    for name in NOTEBOOKS:
-        done, _ = on_colab(tmp_path / name, name, "hub:some-one/remedies", STAND_IN_HUB=str(hub))
-        assert done.returncode == 0, done.stderr[-2000:]
+    series_on_colab(tmp_path, "hub:some-one/remedies", STAND_IN_HUB=str(hub))
     assert sorted(path.relative_to(hub).as_posix() for path in hub.glob("*/*/*")) == [
         "dataset/some-one/remedies",
         "model/some-one/remedies",
     ]
-    here, there = results(tmp_path / "04_evaluate" / "content" / "runs" / "some-one--remedies"), results(finished_run)
+    here = metrics_without_times(tmp_path / "04_evaluate" / "content" / "runs" / "some-one--remedies")
+    there = metrics_without_times(finished_run)
     for name in ("base", "adapter", "merged"):
         assert here[name]["perplexity"]["response"] == pytest.approx(there[name]["perplexity"]["response"], rel=1e-4)
     assert not secret_in(tmp_path)

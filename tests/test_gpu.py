@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import ROOT, make, run_script
+from conftest import ROOT, make, profile_parameters, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
@@ -20,9 +20,8 @@ NOISE = 0.03  # in nats: five seeds of one setting differed by up to 0.02
 
 
 def settings(run_dir, **parameters):
-    """The cpu profile, its paths made absolute, with what only a GPU has switched on."""
-    profile = yaml.safe_load((ROOT / "profiles" / "cpu.yaml").read_text())
-    return {**profile, **ON_GPU, "base_model": str(SMOLLM2), "run_dir": str(run_dir), **parameters}
+    """The cpu profile with what only a GPU has switched on."""
+    return profile_parameters("cpu", run_dir, **{**ON_GPU, **parameters})
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +33,8 @@ def run_dir(tmp_path_factory):
     return folder
 
 
-def run_parameters():
-    """The defaults of notebook 2's parameters."""
-    source = (ROOT / "notebooks_py" / "02_finetune_qlora.py").read_text(encoding="utf-8")
-    cell = next(c for c in source.split("\n# %%") if c.startswith(' tags=["parameters"]'))
-    namespace = {}
-    exec(cell.partition("\n")[2], namespace)
-    return namespace
-
-
 class Skips(TrainerCallback):
-    """Count the optimizer steps that the fp16 gradient scaler skipped, and look at the gradients' norms."""
+    """Note of each optimizer step whether the fp16 gradient scaler skipped it."""
 
     def __init__(self, trainer):
         self.trainer, self.skipped = trainer, []
@@ -77,7 +67,7 @@ def test_a_profile_learns_as_much_from_an_example_as_the_seeds_settings(run_dir,
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
     seeds = {"packing": False, "batch_size": 4, "min_steps": 1, "learning_rate": 2e-4, "lora_dropout": 0.1}
     of_profile = yaml.safe_load((ROOT / "profiles" / f"{profile}.yaml").read_text())
-    defaults = run_parameters()
+    defaults = run_script("02_finetune_qlora", before="## Tools").parameters
     ours = {name: of_profile.get(name, defaults[name]) for name in (*seeds, "gradient_checkpointing")}
     _, after, _, stage = train(run_dir, lora_target_modules=attention, **ours)
     _, after_seeds, _, _ = train(run_dir, lora_target_modules=attention, **seeds)

@@ -2,13 +2,16 @@
 
 import ast
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jupytext
 import nbformat
 import pytest
 import yaml
-from conftest import ROOT, TABLE, TINY, make, run_tiny
+from conftest import ROOT, TABLE, TINY, make, metrics_without_times, run_tiny
 
 STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate"]
 
@@ -98,15 +101,9 @@ def test_the_manifest_says_what_ran(finished_run):
 
 
 def test_the_same_seed_gives_the_same_metrics_and_a_second_run_does_nothing(finished_run, tmp_path):
-    def without_times(run_dir):
-        metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
-        for entry in metrics.values():
-            entry.get("generation", {}).pop("tokens_per_second", None)
-        return metrics
-
     again = tmp_path / "again"
     assert make("run-all", "PROFILE=tiny", f"RUN_DIR={again}").returncode == 0
-    assert without_times(again) == without_times(finished_run)
+    assert metrics_without_times(again) == metrics_without_times(finished_run)
     stamps = {path: path.stat().st_mtime_ns for path in again.rglob("*") if path.is_file()}
     assert make("run-all", "PROFILE=tiny", f"RUN_DIR={again}").returncode == 0
     assert {path: path.stat().st_mtime_ns for path in again.rglob("*") if path.is_file()} == stamps
@@ -274,6 +271,16 @@ def test_a_folder_with_spaces_in_its_name(tmp_path):
     done = make("01_format_dataset", "PROFILE=tiny", "-C", copy)
     assert done.returncode == 0, done.stderr
     assert (copy / "runs" / "tiny" / "dataset" / "report.json").exists()
+
+
+def test_the_benchmark_says_that_it_needs_a_gpu():
+    """With all of its rows, and with one whose name has a comma in it."""
+    for arguments in ([], ["--only", "a100 profile, 39 GiB"]):
+        command = [sys.executable, ROOT / "benchmarks" / "run.py", *arguments]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr == "The benchmark needs an NVIDIA GPU; there is none here.\n"
 
 
 def test_a_changed_table_is_noticed(tmp_path):
