@@ -43,9 +43,7 @@ ROWS = {
     "seed's settings": ("notebook", None, {"profile": "t4", **SEED}),
     "TRL's QLoRA notebook": ("trl", None, {}),
     "Unsloth's notebook": ("unsloth", None, {**UNSLOTH_NOTEBOOK, "batch": 2, "checkpointing": True}),
-    "Unsloth, packed 8 x 512": ("unsloth", None, {**UNSLOTH, "batch": 8, "checkpointing": False}),
     "Unsloth, packed 16 x 512": ("unsloth", None, {**UNSLOTH, "batch": 16, "checkpointing": False}),
-    "Unsloth, packed 16 x 512, its checkpointing": ("unsloth", None, {**UNSLOTH, "batch": 16, "checkpointing": True}),
     "t4 profile, 14.5 GiB, fp16": ("notebook", 14.5, {"profile": "t4", "precision": "fp16"}),
     "t4 profile, 115 rows": ("notebook", 14.5, {"profile": "t4", "precision": "fp16", "min_steps": 10**9}),
     "Unsloth 4 x 512, 14.5 GiB, fp16": ("unsloth", 14.5, {**UNSLOTH, "batch": 4, "checkpointing": False, "fp16": True}),
@@ -53,11 +51,6 @@ ROWS = {
         "unsloth",
         14.5,
         {**UNSLOTH, "batch": 8, "checkpointing": True, "fp16": True},
-    ),
-    "Unsloth 16 x 512, 14.5 GiB, fp16, its checkpointing": (
-        "unsloth",
-        14.5,
-        {**UNSLOTH, "batch": 16, "checkpointing": True, "fp16": True},
     ),
     "a100 profile, 39 GiB": ("notebook", 39, {"profile": "a100"}),
     "a100 profile, 115 rows": ("notebook", 39, {"profile": "a100", "min_steps": 10**9}),
@@ -96,8 +89,9 @@ def make_dataset(run_dir, base_model, steps):
         text, room = [], length - 30  # the prompt, the template, BOS and EOS
         while room > 0:
             i = rng.randrange(len(words))
-            text.append(words[i])
-            room -= sizes[i]
+            if sizes[i] <= room:
+                text.append(words[i])
+                room -= sizes[i]
         prompt = [{"role": "user", "content": "I am suffering from a cold. Please suggest a home remedy."}]
         return {"prompt": prompt, "completion": [{"role": "assistant", "content": " ".join(text)}]}
 
@@ -374,6 +368,7 @@ def main():
         f"{torch.cuda.get_device_name()}: {peak / 1e12:,.0f} TFLOP/s in bf16, at most {limit:,.0f} tokens/s\n",
         flush=True,
     )
+    machine = {"gpu": torch.cuda.get_device_name(), "bf16_flops": peak, "limit_tokens_per_second": limit}
     results = {}
     for row in options.only or ROWS:
         python = options.peer_python if ROWS[row][0] == "unsloth" else sys.executable
@@ -384,18 +379,12 @@ def main():
         found = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         failed = "out of memory" if "OutOfMemoryError" in done.stderr else f"failed: {done.stderr.strip()[-300:]}"
         results[row] = json.loads(found[0]) if found else {"error": failed}
+        (options.out / "results.json").write_text(json.dumps({**machine, "rows": results}, indent=2) + "\n")
         print(table({row: results[row]}, limit).splitlines()[-1], flush=True)
     print("\n" + table(results, limit))
     versions = {row: r["packages"] for row, r in results.items() if "packages" in r}
     for packages in {json.dumps(p): p for p in versions.values()}.values():
         print("\n" + ", ".join(f"{name} {number}" for name, number in packages.items()))
-    document = {
-        "gpu": torch.cuda.get_device_name(),
-        "bf16_flops": peak,
-        "limit_tokens_per_second": limit,
-        "rows": results,
-    }
-    (options.out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
     plot(results, options.out / "throughput.png")
 
 
