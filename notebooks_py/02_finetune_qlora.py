@@ -55,6 +55,7 @@ run_dir = "runs/home_remedies"  # that of notebook 1; in Colab better "drive:hom
 seed = 42
 base_model = "NousResearch/Llama-2-7b-chat-hf"
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
+published_dataset = ""  # a data set that notebook 1 published on the Hub, to take where the run has none
 precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
 attn_implementation = "sdpa"
 max_length = 512
@@ -94,6 +95,7 @@ parameters = {
 # a file or folder that is either whole or absent, and the entry in `manifest.json` that says what ran on what.
 
 # %%
+import hashlib
 import json
 import os
 import platform
@@ -113,7 +115,8 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm looks f
 
 import torch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import DryRunError, RepositoryNotFoundError
 
 started = time.perf_counter()
 
@@ -262,7 +265,7 @@ import pandas as pd
 import psutil
 import transformers
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -358,6 +361,41 @@ def load_dataset_of_run(run):
         ) from None
 
 
+# %% [markdown]
+# Without notebook 1's folder, a data set that it published will do.
+
+
+# %%
+def take_published(name, folder):
+    """Save a data set of the Hub as notebook 1 would have: train, validation and test of conversations, and a report.
+
+    Raises StageError if it cannot be had, or is not of that kind.
+    """
+    try:
+        splits = datasets.load_dataset(name, token=hub_token())
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise StageError(f"published_dataset={name}: not to be had from the Hub: {reason}") from None
+    columns = {column for split in splits.values() for column in split.column_names}
+    if not {"train", "validation", "test"} <= splits.keys() or not {"prompt", "completion"} <= columns:
+        raise StageError(
+            f"published_dataset={name} lacks the splits train, validation and test or the columns prompt and "
+            "completion. Give it to notebook 1 as its dataset instead."
+        )
+    text = json.dumps(
+        {split: rows.select_columns(["prompt", "completion"]).to_list() for split, rows in splits.items()}
+    )
+    report = {"published": name, "splits": {split: len(rows) for split, rows in splits.items()}}
+    with whole(folder) as partial:
+        splits.save_to_disk(partial)
+        report["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()
+        (partial / "report.json").write_text(json.dumps(report, indent=2))
+
+
+# %%
+if published_dataset and not (run / "dataset").exists():
+    take_published(published_dataset, run / "dataset")
+
 # %%
 splits, report = load_dataset_of_run(run)
 tokenizer = load_tokenizer(base_model, base_model_revision)
@@ -439,6 +477,51 @@ def compute_dtype(precision):
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
+def fetch(model, revision):
+    """The folder of a model: a folder here, or its files from the Hub, safetensors and JSON only.
+
+    Raises StageError if it is not to be had, or if the disk has no room for it.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    wanted = {"revision": revision, "allow_patterns": ["*.safetensors", "*.json"]}
+    try:
+        with suppress(DryRunError):  # no network: all may be here already
+            files = snapshot_download(model, dry_run=True, **wanted)
+            size = sum(file.file_size for file in files if file.will_download)
+            cache = Path(HF_HUB_CACHE)
+            free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+            if size:
+                print(f"to download: {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of {cache} are free")
+            if size > free:
+                raise StageError(f"There is no room for {model} in {cache}. Free some space, or set HF_HOME elsewhere.")
+        return Path(snapshot_download(model, **wanted))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise StageError(f"{model}: not a folder here, and not to be had from the Hub: {reason}") from None
+
+
+def weight_files(folder):
+    """Map each tensor of the model in a folder to its safetensors file.
+
+    Raises StageError if a file is damaged, if one that the index names is missing, or if there is none.
+    """
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
+        except (SafetensorError, OSError) as error:
+            raise StageError(f"{path} is damaged ({error}). Delete it and run again.") from None
+    index = folder / "model.safetensors.index.json"
+    wanted = json.loads(index.read_text())["weight_map"] if index.exists() else files
+    missing = sorted({file for name, file in wanted.items() if name not in files})
+    if missing or not files:
+        raise StageError(f"The model in {folder} lacks {', '.join(missing) or 'weights in safetensors format'}.")
+    return files
+
+
+# %%
 class OnDisk:
     """A tensor in a safetensors file, read each time it is asked for with `[...]`."""
 
@@ -459,17 +542,11 @@ def load_model(model, revision, dtype, attn_implementation, quantization_config=
     """
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     options = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": attn_implementation}
-    patterns = ["*.safetensors", "*.json"]
-    folder = Path(
-        model if Path(model).is_dir() else snapshot_download(model, revision=revision, allow_patterns=patterns)
-    )
+    folder = fetch(model, revision)
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
-    weights = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            weights |= {name: OnDisk(path, name, device) for name in file.keys()}  # noqa: SIM118
+    weights = {name: OnDisk(file, name, device) for name, file in weight_files(folder).items()}
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config))
     loaded = kind.from_pretrained(
@@ -556,6 +633,8 @@ def expected_gib(config, dtype, tokens, gpu):
 
 # %% tags=["nbval-ignore-output"]
 dtype = compute_dtype(precision)
+if dtype != torch.float32 and not torch.cuda.is_available():
+    raise StageError(f"precision={precision}: training in half precision needs a GPU. Use auto or fp32.")
 if use_liger_kernel and not (torch.cuda.is_available() and find_spec("liger_kernel")):
     raise StageError("use_liger_kernel needs a GPU and the package liger-kernel. Install it, or set it to false.")
 config = AutoConfig.from_pretrained(base_model, revision=base_model_revision)

@@ -104,7 +104,8 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm looks f
 
 import torch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import DryRunError, RepositoryNotFoundError
 
 started = time.perf_counter()
 
@@ -258,7 +259,7 @@ import psutil
 import transformers
 from IPython.display import HTML
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -551,6 +552,51 @@ def compute_dtype(precision):
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
+def fetch(model, revision):
+    """The folder of a model: a folder here, or its files from the Hub, safetensors and JSON only.
+
+    Raises StageError if it is not to be had, or if the disk has no room for it.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    wanted = {"revision": revision, "allow_patterns": ["*.safetensors", "*.json"]}
+    try:
+        with suppress(DryRunError):  # no network: all may be here already
+            files = snapshot_download(model, dry_run=True, **wanted)
+            size = sum(file.file_size for file in files if file.will_download)
+            cache = Path(HF_HUB_CACHE)
+            free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+            if size:
+                print(f"to download: {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of {cache} are free")
+            if size > free:
+                raise StageError(f"There is no room for {model} in {cache}. Free some space, or set HF_HOME elsewhere.")
+        return Path(snapshot_download(model, **wanted))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise StageError(f"{model}: not a folder here, and not to be had from the Hub: {reason}") from None
+
+
+def weight_files(folder):
+    """Map each tensor of the model in a folder to its safetensors file.
+
+    Raises StageError if a file is damaged, if one that the index names is missing, or if there is none.
+    """
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
+        except (SafetensorError, OSError) as error:
+            raise StageError(f"{path} is damaged ({error}). Delete it and run again.") from None
+    index = folder / "model.safetensors.index.json"
+    wanted = json.loads(index.read_text())["weight_map"] if index.exists() else files
+    missing = sorted({file for name, file in wanted.items() if name not in files})
+    if missing or not files:
+        raise StageError(f"The model in {folder} lacks {', '.join(missing) or 'weights in safetensors format'}.")
+    return files
+
+
+# %%
 class OnDisk:
     """A tensor in a safetensors file, read each time it is asked for with `[...]`."""
 
@@ -571,17 +617,11 @@ def load_model(model, revision, dtype, attn_implementation, quantization_config=
     """
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     options = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": attn_implementation}
-    patterns = ["*.safetensors", "*.json"]
-    folder = Path(
-        model if Path(model).is_dir() else snapshot_download(model, revision=revision, allow_patterns=patterns)
-    )
+    folder = fetch(model, revision)
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
-    weights = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            weights |= {name: OnDisk(path, name, device) for name in file.keys()}  # noqa: SIM118
+    weights = {name: OnDisk(file, name, device) for name, file in weight_files(folder).items()}
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config))
     loaded = kind.from_pretrained(

@@ -5,14 +5,17 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
+import datasets
 import numpy as np
 import psutil
 import pytest
 import torch
 import transformers
 from conftest import ROOT, TINY, run_tiny
+from huggingface_hub.errors import DryRunError
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -47,6 +50,56 @@ def test_precision_follows_the_hardware(finetune, monkeypatch, available, capabi
     assert finetune.compute_dtype("fp16") == torch.float16
     with pytest.raises(finetune.StageError, match="precision='half'"):
         finetune.compute_dtype("half")
+
+
+def test_a_download_needs_room_on_the_disk(finetune, monkeypatch, tmp_path, capsys):
+    """A stand-in of the Hub says how large the files are; without a network, what is in the cache is taken."""
+    asked = []
+
+    def hub(size):
+        def snapshot_download(model, dry_run=False, **wanted):
+            asked.append(wanted)
+            if dry_run and size is None:
+                raise DryRunError("no network")
+            files = [
+                SimpleNamespace(file_size=size, will_download=True),
+                SimpleNamespace(file_size=9, will_download=False),
+            ]
+            return files if dry_run else str(tmp_path)
+
+        return snapshot_download
+
+    for size in (2**30, None):
+        monkeypatch.setitem(finetune.fetch.__globals__, "snapshot_download", hub(size))
+        assert finetune.fetch("some-one/model", "abc") == tmp_path
+    assert "to download: 1.0 GiB" in capsys.readouterr().out
+    assert all(wanted["revision"] == "abc" and "*.bin" not in wanted["allow_patterns"] for wanted in asked)
+    monkeypatch.setitem(finetune.fetch.__globals__, "snapshot_download", hub(2**60))
+    with pytest.raises(finetune.StageError, match="no room for some-one/model"):
+        finetune.fetch("some-one/model", "abc")
+    assert finetune.fetch(str(TINY), None) == TINY
+
+
+def test_a_published_data_set_is_as_good_as_notebook_1s_folder(finished_run, tmp_path, monkeypatch):
+    published = datasets.load_from_disk(finished_run / "dataset")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, token: {"some-one/set": published}[name])
+    stage = run_tiny(
+        "02_finetune_qlora", tmp_path / "run", before="## Rows without padding", published_dataset="some-one/set"
+    )
+    assert stage.splits["train"].to_list() == published["train"].to_list()
+    assert stage.report["published"] == "some-one/set" and len(stage.report["fingerprint"]) == 64
+    assert stage.report["splits"] == {name: len(rows) for name, rows in published.items()}
+    for other in (published.rename_column("prompt", "question"), datasets.DatasetDict(train=published["train"])):
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, token, other=other: other)
+        with pytest.raises(Exception, match="published_dataset=some-one/set lacks"):
+            run_tiny("02_finetune_qlora", tmp_path / "other", published_dataset="some-one/set")
+    assert not (tmp_path / "other" / "dataset").exists()
+
+
+def test_half_precision_needs_a_gpu(finished_run, tmp_path):
+    shutil.copytree(finished_run / "dataset", tmp_path / "dataset")
+    with pytest.raises(Exception, match="precision=bf16: training in half precision needs a GPU"):
+        run_tiny("02_finetune_qlora", tmp_path, precision="bf16")
 
 
 def test_gradient_reaches_every_adapter_also_after_an_evaluation(finetune):

@@ -3,10 +3,13 @@
 import ast
 import json
 import os
+import runpy
 import shutil
+import statistics
 import subprocess
 import sys
 
+import datasets
 import jupytext
 import nbformat
 import pytest
@@ -281,6 +284,15 @@ def test_the_benchmark_says_that_it_needs_a_gpu():
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 1
         assert done.stderr == "The benchmark needs an NVIDIA GPU; there is none here.\n"
+
+
+def test_the_examples_of_the_benchmark_fit_into_a_row(tmp_path, finetune, tokenizer):
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "run.py"))
+    benchmark["make_dataset"](tmp_path, TINY, steps=2)
+    train = datasets.load_from_disk(tmp_path / "dataset")["train"]
+    lengths = [len(finetune.encode(row, tokenizer)["input_ids"]) for row in train]
+    assert max(lengths) <= 512
+    assert statistics.mean(lengths) == pytest.approx(statistics.mean(benchmark["LENGTHS"]), rel=0.15)
 
 
 def test_a_changed_table_is_noticed(tmp_path):
