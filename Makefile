@@ -7,12 +7,16 @@ PROFILE := $(shell nvidia-smi --query-gpu=compute_cap,memory.total --format=csv,
 endif
 RUN_DIR ?= runs/$(PROFILE)
 ARGS ?=
+GPUS ?= 1
 
 STAGES := 01_format_dataset 02_finetune_qlora 03_merge_adapter 04_evaluate
 PROFILE_FILE := profiles/$(PROFILE).yaml
 # in quotes, as its folder may have a space in its name
 PY := "$(if $(VENV),$(VENV)/bin/python,$(PYTHON))"
 READY := $(if $(VENV),$(VENV)/.ready,environment)
+# with GPUS=2 two processes run the training, each with a kernel of its own
+SPREAD := $(if $(filter-out 1,$(GPUS)),-c "$$LAUNCH" --config_file profiles/accelerate/ddp.yaml \
+	--num_processes $(GPUS) --no_python $(PY))
 CLEAR_METADATA := --ClearMetadataPreprocessor.enabled=True \
 	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",)}' \
 	--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{("language_info", "name"), ("kernelspec",)}'
@@ -41,7 +45,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION = 1
 test reference: export CUDA_VISIBLE_DEVICES =
 .SUFFIXES:
 
-run-all: 04_evaluate ## run the four notebooks; PROFILE=t4|a100|cpu|tiny, ARGS="-p name value", RUN_DIR=folder
+run-all: 04_evaluate ## run the four notebooks; PROFILE=t4|a100|cpu|tiny, ARGS="-p name value", RUN_DIR=folder, GPUS=2
 	@$(PY) -c "$$SUMMARY" $(RUN_DIR)
 
 $(STAGES): %: $(RUN_DIR)/%.ipynb
@@ -52,7 +56,7 @@ $(RUN_DIR)/03_merge_adapter.ipynb: $(RUN_DIR)/02_finetune_qlora.ipynb
 $(RUN_DIR)/04_evaluate.ipynb: $(RUN_DIR)/03_merge_adapter.ipynb
 $(RUN_DIR)/%.ipynb: notebooks/%.ipynb $(RUN_DIR)/settings
 	@echo "$*  ($(PROFILE) profile, in $(RUN_DIR))"
-	@$(PY) -c "$$RUN_STAGE" $< $@ -f $(PROFILE_FILE) -p run_dir $(RUN_DIR) $(ARGS)
+	@$(PY) $(if $(findstring finetune,$*),$(SPREAD)) -c "$$RUN_STAGE" $< $@ -f $(PROFILE_FILE) -p run_dir $(RUN_DIR) $(ARGS)
 
 $(RUN_DIR)/settings: FORCE | $(READY)
 	@$(PY) -c "$$CHECK_PARAMETERS" $(PROFILE_FILE) $(ARGS)
@@ -131,20 +135,41 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z$$][a-zA-Z_$$()-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 # Run one notebook. What it wrote so far keeps the name .partial.ipynb until it has ended without an error.
+# Of several processes, which `accelerate launch` numbers, the first one's is kept, and what another one says is marked.
 define RUN_STAGE
-import sys
+import os, sys
 from pathlib import Path
 from papermill.cli import papermill
 
 source, target = map(Path, sys.argv[1:3])
-partial = target.with_suffix(".partial.ipynb")
+rank = int(os.environ.get("RANK", 0))
+mark = f".process{rank}" if rank else ""
+partial = target.with_suffix(f"{mark}.partial.ipynb")
+options = ["--log-level", "ERROR", *["--no-progress-bar"] * (rank > 0), *sys.argv[3:]]
 try:
-    papermill.main([str(source), str(partial), "--log-level", "ERROR", *sys.argv[3:]], standalone_mode=False)
+    papermill.main([str(source), str(partial), *options], standalone_mode=False)
 except BaseException as error:
     name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error)).strip()
     known = name == "StageError"
-    sys.exit(f"\n{source.stem}: {text}" if known else f"\n{source.stem}: {name}: {text}\nSee the end of {partial}.")
-partial.replace(target)
+    stage = source.stem + mark
+    sys.exit(f"\n{stage}: {text}" if known else f"\n{stage}: {name}: {text}\nSee the end of {partial}.")
+partial.unlink() if rank else partial.replace(target)
+endef
+
+# `accelerate launch`, which stops the other processes when one of them fails, without its traceback.
+define LAUNCH
+import os, sys
+import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+if not torch.cuda.is_available():
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:0, which torch.load does not know, when a training resumes
+try:
+    launch_command(launch_command_parser().parse_args(sys.argv[1:]))
+except ChildFailedError as error:
+    process, failure = error.get_first_failure()
+    sys.exit(f"Process {process} failed first (exit code {failure.exitcode}); the others were stopped.")
 endef
 
 # A misspelt parameter would be ignored without a word.
@@ -204,4 +229,4 @@ outputs = [output for cell in nbformat.read(sys.argv[1], 4).cells for output in 
 plot = next(output.data["image/png"] for output in outputs if "image/png" in output.get("data", {}))
 Path(sys.argv[2]).write_bytes(base64.b64decode(plot))
 endef
-export RUN_STAGE CHECK_PARAMETERS BADGES SUMMARY EXTRACT_PLOT
+export RUN_STAGE LAUNCH CHECK_PARAMETERS BADGES SUMMARY EXTRACT_PLOT

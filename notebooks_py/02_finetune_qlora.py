@@ -264,6 +264,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import transformers
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -284,6 +285,7 @@ datasets.disable_caching()
 transformers.utils.logging.set_verbosity_error()
 os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "training" / "tensorboard")
 set_seed(seed)
+processes = PartialState(cpu=not torch.cuda.is_available())  # under `accelerate launch` one of several
 
 # %% [markdown]
 # ## The examples
@@ -393,8 +395,9 @@ def take_published(name, folder):
 
 
 # %%
-if published_dataset and not (run / "dataset").exists():
-    take_published(published_dataset, run / "dataset")
+with processes.main_process_first():
+    if published_dataset and not (run / "dataset").exists():
+        take_published(published_dataset, run / "dataset")
 
 # %%
 splits, report = load_dataset_of_run(run)
@@ -452,9 +455,11 @@ def collate(examples):
 
 # %%
 train = pack_dataset(encoded["train"], max_length) if packing else encoded["train"]
-rows_a_step = max(1, min(batch_size, int(len(train) * epochs / gradient_accumulation_steps / min_steps)))
+rows_for_min_steps = int(len(train) * epochs / gradient_accumulation_steps / min_steps)
+rows_a_step = max(1, min(batch_size, rows_for_min_steps // processes.num_processes))  # on each GPU
 filled = sum(map(len, train["input_ids"])) / (len(train) * max_length)
-print(f"{len(encoded['train']):,} examples in {len(train):,} rows, {rows_a_step * gradient_accumulation_steps} a step")
+rows_of_all = rows_a_step * processes.num_processes * gradient_accumulation_steps
+print(f"{len(encoded['train']):,} examples in {len(train):,} rows, {rows_of_all} a step")
 print(f"{filled:.0%} of each row of {max_length} is filled" if packing else "not packed")
 
 # %% [markdown]
@@ -540,7 +545,7 @@ def load_model(model, revision, dtype, attn_implementation, quantization_config=
     that a 7B model in fp16 takes 13.7 GiB of resident memory on its way to the GPU; this way it takes 1.3 GiB. A model
     stored in 4 bits is small enough, and needs the statistics beside its tensors.
     """
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     options = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": attn_implementation}
     folder = fetch(model, revision)
     config = AutoConfig.from_pretrained(folder)
@@ -703,9 +708,11 @@ def newest_checkpoint(folder, settings):
 # %%
 settings = {name: value for name, value in parameters.items() if name != "run_dir"}
 settings |= {"dataset_fingerprint": report["fingerprint"], "dtype": str(dtype), "device": model.device.type}
-checkpoint = newest_checkpoint(run / "checkpoints", settings)
-if checkpoint is None:
-    remove(run / "adapter")  # an adapter of other settings; it comes back when this training has ended
+settings |= {"processes": processes.num_processes}
+with processes.main_process_first():
+    checkpoint = newest_checkpoint(run / "checkpoints", settings)
+    if checkpoint is None:
+        remove(run / "adapter")  # an adapter of other settings; it comes back when this training has ended
 print(f"going on from {checkpoint.name}" if checkpoint else "starting from the beginning")
 
 # %% [markdown]
@@ -739,6 +746,7 @@ def steps_if_stopped(checkpoint):
 # %%
 training_arguments = SFTConfig(
     output_dir=str(run / "checkpoints"),
+    use_cpu=not torch.cuda.is_available(),
     seed=seed,
     num_train_epochs=epochs,
     max_steps=steps_if_stopped(checkpoint),
@@ -755,6 +763,7 @@ training_arguments = SFTConfig(
     fp16=dtype == torch.float16,
     gradient_checkpointing=gradient_checkpointing,
     gradient_checkpointing_kwargs={"use_reentrant": False},
+    ddp_find_unused_parameters=False,
     max_length=max_length,
     use_liger_kernel=use_liger_kernel,
     eval_strategy="steps",
@@ -787,7 +796,7 @@ for parameter in trainer.model.parameters():
 
 
 # %%
-steps = -(-len(train) // rows_a_step)
+steps = -(-len(train) // (rows_a_step * processes.num_processes))
 steps = -(-steps // gradient_accumulation_steps) * epochs
 tokens_an_epoch = sum(map(len, encoded["train"]["input_ids"]))
 pd.Series(
@@ -810,14 +819,21 @@ if disk > free:
 # %% [markdown]
 # ## Train
 #
-# First the validation loss of the untouched model, the one to beat; then the training. TensorBoard shows it live:
-# `tensorboard --logdir runs`.
+# TensorBoard shows it live: `tensorboard --logdir runs`.
 
 # %% tags=["nbval-ignore-output"]
-before = trainer.evaluate()["eval_loss"]
-trainer.state.log_history.clear()
 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+# %% [markdown]
+# The validation loss now, and with the adapter switched off: the untouched model's, the one to beat. It is not taken
+# beforehand, since a Trainer that has evaluated first does not average the gradients of several GPUs
+# (`Trainer.evaluation_loop` in transformers 5.13 prepares the model without DDP, and `train` leaves it so).
+
+# %% tags=["nbval-ignore-output"]
 after = trainer.evaluate()["eval_loss"]
+with trainer.model.disable_adapter():
+    before = trainer.evaluate()["eval_loss"]
+trainer.state.log_history.pop()  # not of the trained model
 
 # %% [markdown]
 # The best checkpoint, by validation loss, is loaded again at the end.
@@ -863,18 +879,22 @@ metrics = {
     "eval_loss_before": before,
     "eval_loss_after": after,
 }
-with whole(run / "training" / "metrics.json") as partial:
-    partial.write_text(json.dumps(metrics, indent=2))
-with whole(run / "training" / "log_history.json") as partial:
-    partial.write_text(json.dumps(trainer.state.log_history, indent=2))
-with whole(run / "adapter") as folder:
-    trainer.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    provenance = {"base_model": base_model, "base_model_revision": base_model_revision}
-    provenance |= {"dataset_fingerprint": report["fingerprint"], "dtype": str(dtype).removeprefix("torch.")}
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2))
-hand_over(run_dir, run / "adapter")
-record("02_finetune_qlora", report["fingerprint"])
+
+# %%
+if processes.is_main_process:
+    with whole(run / "training" / "metrics.json") as partial:
+        partial.write_text(json.dumps(metrics, indent=2))
+    with whole(run / "training" / "log_history.json") as partial:
+        partial.write_text(json.dumps(trainer.state.log_history, indent=2))
+    with whole(run / "adapter") as folder:
+        trainer.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        provenance = {"base_model": base_model, "base_model_revision": base_model_revision}
+        provenance |= {"dataset_fingerprint": report["fingerprint"], "dtype": str(dtype).removeprefix("torch.")}
+        (folder / "provenance.json").write_text(json.dumps(provenance, indent=2))
+    hand_over(run_dir, run / "adapter")
+    record("02_finetune_qlora", report["fingerprint"])
+processes.wait_for_everyone()
 
 # %% [markdown]
 # ## What we have now

@@ -615,7 +615,7 @@ def load_model(model, revision, dtype, attn_implementation, quantization_config=
     that a 7B model in fp16 takes 13.7 GiB of resident memory on its way to the GPU; this way it takes 1.3 GiB. A model
     stored in 4 bits is small enough, and needs the statistics beside its tensors.
     """
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     options = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": attn_implementation}
     folder = fetch(model, revision)
     config = AutoConfig.from_pretrained(folder)

@@ -1,0 +1,60 @@
+"""Notebook 2 in two processes, as on two GPUs; here they compute on the CPU and talk through gloo."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import ROOT, make
+
+
+def training(run_dir, processes, rows):
+    """The arguments of make for the training with so many processes and rows of each a step."""
+    arguments = ["02_finetune_qlora", "PROFILE=tiny", f"RUN_DIR={run_dir}", f"GPUS={processes}"]
+    return [*arguments, f"ARGS=-p batch_size {rows} -p min_steps 1"]
+
+
+def history(run_dir):
+    """Step, loss and gradient norm of each logged training step, but for the last, whose batch is not full."""
+    log = json.loads((run_dir / "training" / "log_history.json").read_text())
+    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log if "loss" in entry][:-1]
+
+
+def kernel_of(make_process, rank):
+    """The kernel of one of the processes that make has started; None if it is not there yet."""
+    for child in make_process.children(recursive=True):
+        if "ipykernel_launcher" in " ".join(child.cmdline()) and child.environ().get("RANK") == str(rank):
+            return child
+    return None
+
+
+def test_two_processes_train_as_one_also_after_one_was_killed(finished_run, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(finished_run / "dataset", tmp_path / name / "dataset")
+        shutil.copy(finished_run / "01_format_dataset.ipynb", tmp_path / name)
+    done = make(*training(tmp_path / "one", 1, 4))
+    assert done.returncode == 0, done.stderr
+
+    command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", *training(tmp_path / "two", 2, 2)]
+    two = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while two.poll() is None and not list(tmp_path.glob("two/checkpoints/checkpoint-*/trainer_state.json")):
+        time.sleep(0.1)
+    kernel_of(psutil.Process(two.pid), 1).kill()
+    _, said = two.communicate(timeout=120)  # not a hang
+    assert two.returncode != 0
+    assert "02_finetune_qlora.process1: " in said and "Process 1 failed first" in said
+    assert not (tmp_path / "two" / "02_finetune_qlora.ipynb").exists()
+
+    done = make(*training(tmp_path / "two", 2, 2))
+    assert done.returncode == 0, done.stderr
+    assert "going on from checkpoint-" in (tmp_path / "two" / "02_finetune_qlora.ipynb").read_text()
+    expected, found = history(tmp_path / "one"), history(tmp_path / "two")
+    resumed = [entry for entry in zip(expected, found, strict=True) if entry[0][0] > 10]  # its first log is of less
+    assert len(resumed) > 5
+    for one, other in resumed:
+        assert other == pytest.approx(one, rel=5e-3)
+    assert not list((tmp_path / "two").glob("*process1*")), "what is left looks as on one GPU"
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
