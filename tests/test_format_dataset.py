@@ -53,7 +53,7 @@ def test_reasons_to_drop(format_dataset):
         row(remedy=""),
         row(issue="cold "),
     ]
-    reasons = format_dataset.reason_to_drop(pd.DataFrame(rows), ["issue"], "remedy", 0.9)
+    reasons = format_dataset.reason_to_drop(rows, ["issue"], "remedy", 0.9)
     assert list(reasons) == ["", "duplicate", "near duplicate", "", "", "no question", "no answer", "near duplicate"]
 
 
@@ -72,28 +72,35 @@ def test_template_of_another_table(format_dataset):
     assert example["completion"] == [{"role": "assistant", "content": "Because."}]
 
 
+def places(format_dataset, questions, seed=42):
+    return [format_dataset.place(question, seed) for question in questions]
+
+
 def test_splits_do_not_move(format_dataset):
     keys = [f"issue {i}" for i in range(300)]
-    split = format_dataset.assign_splits(keys, 42, 0.1, 0.15)
-    sizes = Counter(split.values())
+    split = format_dataset.assign_splits(places(format_dataset, keys), 0.1, 0.15)
+    sizes = Counter(split)
     assert 15 < sizes["validation"] < 50 and 25 < sizes["test"] < 70
-    shuffled = random.Random(0).sample(keys, len(keys))
-    assert format_dataset.assign_splits(shuffled, 42, 0.1, 0.15) == split
-    more = format_dataset.assign_splits([*keys, *(f"new {i}" for i in range(300))], 42, 0.1, 0.15)
-    assert all(more[key] == split[key] for key in keys)
-    assert format_dataset.assign_splits(keys, 43, 0.1, 0.15) != split
+    order = random.Random(0).sample(range(300), 300)
+    shuffled = format_dataset.assign_splits(places(format_dataset, [keys[i] for i in order]), 0.1, 0.15)
+    assert list(shuffled) == list(split[order])
+    more = [*keys, *(f"new {i}" for i in range(300))]
+    assert list(format_dataset.assign_splits(places(format_dataset, more), 0.1, 0.15)[:300]) == list(split)
+    assert list(format_dataset.assign_splits(places(format_dataset, keys, seed=43), 0.1, 0.15)) != list(split)
 
 
 @pytest.mark.parametrize("questions", [3, 4, 5, 10])
 def test_small_tables_get_every_split(format_dataset, questions):
     for seed in range(50):
-        split = format_dataset.assign_splits([f"q{i}" for i in range(questions)], seed, 0.1, 0.1)
-        assert set(split.values()) == {"train", "validation", "test"}
+        asked = places(format_dataset, [f"q{i}" for i in range(questions)] * 2, seed)
+        split = format_dataset.assign_splits(asked, 0.1, 0.1)
+        assert set(split) == {"train", "validation", "test"}
+        assert list(split[:questions]) == list(split[questions:])
 
 
 def test_too_few_questions(format_dataset):
     with pytest.raises(format_dataset.StageError, match="at least 3"):
-        format_dataset.assign_splits(["a", "b", "a"], 42, 0.1, 0.1)
+        format_dataset.assign_splits(places(format_dataset, ["a", "b", "a"]), 0.1, 0.1)
 
 
 def test_case_and_punctuation_do_not_make_another_question(format_dataset):
@@ -156,9 +163,16 @@ def test_split_answer(format_dataset):
     assert all(part["issue"] == "Cold" for part in parts)
 
 
+def read(format_dataset, source, *wanted):
+    """The rows of a table, as {column: texts}, and the names of all its columns."""
+    names = []
+    rows = list(format_dataset.read_table(str(source), "main", wanted, names))
+    return {name: [row[name] for row in rows] for name in wanted}, names
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_read_table(format_dataset, tmp_path, suffix):
-    table = pd.DataFrame({"q": ["a", "None", "é"], "a": ["007", "", "1.50"]})
+    table = pd.DataFrame({"q": ["a", "None", "é"], "x": [1, 2, 3], "a": ["007", "", "1.50"]})
     path = tmp_path / f"table{suffix}"
     if suffix == ".csv":
         path.write_bytes(b"\xef\xbb\xbf" + table.to_csv(index=False).replace("\n", "\r\n").encode())
@@ -166,20 +180,19 @@ def test_read_table(format_dataset, tmp_path, suffix):
         table.to_json(path, orient="records", lines=True)
     else:
         table.to_parquet(path)
-    assert format_dataset.read_table(str(path), "main").to_dict("list") == table.to_dict("list")
+    assert read(format_dataset, path, "q", "a") == (table[["q", "a"]].to_dict("list"), ["q", "x", "a"])
 
 
 def test_a_misspelt_column_is_named_and_the_nearest_suggested(format_dataset):
-    table = pd.DataFrame({"Health Isue": ["a"], "Remedy": ["b"]})
     with pytest.raises(format_dataset.StageError, match=r"'Health Issue'.*Did you mean 'Health Isue'"):
-        format_dataset.rename_columns(table, {"issue": "Health Issue"}, ["issue"])
+        format_dataset.check_columns(["Health Isue", "Remedy"], {"issue": "Health Issue"}, ["issue"])
 
 
 def test_the_bundled_table(format_dataset):
-    table = format_dataset.read_table(str(TABLE), "main")
-    assert list(table.columns) == ["Name of Item", "Health Issue", "Home Remedy", "Yogasan"]
-    issues = {format_dataset.question_key({"issue": issue}, ["issue"]) for issue in table["Health Issue"]} - {""}
-    assert len(table) >= 240 and len(issues) >= 80
+    columns, names = read(format_dataset, TABLE, "Health Issue")
+    assert names == ["Name of Item", "Health Issue", "Home Remedy", "Yogasan"]
+    issues = {format_dataset.question_key({"issue": issue}, ["issue"]) for issue in columns["Health Issue"]} - {""}
+    assert len(columns["Health Issue"]) >= 240 and len(issues) >= 80
 
 
 def test_emergencies_are_sent_to_hospital():
@@ -234,11 +247,10 @@ def test_whatever_the_hub_answers_is_one_line(format_dataset, monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(format_dataset.StageError, match=r"no such file here.*from the Hub: Cannot send a request,$"):
-        format_dataset.read_table("someone/table", "main")
+        read(format_dataset, "someone/table", "q")
 
 
 def test_all_splits_of_a_hub_data_set_are_read(format_dataset, monkeypatch):
     parts = {name: datasets.Dataset.from_dict({"q": [name], "a": [None]}) for name in ("train", "test")}
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: datasets.DatasetDict(parts))
-    table = format_dataset.read_table("someone/table", "main")
-    assert table.to_dict("list") == {"q": ["train", "test"], "a": ["", ""]}
+    assert read(format_dataset, "someone/table", "q", "a")[0] == {"q": ["train", "test"], "a": ["", ""]}

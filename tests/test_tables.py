@@ -6,8 +6,12 @@ Hypothesis makes up the tables, the same ones in every run. Nearly every test ru
 import contextlib
 import io
 import json
+import os
+import random
 import re
 import shutil
+import subprocess
+import sys
 import unicodedata
 
 import datasets
@@ -458,9 +462,7 @@ def test_a_cell_of_100_000_characters(name, base_model, tmp_path):
         assert len(notebook.encode(conversation, notebook.tokenizer)["input_ids"]) <= 256
         if not made["sentences_left_out"]:
             answer = conversation["completion"][0]["content"].removeprefix("**A:** ")
-            assert any(answer in text for text in notebook.kept["a"]), (
-                "a part is not a piece of the answer, as it stood"
-            )
+            assert any(answer in row["a"] for row in notebook.clean), "a part is not a piece of the answer, as it stood"
 
 
 @examples(100)
@@ -545,9 +547,113 @@ LONG_QUESTION = "May I take ginger tea in the morning if I am also on blood thin
         (("😀", "Smile."), ("🎉", "Smile.")),
         (("?", "Ask a doctor."), ("!", "Ask a doctor.")),
         ((LONG_QUESTION, "Yes."), (LONG_QUESTION, "No.")),
+        (("What is 6 * 1?", "Six."), ("What is 6 / 1?", "Six.")),  # only their marks differ, but these mean something
+        (("How much?", "Take 50% of it."), ("How much?", "Take 50 of it.")),
+        (("How cold?", "It is -5."), ("How cold?", "It is 5.")),
+        (("Which?", "C# is fine."), ("Which?", "C is fine.")),
+        (("How?", "می‌خواهم"), ("How?", "می_خواهم")),
     ],
 )
 def test_what_differs_is_no_near_duplicate(one, other, tmp_path):
     write_csv(tmp_path / "table.csv", COLUMNS.values(), [*GOOD, one, other])
     report = run_notebook(tmp_path, tmp_path / "table.csv", near_duplicate_threshold=0.9).report
     assert report["rows_out"] == len(GOOD) + 2
+
+
+def reasons_by_comparing_all(format_dataset, rows, threshold):
+    """`reason_to_drop` as it is defined: each row is compared with every one before it that was kept."""
+    kept, reasons = [], []
+    for row in rows:
+        question, bag = format_dataset.words(row["q"]), set(format_dataset.words(row["a"]))
+        twins = [(other, words) for other, asked, words in kept if asked == question]
+        if row in [other for other, _ in twins]:
+            reasons.append("duplicate")
+        elif any(len(bag & words) >= threshold * len(bag | words) for _, words in twins):
+            reasons.append("near duplicate")
+        else:
+            reasons.append("")
+            kept.append((row, question, bag))
+    return reasons
+
+
+few_words = st.lists(st.sampled_from("abcdefghijkl"), min_size=1, max_size=12).map(" ".join)
+
+
+@examples(300)
+@given(
+    st.lists(st.tuples(st.sampled_from(["one", "two"]), few_words), max_size=30),
+    st.sampled_from([0.3, 0.5, 0.6, 0.75, 0.8, 0.9, 1, 1.01]),
+)
+def test_near_duplicates_are_all_found(format_dataset, rows, threshold):
+    """Though only rows with a rare word in common are compared."""
+    rows = [{"q": question, "a": answer} for question, answer in rows]
+    reasons = format_dataset.reason_to_drop(rows, ["q"], "a", threshold)
+    assert list(reasons) == reasons_by_comparing_all(format_dataset, rows, threshold)
+
+
+def test_a_column_that_is_not_used_may_hold_anything(tmp_path):
+    questions, answers = zip(*GOOD, strict=True)
+    columns = {"question": questions, "answer": answers, "image": [b"\xff\xfe"] * len(GOOD)}
+    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
+    check_table(run_notebook(tmp_path, tmp_path / "table.parquet"), GOOD)
+
+
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        ("请看https://example.org/a?b=1。多喝水", "请看。多喝水"),
+        ("看www.example.org，休息", "看，休息"),
+        ("お茶（https://example.org/お茶）", "お茶（お茶）"),
+        ("Siehe https://example.org/käse für mehr", "Siehe für mehr"),
+        ("Awww.so cute", "Awww.so cute"),
+    ],
+)
+def test_a_web_address_ends_where_the_text_goes_on(format_dataset, raw, cleaned):
+    assert format_dataset.clean_cell(raw) == cleaned
+
+
+def test_many_small_sentences_are_split_quickly(format_dataset):
+    asked = []
+
+    def length(row):
+        asked.append(len(row["a"]))
+        return len(row["a"].split())
+
+    parts, too_long = format_dataset.split_answer({"a": "Is it? " * 9000}, "a", 200, length)
+    assert [len(part["a"].split()) for part in parts] == [200] * 90 and not too_long
+    assert len(asked) < 20 * len(parts) and max(asked) < 200 * 8
+
+
+def write_many(path, number):
+    """A table of so many rows: a third as many questions, answers of 30 of 2,000 words."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abdegiklmnoprstu", k=draw.randint(2, 8))) for _ in range(2000)]
+    with path.open("w") as file:
+        for _ in range(number):
+            question = f"What helps against {draw.choice(words)} {draw.randrange(number // 3)}?"
+            file.write(json.dumps({"question": question, "answer": " ".join(draw.choices(words, k=30))}) + "\n")
+
+
+def test_ten_times_the_rows_take_ten_times_as_long_and_no_more_memory(tmp_path):
+    """In a process of its own, as memory once taken stays with a process."""
+    for number in (500, 2_000, 20_000):
+        write_many(tmp_path / f"{number}.jsonl", number)
+    program = f"""if True:
+        import resource, sys, time
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        from pathlib import Path
+        from test_tables import plt, run_notebook
+        plt.show = lambda: plt.close("all")
+        for number in (500, 2_000, 20_000):
+            begun, folder = time.process_time(), Path({str(tmp_path)!r})
+            report = run_notebook(folder, folder / f"{{number}}.jsonl").report
+            assert report["rows_in"] == number == report["rows_out"]
+            print(time.process_time() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    """
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, (seconds, mib), (seconds_of_more, mib_of_more) = [map(float, line.split()) for line in done.stdout.splitlines()]
+    print(seconds, seconds_of_more, mib, mib_of_more)
+    assert seconds_of_more < 14 * seconds
+    assert mib_of_more - mib < 60
