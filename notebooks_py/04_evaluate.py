@@ -59,6 +59,7 @@ attn_implementation = "sdpa"
 eval_batch_size = 32  # rows to score, or questions to answer, at once, where memory allows
 window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
 stride = 512  # by which a window moves on
+split_rows = 100  # rows of the training and of the validation split to score besides the test split
 samples = 20  # questions of the test split to answer
 max_new_tokens = 256
 do_sample = False  # greedy answers can be reproduced; sampled ones vary with temperature and top_p
@@ -360,6 +361,25 @@ test = splits["test"].map(encode, fn_kwargs={"tokenizer": tokenizer})
 print(f"{len(test)} test rows, {sum(map(sum, test['completion_mask'])):,} response tokens")
 
 # %% [markdown]
+# A model that memorizes does well on what it was trained on and nowhere else, so some rows of the other splits are
+# scored, too: `split_rows` of each, drawn with `seed`. *Unseen* are the test rows whose question training never asked.
+
+
+# %%
+def question_of(row):
+    """What a row asks, for comparison with other rows: the first message, without regard to case and outer spaces."""
+    return row["prompt"][0]["content"].strip().casefold()
+
+
+to_score = {"test": list(test)}
+for name in ("train", "validation"):
+    drawn = splits[name].shuffle(seed=seed).select(range(min(split_rows, len(splits[name]))))
+    to_score[name] = [row | encode(row, tokenizer) for row in drawn]
+trained_on = {question_of(row) for row in splits["train"]}
+unseen = np.array([question_of(row) not in trained_on for row in test])
+print(f"{unseen.sum()} of {len(test)} test rows ask what training never asked")
+
+# %% [markdown]
 # ## Perplexity, defined
 #
 # Perplexity is $\exp$ of the mean negative log-likelihood of a token. The sum runs over all tokens of all rows and is
@@ -413,11 +433,72 @@ def perplexity(scores, part):
     return math.exp(scores[f"{part}_nll"].sum() / scores[f"{part}_tokens"].sum())
 
 
+# %% [markdown]
+# ## How sure is a number?
+#
+# Other test rows would have given other numbers. Each figure comes with a 95% interval:
+#
+# - **perplexities and means** by the bootstrap: rows drawn with replacement, many times over;
+# - **rates** by Wilson's formula: if 11 of 11 answers stop, the bootstrap sees no doubt, and Wilson says 74% to 100%;
+# - **differences** of two models on the same rows in pairs, as most of the doubt is in the rows and cancels: by the
+#   bootstrap with the same draws for both, and for rates by the adjusted formula of Agresti and Min (2005).
+#
+# A difference is called one only if its interval excludes zero. Fewer than six rows never suffice: even if all of them
+# agree, chance alone does that more often than once in twenty.
+
+# %%
+FEWEST_ROWS = 6
+
+
+def resampled(totals, counts, bootstrap_samples, seed):
+    """`sum(totals) / sum(counts)` for each of many draws of as many rows with replacement: [bootstrap_samples].
+
+    The same number of rows and the same seed give the same draws, so that two models can be compared in pairs.
+    """
+    draws = np.random.default_rng(seed).integers(len(totals), size=(bootstrap_samples, len(totals)))
+    return np.asarray(totals)[draws].sum(axis=1) / np.asarray(counts)[draws].sum(axis=1)
+
+
+def interval(values):
+    """The middle 95% of `values`, [low, high] (Efron's percentile interval)."""
+    return np.percentile(values, [2.5, 97.5]).tolist()
+
+
 def perplexity_ci95(scores, part, bootstrap_samples, seed):
-    """95% interval of the perplexity, by drawing rows with replacement (Efron's percentile bootstrap)."""
-    draws = np.random.default_rng(seed).integers(len(scores), size=(bootstrap_samples, len(scores)))
-    nll, tokens = (scores[f"{part}_{what}"].to_numpy()[draws].sum(axis=1) for what in ("nll", "tokens"))
-    return np.exp(np.percentile(nll / tokens, [2.5, 97.5])).tolist()
+    """95% interval of the perplexity, by drawing rows with replacement."""
+    nll = resampled(scores[f"{part}_nll"], scores[f"{part}_tokens"], bootstrap_samples, seed)
+    return np.exp(interval(nll)).tolist()
+
+
+def rate_ci95(rate, cases):
+    """95% interval of a rate among independent cases (Wilson, 1927)."""
+    z = 1.96
+    middle = (rate + z**2 / (2 * cases)) / (1 + z**2 / cases)
+    half = z * math.sqrt(rate * (1 - rate) / cases + z**2 / (4 * cases**2)) / (1 + z**2 / cases)
+    return [max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half))]  # rounding aside
+
+
+# %%
+def difference(value, ci95, rows):
+    """An entry of the table of differences: a difference is called one only if its interval excludes zero."""
+    significant = bool(rows >= FEWEST_ROWS and (ci95[0] > 0 or ci95[1] < 0))
+    return {"difference": float(value), "ci95": [float(limit) for limit in ci95], "significant": significant}
+
+
+def mean_difference(one, other, counts, bootstrap_samples, seed):
+    """How much more `one` has than `other` per count, both totals of the same rows."""
+    draws = [resampled(totals, counts, bootstrap_samples, seed) for totals in (one, other)]
+    return difference((np.sum(one) - np.sum(other)) / np.sum(counts), interval(draws[0] - draws[1]), len(one))
+
+
+def rate_difference(one, other):
+    """How much higher the rate of `one` is, true or false for the same cases as `other` (Agresti and Min, 2005)."""
+    one, other = np.asarray(one, bool), np.asarray(other, bool)
+    only_one, only_other = (one & ~other).sum() + 0.5, (other & ~one).sum() + 0.5
+    cases = len(one) + 2
+    middle = (only_one - only_other) / cases
+    half = 1.96 * math.sqrt(only_one + only_other - (only_one - only_other) ** 2 / cases) / cases
+    return difference(one.mean() - other.mean(), [max(-1.0, middle - half), min(1.0, middle + half)], len(one))
 
 
 # %% [markdown]
@@ -521,11 +602,14 @@ def rows_that_fit(model, length, most):
 
 
 def evaluate(name, model):
-    """Score the test rows and answer the prompts with one of the three models."""
+    """Score the texts and answer the prompts with one of the three models."""
     print(f"{name}:")
-    longest = min(window, max(map(len, test["input_ids"])))
-    rows = rows_that_fit(model, longest, eval_batch_size)
-    scores[name] = score(model, list(test), tokenizer.pad_token_id, rows, window, stride)
+    all_rows = [row for part in to_score.values() for row in part]
+    rows = rows_that_fit(model, min(window, max(len(row["input_ids"]) for row in all_rows)), eval_batch_size)
+    scored = score(model, all_rows, tokenizer.pad_token_id, rows, window, stride)
+    part_of = np.repeat(list(to_score), list(map(len, to_score.values())))
+    scores[name] = {part: scored[part_of == part] for part in to_score}
+    scores[name]["unseen"] = scores[name]["test"][unseen]
     longest = max_new_tokens + max(len(encode_prompt(prompt, tokenizer)) for prompt in prompts)
     rows = rows_that_fit(model, longest, eval_batch_size)
     done = so_far / f"{name}, {rows} at once"
@@ -652,46 +736,64 @@ evaluate("merged", merged)
 
 # %% [markdown]
 # ## Results
-
+#
+# First the headline, from the test split.
 
 # %%
+for made in answers.values():
+    filled = [
+        has_structure(a, report["templates"]["answer"], report["templates"]["answer_column"]) for a in made["answer"]
+    ]
+    made["structured"] = filled
+
+
 def summarize(name):
     """The entry of a model in `evaluation/metrics.json`."""
-    made = answers[name]
-    templates = report["templates"]
-    structured = [has_structure(answer, templates["answer"], templates["answer_column"]) for answer in made["answer"]]
+    tested, made = scores[name]["test"], answers[name]
+    ones = np.ones(len(made))
     return {
         "perplexity": {
-            "response": perplexity(scores[name], "response"),
-            "full_text": perplexity(scores[name], "full"),
-            "response_ci95": perplexity_ci95(scores[name], "response", bootstrap_samples, seed),
+            "response": perplexity(tested, "response"),
+            "full_text": perplexity(tested, "full"),
+            "response_ci95": perplexity_ci95(tested, "response", bootstrap_samples, seed),
+            "full_text_ci95": perplexity_ci95(tested, "full", bootstrap_samples, seed),
         },
-        "tokens": int(scores[name]["response_tokens"].sum()),
+        "tokens": int(tested["response_tokens"].sum()),
         "generation": {
             "stop_rate": made["stopped"].mean().item(),
-            "structure_rate": float(np.mean(structured)),
+            "stop_rate_ci95": rate_ci95(made["stopped"].mean().item(), len(made)),
+            "structure_rate": made["structured"].mean().item(),
+            "structure_rate_ci95": rate_ci95(made["structured"].mean().item(), len(made)),
             "mean_new_tokens": made["new_tokens"].mean().item(),
+            "mean_new_tokens_ci95": interval(resampled(made["new_tokens"], ones, bootstrap_samples, seed)),
             "tokens_per_second": round(made["new_tokens"].sum().item() / seconds[name], 1),
         },
     }
 
 
+def with_interval(value, ci95, form):
+    """A figure and its interval as text, such as `6.0 (5.2 – 6.9)`."""
+    return f"{value:{form}} ({ci95[0]:{form}} – {ci95[1]:{form}})"
+
+
 # %%
 metrics = {name: summarize(name) for name in ("base", "adapter", "merged")}
-results = pd.DataFrame(
+columns = {
+    "response perplexity": ("perplexity", "response", ",.1f"),
+    "full-text perplexity": ("perplexity", "full_text", ",.1f"),
+    "answers that stop": ("generation", "stop_rate", ".0%"),
+    "answers with the structure": ("generation", "structure_rate", ".0%"),
+    "mean new tokens": ("generation", "mean_new_tokens", ".0f"),
+}
+pd.DataFrame(
     {
         name: {
-            "response perplexity": f"{m['perplexity']['response']:,.1f}",
-            "95% interval": "{:,.1f} – {:,.1f}".format(*m["perplexity"]["response_ci95"]),
-            "full-text perplexity": f"{m['perplexity']['full_text']:,.1f}",
-            "answers that stop": f"{m['generation']['stop_rate']:.0%}",
-            "answers with the structure": f"{m['generation']['structure_rate']:.0%}",
-            "mean new tokens": f"{m['generation']['mean_new_tokens']:.0f}",
+            column: with_interval(metrics[name][group][key], metrics[name][group][f"{key}_ci95"], form)
+            for column, (group, key, form) in columns.items()
         }
-        for name, m in metrics.items()
+        for name in metrics
     }
 ).T
-results
 
 # %% tags=["nbval-ignore-output"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5), layout="constrained")
@@ -707,6 +809,129 @@ right.axvline(max_new_tokens, color="black", linestyle="--", label="max_new_toke
 right.set(xlabel="new tokens", ylabel="answers", title="Length of the answers")
 right.legend()
 plt.show()
+
+# %% [markdown]
+# ### Does it memorize, or generalize?
+#
+# The same perplexity on rows that it was trained on, on those that chose its checkpoint, and on questions that it never
+# saw.
+
+# %%
+parts = [part for part in ("train", "validation", "test", "unseen") if len(scores["base"][part])]
+for name, scored in scores.items():
+    metrics[name]["by_split"] = {
+        part: {
+            "response": perplexity(scored[part], "response"),
+            "response_ci95": perplexity_ci95(scored[part], "response", bootstrap_samples, seed),
+            "rows": len(scored[part]),
+        }
+        for part in parts
+    }
+by_split = {
+    name: {
+        f"{part}, {entry['rows']} rows": with_interval(entry["response"], entry["response_ci95"], ",.1f")
+        for part, entry in metrics[name]["by_split"].items()
+    }
+    for name in scores
+}
+if unseen.all():
+    print("The splits go by question, so all test rows are unseen: the last two columns are the same rows.")
+pd.DataFrame(by_split).T
+
+# %% [markdown]
+# Training rows may simply be easier than others. What they are to the base model, which saw neither, is therefore taken
+# out: compared is by how much fine-tuning divides the perplexity here and there.
+
+
+# %%
+def gain(scores, part, bootstrap_samples, seed):
+    """By how much the adapter lowers the log of the perplexity of a part: the value, and draws for its interval."""
+    base, adapter = (scores[name][part] for name in ("base", "adapter"))
+    nll = (base["response_nll"] - adapter["response_nll"], base["response_tokens"])
+    return nll[0].sum() / nll[1].sum(), resampled(*nll, bootstrap_samples, seed)
+
+
+def memorization(scores, new, bootstrap_samples, seed):
+    """Lines that say whether the adapter memorizes its training rows, and whether it helps with rows of part `new`."""
+    (seen, seen_draws), (fresh, fresh_draws) = (
+        gain(scores, part, bootstrap_samples, seed + k) for k, part in enumerate(("train", new))
+    )
+    rows = min(len(scores["base"]["train"]), len(scores["base"][new]))
+    lines = [
+        f"Fine-tuning divides the perplexity of {where} by "
+        f"{with_interval(math.exp(value), np.exp(interval(draws)), '.2f')}."
+        for where, value, draws in (("training rows", seen, seen_draws), (f"{new} rows", fresh, fresh_draws))
+    ]
+    helps = difference(fresh, interval(fresh_draws), rows)
+    more = difference(seen - fresh, interval(seen_draws - fresh_draws), rows)
+    if helps["significant"]:
+        lines.append("It generalizes: new rows gain, too." if fresh > 0 else "It harms: new rows are worse off.")
+    else:
+        lines.append("Whether it generalizes cannot be told: the interval for new rows includes no change at all.")
+    ratio = with_interval(math.exp(seen - fresh), np.exp(more["ci95"]), ".2f")
+    if more["significant"] and seen > fresh:
+        lines.append(f"It memorizes, too: training rows gain {ratio} times as much as new ones.")
+    else:
+        lines.append(f"It does not measurably memorize: training rows gain {ratio} times as much as new ones.")
+    return lines
+
+
+# %%
+if len(scores["base"]["train"]):
+    new = "unseen" if unseen.any() else "test"
+    print(*memorization(scores, new, bootstrap_samples, seed), sep="\n")
+
+# %% [markdown]
+# ### Which differences are real?
+#
+# Each line compares two models on the same rows. A perplexity is compared as a ratio, by its logarithm. Of twenty
+# intervals one excludes zero by chance alone, so a lone *yes* that barely does so means little.
+
+
+# %%
+def differences(one, other):
+    """The entries of "ONE - OTHER" in `evaluation/metrics.json`: every figure that both models have."""
+    (tested, made), (tested_other, made_other) = ((scores[name]["test"], answers[name]) for name in (one, other))
+    options = {"bootstrap_samples": bootstrap_samples, "seed": seed}
+    nll = (tested["response_nll"], tested_other["response_nll"], tested["response_tokens"])
+    lengths = (made["new_tokens"], made_other["new_tokens"], np.ones(len(made)))
+    return {
+        "log_perplexity": mean_difference(*nll, **options),
+        "stop_rate": rate_difference(made["stopped"], made_other["stopped"]),
+        "structure_rate": rate_difference(made["structured"], made_other["structured"]),
+        "mean_new_tokens": mean_difference(*lengths, **options),
+    }
+
+
+def show_difference(metric, entry):
+    """A line of the table of differences: the logarithm of a perplexity as a ratio, a rate in points of percent."""
+    value, ci95, form = entry["difference"], np.array(entry["ci95"]), "+.1f"
+    if "log_perplexity" in metric:
+        metric, value, ci95, form = (
+            metric.replace("log_perplexity", "perplexity ratio"),
+            math.exp(value),
+            np.exp(ci95),
+            ".4f",
+        )
+    elif metric != "mean_new_tokens":
+        metric, value, ci95, form = f"{metric}, points", 100 * value, 100 * ci95, "+.0f"
+    return {
+        "figure": metric.replace("_", " "),
+        "difference": with_interval(value, ci95, form),
+        "is it one?": "yes" if entry["significant"] else "cannot be told",
+    }
+
+
+# %%
+metrics["differences"] = {
+    f"{one} - {other}": differences(one, other) for one, other in (("adapter", "base"), ("merged", "adapter"))
+}
+lines = [
+    {"models": pair, **show_difference(metric, entry)}
+    for pair, entries in metrics["differences"].items()
+    for metric, entry in entries.items()
+]
+pd.DataFrame(lines).set_index(["models", "figure"])
 
 # %% [markdown]
 # ### Side by side

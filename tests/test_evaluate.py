@@ -105,6 +105,99 @@ def test_the_interval_covers_the_truth(evaluation):
     assert 0.88 <= hits / 200 <= 0.99
 
 
+def test_the_interval_of_a_rate(evaluation):
+    """Wilson's, as tables have it: 11 of 11, none of 40, and 81 of 263 (Newcombe, 1998)."""
+    assert evaluation.rate_ci95(1.0, 11) == pytest.approx([0.741, 1.0], abs=1e-3)
+    assert evaluation.rate_ci95(0.0, 40) == pytest.approx([0.0, 0.0876], abs=1e-3)
+    assert evaluation.rate_ci95(81 / 263, 263) == pytest.approx([0.2553, 0.3662], abs=1e-4)
+
+
+def test_the_interval_of_a_rate_covers_the_truth(evaluation):
+    generator = np.random.default_rng(2)
+    hits = generator.binomial(40, 0.9, size=1000) / 40
+    limits = np.array([evaluation.rate_ci95(rate, 40) for rate in hits])
+    assert 0.92 <= ((limits[:, 0] < 0.9) & (limits[:, 1] > 0.9)).mean() <= 0.99
+
+
+def test_a_difference_is_one_only_if_its_interval_excludes_zero(evaluation):
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(10, 60, size=40)
+    hard = generator.normal(3, 1, size=40)  # rows differ far more than the models do
+    base = pd.Series(tokens * hard)
+    better = pd.Series(tokens * (hard - 0.1 + generator.normal(0, 0.05, size=40)))
+    same = pd.Series(tokens * (hard + generator.normal(0, 0.2, size=40)))
+    entry = evaluation.mean_difference(better, base, tokens, 2000, 0)
+    assert entry["significant"] and entry["ci95"][0] < entry["difference"] < entry["ci95"][1] < 0
+    assert -0.13 < entry["difference"] < -0.07, "pairs: the rows' own spread of 1 cancels"
+    assert not evaluation.mean_difference(same, base, tokens, 2000, 0)["significant"]
+    few = evaluation.mean_difference(better[:5], base[:5], tokens[:5], 2000, 0)
+    assert few["ci95"][1] < 0 and not few["significant"], "five rows that agree may be chance"
+
+
+def test_a_difference_of_rates(evaluation):
+    def pairs(both, only_one, only_other, neither):
+        one = [True] * (both + only_one) + [False] * (only_other + neither)
+        return one, [True] * both + [False] * only_one + [True] * only_other + [False] * neither
+
+    entry = evaluation.rate_difference(*pairs(0, 40, 0, 0))
+    assert entry["difference"] == 1 and 0.8 < entry["ci95"][0] < 1 == entry["ci95"][1] and entry["significant"]
+    for same in (pairs(40, 0, 0, 0), pairs(0, 0, 0, 1), pairs(20, 3, 2, 15), pairs(0, 1, 0, 0), pairs(0, 5, 0, 0)):
+        assert not evaluation.rate_difference(*same)["significant"]
+    assert evaluation.rate_difference(*pairs(20, 2, 12, 6))["ci95"][1] < 0
+    one, other = pairs(5, 4, 1, 10)
+    expected = evaluation.rate_difference(other, one)
+    assert evaluation.rate_difference(one, other)["difference"] == -expected["difference"] == pytest.approx(3 / 20)
+
+
+def test_differences_of_equal_models_are_seldom_called_any(evaluation):
+    """Of 300 pairs of models that differ by chance alone, about one in twenty is called different."""
+    generator = np.random.default_rng(3)
+    called = {"mean": 0, "rate": 0}
+    for _ in range(300):
+        rows = generator.normal(3, 1, size=40)
+        one, other = (pd.Series(rows + generator.normal(0, 0.3, size=40)) for _ in range(2))
+        called["mean"] += evaluation.mean_difference(one, other, np.ones(40), 400, 0)["significant"]
+        called["rate"] += evaluation.rate_difference(*(generator.random((2, 40)) < 0.7))["significant"]
+    assert 3 <= called["mean"] <= 30 and 3 <= called["rate"] <= 30
+
+
+def nll_table(generator, rows, nll):
+    tokens = np.full(rows, 50)
+    return pd.DataFrame({"response_nll": tokens * generator.normal(nll, 0.3, rows), "response_tokens": tokens})
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "expected"),
+    [
+        (2.0, 2.0, ["It generalizes", "It does not measurably memorize"]),
+        (0.5, 2.0, ["It generalizes", "It memorizes"]),
+        (0.5, 4.0, ["Whether it generalizes cannot be told", "It memorizes"]),
+        (0.5, 5.0, ["It harms", "It memorizes"]),
+    ],
+)
+def test_memorizing_is_told_from_generalizing(evaluation, train, test, expected):
+    """The base model finds both splits as hard, perplexity exp(4)."""
+    generator = np.random.default_rng(0)
+    scores = {
+        "base": {"train": nll_table(generator, 80, 4.0), "unseen": nll_table(generator, 40, 4.0)},
+        "adapter": {"train": nll_table(generator, 80, train), "unseen": nll_table(generator, 40, test)},
+    }
+    lines = evaluation.memorization(scores, "unseen", 1000, 0)
+    assert [line.split(":")[0] for line in lines[2:]] == [
+        line if line.startswith("Whether") else line + ", too" * (line == "It memorizes") for line in expected
+    ]
+
+
+def test_easy_training_rows_are_not_memory(evaluation):
+    """Training rows that are easier for the base as well say nothing about memory."""
+    generator = np.random.default_rng(0)
+    scores = {
+        "base": {"train": nll_table(generator, 80, 3.0), "unseen": nll_table(generator, 40, 5.0)},
+        "adapter": {"train": nll_table(generator, 80, 1.0), "unseen": nll_table(generator, 40, 3.0)},
+    }
+    assert "It does not measurably memorize" in evaluation.memorization(scores, "unseen", 1000, 0)[-1]
+
+
 @pytest.mark.parametrize(
     ("answer", "structured"),
     [
@@ -185,9 +278,31 @@ def test_the_metrics_of_a_run(finished_run):
         entry = metrics[name]
         low, high = entry["perplexity"]["response_ci95"]
         assert low < entry["perplexity"]["response"] < high
-        assert set(entry["generation"]) == {"stop_rate", "structure_rate", "mean_new_tokens", "tokens_per_second"}
+        generation = entry["generation"]
+        assert generation["tokens_per_second"] > 0
+        for figure in ("stop_rate", "structure_rate", "mean_new_tokens"):
+            low, high = generation[f"{figure}_ci95"]
+            assert low <= generation[figure] <= high
+        by_split = entry["by_split"]
+        assert {name: part["rows"] for name, part in by_split.items()} == {
+            "train": 30,
+            "validation": 30,
+            "test": 30,
+            "unseen": 30,
+        }
+        assert all(part["response_ci95"][0] < part["response"] < part["response_ci95"][1] for part in by_split.values())
+        assert by_split["test"]["response"] == by_split["unseen"]["response"] == entry["perplexity"]["response"]
         assert entry["tokens"] == metrics["base"]["tokens"] > 0
     assert metrics["adapter"]["perplexity"]["response"] < 0.9 * metrics["base"]["perplexity"]["response"]
+    assert set(metrics["differences"]) == {"adapter - base", "merged - adapter"}
+    for entries in metrics["differences"].values():
+        assert {"log_perplexity", "stop_rate", "structure_rate", "mean_new_tokens"} <= set(entries)
+        for entry in entries.values():
+            low, high = entry["ci95"]
+            assert entry["significant"] is (low > 0 or high < 0)
+    better = metrics["differences"]["adapter - base"]["log_perplexity"]
+    ratio = metrics["adapter"]["perplexity"]["response"] / metrics["base"]["perplexity"]["response"]
+    assert better["significant"] and better["difference"] == pytest.approx(math.log(ratio))
     samples = [json.loads(line) for line in (finished_run / "evaluation" / "samples.jsonl").read_text().splitlines()]
     assert {"question", "in_the_table", "base", "adapter", "merged", "disclaimer"} == set(samples[0])
     assert all("not medical advice" in sample["disclaimer"] for sample in samples)
