@@ -60,6 +60,7 @@ eval_batch_size = 32  # rows to score, or questions to answer, at once, where me
 window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
 stride = 512  # by which a window moves on
 split_rows = 100  # rows of the training and of the validation split to score besides the test split
+fidelity_rows = 50  # test rows on which to compare the ways to merge; 0 leaves that out
 samples = 20  # questions of the test split to answer
 max_new_tokens = 256
 do_sample = False  # greedy answers can be reproduced; sampled ones vary with temperature and top_p
@@ -257,9 +258,12 @@ import numpy as np
 import pandas as pd
 import psutil
 import transformers
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from IPython.display import HTML
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -617,6 +621,47 @@ def evaluate(name, model):
 
 
 # %% [markdown]
+# The ways to merge are compared, further down, by what they predict for each token of the test answers. What the model
+# predicts as it was trained is the measure, and is kept in RAM.
+
+
+# %%
+@torch.no_grad()
+def response_logits(model, rows, pad_token_id, batch_size):
+    """The logits that predict each row's response, as computed: a list of tensors [tokens, vocabulary] on the CPU."""
+    model.eval()
+    kept = []
+    longest = max((len(row["input_ids"]) for row in rows), default=1)
+    batch_size = rows_that_fit(model, longest, batch_size)
+    for k in range(0, len(rows), batch_size):
+        batch = rows[k : k + batch_size]
+        ids = [torch.tensor(row["input_ids"]) for row in batch]
+        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(model.device)
+        lengths = torch.tensor([len(row["input_ids"]) for row in batch], device=model.device)
+        attention_mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
+        logits = model(input_ids=ids, attention_mask=attention_mask).logits
+        for row, row_logits in zip(batch, logits, strict=True):
+            kept.append(row_logits[np.flatnonzero(row["completion_mask"]) - 1].cpu())
+    return kept
+
+
+def divergence(trained, variant, rows):
+    """How far a variant is from what was trained: a line a row, `response_nll`, `response_kl`, `response_tokens`.
+
+    `response_kl` is the sum over the response of KL(trained ‖ variant) of the next token, in nats. Both logits are
+    those of `response_logits` for `rows`.
+    """
+    lines = []
+    for p, q, row in zip(trained, variant, rows, strict=True):
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        response = torch.tensor(row["input_ids"])[np.flatnonzero(row["completion_mask"])]
+        nll = -log_q.gather(-1, response[:, None]).double().sum().item()
+        kl = (log_p.exp() * (log_p - log_q)).double().sum().item()
+        lines.append({"response_nll": nll, "response_kl": max(kl, 0.0), "response_tokens": len(response)})
+    return pd.DataFrame(lines)
+
+
+# %% [markdown]
 # ## Base and adapter
 #
 # One model serves for both: with the adapter switched off it is the base.
@@ -716,6 +761,8 @@ adapted = PeftModel.from_pretrained(base, run / "adapter")
 with adapted.disable_adapter():
     evaluate("base", adapted)
 evaluate("adapter", adapted)
+compared = to_score["test"][:fidelity_rows]
+trained = response_logits(adapted, compared, tokenizer.pad_token_id, eval_batch_size)
 
 # %% [markdown]
 # ## Merged
@@ -984,6 +1031,165 @@ with torch.no_grad():
     often_done = math.exp(merged(joined, labels=joined).loss.item())
 print(f"ten training texts joined:      {often_done:,.1f}")
 print(f"responses of the test split:    {metrics['merged']['perplexity']['response']:,.1f}")
+
+# %% [markdown]
+# ## Which merged model to ship?
+#
+# The adapter was trained beside weights that had gone through NF4. Notebook 3 can add it to the published weights
+# (`base_weights = "original"`) or to those that training saw (`"dequantized"`), and whoever serves the model may
+# quantize it to NF4 again. Each of these is compared with what was trained: the perplexity, and the mean KL divergence
+# of its predictions per token of the answers. A KL of 0 is the same model.
+#
+# All are made in memory, one after the other, from the merged model at hand and from one more copy of the base. NF4 is
+# done by sending each matrix through it and back, which computes the same as keeping it in 4 bits.
+
+
+# %%
+def through_nf4(weight, dtype):
+    """A weight as training saw it: cast to `dtype`, quantized to NF4 with double quantization, and back, in fp32."""
+    weight = weight.to("cuda" if torch.cuda.is_available() else "cpu", dtype).float()
+    return dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True)).cpu()
+
+
+def add_lora(weight, adapter, config, module):
+    """Add α / r · B A (rsLoRA: α / √r · B A) of a module to its `weight`, fp32 and [out, in], in place."""
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    scale = alpha / (r**0.5 if config.use_rslora else r)
+    a, b = (adapter[f"base_model.model.{module}.lora_{matrix}.weight"].float() for matrix in "AB")
+    return weight.addmm_(b, a, alpha=scale)
+
+
+def linear_layers(model):
+    """Names and modules of the layers that bitsandbytes quantizes: the linear ones, the output layer aside."""
+    output = model.get_output_embeddings()
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
+
+
+def quantize_again(model):
+    """Send the linear layers of a plain model through NF4 and back, in place."""
+    for _, module in linear_layers(model):
+        module.weight.data = through_nf4(module.weight.data, module.weight.dtype).to(module.weight)
+    return model
+
+
+def merge_in_memory(model, folder, base_weights, training_dtype):
+    """Merge the adapter in `folder` into a plain model, in place, each weight rounded once, as notebook 3 does."""
+    config, adapter = PeftConfig.from_pretrained(folder), load_file(folder / "adapter_model.safetensors")
+    quantized = {name for name, _ in linear_layers(model)} if base_weights == "dequantized" else set()
+    for name, module in model.named_modules():
+        adapted = f"base_model.model.{name}.lora_A.weight" in adapter
+        if name not in quantized and not adapted:
+            continue
+        weight = module.weight.data.to("cpu", torch.float32, copy=True)
+        weight = through_nf4(module.weight.data, training_dtype) if name in quantized else weight
+        weight = add_lora(weight, adapter, config, name) if adapted else weight
+        module.weight.data = weight.to(module.weight)
+    return model
+
+
+# %% tags=["nbval-ignore-output"]
+def compare(name, model):
+    """Add a variant to the table."""
+    logits = response_logits(model, compared, tokenizer.pad_token_id, eval_batch_size)
+    variants[name] = divergence(trained, logits, compared)
+
+
+variants = {}
+if compared:
+    made_from = (
+        json.loads((merged_folder / "merge_report.json").read_text())["base_weights"] if merged_folder else "original"
+    )
+    other = {"original": "dequantized", "dequantized": "original"}[made_from]
+    variants["adapter on NF4"] = divergence(trained, trained, compared)
+    compare(f"merged, {made_from}", merged)
+    compare(f"merged, {made_from}, NF4 again", quantize_again(merged))
+    del merged
+    gc.collect()
+    torch.cuda.empty_cache()
+    config = AutoConfig.from_pretrained(base_model, revision=base_model_revision)
+    if hasattr(config, "quantization_config"):
+        print("The base model is stored in 4 bits, so there is only one way to merge.")
+    elif largest > room_gib():
+        print(f"One more model takes {largest:.1f} GiB of memory, and there are {room_gib():.1f}: {other} is left out.")
+    else:
+        training_dtype = json.loads((run / "adapter" / "provenance.json").read_text())["dtype"]
+        plain = load_model(base_model, base_model_revision, config.dtype or torch.float16, attn_implementation)
+        plain = merge_in_memory(plain, run / "adapter", other, getattr(torch, training_dtype)).to(dtype)
+        compare(f"merged, {other}", plain)
+        compare(f"merged, {other}, NF4 again", quantize_again(plain))
+        del plain
+
+
+# %% [markdown]
+# What to ship follows from the numbers: the variant with the lower perplexity, if the difference is one; else the one
+# that is nearer to what was trained; else the published weights, as they are the simpler.
+
+
+# %%
+def fidelity(table, bootstrap_samples, seed):
+    """The entry of a variant in `evaluation/metrics.json`."""
+    tokens = table["response_tokens"]
+    kl = interval(resampled(table["response_kl"], tokens, bootstrap_samples, seed))
+    return {
+        "perplexity": perplexity(table, "response"),
+        "ci95": perplexity_ci95(table, "response", bootstrap_samples, seed),
+        "kl": table["response_kl"].sum() / tokens.sum(),
+        "kl_ci95": kl,
+    }
+
+
+def better_of(variants, original, dequantized, bootstrap_samples, seed):
+    """The name of the better of two variants, and why."""
+    one, other = variants[dequantized], variants[original]
+    tokens = one["response_tokens"]
+    nll = mean_difference(one["response_nll"], other["response_nll"], tokens, bootstrap_samples, seed)
+    kl = mean_difference(one["response_kl"], other["response_kl"], tokens, bootstrap_samples, seed)
+    ratio = "perplexity ratio " + with_interval(math.exp(nll["difference"]), np.exp(nll["ci95"]), ".4f")
+    further = "difference of KL " + with_interval(kl["difference"], kl["ci95"], "+.4f")
+    if nll["significant"]:
+        return (dequantized if nll["difference"] < 0 else original), f"its perplexity is lower: {ratio}"
+    if kl["significant"]:
+        nearer = dequantized if kl["difference"] < 0 else original
+        return nearer, f"it is nearer to what was trained: {further}; by perplexity they cannot be told apart: {ratio}"
+    return original, f"the two cannot be told apart, and it is the simpler: {ratio}, {further}"
+
+
+def what_to_ship(variants, bootstrap_samples, seed):
+    """Lines that say which of the merged variants to ship, as it is and quantized again, and what that costs."""
+    lines = []
+    for what, suffix in (("in 16 bits", ""), ("in NF4", ", NF4 again")):
+        pair = [f"merged, {weights}{suffix}" for weights in ("original", "dequantized")]
+        if all(name in variants for name in pair):
+            name, why = better_of(variants, *pair, bootstrap_samples, seed)
+            lines.append(f'Ship {what}: "{name}", as {why}.')
+        else:
+            name = next(name for name in pair if name in variants)
+            lines.append(f'To ship {what} there is only "{name}" here.')
+        trained, shipped = variants["adapter on NF4"], variants[name]
+        columns = (shipped["response_nll"], trained["response_nll"], trained["response_tokens"])
+        cost = mean_difference(*columns, bootstrap_samples, seed)
+        ratio = with_interval(math.exp(cost["difference"]), np.exp(cost["ci95"]), ".4f")
+        verdict = (
+            ("worse" if cost["difference"] > 0 else "better") if cost["significant"] else "no different, measurably"
+        )
+        lines.append(f"    Against what was trained it is {verdict}: perplexity ratio {ratio}.")
+    return lines
+
+
+# %%
+metrics["fidelity"] = {name: fidelity(table, bootstrap_samples, seed) for name, table in variants.items()}
+if variants:
+    print(*what_to_ship(variants, bootstrap_samples, seed), sep="\n")
+pd.DataFrame(
+    {
+        name: {
+            "response perplexity": with_interval(entry["perplexity"], entry["ci95"], ",.2f"),
+            "mean KL to what was trained, nats": with_interval(entry["kl"], entry["kl_ci95"], ".4f"),
+        }
+        for name, entry in metrics["fidelity"].items()
+    }
+).T
 
 # %% [markdown]
 # ## Save

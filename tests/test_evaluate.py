@@ -2,13 +2,15 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY
-from transformers import AutoModelForCausalLM
+from conftest import TINY, run_tiny
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ANSWER = "Here is a suggested remedy:\n\n**Item:** {item}\n**Remedy:** {remedy}\n**Recommended Yoga:** {yoga}"
 
@@ -272,6 +274,82 @@ def test_an_answer_that_stops_is_counted(evaluation, model, tokenizer, monkeypat
     assert again["stopped"].all() and again["new_tokens"][0] <= 2 < len(ids) + 3
 
 
+def plain_base():
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+
+
+def test_sending_weights_through_nf4_computes_what_4_bits_compute(evaluation, rows):
+    quantized = evaluation.load_base(str(TINY), None, torch.float32, "sdpa")
+    expected = evaluation.response_logits(quantized, rows, 0, 4)
+    assert [len(logits) for logits in expected] == [sum(row["completion_mask"]) for row in rows]
+    actual = evaluation.response_logits(evaluation.quantize_again(plain_base()), rows, 0, 4)
+    table = evaluation.divergence(expected, actual, rows)
+    assert table["response_kl"].max() < 1e-5
+    plain = evaluation.divergence(expected, evaluation.response_logits(plain_base(), rows, 0, 4), rows)
+    assert plain["response_kl"].min() > 1e-4, "the comparison sees NF4"
+
+
+def test_divergence_is_its_definition(evaluation, model, rows):
+    """By hand, for one row: sums over the response of p log(p / q) and of -log q."""
+    row = rows[1]
+    other = evaluation.quantize_again(plain_base())
+    p, q = (m(torch.tensor([row["input_ids"]])).logits[0].double().softmax(-1).detach() for m in (model, other))
+    at = [i for i, scored in enumerate(row["completion_mask"]) if scored]
+    kl = sum((p[i - 1] * (p[i - 1] / q[i - 1]).log()).sum().item() for i in at)
+    nll = sum(-math.log(q[i - 1, row["input_ids"][i]]) for i in at)
+    logits = [evaluation.response_logits(m, [row], 0, 1) for m in (model, other)]
+    line = evaluation.divergence(*logits, [row]).loc[0]
+    assert line["response_kl"] == pytest.approx(kl, rel=1e-3) and line["response_nll"] == pytest.approx(nll, rel=1e-4)
+    assert line["response_tokens"] == len(at)
+    assert evaluation.score(model, [row], 0, 1, 512, 256)["response_nll"][0] == pytest.approx(
+        evaluation.divergence(logits[0], logits[0], [row])["response_nll"][0], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("base_weights", ["original", "dequantized"])
+def test_merging_in_memory_gives_what_notebook_3_writes(evaluation, finished_run, tmp_path, base_weights):
+    run_dir = tmp_path / "run"
+    for folder in ("dataset", "adapter"):
+        shutil.copytree(finished_run / folder, run_dir / folder)
+    run_tiny("03_merge_adapter", run_dir, base_weights=base_weights)
+    expected = load_file(next((run_dir / "merged").glob("*.safetensors")))
+    stored = evaluation.load_model(str(TINY), None, AutoConfig.from_pretrained(TINY).dtype, "sdpa")
+    merged = evaluation.merge_in_memory(stored, run_dir / "adapter", base_weights, torch.float32).state_dict()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    plain = plain_base().state_dict()
+    assert not torch.equal(
+        plain["model.layers.0.self_attn.q_proj.weight"], expected["model.layers.0.self_attn.q_proj.weight"]
+    )
+
+
+def variant(nll, kl, rows=40):
+    generator = np.random.default_rng(0)
+    noise = generator.normal(0, 0.01, rows)
+    per_token = {"response_nll": nll + noise + generator.normal(0, 0.01, rows), "response_kl": kl * (1 + 10 * noise)}
+    return pd.DataFrame({**{name: 50 * values for name, values in per_token.items()}, "response_tokens": 50})
+
+
+@pytest.mark.parametrize(
+    ("original", "dequantized", "shipped", "why"),
+    [
+        ((2.0, 0.05), (1.9, 0.09), "dequantized", "its perplexity is lower"),
+        ((1.9, 0.09), (2.0, 0.05), "original", "its perplexity is lower"),
+        ((2.0, 0.09), (2.0, 0.01), "dequantized", "it is nearer to what was trained"),
+        ((2.0, 0.05), (2.0, 0.05), "original", "cannot be told apart"),
+    ],
+)
+def test_what_to_ship_follows_from_the_numbers(evaluation, original, dequantized, shipped, why):
+    variants = {"adapter on NF4": variant(2.0, 0.0)}
+    for suffix in ("", ", NF4 again"):
+        variants[f"merged, original{suffix}"] = variant(*original)
+        variants[f"merged, dequantized{suffix}"] = variant(*dequantized)
+    lines = evaluation.what_to_ship(variants, 1000, 0)
+    assert f'Ship in 16 bits: "merged, {shipped}", as' in lines[0] and why in lines[0]
+    assert f'Ship in NF4: "merged, {shipped}, NF4 again", as' in lines[2]
+    one_way = {name: table for name, table in variants.items() if "original" not in name}
+    assert 'only "merged, dequantized" here' in evaluation.what_to_ship(one_way, 100, 0)[0]
+
+
 def test_the_metrics_of_a_run(finished_run):
     metrics = json.loads((finished_run / "evaluation" / "metrics.json").read_text())
     for name in ("base", "adapter", "merged"):
@@ -294,6 +372,20 @@ def test_the_metrics_of_a_run(finished_run):
         assert by_split["test"]["response"] == by_split["unseen"]["response"] == entry["perplexity"]["response"]
         assert entry["tokens"] == metrics["base"]["tokens"] > 0
     assert metrics["adapter"]["perplexity"]["response"] < 0.9 * metrics["base"]["perplexity"]["response"]
+    assert list(metrics["fidelity"]) == [
+        "adapter on NF4",
+        "merged, original",
+        "merged, original, NF4 again",
+        "merged, dequantized",
+        "merged, dequantized, NF4 again",
+    ]
+    for name, entry in metrics["fidelity"].items():
+        assert entry["ci95"][0] < entry["perplexity"] < entry["ci95"][1]
+        assert entry["kl_ci95"][0] <= entry["kl"] <= entry["kl_ci95"][1] < 0.1
+        assert (entry["kl"] > 0) is (name != "adapter on NF4")
+    assert metrics["fidelity"]["adapter on NF4"]["perplexity"] == pytest.approx(
+        metrics["adapter"]["perplexity"]["response"], rel=1e-5
+    )
     assert set(metrics["differences"]) == {"adapter - base", "merged - adapter"}
     for entries in metrics["differences"].values():
         assert {"log_perplexity", "stop_rate", "structure_rate", "mean_new_tokens"} <= set(entries)
