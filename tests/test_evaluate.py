@@ -350,6 +350,80 @@ def test_what_to_ship_follows_from_the_numbers(evaluation, original, dequantized
     assert 'only "merged, dequantized" here' in evaluation.what_to_ship(one_way, 100, 0)[0]
 
 
+def table_row(question, item):
+    answer = ANSWER.format(item=item, remedy="Rest.", yoga="Balasana").replace("**Item:** \n", "")
+    return {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def items(evaluation):
+    table = [
+        ("Cold?", "Ginger"), ("Cold?", "Tulsi Leaves"), ("Cough?", "Honey"), ("Acne?", "Coconut Oil"),
+        ("Gas?", "Coconut"), ("Gas?", "Cherries"), ("Stroke?", ""),
+    ]  # fmt: skip
+    return evaluation.table_of_items([table_row(*row) for row in table], ANSWER, "item")
+
+
+def test_the_items_of_a_table(evaluation, items):
+    assert items["cold?"] == {"ginger", "tulsi leaf"} and items["stroke?"] == set() and len(items) == 5
+
+
+LINE = "Here is a suggested remedy:\n\n**Item:** {}\n**Remedy:** Mix it with honey."
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "expected"),
+    [
+        ("Cold?", LINE.format("Ginger"), (1, 0, 0)),
+        (" COLD? ", LINE.format("GINGER"), (1, 0, 0)),
+        ("Cold?", LINE.format("tulsi leaf"), (1, 0, 0)),
+        ("Cold?", LINE.format("Warm ginger and tulsi leaves."), (2, 0, 0)),
+        ("Cold?", LINE.format("Coconut oil"), (0, 1, 0)),
+        ("Gas?", LINE.format("Coconut oil"), (0, 1, 0)),
+        ("Gas?", LINE.format("a cherry"), (1, 0, 0)),
+        ("Cold?", LINE.format("Gingerbread"), (0, 0, 1)),
+        ("Cold?", LINE.format("Dry Water"), (0, 0, 1)),
+        ("Cold?", LINE.format("Ginger") + "\n**Item:** ginger\n**Item:** Mud", (1, 0, 1)),
+        ("Cold?", "Take honey, then more Honey, and gingers with coconut oil.", (1, 2, 0)),
+        ("Cold?", "Take mud.", (0, 0, 0)),
+        ("Cold?", "Here is a suggested remedy:\n\n**Remedy:** Take honey.", (0, 1, 0)),
+        ("Never heard of?", LINE.format("Ginger"), (0, 1, 0)),
+        ("Cold?", "", (0, 0, 0)),
+    ],
+)
+def test_grounding(evaluation, items, question, answer, expected):
+    counts = evaluation.grounding(question, answer, items, ANSWER, "item")
+    assert tuple(counts[where] for where in ("this_condition", "other_condition", "nowhere")) == expected
+    assert counts["named"] == sum(expected)
+
+
+def test_a_template_with_two_fields_in_the_line(evaluation):
+    template = "Take {item} ({dose}).\n{remedy}"
+    assert evaluation.item_values("Take some honey (a spoon).\nRest.", template, "item") == ["some honey"]
+
+
+@pytest.mark.parametrize("item_field", ["item", ""])
+def test_a_table_of_free_text_has_no_grounding(evaluation, item_field):
+    assert evaluation.table_of_items([table_row("Cold?", "Ginger")], "{answer}", item_field) == {}
+
+
+def test_the_summary_of_grounding(evaluation):
+    counts = pd.DataFrame(
+        {"this_condition": [1, 0, 0], "other_condition": [1, 1, 0], "nowhere": [0, 1, 0], "named": [2, 2, 0]}
+    )
+    entry = evaluation.summarize_grounding(counts)
+    assert (entry["named"], entry["answers"]) == (4, 2)
+    assert (entry["this_condition"], entry["other_condition"], entry["nowhere"]) == (0.25, 0.5, 0.25)
+    assert entry["this_condition_ci95"] == evaluation.rate_ci95(0.25, 2)
+    assert evaluation.summarize_grounding(counts[2:]) is None
+
+
+def test_plurals(evaluation):
+    singular = {"leaves": "leaf", "berries": "berry", "tomatoes": "tomato", "radishes": "radish", "cloves": "clove"}
+    singular |= {"dates": "date", "hibiscus": "hibiscus", "oats": "oat", "gas": "gas", "swiss": "swiss"}
+    assert {plural: evaluation.singular_words(plural) for plural in singular} == singular
+
+
 def test_the_metrics_of_a_run(finished_run):
     metrics = json.loads((finished_run / "evaluation" / "metrics.json").read_text())
     for name in ("base", "adapter", "merged"):
