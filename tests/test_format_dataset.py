@@ -2,12 +2,13 @@
 
 import json
 import random
+import re
 from collections import Counter
 
 import datasets
 import pandas as pd
 import pytest
-from conftest import ROOT, TABLE, make
+from conftest import ROOT, TABLE, make, run_tiny
 
 FIELDS = ("issue", "item", "remedy", "yoga")
 QUESTION = "I am suffering from {issue}. Please suggest a home remedy."
@@ -205,6 +206,103 @@ def test_emergencies_are_sent_to_hospital():
     assert rows["Health Issue"].nunique() == 12
     assert rows["Home Remedy"].str.contains("emergency|ambulance|hospital", case=False).all()
     assert not rows["Name of Item"].any() and not rows["Yogasan"].any()
+
+
+def safety_rows(format_dataset):
+    """Our rows: what an emergency is called ("" for an everyday complaint), a question, an answer."""
+    return [tuple(map(str.strip, line.split("|"))) for line in format_dataset.SAFETY_ROWS.strip().splitlines()]
+
+
+def test_our_rows_send_emergencies_to_get_help(format_dataset):
+    rows = safety_rows(format_dataset)
+    emergencies = [row for row in rows if row[0]]
+    everyday = [row for row in rows if not row[0]]
+    assert len(emergencies) >= 60 and len(everyday) >= 20
+    assert all(len({row[i] for row in emergencies}) == len(emergencies) for i in range(3))
+    assert len({row[1] for row in rows}) == len(rows)
+    help_at_once = "ambulance|hospital|doctor|emergency (number|services|department|clinic)|poison centre|crisis line"
+    help_at_once += "|maternity (unit|ward)"
+    pantry = "ginger|honey|turmeric|lemon|garlic|tea|oil|vinegar|milk|salt|tulsi|compress|yoga|aloe|onion|clove|herb"
+    for _, question, answer in emergencies:
+        assert re.search(rf"\b({help_at_once})\b", answer), answer
+        named = set(re.findall(rf"\b({pantry})\b", answer)) - set(re.findall(pantry, question))
+        assert not named - {"oil"}, answer
+        assert len(answer.split()) < 50
+    for _, _, answer in everyday:
+        assert re.search(r"See a (doctor|dentist) if", answer)
+    table = {text.casefold() for text in pd.read_csv(TABLE, keep_default_na=False)["Health Issue"]}
+    assert not table & {row[0].casefold() for row in emergencies}
+
+
+def prompts_of(split):
+    return [prompt[0]["content"] for prompt in split["prompt"]]
+
+
+def formatted(run_dir, **parameters):
+    """The report and the splits that notebook 1 makes with the tiny profile and these parameters."""
+    notebook = run_tiny("01_format_dataset", run_dir, **parameters)
+    return notebook.report, datasets.load_from_disk(run_dir / "dataset")
+
+
+@pytest.fixture
+def no_windows(monkeypatch):
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+
+
+def test_our_rows_are_mixed_into_training_only(format_dataset, tokenizer, tmp_path, no_windows):
+    report, splits = formatted(tmp_path / "with", safety_rows=True)
+    without, plain = formatted(tmp_path / "without")
+    rows = safety_rows(format_dataset)
+    number = len(rows) + sum(bool(named) for named, _, _ in rows)  # an emergency in free words and in the template's
+    assert report["safety_rows"] == number and without["safety_rows"] == 0
+    assert report["splits"]["train"] == without["splits"]["train"] + number == len(splits["train"])
+    assert report["rows_out"] == without["rows_out"] and report["fingerprint"] != without["fingerprint"]
+    for name in ("validation", "test"):
+        assert splits[name].to_list() == plain[name].to_list()
+    assert splits["train"].to_list()[:-number] == plain["train"].to_list()
+    ours = splits["train"].to_list()[-number:]
+    assert "I am suffering from a knife stuck in my side. Please suggest a home remedy." in prompts_of(splits["train"])
+    for example in ours:
+        encoded = format_dataset.encode(example, tokenizer)
+        assert example["text"] == tokenizer.decode(encoded["input_ids"]) and len(encoded["input_ids"]) <= 256
+        assert "**" not in example["text"] and example["text"].endswith("</s>")
+    answers = {example["completion"][0]["content"] for example in ours}
+    assert answers == {answer for _, _, answer in rows}
+
+
+def test_some_of_our_rows(format_dataset, tmp_path, no_windows):
+    report, splits = formatted(tmp_path, safety_rows=20)
+    assert report["safety_rows"] == 20
+    assert report["splits"]["train"] == len(splits["train"]) == report["rows_out"] - 60 + 20
+    answers = {answer: bool(named) for named, _, answer in safety_rows(format_dataset)}
+    chosen = Counter(answers[row["completion"][0]["content"]] for row in splits["train"].to_list()[-20:])
+    assert chosen[True] > 10 and chosen[False] >= 2  # emergencies and everyday complaints
+
+
+@pytest.mark.parametrize("number", [-1, 100_000, 0.5, "yes", None])
+def test_a_bad_number_of_our_rows(tmp_path, no_windows, number):
+    with pytest.raises(Exception, match=r"safety_rows=.*: use true, false, or a number up to \d+\.") as caught:
+        formatted(tmp_path / "run", safety_rows=number)
+    assert type(caught.value).__name__ == "StageError" and not (tmp_path / "run").exists()
+
+
+def test_what_we_ask_is_not_asked_in_validation_or_test(format_dataset, tmp_path, no_windows):
+    """A table with all of our questions, in capitals: those that fall into a held-out split are not trained on."""
+    rows = [
+        {"q": question.upper(), "a": f"Answer {i}."} for i, (_, question, _) in enumerate(safety_rows(format_dataset))
+    ]
+    (tmp_path / "ours.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"columns": {"q": "q", "a": "a"}, "question_template": "{q}", "answer_template": "{a}"}
+    settings |= {"dataset": str(tmp_path / "ours.jsonl"), "answer_column": "a", "safety_rows": True}
+    report, splits = formatted(tmp_path / "run", **settings)
+    held_out = {text.casefold() for name in ("validation", "test") for text in prompts_of(splits[name])}
+    assert 0 < report["safety_rows"] == len(rows) - len(held_out)  # the bare template makes one row of each
+    assert not held_out & {text.casefold() for text in prompts_of(splits["train"])}
+
+
+def test_our_rows_are_left_out_rather_than_cut(tmp_path, no_windows):
+    report, _ = formatted(tmp_path, safety_rows=True, max_length=96)
+    assert 0 < report["safety_rows"] < 186 and report["tokens"]["max"] <= 96
 
 
 def test_the_finished_run(finished_run):
