@@ -49,7 +49,10 @@ def umask(draw):
     file, folder = 0o666 & ~mask, 0o777 & ~mask
     answer = f"New files get {file:03o} ({stat.filemode(file)[1:]}), new folders {folder:03o} "
     answer += f"({stat.filemode(folder)[1:]}): the bits of {mask:03o} are taken away from 666 and 777."
-    questions = [f"Which permissions do new files and folders get with umask {mask:03o}?", f"What does umask {mask:03o} do?"]
+    questions = [
+        f"Which permissions do new files and folders get with umask {mask:03o}?",
+        f"What does umask {mask:03o} do?",
+    ]
     return draw.choice(questions), answer
 
 
@@ -73,7 +76,10 @@ def cron(draw):
             ),
             (f"{minute} {hour} {day} * *", f"on day {day} of every month at {clock(hour, minute)}"),
             (f"{minute} {hour} {day} {month} *", f"once a year, on {day} {MONTHS[month - 1]} at {clock(hour, minute)}"),
-            (f"*/{every} {hour} * * *", f"every {every} minutes from {clock(hour, 0)} to {clock(hour, 60 - every)}, every day"),
+            (
+                f"*/{every} {hour} * * *",
+                f"every {every} minutes from {clock(hour, 0)} to {clock(hour, 60 - every)}, every day",
+            ),
             (f"{minute} * * * {weekday}", f"every hour at minute {minute}, on {DAYS[weekday]}s only"),
         ]
     )
