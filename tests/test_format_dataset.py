@@ -1,13 +1,17 @@
 """Notebook 01: cleaning, dropping, splitting, formatting."""
 
 import json
+import os
 import random
+import re
+import runpy
+import stat
 from collections import Counter
 
 import datasets
 import pandas as pd
 import pytest
-from conftest import ROOT, TABLE, make
+from conftest import ROOT, TABLE, make, run_tiny
 
 FIELDS = ("issue", "item", "remedy", "yoga")
 QUESTION = "I am suffering from {issue}. Please suggest a home remedy."
@@ -207,6 +211,103 @@ def test_emergencies_are_sent_to_hospital():
     assert not rows["Name of Item"].any() and not rows["Yogasan"].any()
 
 
+def safety_rows(format_dataset):
+    """Our rows: what an emergency is called ("" for an everyday complaint), a question, an answer."""
+    return [tuple(map(str.strip, line.split("|"))) for line in format_dataset.SAFETY_ROWS.strip().splitlines()]
+
+
+def test_our_rows_send_emergencies_to_get_help(format_dataset):
+    rows = safety_rows(format_dataset)
+    emergencies = [row for row in rows if row[0]]
+    everyday = [row for row in rows if not row[0]]
+    assert len(emergencies) >= 60 and len(everyday) >= 20
+    assert all(len({row[i] for row in emergencies}) == len(emergencies) for i in range(3))
+    assert len({row[1] for row in rows}) == len(rows)
+    help_at_once = "ambulance|hospital|doctor|emergency (number|services|department|clinic)|poison centre|crisis line"
+    help_at_once += "|maternity (unit|ward)"
+    pantry = "ginger|honey|turmeric|lemon|garlic|tea|oil|vinegar|milk|salt|tulsi|compress|yoga|aloe|onion|clove|herb"
+    for _, question, answer in emergencies:
+        assert re.search(rf"\b({help_at_once})\b", answer), answer
+        named = set(re.findall(rf"\b({pantry})\b", answer)) - set(re.findall(pantry, question))
+        assert not named - {"oil"}, answer
+        assert len(answer.split()) < 50
+    for _, _, answer in everyday:
+        assert re.search(r"See a (doctor|dentist) if", answer)
+    table = {text.casefold() for text in pd.read_csv(TABLE, keep_default_na=False)["Health Issue"]}
+    assert not table & {row[0].casefold() for row in emergencies}
+
+
+def prompts_of(split):
+    return [prompt[0]["content"] for prompt in split["prompt"]]
+
+
+def formatted(run_dir, **parameters):
+    """The report and the splits that notebook 1 makes with the tiny profile and these parameters."""
+    notebook = run_tiny("01_format_dataset", run_dir, **parameters)
+    return notebook.report, datasets.load_from_disk(run_dir / "dataset")
+
+
+@pytest.fixture
+def no_windows(monkeypatch):
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+
+
+def test_our_rows_are_mixed_into_training_only(format_dataset, tokenizer, tmp_path, no_windows):
+    report, splits = formatted(tmp_path / "with", safety_rows=True)
+    without, plain = formatted(tmp_path / "without")
+    rows = safety_rows(format_dataset)
+    number = len(rows) + sum(bool(named) for named, _, _ in rows)  # an emergency in free words and in the template's
+    assert report["safety_rows"] == number and without["safety_rows"] == 0
+    assert report["splits"]["train"] == without["splits"]["train"] + number == len(splits["train"])
+    assert report["rows_out"] == without["rows_out"] and report["fingerprint"] != without["fingerprint"]
+    for name in ("validation", "test"):
+        assert splits[name].to_list() == plain[name].to_list()
+    assert splits["train"].to_list()[:-number] == plain["train"].to_list()
+    ours = splits["train"].to_list()[-number:]
+    assert "I am suffering from a knife stuck in my side. Please suggest a home remedy." in prompts_of(splits["train"])
+    for example in ours:
+        encoded = format_dataset.encode(example, tokenizer)
+        assert example["text"] == tokenizer.decode(encoded["input_ids"]) and len(encoded["input_ids"]) <= 256
+        assert "**" not in example["text"] and example["text"].endswith("</s>")
+    answers = {example["completion"][0]["content"] for example in ours}
+    assert answers == {answer for _, _, answer in rows}
+
+
+def test_some_of_our_rows(format_dataset, tmp_path, no_windows):
+    report, splits = formatted(tmp_path, safety_rows=20)
+    assert report["safety_rows"] == 20
+    assert report["splits"]["train"] == len(splits["train"]) == report["rows_out"] - 60 + 20
+    answers = {answer: bool(named) for named, _, answer in safety_rows(format_dataset)}
+    chosen = Counter(answers[row["completion"][0]["content"]] for row in splits["train"].to_list()[-20:])
+    assert chosen[True] > 10 and chosen[False] >= 2  # emergencies and everyday complaints
+
+
+@pytest.mark.parametrize("number", [-1, 100_000, 0.5, "yes", None])
+def test_a_bad_number_of_our_rows(tmp_path, no_windows, number):
+    with pytest.raises(Exception, match=r"safety_rows=.*: use true, false, or a number up to \d+\.") as caught:
+        formatted(tmp_path / "run", safety_rows=number)
+    assert type(caught.value).__name__ == "StageError" and not (tmp_path / "run").exists()
+
+
+def test_what_we_ask_is_not_asked_in_validation_or_test(format_dataset, tmp_path, no_windows):
+    """A table with all of our questions, in capitals: those that fall into a held-out split are not trained on."""
+    rows = [
+        {"q": question.upper(), "a": f"Answer {i}."} for i, (_, question, _) in enumerate(safety_rows(format_dataset))
+    ]
+    (tmp_path / "ours.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"columns": {"q": "q", "a": "a"}, "question_template": "{q}", "answer_template": "{a}"}
+    settings |= {"dataset": str(tmp_path / "ours.jsonl"), "answer_column": "a", "safety_rows": True}
+    report, splits = formatted(tmp_path / "run", **settings)
+    held_out = {text.casefold() for name in ("validation", "test") for text in prompts_of(splits[name])}
+    assert 0 < report["safety_rows"] == len(rows) - len(held_out)  # the bare template makes one row of each
+    assert not held_out & {text.casefold() for text in prompts_of(splits["train"])}
+
+
+def test_our_rows_are_left_out_rather_than_cut(tmp_path, no_windows):
+    report, _ = formatted(tmp_path, safety_rows=True, max_length=96)
+    assert 0 < report["safety_rows"] < 186 and report["tokens"]["max"] <= 96
+
+
 def test_the_finished_run(finished_run):
     report = json.loads((finished_run / "dataset" / "report.json").read_text())
     splits = datasets.load_from_disk(finished_run / "dataset")
@@ -254,3 +355,94 @@ def test_all_splits_of_a_hub_data_set_are_read(format_dataset, monkeypatch):
     parts = {name: datasets.Dataset.from_dict({"q": [name], "a": [None]}) for name in ("train", "test")}
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: datasets.DatasetDict(parts))
     assert read(format_dataset, "someone/table", "q", "a")[0] == {"q": ["train", "test"], "a": ["", ""]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The second example: questions about the command line
+
+TERMINAL = ROOT / "data" / "terminal.jsonl"
+
+
+def terminal_rows():
+    return [json.loads(line) for line in TERMINAL.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_terminal_table_is_what_its_program_writes():
+    rows = runpy.run_path(str(ROOT / "data" / "terminal.py"))["rows"](5000)
+    assert rows == terminal_rows() and len({row["question"] for row in rows}) == len(rows) == 5000
+
+
+def test_the_answers_about_modes_and_masks_are_right(tmp_path):
+    """As the file system itself sees them."""
+    file, checked, mask = tmp_path / "file", Counter(), os.umask(0)
+    try:
+        for row in terminal_rows():
+            text = row["question"] + " " + row["answer"]
+            if found := re.search(r"umask (\d{3})", text):
+                os.umask(int(found[1], 8))
+                file.unlink(missing_ok=True)
+                file.touch()
+                listed = stat.filemode(file.stat().st_mode)[1:]
+                assert re.search(r"New files get (\d+) \((.{9})\)", text).groups() == (
+                    f"{file.stat().st_mode & 0o777:03o}",
+                    listed,
+                )
+                checked["umask"] += 1
+            elif "may" in text:
+                letters = re.search(r"(?<![\w-])-?([r-][w-][x-][r-][w-][x-][r-][w-][x-])(?![\w-])", text)[1]
+                file.touch()
+                file.chmod(int(re.search(r"\b([0-7]{3})\b", text)[1], 8))
+                assert stat.filemode(file.stat().st_mode)[1:] == letters
+                who = re.search("owner may (.*), the group may (.*), and others may (.*)[.]", text).groups()
+                for allowed, rights in zip(who, (letters[:3], letters[3:6], letters[6:]), strict=True):
+                    assert "".join(word[0] if word in allowed else "-" for word in ("read", "write")) == rights[:2]
+                    assert ("execute" in allowed) == ("x" in rights) and ("nothing" in allowed) == (rights == "---")
+                checked["chmod"] += 1
+    finally:
+        os.umask(mask)
+    assert min(checked.values()) > 200
+
+
+def test_the_answers_about_numbers_are_right():
+    bases, units = {"binary": 2, "octal": 8, "decimal": 10, "hexadecimal": 16}, ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    checked = Counter()
+    for row in terminal_rows():
+        question, answer = row["question"], row["answer"]
+        if found := re.fullmatch(r"What is (\w+) (\w+) in (\w+)\?", question):
+            number = int(found[2], bases[found[1]])
+            written, powers = re.fullmatch(r".* is (\w+) in .* is ([\d +]+)\.", answer).groups()
+            assert int(written, bases[found[3]]) == number == sum(map(int, powers.split(" + ")))
+            checked["base"] += 1
+        elif found := re.fullmatch(r"How many (\w+) are (\d+) (\w+)\?", question):
+            smaller = int(re.search(r"are ([\d,]+)", answer)[1].replace(",", ""))
+            assert smaller == int(found[2]) << 10 * (units.index(found[3]) - units.index(found[1]))
+            checked["size"] += 1
+        elif found := re.fullmatch(r"How many hosts fit into ([\d.]+)/(\d+)\?", question):
+            assert int(answer.split()[0].replace(",", "")) == 2 ** (32 - int(found[2])) - 2
+            checked["hosts"] += 1
+        elif found := re.fullmatch(r"Are ([\d.]+) and ([\d.]+) in one /(\d+) network\?", question):
+            one, other = (int.from_bytes(map(int, address.split(".")), "big") for address in found.groups()[:2])
+            assert answer.startswith("Yes") == (one >> 32 - int(found[3]) == other >> 32 - int(found[3]))
+            checked["same network"] += 1
+        elif "cron" in question:
+            fields = re.search(r"([\d*/]+) ([\d*]+) ([\d*]+) ([\d*]+) ([\d*-]+)", question + " " + answer).groups()
+            text = question if question.startswith("Write") else answer
+            if time := re.search(r" at (\d\d):(\d\d)", text):
+                assert fields[:2] == (str(int(time[2])), str(int(time[1])))
+            days = re.findall("(Sun|Mon|Tues|Wednes|Thurs|Fri|Satur)day", text)
+            numbers = [["Sun", "Mon", "Tues", "Wednes", "Thurs", "Fri", "Satur"].index(day) for day in days]
+            assert fields[4] == ("-".join(map(str, numbers)) or "*")
+            assert (fields[2] != "*") == ("on day" in text or "once a year" in text)
+            checked["cron"] += 1
+    assert len(checked) == 5 and min(checked.values()) > 100
+
+
+def test_the_terminal_profile_goes_through_the_whole_series(tmp_path):
+    """By parameters alone, here with the tiny model and few steps."""
+    fewer = "-p base_model .cache/tiny-llama -p epochs 0.01 -p samples 3 -p max_new_tokens 8 -p bootstrap_samples 100"
+    done = make("run-all", "PROFILE=terminal", f"RUN_DIR={tmp_path / 'run'}", f"ARGS={fewer}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "dataset" / "report.json").read_text())
+    assert report["rows_out"] == 5000 and not report["dropped"] and report["splits"]["test"] > 50
+    metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+    assert metrics["adapter"]["perplexity"]["response"] < metrics["base"]["perplexity"]["response"]
