@@ -39,10 +39,10 @@ export PYTHONWARNINGS = ignore
 export TOKENIZERS_PARALLELISM = false
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: run-all $(STAGES) setup environment base-models test test-gpu test-browser reference examples sync badges lint lab clean help FORCE
+.PHONY: run-all $(STAGES) setup environment base-models test test-gpu test-browser test-peers reference examples sync badges lint lab clean help FORCE
 .DELETE_ON_ERROR:
 # the stored outputs are those of a CPU
-test reference: export CUDA_VISIBLE_DEVICES =
+test test-peers reference: export CUDA_VISIBLE_DEVICES =
 .SUFFIXES:
 
 run-all: 04_evaluate ## run the four notebooks; PROFILE=t4|a100|cpu|tiny, ARGS="-p name value", RUN_DIR=folder, GPUS=2
@@ -98,6 +98,10 @@ test-browser: $(READY) .cache/tiny-llama/config.json ## press Run All in Jupyter
 		|| { echo "Chromium or its driver is missing. On Debian: apt-get install chromium chromium-driver" >&2; exit 1; }
 	@$(PY) -m pip install --quiet --disable-pip-version-check jupyterlab==4.6.6 selenium==4.51.0
 	@$(PY) -m pytest -m browser -x -v --durations=0 tests/test_browser.py
+
+test-peers: $(READY) base-models ## perplexity beside lm-evaluation-harness, which it installs, on both base models
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.txt lm_eval==0.4.13
+	@HF_HUB_OFFLINE=1 $(PY) -m pytest -v tests/test_peers.py
 
 reference: $(READY) .cache/tiny-llama/config.json ## remake tests/reference after a change of a notebook
 	@rm -rf runs/reference tests/reference && mkdir -p tests/reference

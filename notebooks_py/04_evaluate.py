@@ -430,8 +430,10 @@ def score(model, rows, pad_token_id, batch_size, window, stride):
         lengths = torch.tensor([end - start for _, start, end, _ in batch], device=model.device)
         attention_mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
         logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1].float()
-        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double().cpu()
-        for (i, start, end, first), row_nll in zip(batch, nll.numpy(), strict=True):
+        # flat: along a dimension that is not the last, PyTorch sums less exactly, by 0.01% of a perplexity
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        nll = nll.view(len(batch), -1).double().cpu().numpy()
+        for (i, start, end, first), row_nll in zip(batch, nll, strict=True):
             scored = row_nll[first - start - 1 : end - start - 1]
             mask = np.array(rows[i]["completion_mask"][first:end])
             totals[i] += [scored @ mask, mask.sum(), scored.sum(), len(scored)]
