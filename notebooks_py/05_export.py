@@ -745,6 +745,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the
 if gguf_types:
     import llama_cpp
 
+    default_params = llama_cpp.llama_model_default_params
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)  # it would print every tensor's name
+    llama_cpp.llama_log_set(silent, None)
     unknown = [kind for kind in gguf_types if kind != "F16" and not hasattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")]
     if unknown:
         raise StageError(
@@ -810,7 +813,18 @@ def encode(example, tokenizer):
 
 
 def load_gguf(file):
-    """A GGUF in llama.cpp, on the CPU, with the logits of all tokens. Raises StageError if it cannot be read."""
+    """A GGUF in llama.cpp, on the CPU, with the logits of all tokens. Raises StageError if it cannot be read.
+
+    The weights stay in the layout of the file: with the layout for AMX, the library of llama-cpp-python 0.3.36
+    crashes on Xeons that have it.
+    """
+
+    def plain_layout():
+        params = default_params()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_cpp.llama_model_default_params = plain_layout  # `Llama` has no argument for it
     try:
         return llama_cpp.Llama(
             str(file), n_ctx=window, n_batch=window, n_threads=os.cpu_count(), logits_all=True, verbose=False
