@@ -97,6 +97,7 @@ from transformers import (
 
 datasets.disable_progress_bars()
 transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 
 DISCLAIMER = "Educational example, not medical advice. In an emergency call your local emergency number."
 
@@ -403,19 +404,23 @@ def chat_page():
     return page.queue(max_size=20)
 
 
-STICKY = """
-#disclaimer { position: sticky; top: 0; z-index: 100; padding: 0.6em 1em; border-radius: 6px; text-align: center;
-              background: #fff3cd; color: #332701; overflow: visible; }
-#disclaimer * { color: inherit; }
+STYLE = """
+#disclaimer { position: fixed; top: 0; left: 0; right: 0; z-index: 100; padding: 0.6em 1em; border-radius: 0;
+              text-align: center; background: #fff3cd; }
+#disclaimer * { color: #332701; }
+.gradio-container { padding-top: 4.5em !important; }
 footer { display: none !important; }
 """
-
 FONTS = ["system-ui", "sans-serif"]  # of the machine: the default ones come over the network
 
 # %%
 page = chat_page()
 _, address, _ = page.launch(
-    quiet=True, prevent_thread_lock=True, css=STICKY, theme=gr.themes.Default(font=FONTS, font_mono=["monospace"])
+    quiet=True,
+    inline=not wait,
+    prevent_thread_lock=True,
+    css=STYLE,
+    theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]),
 )
 print(DISCLAIMER)
 print(f"The page is at {address}" + ("; Ctrl-C ends it." if wait else ""))
