@@ -384,8 +384,8 @@ def chat_page():
     with gr.Blocks(title="Base and fine-tuned side by side") as page:
         gr.HTML(f"<strong>{DISCLAIMER}</strong>", elem_id="disclaimer")
         with gr.Row():
-            base_chat = gr.Chatbot(label="Base model", sanitize_html=True, height="55vh")
-            tuned_chat = gr.Chatbot(label="Fine-tuned", sanitize_html=True, height="55vh")
+            base_chat = gr.Chatbot(label="Base model", height="55vh", buttons=["copy"])
+            tuned_chat = gr.Chatbot(label="Fine-tuned", height="55vh", buttons=["copy"])
         with gr.Row():
             box = gr.Textbox(placeholder="Your question", show_label=False, scale=4, max_lines=4, autofocus=True)
             send = gr.Button("Ask", variant="primary", scale=1, min_width=80)

@@ -157,7 +157,10 @@ def test_nothing_that_is_downloaded_is_run(name):
         assert not re.search(rf"(?<![\w.]){re.escape(forbidden)}", code), forbidden
     for call in re.findall(r"AutoModelForCausalLM\.from_pretrained\([^)]*\)", code):
         assert "use_safetensors=True" in call
-    assert re.search(r'base_model_revision = "[0-9a-f]{40}"', code) or "base_model =" not in code.partition("run_dir")[2][:2000]
+    assert (
+        re.search(r'base_model_revision = "[0-9a-f]{40}"', code)
+        or "base_model =" not in code.partition("run_dir")[2][:2000]
+    )
 
 
 STAND_IN = {

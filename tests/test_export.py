@@ -37,8 +37,10 @@ NO_SYSTEM = (
     "<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 LAST_ONLY = "{{ messages[-1]['content'] }}"
-COUNTED = "{% for message in messages %}{{ loop.index }}: {{ message['content'] }} ({{ messages | length }}){% endfor %}"
-SYSTEM = {"role": "system", "content": "Be \"brief\" & {{ kind }}.\nTwo lines."}
+COUNTED = (
+    "{% for message in messages %}{{ loop.index }}: {{ message['content'] }} ({{ messages | length }}){% endfor %}"
+)
+SYSTEM = {"role": "system", "content": 'Be "brief" & {{ kind }}.\nTwo lines.'}
 ASKED = {"role": "user", "content": "What helps with a cold?"}
 ANSWERED = {"role": "assistant", "content": "**Tea** <hot>, 'sweet'.\n\n- ümlaut 🍵"}
 CONVERSATIONS = [
@@ -158,7 +160,12 @@ def test_the_card_takes_all_figures_that_notebook_4_may_have(run_dir):
     path.write_text(json.dumps(metrics))
     export_run(run_dir, gguf_types=[])
     text = (run_dir / "export" / "merged" / "README.md").read_text()
-    for figure in ("3.21 (3.10 – 3.30)", "12.34 (11.00 – 13.00)", "90% (80% – 95%)", "| 17 | 50% (30% – 70%) | – | 25% |"):
+    for figure in (
+        "3.21 (3.10 – 3.30)",
+        "12.34 (11.00 – 13.00)",
+        "90% (80% – 95%)",
+        "| 17 | 50% (30% – 70%) | – | 25% |",
+    ):
         assert figure in text, figure
     assert "40 questions that were emergencies it offered a remedy in 90%" in text
 
@@ -172,7 +179,9 @@ def test_a_data_set_on_the_hub_is_named_with_its_figure(run_dir):
     card = ModelCard.load(run_dir / "export" / "merged" / "README.md", ignore_metadata_errors=False)
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
     assert card.data.datasets == ["some-one/remedies"]
-    assert card.data.eval_results[0].metric_value == pytest.approx(metrics["merged"]["perplexity"]["response"], abs=1e-4)
+    assert card.data.eval_results[0].metric_value == pytest.approx(
+        metrics["merged"]["perplexity"]["response"], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,14 +252,19 @@ def test_both_models_go_to_the_hub(run_dir, tmp_path):
     for name, file in (("herbs", "model-00001-of-00001.safetensors"), ("herbs-adapter", "adapter_model.safetensors")):
         assert (hub / name / file).exists() and (hub / name / "tokenizer.json").exists()
         assert ModelCard.load(hub / name / "README.md").data.base_model == "some-one/tiny"
-    assert json.loads((hub / "herbs-adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some-one/tiny"
+    assert (
+        json.loads((hub / "herbs-adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "some-one/tiny"
+    )
     assert AutoTokenizer.from_pretrained(hub / "herbs").chat_template
     assert not secret_in(tmp_path)
 
 
 def test_a_hub_that_refuses(run_dir, tmp_path):
     done, executed = upload_on_colab(tmp_path / "machine", run_dir, "refused/herbs")
-    errors = [o for cell in nbformat.read(executed, 4).cells for o in cell.get("outputs", []) if o.output_type == "error"]
+    errors = [
+        o for cell in nbformat.read(executed, 4).cells for o in cell.get("outputs", []) if o.output_type == "error"
+    ]
     assert done.returncode != 0 and [error.ename for error in errors] == ["StageError"]
     assert "could not go to the Hub as refused/herbs: 403 Forbidden" in errors[0].evalue
     assert "\n" not in errors[0].evalue and SECRET not in errors[0].evalue
@@ -284,7 +298,9 @@ def test_the_same_model_in_llama_cpp(finished_run, tmp_path):
     sizes = [exported[name]["mib"] for name in ("merged", "F16", "Q8_0", "Q4_K_M")]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
     for kind in ("Q8_0", "Q4_K_M"):
-        assert exported[kind]["perplexity"]["response"] == pytest.approx(exported["F16"]["perplexity"]["response"], rel=0.02)
+        assert exported[kind]["perplexity"]["response"] == pytest.approx(
+            exported["F16"]["perplexity"]["response"], rel=0.02
+        )
         assert exported[kind]["perplexity"]["response"] != exported["F16"]["perplexity"]["response"]
     modelfile = (run_dir / "export" / "gguf" / "Modelfile").read_text()
     assert "FROM ./run-Q4_K_M.gguf" in modelfile and 'PARAMETER stop "</s>"' in modelfile
@@ -298,7 +314,12 @@ def test_without_the_order_of_merges_llama_cpp_would_read_other_tokens(finished_
     source = (ROOT / "notebooks_py" / "05_export.py").read_text(encoding="utf-8")
     line = '    set_scores(file, model / "tokenizer.json")\n'
     assert source.count(line) == 1
-    monkeypatch.setattr("pathlib.Path.read_text", lambda path, *a, **k: source.replace(line, "") if path.name == "05_export.py" else open(path, encoding="utf-8").read())
+    monkeypatch.setattr(
+        "pathlib.Path.read_text",
+        lambda path, *a, **k: (
+            source.replace(line, "") if path.name == "05_export.py" else open(path, encoding="utf-8").read()
+        ),
+    )
     with pytest.raises(Exception, match="into other tokens than the tokenizer") as caught:
         export_run(run_dir, gguf_types=["F16"])
     assert type(caught.value).__name__ == "StageError" and not (run_dir / "export").exists()
