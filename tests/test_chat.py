@@ -110,7 +110,8 @@ def test_the_disclaimer_is_always_in_view(chat, width, height):
             seen = browser.execute_script(
                 "const box = document.querySelector('#disclaimer').getBoundingClientRect();"
                 "const top = document.elementFromPoint(innerWidth / 2, (box.top + box.bottom) / 2);"
-                "return [box.top >= 0 && box.bottom < innerHeight, top.innerText, document.body.scrollWidth <= innerWidth]"
+                "const fits = document.body.scrollWidth <= innerWidth;"
+                "return [box.top >= 0 && box.bottom < innerHeight, top.innerText, fits]"
             )
             assert seen[0] and "not medical advice" in seen[1] and seen[2], seen
     finally:
