@@ -480,7 +480,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")""",
     "merged": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}", use_safetensors=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}")""",
 }
 ASK = """
@@ -738,7 +738,7 @@ def convert(model, file, name):
     set_scores(file, model / "tokenizer.json")
 
 
-# %% tags=["nbval-ignore-output"]
+# %%
 gguf_folder = folder / "gguf"
 names = {kind: f"{model_name}-{kind}.gguf" for kind in gguf_types}
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the processor to others that work
@@ -774,7 +774,7 @@ def quantize(source, target, kind):
         raise StageError(f"llama.cpp could not write {target} as {kind}.")
 
 
-# %% tags=["nbval-ignore-output"]
+# %%
 for kind in gguf_types:
     if kind != "F16":
         quantize(f16, gguf_folder / names[kind], kind)
@@ -1006,7 +1006,7 @@ print(
     f"{len(rows)} rows, {sum(sum(row['completion_mask']) for row in rows):,} response tokens; {len(prompts)} questions"
 )
 
-# %% tags=["nbval-ignore-output"]
+# %%
 scores, answers = {}, {}
 if gguf_types:
     # in the arithmetic that is next to llama.cpp's: the weights have 16 bits, sums on a CPU have 32
@@ -1019,7 +1019,7 @@ if gguf_types:
     gc.collect()
     torch.cuda.empty_cache()
 
-# %% tags=["nbval-ignore-output"]
+# %%
 for kind in gguf_types:
     model = load_gguf(gguf_folder / names[kind])
     logits_of, answer = in_llama_cpp(model)

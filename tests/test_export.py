@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -315,11 +316,10 @@ def test_without_the_order_of_merges_llama_cpp_would_read_other_tokens(finished_
     source = (ROOT / "notebooks_py" / "05_export.py").read_text(encoding="utf-8")
     line = '    set_scores(file, model / "tokenizer.json")\n'
     assert source.count(line) == 1
+    read = Path.read_text
+    changed = source.replace(line, "")
     monkeypatch.setattr(
-        "pathlib.Path.read_text",
-        lambda path, *a, **k: (
-            source.replace(line, "") if path.name == "05_export.py" else open(path, encoding="utf-8").read()
-        ),
+        Path, "read_text", lambda path, *a, **k: changed if path.name == "05_export.py" else read(path, *a, **k)
     )
     with pytest.raises(Exception, match="into other tokens than the tokenizer") as caught:
         export_run(run_dir, gguf_types=["F16"])
@@ -331,7 +331,7 @@ def test_an_architecture_that_llama_cpp_does_not_know(finished_run, tmp_path):
     run_dir = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     config = run_dir / "merged" / "config.json"
     config.write_text(config.read_text().replace("LlamaForCausalLM", "NoSuchForCausalLM"))
-    with pytest.raises(Exception, match="llama.cpp cannot convert .*NoSuchForCausalLM") as caught:
+    with pytest.raises(Exception, match=r"llama\.cpp cannot convert .*NoSuchForCausalLM") as caught:
         export_run(run_dir, gguf_types=["F16"])
     assert type(caught.value).__name__ == "StageError" and "\n" not in str(caught.value)
     with pytest.raises(Exception, match="does not know 'Q9_9'"):
