@@ -20,6 +20,9 @@ SPREAD := $(if $(filter-out 1,$(GPUS)),-c "$$LAUNCH" --config_file profiles/acce
 CLEAR_METADATA := --ClearMetadataPreprocessor.enabled=True \
 	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",)}' \
 	--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{("language_info", "name"), ("kernelspec",)}'
+EXTRAS := .cache/extras
+# a finished run's own parameters
+SETTINGS = $(or $(wildcard $(RUN_DIR)/settings),$(PROFILE_FILE))
 BASE_MODELS := .cache/SmolLM2-135M-Instruct .cache/tiny-llama
 USED := $(shell cat $(PROFILE_FILE) 2>/dev/null) $(ARGS)
 # what the first stage reads: the base model if it is one of ours, and the table if it is a file here
@@ -39,7 +42,7 @@ export PYTHONWARNINGS = ignore
 export TOKENIZERS_PARALLELISM = false
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: run-all $(STAGES) setup environment base-models test test-gpu test-browser test-peers reference examples sync badges lint lab clean help FORCE
+.PHONY: run-all $(STAGES) export chat setup environment base-models test test-gpu test-browser test-peers test-export reference examples sync badges lint lab clean help FORCE
 .DELETE_ON_ERROR:
 # the stored outputs are those of a CPU
 test test-peers reference: export CUDA_VISIBLE_DEVICES =
@@ -63,6 +66,34 @@ $(RUN_DIR)/settings: FORCE | $(READY)
 	@mkdir -p $(RUN_DIR)
 	@{ cat $(PROFILE_FILE); printf '%s\n' '# $(subst ','\'',$(ARGS))'; } > $@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+export: $(EXTRAS)/llama-cpp-python-0.3.36 ## model cards, GGUF and Ollama files of a finished run: RUN_DIR=folder
+	@$(PY) -c "$$CHECK_PARAMETERS" $(SETTINGS) $(ARGS)
+	@echo "05_export  (in $(RUN_DIR))"
+	@$(EXTRAS)/bin/python -c "$$RUN_STAGE" notebooks/05_export.ipynb $(RUN_DIR)/05_export.ipynb \
+		-f $(SETTINGS) -p run_dir $(RUN_DIR) $(ARGS)
+
+chat: $(EXTRAS)/gradio-6.20.0 ## a page on which base and fine-tuned model answer you side by side: RUN_DIR=folder
+	@$(PY) -c "$$CHECK_PARAMETERS" $(SETTINGS) $(ARGS)
+	@$(PY) -c "$$RUN_STAGE" notebooks/chat.ipynb $(EXTRAS)/chat.ipynb --prepare-only \
+		-f $(SETTINGS) -p run_dir $(RUN_DIR) -p wait True $(ARGS)
+	@$(EXTRAS)/bin/python -m IPython --no-banner --HistoryManager.enabled=False $(EXTRAS)/chat.ipynb
+
+# What only these two need is installed beside the environment, which stays as it was pinned.
+$(EXTRAS)/bin/python: | $(READY)
+	@$(PY) -m venv $(EXTRAS)
+	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($@ -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth
+
+$(EXTRAS)/gradio-6.20.0: $(EXTRAS)/bin/python
+	@echo "installing Gradio beside the environment, in $(EXTRAS)"
+	@$< -m pip install --quiet --disable-pip-version-check gradio==6.20.0
+	@touch $@
+
+$(EXTRAS)/llama-cpp-python-0.3.36: $(EXTRAS)/bin/python
+	@echo "installing llama.cpp beside the environment, in $(EXTRAS): compiling it takes some minutes, once"
+	@$< -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 sentencepiece==0.2.2
+	@touch $@
 
 setup: $(READY) ## install the pinned packages into .venv; VENV= uses the current environment as it is
 
@@ -88,7 +119,11 @@ base-models: $(addsuffix /config.json,$(BASE_MODELS)) ## make the base models of
 
 test: $(READY) .cache/tiny-llama/config.json ## unit tests, contract tests, and the notebooks against tests/reference
 	@rm -rf runs/reference
-	@$(PY) -m pytest -m "not gpu and not browser" --nbval --nbval-kernel-name=python3 tests
+	@$(PY) -m pytest -m "not gpu and not browser and not export and not peers" --nbval --nbval-kernel-name=python3 tests
+
+test-export: $(EXTRAS)/llama-cpp-python-0.3.36 $(EXTRAS)/gradio-6.20.0 .cache/tiny-llama/config.json ## tests of `export` and `chat` with llama.cpp and Gradio, which it installs
+	@$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check go-template==0.0.3
+	@$(EXTRAS)/bin/python -m pytest -m export -v --durations=0 tests/test_export.py tests/test_chat.py
 
 test-gpu: $(READY) $(addsuffix /config.json,$(BASE_MODELS)) ## the tests that need an NVIDIA GPU; skipped without one
 	@$(PY) -m pytest -m gpu -rs -v --durations=0 tests/test_gpu.py
@@ -101,7 +136,7 @@ test-browser: $(READY) .cache/tiny-llama/config.json ## press Run All in Jupyter
 
 test-peers: $(READY) base-models ## perplexity beside lm-evaluation-harness, which it installs, on both base models
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.txt lm_eval==0.4.13
-	@HF_HUB_OFFLINE=1 $(PY) -m pytest -v tests/test_peers.py
+	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m peers -v tests/test_peers.py
 
 reference: $(READY) .cache/tiny-llama/config.json ## remake tests/reference after a change of a notebook
 	@rm -rf runs/reference tests/reference && mkdir -p tests/reference

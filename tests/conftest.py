@@ -13,6 +13,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / ".cache" / "tiny-llama"
 TABLE = ROOT / "data" / "home_remedies.csv"
+STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate"]
 
 
 def definitions(name):

@@ -8,11 +8,7 @@ import torch
 from conftest import ROOT, TABLE, TINY
 from transformers import AutoModelForCausalLM
 
-pytest.importorskip("lm_eval", reason="make test-peers installs it")
-
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-
+pytestmark = pytest.mark.peers
 CLOSE = 3e-5  # 0.1% is asked for; in fp32 the two are closer, and a sum that is taken less exactly shows
 SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 
@@ -31,6 +27,8 @@ def tokenizer(model, format_dataset):
 
 def ask(harness, kind, requests):
     """The log-likelihoods that the harness gives for tuples of texts."""
+    from lm_eval.api.instance import Instance
+
     instances = [Instance(kind, {}, arguments, k) for k, arguments in enumerate(requests)]
     return getattr(harness, kind)(instances, disable_tqdm=True)
 
@@ -54,6 +52,8 @@ def test_response_perplexity_agrees_to_a_tenth_of_a_percent(evaluation, model, t
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
         text = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
         texts.append((prompt, text[len(prompt) : text.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)]))
+    from lm_eval.models.huggingface import HFLM
+
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=False)
     encoded = [[*context, *answer] for context, answer in (harness._encode_pair(*pair) for pair in texts)]
     assert encoded == [row["input_ids"] for row in rows], "the same tokens, one BOS and one EOS"
@@ -71,6 +71,8 @@ def test_full_text_perplexity_agrees_to_a_tenth_of_a_percent(evaluation, model, 
     rows = evaluation.outside_rows("bundled", tokenizer)
     window = min(window, model.config.max_position_embeddings)
     texts = [(tokenizer.decode(row["input_ids"][tokenizer.bos_token_id is not None :]),) for row in rows]
+    from lm_eval.models.huggingface import HFLM
+
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=False, max_length=window)
     assert harness.prefix_token_id == tokenizer.bos_token_id == rows[0]["input_ids"][0]
     theirs = -sum(ask(harness, "loglikelihood_rolling", texts))

@@ -14,16 +14,16 @@ import jupytext
 import nbformat
 import pytest
 import yaml
-from conftest import ROOT, TABLE, TINY, make, metrics_without_times, run_tiny
+from conftest import ROOT, STAGES, TABLE, TINY, make, metrics_without_times, run_tiny
 
-STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate"]
+NOTEBOOKS = [*STAGES, "05_export", "chat"]
 
 
 def cells(notebook):
     return [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in notebook.cells]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", NOTEBOOKS)
 def test_pairs_are_in_sync(stage):
     notebook = nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4)
     paired = jupytext.read(ROOT / "notebooks_py" / f"{stage}.py")
@@ -32,7 +32,7 @@ def test_pairs_are_in_sync(stage):
         assert notebook.metadata[key] == paired.metadata[key]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", NOTEBOOKS)
 def test_notebooks_are_committed_without_outputs(stage):
     notebook = nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
@@ -46,7 +46,7 @@ def test_references_have_the_code_of_the_notebooks(stage):
     assert executed == cells(notebook), "run `make reference` and review what changed"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", NOTEBOOKS)
 def test_only_times_and_pictures_are_ignored(stage):
     """A cell that nbval does not compare loads, trains, evaluates or plots: it prints a time or a picture."""
     for cell in nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4).cells:
@@ -68,7 +68,7 @@ def test_only_times_and_pictures_are_ignored(stage):
 
 def test_what_two_notebooks_share_is_word_for_word_the_same():
     seen, shared = {}, 0
-    for stage in STAGES:
+    for stage in NOTEBOOKS:
         for node in ast.parse((ROOT / "notebooks_py" / f"{stage}.py").read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 other, code = seen.setdefault(node.name, (stage, ast.unparse(node)))
@@ -79,7 +79,7 @@ def test_what_two_notebooks_share_is_word_for_word_the_same():
 
 def test_parameters_that_stages_share_have_one_default():
     seen = {}
-    for stage in STAGES:
+    for stage in NOTEBOOKS:
         for cell in nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4).cells:
             if "parameters" in cell.metadata.get("tags", []):
                 values = {ast.unparse(n.targets[0]): ast.unparse(n.value) for n in ast.parse(cell.source).body}
