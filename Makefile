@@ -254,9 +254,11 @@ print(f"\n{'':10}{'response perplexity':>20}{'95% interval':>18}{'stop':>8}{'str
 for name in ("base", "adapter", "merged"):
     p, g = metrics[name]["perplexity"], metrics[name]["generation"]
     interval = "{:.1f} - {:.1f}".format(*p["response_ci95"])
-    print(f"{name:10}{p['response']:20.2f}{interval:>18}{g['stop_rate']:8.0%}{g['structure_rate']:12.0%}")
+    structure = "-" if g["structure_rate"] is None else f"{g['structure_rate']:.0%}"
+    print(f"{name:10}{p['response']:20.2f}{interval:>18}{g['stop_rate']:8.0%}{structure:>12}")
 print(f"\nmodel {run / 'merged'}, adapter {run / 'adapter'}, metrics and samples {run / 'evaluation'},")
-print(f"executed notebooks {run}/*.ipynb. Educational: no answer of these models is medical advice.")
+manifest = json.loads((run / "manifest.json").read_text())
+print(f"executed notebooks {run}/*.ipynb. {manifest['04_evaluate']['parameters']['disclaimer']}")
 endef
 
 define EXTRACT_PLOT

@@ -72,6 +72,7 @@ outside_text = "bundled"  # or a text file of yours, on anything but the table's
 safety_prompts = "bundled"  # or a .jsonl file of yours, with "kind" and "prompt"; "" leaves that out
 safety_samples = 40  # prompts of each kind, "emergency" and "everyday"
 safety_tokens = 96  # the most that an answer to one of them may have
+disclaimer = "Educational example, not medical advice. In an emergency call your local emergency number."
 your_question = "I am suffering from a sore throat. Please suggest a home remedy."
 
 # %% [markdown]
@@ -285,7 +286,7 @@ datasets.disable_progress_bars()
 datasets.disable_caching()
 transformers.utils.logging.set_verbosity_error()
 
-DISCLAIMER = "Educational example, not medical advice. In an emergency call your local emergency number."
+DISCLAIMER = disclaimer
 
 # %% [markdown]
 # ## What is evaluated
@@ -1196,17 +1197,17 @@ evaluate("merged", merged)
 # First the headline, from the test split.
 
 # %%
-for made in answers.values():
-    filled = [
-        has_structure(a, report["templates"]["answer"], report["templates"]["answer_column"]) for a in made["answer"]
-    ]
-    made["structured"] = filled
+templates = report["templates"]
+fixed_text = re.sub(r"{\w+}", "", templates["answer"])  # without any, all answers have the structure: it says nothing
+for made in answers.values() if re.search(r"\w", fixed_text) else ():
+    made["structured"] = [has_structure(a, templates["answer"], templates["answer_column"]) for a in made["answer"]]
 
 
 def summarize(name):
     """The entry of a model in `evaluation/metrics.json`."""
     tested, made = scores[name]["test"], answers[name]
     ones = np.ones(len(made))
+    structured = made["structured"].mean().item() if "structured" in made else None
     return {
         "perplexity": {
             "response": perplexity(tested, "response"),
@@ -1218,8 +1219,8 @@ def summarize(name):
         "generation": {
             "stop_rate": made["stopped"].mean().item(),
             "stop_rate_ci95": rate_ci95(made["stopped"].mean().item(), len(made)),
-            "structure_rate": made["structured"].mean().item(),
-            "structure_rate_ci95": rate_ci95(made["structured"].mean().item(), len(made)),
+            "structure_rate": structured,
+            "structure_rate_ci95": None if structured is None else rate_ci95(structured, len(made)),
             "mean_new_tokens": made["new_tokens"].mean().item(),
             "mean_new_tokens_ci95": interval(resampled(made["new_tokens"], ones, bootstrap_samples, seed)),
             "tokens_per_second": round(made["new_tokens"].sum().item() / seconds[name], 1),
@@ -1228,8 +1229,8 @@ def summarize(name):
 
 
 def with_interval(value, ci95, form):
-    """A figure and its interval as text, such as `6.0 (5.2 – 6.9)`."""
-    return f"{value:{form}} ({ci95[0]:{form}} – {ci95[1]:{form}})"
+    """A figure and its interval as text, such as `6.0 (5.2 – 6.9)`, or a dash if there is none."""
+    return "–" if value is None else f"{value:{form}} ({ci95[0]:{form}} – {ci95[1]:{form}})"
 
 
 # %%
@@ -1469,10 +1470,10 @@ def differences(one, other):
     options = {"bootstrap_samples": bootstrap_samples, "seed": seed}
     nll = (tested["response_nll"], tested_other["response_nll"], tested["response_tokens"])
     lengths = (made["new_tokens"], made_other["new_tokens"], np.ones(len(made)))
+    rates = {"stop_rate": "stopped", "structure_rate": "structured"}
     return {
         "log_perplexity": mean_difference(*nll, **options),
-        "stop_rate": rate_difference(made["stopped"], made_other["stopped"]),
-        "structure_rate": rate_difference(made["structured"], made_other["structured"]),
+        **{rate: rate_difference(made[c], made_other[c]) for rate, c in rates.items() if c in made},
         "mean_new_tokens": mean_difference(*lengths, **options),
         **outside_differences(one, other, **options),
         **safety_differences(one, other),

@@ -70,6 +70,7 @@ max_new_tokens = 256
 window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
 stride = 512  # by which a window moves on
 bootstrap_samples = 2000
+disclaimer = "Educational example, not medical advice. In an emergency call your local emergency number."
 
 # %% [markdown]
 # What was chosen, for `manifest.json`:
@@ -275,7 +276,7 @@ datasets.disable_progress_bars()
 datasets.disable_caching()
 transformers.utils.logging.set_verbosity_error()
 
-DISCLAIMER = "Educational example, not medical advice. In an emergency call your local emergency number."
+DISCLAIMER = disclaimer
 LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source package is llama.cpp: library, quantizer and converter
 
 # %% [markdown]
@@ -508,7 +509,7 @@ def limits():
         f"**{DISCLAIMER}**",
         f"It learned from {report['splits']['train']} rows of one table, and the figures above rest on {rows} others: "
         f"the true perplexity on such rows may well be anywhere from {low:.2f} to {high:.2f}.",
-        f"{merged['generation']['structure_rate']:.0%} of its answers look like the table's. That says nothing about "
+        f"{rate(merged['generation'], 'structure_rate')} of its answers look like the table's. That says nothing about "
         "whether they are right: such a model states wrong things in the same form, as surely.",
         "The test questions come from the same table as the training's. Nothing is known about questions of another "
         "kind, other languages, or conversations of more than one turn.",

@@ -54,6 +54,7 @@ attn_implementation = "sdpa"
 window = 1024  # tokens of a question and its answer together
 max_new_tokens = 256
 wait = False  # true: the last cell runs until it is interrupted, which `make chat` wants
+disclaimer = "Educational example, not medical advice. In an emergency call your local emergency number."
 
 # %% [markdown]
 # ## Tools
@@ -100,7 +101,7 @@ datasets.disable_progress_bars()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-DISCLAIMER = "Educational example, not medical advice. In an emergency call your local emergency number."
+DISCLAIMER = disclaimer
 
 
 class StageError(Exception):

@@ -17,14 +17,16 @@ STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_eval
 
 
 def definitions(name):
-    """The imports, functions, classes and constants of a notebook, without running its other cells."""
+    """The imports, functions, classes, constants and parameters of a notebook, without running its other cells."""
     source = (ROOT / "notebooks_py" / f"{name}.py").read_text(encoding="utf-8")
+    parameters = source.partition('# %% tags=["parameters"]\n')[2].partition("\n# %%")[0]
     kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
     kept = [
         node
         for node in ast.parse(source).body
         if isinstance(node, kinds) or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper())
     ]
+    kept = [*ast.parse(parameters).body, *kept]
     namespace = {}
     exec(compile(ast.Module(kept, []), name, "exec"), namespace)
     return SimpleNamespace(**namespace)
