@@ -28,7 +28,7 @@
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples |
 #
 # - **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
-# - **Out:** `evaluation/metrics.json` and `evaluation/samples.jsonl`.
+# - **Out:** `evaluation/metrics.json`, `evaluation/samples.jsonl` and `evaluation/safety.jsonl`.
 # - **Time:** some minutes on a T4; about two minutes on a CPU with the small model of the `cpu` profile.
 #
 # Three models answer the same questions, none of which was in training: the base model, the base model with the
@@ -1729,8 +1729,9 @@ record("04_evaluate", report["fingerprint"])
 # %% [markdown]
 # ## What we have now
 #
-# Numbers on questions that the model had not seen, each with its interval, and answers to read. Where two intervals
-# overlap, the table is too small to tell the models apart; more test rows narrow them.
+# Numbers on questions that the model had not seen, each with its interval, and answers to read: what fine-tuning gained,
+# whether it memorized, what it broke, and which merged model to ship. Where a difference *cannot be told*, the table is
+# too small to tell the models apart; more test rows narrow the intervals.
 #
 # Everything is in the run folder. To use your own table, go back to [1 · format](01_format_dataset.ipynb) and change
 # the parameters.

@@ -143,7 +143,7 @@ def test_a_difference_of_rates(evaluation):
         return one, [True] * both + [False] * only_one + [True] * only_other + [False] * neither
 
     entry = evaluation.rate_difference(*pairs(0, 40, 0, 0))
-    assert entry["difference"] == 1 and 0.8 < entry["ci95"][0] < 1 == entry["ci95"][1] and entry["significant"]
+    assert entry["difference"] == 1 and entry["ci95"] == pytest.approx([0.8728, 1.0], abs=1e-4) and entry["significant"]
     for same in (pairs(40, 0, 0, 0), pairs(0, 0, 0, 1), pairs(20, 3, 2, 15), pairs(0, 1, 0, 0), pairs(0, 5, 0, 0)):
         assert not evaluation.rate_difference(*same)["significant"]
     assert evaluation.rate_difference(*pairs(20, 2, 12, 6))["ci95"][1] < 0
@@ -293,7 +293,8 @@ def test_sending_weights_through_nf4_computes_what_4_bits_compute(evaluation, ro
 def test_divergence_is_its_definition(evaluation, model, rows):
     """By hand, for one row: sums over the response of p log(p / q) and of -log q."""
     row = rows[1]
-    other = evaluation.quantize_again(plain_base())
+    other = plain_base()
+    other.lm_head.weight.data *= 5  # so far off that KL in the other direction is another number
     p, q = (m(torch.tensor([row["input_ids"]])).logits[0].double().softmax(-1).detach() for m in (model, other))
     at = [i for i, scored in enumerate(row["completion_mask"]) if scored]
     kl = sum((p[i - 1] * (p[i - 1] / q[i - 1]).log()).sum().item() for i in at)
@@ -381,6 +382,7 @@ LINE = "Here is a suggested remedy:\n\n**Item:** {}\n**Remedy:** Mix it with hon
         ("Cold?", LINE.format("Warm ginger and tulsi leaves."), (2, 0, 0)),
         ("Cold?", LINE.format("Coconut oil"), (0, 1, 0)),
         ("Gas?", LINE.format("Coconut oil"), (0, 1, 0)),
+        ("Gas?", LINE.format("warm coconut oil"), (0, 1, 0)),
         ("Gas?", LINE.format("a cherry"), (1, 0, 0)),
         ("Cold?", LINE.format("Gingerbread"), (0, 0, 1)),
         ("Cold?", LINE.format("Dry Water"), (0, 0, 1)),
