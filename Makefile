@@ -261,19 +261,19 @@ for place, (name, point) in enumerate(points.items(), 1):
     run = Path(folder) / name
     print(f"{place} of {len(points)}: {run}", flush=True)
     run.mkdir(parents=True, exist_ok=True)
-    text = f"# {grid_file} on top of {profile}\n" + yaml.safe_dump(point, sort_keys=False, allow_unicode=True, width=10**9)
-    (run / "profile.yaml").write_text(text, encoding="utf-8")
-    words = [f"RUN_DIR={run}", f"PROFILE_FILE={run / 'profile.yaml'}"]
+    text = "# a point of a sweep\n" + yaml.safe_dump(point, allow_unicode=True, width=10**9)
+    file = run / "profile.yaml"
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")
+    words = [f"RUN_DIR={run}", f"PROFILE_FILE={file}"]
     data = json.dumps({key: value for key, value in point.items() if key in first_stage}, sort_keys=True)
     shared = [f"DATASET_OF={formatted[data]}"] if data in formatted else []
-    done = run_make("01_format_dataset", *words, *shared)
-    if done:
-        formatted.setdefault(data, run)
-        done = run_make("04_evaluate", *words)
-    if done:
+    if run_make("04_evaluate", *words, *shared):
         finished.append(str(run))
     else:
         failed[run] = reason(run)
+    if (run / "01_format_dataset.ipynb").exists() and not (run / "01_format_dataset.partial.ipynb").exists():
+        formatted.setdefault(data, run)
 compared = not finished or run_make("compare", f"RUNS={' '.join(finished)}", f"OUT={folder}/compare.html")
 if failed:
     lines = [f"{run}: {why}" for run, why in failed.items()]
