@@ -139,7 +139,7 @@ def open_run(run_dir):
 
 
 # %%
-def read(path, kind=dict):
+def read_json(path, kind=dict):
     """The JSON in a file of the run, a `kind`; an empty one if there is no file. Raises StageError if it is damaged."""
     if not path.exists():
         return kind()
@@ -161,8 +161,8 @@ def read_run(folder):
     files |= {"merge": "merged/merge_report.json", "metrics": "evaluation/metrics.json"}
     if not folder.is_dir():
         raise StageError(f"{folder}: there is no such folder. Name the run folder of notebooks 1 to 4.")
-    found = {name: read(folder / file) for name, file in files.items()}
-    found["history"] = read(folder / "training" / "log_history.json", list)
+    found = {name: read_json(folder / file) for name, file in files.items()}
+    found["history"] = read_json(folder / "training" / "log_history.json", list)
     if not any(found.values()):
         raise StageError(f"{folder} is no run folder: no stage has left anything in it. Run 01_format_dataset first.")
     return found
@@ -229,7 +229,9 @@ def table(texts, index=True):
     frame = pd.DataFrame({"": texts}) if facts else texts
     styled = frame.astype(str).style.format(escape="html").format_index(escape="html")
     styled = styled.format_index(escape="html", axis="columns")
-    return styled.hide(axis="columns") if facts else styled if index else styled.hide(axis="index")
+    if facts:
+        return styled.hide(axis="columns").set_table_attributes('class="facts"')
+    return styled if index else styled.hide(axis="index")
 
 
 def show(figure, alt):
@@ -268,7 +270,7 @@ for r, folder in zip(RUNS.values(), folders, strict=True):
     r["test set"] = test_set(folder)
 
 
-def parameters_of(manifest):
+def choices_of(manifest):
     """Every parameter of a run as JSON, that of the latest stage that had it; not where the run stands."""
     found = {name: value for entry in manifest.values() for name, value in (at(entry, "parameters") or {}).items()}
     return {name: json.dumps(value, ensure_ascii=False) for name, value in found.items() if name != "run_dir"}
@@ -293,7 +295,7 @@ def tall(columns):
     return table(frame if len(frame) >= len(columns) else frame.T)
 
 
-def doubts(runs):
+def hindrances(runs):
     """What stands against comparing these runs: a list of sentences."""
     found = [f"{name} was not evaluated: 04_evaluate has not finished." for name, r in runs.items() if not r["metrics"]]
     for name, r in runs.items():
@@ -306,17 +308,17 @@ def doubts(runs):
         found.append("WARNING: these runs have different test sets. Their figures are not comparable.")
     elif len(fingerprints) > 1:
         found.append("The test set is the same in all runs; the rows for training, or how they are written, differ.")
-    if len({at(parameters_of(r["manifest"]), "base_model") for r in runs.values()}) > 1:
+    if len({at(choices_of(r["manifest"]), "base_model") for r in runs.values()}) > 1:
         found.append("WARNING: the base models differ. Perplexity counts tokens, and each tokenizer cuts its own.")
     return found
 
 
-print("\n".join(doubts(RUNS)) or "All runs were evaluated, on the same test set.")
+print("\n".join(hindrances(RUNS)) or "All runs were evaluated, on the same test set.")
 
 # %%
 overview = {
     name: {
-        "base model": at(parameters_of(r["manifest"]), "base_model") or "–",
+        "base model": (at(choices_of(r["manifest"]), "base_model") or "–").strip('"'),
         "rows for training": written(at(r["data"], "splits", "train"), None, "{:,}"),
         "rows for the test": written(at(r["data"], "splits", "test"), None, "{:,}"),
         "data set (fingerprint)": r["data"].get("fingerprint") or "–",
@@ -330,7 +332,7 @@ tall(overview)
 # ## Parameters that differ
 
 # %%
-chosen = pd.DataFrame({name: parameters_of(r["manifest"]) for name, r in RUNS.items()}).fillna("–")
+chosen = pd.DataFrame({name: choices_of(r["manifest"]) for name, r in RUNS.items()}).fillna("–")
 chosen = chosen[chosen.nunique(axis="columns") > 1]
 tall(chosen) if chosen.size else print("None: all runs had the same parameters.")
 

@@ -143,7 +143,7 @@ def open_run(run_dir):
 
 
 # %%
-def read(path, kind=dict):
+def read_json(path, kind=dict):
     """The JSON in a file of the run, a `kind`; an empty one if there is no file. Raises StageError if it is damaged."""
     if not path.exists():
         return kind()
@@ -165,8 +165,8 @@ def read_run(folder):
     files |= {"merge": "merged/merge_report.json", "metrics": "evaluation/metrics.json"}
     if not folder.is_dir():
         raise StageError(f"{folder}: there is no such folder. Name the run folder of notebooks 1 to 4.")
-    found = {name: read(folder / file) for name, file in files.items()}
-    found["history"] = read(folder / "training" / "log_history.json", list)
+    found = {name: read_json(folder / file) for name, file in files.items()}
+    found["history"] = read_json(folder / "training" / "log_history.json", list)
     if not any(found.values()):
         raise StageError(f"{folder} is no run folder: no stage has left anything in it. Run 01_format_dataset first.")
     return found
@@ -233,7 +233,9 @@ def table(texts, index=True):
     frame = pd.DataFrame({"": texts}) if facts else texts
     styled = frame.astype(str).style.format(escape="html").format_index(escape="html")
     styled = styled.format_index(escape="html", axis="columns")
-    return styled.hide(axis="columns") if facts else styled if index else styled.hide(axis="index")
+    if facts:
+        return styled.hide(axis="columns").set_table_attributes('class="facts"')
+    return styled if index else styled.hide(axis="index")
 
 
 def show(figure, alt):
@@ -600,6 +602,9 @@ if len(memory):
     axes.set_yticks(range(len(memory)), [name.removeprefix("perplexity, ") for name in memory.index])
     axes.invert_yaxis()
     axes.set(xlabel="response perplexity", xscale="log")
+    axes.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     figure.legend(loc="outside upper center", ncols=3)
     show(figure, "Dot chart: perplexity of each model on training rows, other rows and other texts, with intervals")
 
