@@ -8,6 +8,10 @@ endif
 RUN_DIR ?= runs/$(PROFILE)
 ARGS ?=
 GPUS ?= 1
+RUNS ?=
+OUT ?= runs/compare.html
+GRID ?= grids/lora.yaml
+SWEEP_DIR ?= runs/$(basename $(notdir $(GRID)))_$(PROFILE)
 
 STAGES := 01_format_dataset 02_finetune_qlora 03_merge_adapter 04_evaluate
 PROFILE_FILE := profiles/$(PROFILE).yaml
@@ -23,26 +27,28 @@ CLEAR_METADATA := --ClearMetadataPreprocessor.enabled=True \
 EXTRAS := .cache/extras
 # a finished run's own parameters
 SETTINGS = $(or $(wildcard $(RUN_DIR)/settings),$(PROFILE_FILE))
+# outputs and prose as one page; the template is ours
+PAGE := --to html --no-input --template report --TemplateExporter.extra_template_basedirs=templates
 BASE_MODELS := .cache/SmolLM2-135M-Instruct .cache/tiny-llama
 USED := $(shell cat $(PROFILE_FILE) 2>/dev/null) $(ARGS)
 # what the first stage reads: the base model if it is one of ours, and the table if it is a file here
 INPUTS := $(addsuffix /config.json,$(filter $(BASE_MODELS),$(USED))) \
 	$(wildcard $(filter %.csv %.jsonl %.parquet,$(USED)))
-ifneq ($(filter run-all $(STAGES),$(MAKECMDGOALS)),)
+ifneq ($(filter run-all sweep $(STAGES),$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(PROFILE_FILE)),)
 $(error there is no profile "$(PROFILE)". Choose one of: $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif
 endif
-ifneq ($(words $(subst :, ,$(RUN_DIR))),1)
-$(error RUN_DIR="$(RUN_DIR)": make wants the name of a folder without spaces and colons)
-endif
+named = $(if $(filter-out 1,$(words $(subst :, ,$($1)))),$(error $1="$($1)": make wants a name without spaces and colons))
+$(foreach name,RUN_DIR OUT SWEEP_DIR,$(call named,$(name)))
 .DEFAULT_GOAL := help
 export JUPYTER_PREFER_ENV_PATH = 1
 export PYTHONWARNINGS = ignore
 export TOKENIZERS_PARALLELISM = false
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: run-all $(STAGES) export chat setup environment base-models test test-gpu test-browser test-peers test-export reference examples sync badges lint lab clean help FORCE
+.PHONY: run-all $(STAGES) report compare sweep export chat setup environment base-models \
+	test test-gpu test-browser test-peers test-export reference examples sync badges lint lab clean help FORCE
 .DELETE_ON_ERROR:
 # the stored outputs are those of a CPU
 test test-peers reference: export CUDA_VISIBLE_DEVICES =
@@ -50,6 +56,23 @@ test test-peers reference: export CUDA_VISIBLE_DEVICES =
 
 run-all: 04_evaluate ## run the four notebooks; PROFILE=t4|a100|cpu|tiny, ARGS="-p name value", RUN_DIR=folder, GPUS=2
 	@$(PY) -c "$$SUMMARY" $(RUN_DIR)
+
+report: $(READY) ## write report.html, a page about the run, into RUN_DIR; ARGS="-p price_per_hour 0.5"
+	@$(if $(wildcard $(RUN_DIR)/*/ $(RUN_DIR)/manifest.json),,echo "$(RUN_DIR) is no run folder. Make one with: make \
+		run-all RUN_DIR=$(RUN_DIR)" >&2; exit 1)
+	@$(PY) -c "$$CHECK_PARAMETERS" report /dev/null $(ARGS)
+	@$(PY) -c "$$RUN_STAGE" notebooks/report.ipynb $(RUN_DIR)/report.ipynb --no-progress-bar $(ARGS) -r run_dir $(RUN_DIR)
+	@$(PY) -m nbconvert --log-level=ERROR $(PAGE) $(RUN_DIR)/report.ipynb && echo "$(RUN_DIR)/report.html"
+
+compare: $(READY) ## write a page with several runs beside each other; RUNS="folder folder", OUT=file.html
+	@$(if $(strip $(RUNS)),,echo 'Which runs? make compare RUNS="runs/a runs/b"' >&2; exit 1)
+	@mkdir -p $(dir $(OUT))
+	@$(PY) -c "$$RUN_STAGE" notebooks/compare_runs.ipynb $(basename $(OUT)).ipynb --no-progress-bar -r runs "$(RUNS)"
+	@$(PY) -m nbconvert --log-level=ERROR $(PAGE) $(basename $(OUT)).ipynb && echo "$(basename $(OUT)).html"
+
+sweep: $(READY) ## run a grid of parameters on top of PROFILE, and compare; GRID=file.yaml, SWEEP_DIR=folder
+	@$(PY) -c "$$CHECK_PARAMETERS" '0*' "$(GRID)" $(ARGS)
+	@$(PY) -c "$$SWEEP" "$(GRID)" $(PROFILE_FILE) $(SWEEP_DIR) "$(MAKE)" $(ARGS)
 
 $(STAGES): %: $(RUN_DIR)/%.ipynb
 
@@ -61,8 +84,16 @@ $(RUN_DIR)/%.ipynb: notebooks/%.ipynb $(RUN_DIR)/settings
 	@echo "$*  ($(PROFILE) profile, in $(RUN_DIR))"
 	@$(PY) $(if $(findstring finetune,$*),$(SPREAD)) -c "$$RUN_STAGE" $< $@ -f $(PROFILE_FILE) -p run_dir $(RUN_DIR) $(ARGS)
 
+# in a sweep, points with the same data share what the first of them made of it
+ifdef DATASET_OF
+$(RUN_DIR)/01_format_dataset.ipynb: notebooks/01_format_dataset.ipynb $(RUN_DIR)/settings \
+		| $(DATASET_OF)/01_format_dataset.ipynb
+	@echo "01_format_dataset  (as in $(DATASET_OF))"
+	@$(PY) -c "$$SHARE_DATASET" $(DATASET_OF) $(RUN_DIR)
+endif
+
 $(RUN_DIR)/settings: FORCE | $(READY)
-	@$(PY) -c "$$CHECK_PARAMETERS" $(PROFILE_FILE) $(ARGS)
+	@$(PY) -c "$$CHECK_PARAMETERS" '0*' $(PROFILE_FILE) $(ARGS)
 	@mkdir -p $(RUN_DIR)
 	@{ cat $(PROFILE_FILE); printf '%s\n' '# $(subst ','\'',$(ARGS))'; } > $@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
@@ -219,13 +250,120 @@ from pathlib import Path
 import yaml
 from papermill import inspect_notebook
 
-known = {name for notebook in Path("notebooks").glob("*.ipynb") for name in inspect_notebook(str(notebook))}
-arguments = sys.argv[2:]
-given = {*yaml.safe_load(Path(sys.argv[1]).read_text())}
+names, file, *arguments = sys.argv[1:]
+known = {name for notebook in Path("notebooks").glob(names + ".ipynb") for name in inspect_notebook(str(notebook))}
+try:
+    content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    given = {*content} if isinstance(content, dict) else sys.exit(f"{file}: parameters are wanted, each as name: value.")
+except (OSError, ValueError, yaml.YAMLError) as error:
+    sys.exit(f"{file} cannot be read: {' '.join(str(error).split())}")
 given |= {name for flag, name in zip(arguments, arguments[1:]) if flag in ("-p", "-r", "--parameters", "--parameters_raw")}
-for name in sorted(given - known):
-    near = get_close_matches(name, known, n=1)
+for name in sorted(given - known, key=str):
+    near = get_close_matches(str(name), known, n=1)
     sys.exit(f"No notebook has a parameter {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+endef
+
+# Every combination of the values in a grid is a profile of its own and a run like any other, so that make knows what is
+# done. Those that fail do not stop the rest.
+define SWEEP
+import hashlib, itertools, json, re, signal, subprocess, sys
+from pathlib import Path
+import nbformat, yaml
+from papermill import inspect_notebook
+
+grid_file, profile, folder, make, *arguments = sys.argv[1:]
+grid = yaml.safe_load(Path(grid_file).read_text(encoding="utf-8")) or {}
+axes = [name for name, values in grid.items() if isinstance(values, list)]
+for name in axes:
+    if not grid[name] or name in arguments or name == "run_dir":
+        sys.exit(f"{grid_file}: {name} " + ("is given in ARGS, too." if name in arguments
+            else "has no values." if not grid[name] else "is where a point lives, and make sets it."))
+if not axes:
+    sys.exit(f"{grid_file}: no parameter has a list of values.")
+
+
+def number(value):
+    """YAML takes 1e-3 for a text."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value) else value
+
+
+def short(text, most):
+    """A text as a part of a file name; with some of its hash, if it had to be changed."""
+    plain = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)[:most]
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def run_make(*words):
+    """Run make, and end it with this process. Returns whether it succeeded."""
+    process = subprocess.Popen([make, "--no-print-directory", *words])
+    try:
+        return process.wait() == 0
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def reason(run):
+    """The error of the stage that stopped."""
+    for partial in run.glob("*.partial.ipynb"):
+        for cell in nbformat.read(partial, 4).cells:
+            for output in cell.get("outputs", []):
+                if output.output_type == "error":
+                    return f"{partial.name.split('.')[0]}: {output.evalue or output.ename}".splitlines()[0]
+    return "see above"
+
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+common = yaml.safe_load(Path(profile).read_text(encoding="utf-8")) | {name: number(grid[name]) for name in grid}
+points = {}
+for values in itertools.product(*(map(number, grid[name]) for name in axes)):
+    point = dict(zip(axes, values))
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in point.items()}
+    points[short("_".join(f"{name}-{short(text, 40)}" for name, text in texts.items()), 150)] = common | point
+first_stage = set(inspect_notebook("notebooks/01_format_dataset.ipynb"))
+formatted, finished, failed = {}, [], {}
+for place, (name, point) in enumerate(points.items(), 1):
+    run = Path(folder) / name
+    print(f"{place} of {len(points)}: {run}", flush=True)
+    run.mkdir(parents=True, exist_ok=True)
+    text = "# a point of a sweep\n" + yaml.safe_dump(point, allow_unicode=True, width=10**9)
+    file = run / "profile.yaml"
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")
+    words = [f"RUN_DIR={run}", f"PROFILE_FILE={file}"]
+    data = json.dumps({key: value for key, value in point.items() if key in first_stage}, sort_keys=True)
+    shared = [f"DATASET_OF={formatted[data]}"] if data in formatted else []
+    if run_make("04_evaluate", *words, *shared):
+        finished.append(str(run))
+    else:
+        failed[run] = reason(run)
+    if (run / "01_format_dataset.ipynb").exists() and not (run / "01_format_dataset.partial.ipynb").exists():
+        formatted.setdefault(data, run)
+compared = not finished or run_make("compare", f"RUNS={' '.join(finished)}", f"OUT={folder}/compare.html")
+if failed:
+    lines = [f"{run}: {why}" for run, why in failed.items()]
+    sys.exit("\n".join([f"\n{len(failed)} of {len(points)} points failed:", *lines]))
+sys.exit(not compared)
+endef
+
+define SHARE_DATASET
+import json, shutil, sys
+from pathlib import Path
+from papermill import inspect_notebook
+
+source, target = map(Path, sys.argv[1:])
+shutil.rmtree(target / "dataset", ignore_errors=True)
+shutil.rmtree(target / "dataset.partial", ignore_errors=True)
+shutil.copytree(source / "dataset", target / "dataset.partial").rename(target / "dataset")
+entry = json.loads((source / "manifest.json").read_text())["01_format_dataset"]
+known = inspect_notebook("notebooks/01_format_dataset.ipynb")
+entry["parameters"] = {name: value for name, value in entry["parameters"].items() if name in known}
+manifest = target / "manifest.json"
+manifest_now = json.loads(manifest.read_text()) if manifest.exists() else {}
+partial = manifest.with_name("manifest.json.partial")
+partial.write_text(json.dumps({**manifest_now, "01_format_dataset": entry}, indent=2))
+partial.rename(manifest)
+shutil.copy(source / "01_format_dataset.ipynb", target)
 endef
 
 # pyproject.toml is the one place where these two are kept.
@@ -270,4 +408,4 @@ outputs = [output for cell in nbformat.read(sys.argv[1], 4).cells for output in 
 plot = next(output.data["image/png"] for output in outputs if "image/png" in output.get("data", {}))
 Path(sys.argv[2]).write_bytes(base64.b64decode(plot))
 endef
-export RUN_STAGE LAUNCH CHECK_PARAMETERS BADGES SUMMARY EXTRACT_PLOT
+export RUN_STAGE LAUNCH CHECK_PARAMETERS SWEEP SHARE_DATASET BADGES SUMMARY EXTRACT_PLOT

@@ -17,7 +17,8 @@ from packaging.utils import canonicalize_name
 
 SERIES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["series"]
 NOTEBOOKS = {path.stem: nbformat.read(path, 4) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-INSTALL = {name: notebook.cells[2].source for name, notebook in NOTEBOOKS.items()}
+WITH_MODEL = [name for name in NOTEBOOKS if name not in ("report", "compare_runs")]  # those need no GPU, no package
+INSTALL = {name: NOTEBOOKS[name].cells[2].source for name in WITH_MODEL}
 
 
 def installed(runtime):
@@ -81,7 +82,10 @@ def test_the_tests_run_what_colab_runs():
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_colab_metadata_and_badges(name):
     metadata = NOTEBOOKS[name].metadata
-    assert metadata.accelerator == "GPU" and metadata.colab.gpuType == "T4"
+    if name in WITH_MODEL:
+        assert metadata.accelerator == "GPU" and metadata.colab.gpuType == "T4"
+    else:
+        assert "accelerator" not in metadata, "it would take a GPU from someone"
     assert metadata.colab.runtime_attributes.runtime_version == SERIES["colab_runtime"]
     link = f"https://colab.research.google.com/github/{SERIES['repository']}/blob/main/notebooks/{name}.ipynb"
     assert link in NOTEBOOKS[name].cells[0].source
@@ -157,10 +161,7 @@ def test_nothing_that_is_downloaded_is_run(name):
         assert not re.search(rf"(?<![\w.]){re.escape(forbidden)}", code), forbidden
     for call in re.findall(r"AutoModelForCausalLM\.from_pretrained\([^)]*\)", code):
         assert "use_safetensors=True" in call
-    assert (
-        re.search(r'base_model_revision = "[0-9a-f]{40}"', code)
-        or "base_model =" not in code.partition("run_dir")[2][:2000]
-    )
+    assert re.search(r'base_model_revision = "[0-9a-f]{40}"', code) or "base_model =" not in code
 
 
 STAND_IN = {
