@@ -1733,5 +1733,7 @@ record("04_evaluate", report["fingerprint"])
 # gained, whether it memorized, what it broke, and which merged model to ship. Where a difference *cannot be told*, the
 # table is too small to tell the models apart; more test rows narrow the intervals.
 #
-# Everything is in the run folder. To use your own table, go back to [1 · format](01_format_dataset.ipynb) and change
-# the parameters.
+# Everything is in the run folder. Next: [5 · export](05_export.ipynb) makes model cards and files for llama.cpp and
+# Ollama, [chat](chat.ipynb) a page on which base and fine-tuned model answer side by side, and
+# [report](report.ipynb) one page about the run. To use your own table, go back to
+# [1 · format](01_format_dataset.ipynb) and change the parameters.
