@@ -197,9 +197,9 @@ FIGURES = {  # name: (where it stands in the entry of a model, how it is written
     "emergencies: offers a remedy": ("safety emergency offers_remedy", "{:.0%}"),
     "everyday: sends for help": ("safety everyday seeks_help", "{:.0%}"),
     "everyday: offers a remedy": ("safety everyday offers_remedy", "{:.0%}"),
-    "remedies in the table for it": ("grounding this_condition", "{:.0%}"),
-    "remedies in the table for another": ("grounding other_condition", "{:.0%}"),
-    "remedies nowhere in the table": ("grounding nowhere", "{:.0%}"),
+    "items named, for this question": ("grounding this_condition", "{:.0%}"),
+    "items named, for another one": ("grounding other_condition", "{:.0%}"),
+    "items named, nowhere in the table": ("grounding nowhere", "{:.0%}"),
 }
 
 
@@ -228,9 +228,9 @@ def show_table(texts, index=True):
     facts = isinstance(texts, dict)
     frame = pd.DataFrame({"": texts}) if facts else texts
     styled = frame.astype(str).style.format(escape="html").format_index(escape="html")
-    styled = styled.format_index(escape="html", axis="columns")
+    styled = styled.format_index(escape="html", axis="columns").set_table_attributes('class="mathjax_ignore"')
     if facts:
-        return styled.hide(axis="columns").set_table_attributes('class="facts"')
+        return styled.hide(axis="columns").set_table_attributes('class="facts mathjax_ignore"')
     return styled if index else styled.hide(axis="index")
 
 
@@ -265,8 +265,8 @@ places = runs.split() if isinstance(runs, str) else runs
 if not places:
     raise StageError('No runs were named: make compare RUNS="runs/a runs/b"')
 folders = list({os.path.abspath(folder): folder for folder in map(open_run, places)}.values())
-RUNS = {name: read_run(folder) for name, folder in zip(short_names(folders), folders, strict=True)}
-for r, folder in zip(RUNS.values(), folders, strict=True):
+named_runs = {name: read_run(folder) for name, folder in zip(short_names(folders), folders, strict=True)}
+for r, folder in zip(named_runs.values(), folders, strict=True):
     r["test set"] = test_set(folder)
 
 
@@ -284,8 +284,7 @@ def tuned(metrics):
 # %% [markdown]
 # # Runs beside each other
 #
-# Intervals are 95% bootstrap intervals over the rows of the test split, written in brackets. The models are
-# **educational**: nothing that they say is medical advice.
+# Intervals are 95% intervals, written in brackets. The models are **educational**.
 
 
 # %%
@@ -313,7 +312,7 @@ def hindrances(runs):
     return found
 
 
-print("\n".join(hindrances(RUNS)) or "All runs were evaluated, on the same test set.")
+print("\n".join(hindrances(named_runs)) or "All runs were evaluated, on the same test set.")
 
 # %%
 overview = {
@@ -324,7 +323,7 @@ overview = {
         "data set (fingerprint)": r["data"].get("fingerprint") or "–",
         "finished": max((str(at(entry, "finished")) for entry in r["manifest"].values()), default="–"),
     }
-    for name, r in RUNS.items()
+    for name, r in named_runs.items()
 }
 tall(overview)
 
@@ -332,7 +331,7 @@ tall(overview)
 # ## Parameters that differ
 
 # %%
-chosen = pd.DataFrame({name: choices_of(r["manifest"]) for name, r in RUNS.items()}).fillna("–")
+chosen = pd.DataFrame({name: choices_of(r["manifest"]) for name, r in named_runs.items()}).fillna("–")
 chosen = chosen[chosen.nunique(axis="columns") > 1]
 tall(chosen) if chosen.size else print("None: all runs had the same parameters.")
 
@@ -352,7 +351,7 @@ def surroundings(manifest):
     return found
 
 
-around = pd.DataFrame({name: surroundings(r["manifest"]) for name, r in RUNS.items()}).fillna("–")
+around = pd.DataFrame({name: surroundings(r["manifest"]) for name, r in named_runs.items()}).fillna("–")
 around = around[around.nunique(axis="columns") > 1]
 tall(around) if around.size else print("Nothing: the same versions, on the same hardware.")
 
@@ -367,17 +366,17 @@ figures = {
     name: {
         figure: written(*figure_of(tuned(r["metrics"]), figure), form)
         for figure, (_, form) in FIGURES.items()
-        if any(figure_of(tuned(other["metrics"]), figure)[0] is not None for other in RUNS.values())
+        if any(figure_of(tuned(other["metrics"]), figure)[0] is not None for other in named_runs.values())
     }
-    for name, r in RUNS.items()
+    for name, r in named_runs.items()
 }
-for name, r in RUNS.items():
+for name, r in named_runs.items():
     before = figure_of(r["metrics"].get("base"), "response perplexity")
     figures[name] = {"base: response perplexity": written(*before)} | figures[name]
 tall(figures)
 
 # %%
-measured = {name: figure_of(tuned(r["metrics"]), "response perplexity") for name, r in RUNS.items()}
+measured = {name: figure_of(tuned(r["metrics"]), "response perplexity") for name, r in named_runs.items()}
 measured = {name: found for name, found in measured.items() if found[0] is not None}
 if measured:
     best = min(measured, key=lambda name: measured[name][0])
@@ -413,13 +412,13 @@ TRAINING = {
 }
 trained = {
     name: {key.replace("_", " "): written(r["training"].get(key), None, form) for key, form in TRAINING.items()}
-    for name, r in RUNS.items()
+    for name, r in named_runs.items()
 }
 tall(trained)
 
 # %%
 curves = {}
-for name, r in RUNS.items():
+for name, r in named_runs.items():
     history = pd.DataFrame(r["history"]).reindex(columns=["step", "eval_loss"]).dropna()
     if is_number(r["training"].get("eval_loss_before")):
         history = pd.concat([pd.DataFrame({"step": [0], "eval_loss": [r["training"]["eval_loss_before"]]}), history])

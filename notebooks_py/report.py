@@ -201,9 +201,9 @@ FIGURES = {  # name: (where it stands in the entry of a model, how it is written
     "emergencies: offers a remedy": ("safety emergency offers_remedy", "{:.0%}"),
     "everyday: sends for help": ("safety everyday seeks_help", "{:.0%}"),
     "everyday: offers a remedy": ("safety everyday offers_remedy", "{:.0%}"),
-    "remedies in the table for it": ("grounding this_condition", "{:.0%}"),
-    "remedies in the table for another": ("grounding other_condition", "{:.0%}"),
-    "remedies nowhere in the table": ("grounding nowhere", "{:.0%}"),
+    "items named, for this question": ("grounding this_condition", "{:.0%}"),
+    "items named, for another one": ("grounding other_condition", "{:.0%}"),
+    "items named, nowhere in the table": ("grounding nowhere", "{:.0%}"),
 }
 
 
@@ -232,9 +232,9 @@ def show_table(texts, index=True):
     facts = isinstance(texts, dict)
     frame = pd.DataFrame({"": texts}) if facts else texts
     styled = frame.astype(str).style.format(escape="html").format_index(escape="html")
-    styled = styled.format_index(escape="html", axis="columns")
+    styled = styled.format_index(escape="html", axis="columns").set_table_attributes('class="mathjax_ignore"')
     if facts:
-        return styled.hide(axis="columns").set_table_attributes('class="facts"')
+        return styled.hide(axis="columns").set_table_attributes('class="facts mathjax_ignore"')
     return styled if index else styled.hide(axis="index")
 
 
@@ -249,7 +249,7 @@ def show(figure, alt):
 run = open_run(run_dir)
 found = read_run(run)
 manifest, data, training, merge, metrics = (found[k] for k in ("manifest", "data", "training", "merge", "metrics"))
-MODELS = {name: metrics[name] for name in ("base", "adapter", "merged") if isinstance(metrics.get(name), dict)}
+models = {name: metrics[name] for name in ("base", "adapter", "merged") if isinstance(metrics.get(name), dict)}
 if not is_number(price_per_hour) or price_per_hour < 0:
     raise StageError(f"price_per_hour={price_per_hour!r}: give a number, what an hour of the machine costs, or 0.")
 
@@ -260,8 +260,7 @@ if not is_number(price_per_hour) or price_per_hour < 0:
 # [answers](#Answers) · [safety](#Safety) · [grounding](#Grounding) · [memory](#Memorized-or-learned) ·
 # [time and cost](#Time,-memory,-cost) · [parameters](#Parameters-of-the-run) · [provenance](#Provenance)
 #
-# Intervals are 95% bootstrap intervals, written in brackets. The model is **educational**: nothing that it says is
-# medical advice.
+# Intervals are 95% intervals, written in brackets. The model is **educational**: heed the disclaimer above its answers.
 
 
 # %%
@@ -283,10 +282,10 @@ summary = pd.DataFrame(
             figure: written(*figure_of(model, figure), FIGURES[figure][1])
             for figure in ("response perplexity", "answers that stop", "answers with the structure", "mean new tokens")
         }
-        for name, model in MODELS.items()
+        for name, model in models.items()
     }
 )
-show_table(summary) if MODELS else print("Not evaluated yet: run 04_evaluate.")
+show_table(summary) if models else print("Not evaluated yet: run 04_evaluate.")
 
 
 # %%
@@ -297,7 +296,7 @@ def apart(one, other):
     return "yes" if one[1] < other[0] or other[1] < one[0] else "no"
 
 
-tuned = next((name for name in ("merged", "adapter") if name in MODELS), None)
+tuned = next((name for name in ("merged", "adapter") if name in models), None)
 before, after = (figure_of(metrics.get(name), "response perplexity") for name in ("base", tuned))
 if before[0] and after[0]:
     change = {"yes": "The intervals do not meet.", "no": "The intervals meet: the models are not told apart."}
@@ -414,7 +413,7 @@ if training:
 
 # %%
 SHADES = {"base": "0.85", "adapter": "0.6", "merged": "0.35"}
-bars = {name: figure_of(model, "response perplexity") for name, model in MODELS.items()}
+bars = {name: figure_of(model, "response perplexity") for name, model in models.items()}
 bars = {name: (value, ci95) for name, (value, ci95) in bars.items() if value is not None}
 if bars:
     figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
@@ -481,18 +480,31 @@ show_table(pd.DataFrame(compared).set_index("figure").rename_axis(None)) if comp
 # A difference taken row by row is sharper than two intervals beside each other. Those that notebook 4 measured, the
 # ones whose interval leaves out zero on top:
 
+
 # %%
+def written_difference(name, entry):
+    """A difference in `evaluation/metrics.json` as text: of logarithms as a ratio, of rates in points of percent."""
+    value, ci95 = at(entry, "difference"), at(entry, "ci95") or []
+    if not all(map(is_number, (value, *ci95))):
+        return "–"
+    if "log_perplexity" in name:
+        return "× " + written(math.exp(value), [math.exp(limit) for limit in ci95], "{:,.3g}")
+    if name.endswith(("rate", "seeks_help", "offers_remedy")):
+        return written(100 * value, [100 * limit for limit in ci95], "{:+.0f}") + " points"
+    return written(value, ci95, "{:+,.3g}")
+
+
 differences = [
     {
         "models": pair,
-        "figure": name.replace("_", " "),
-        "difference": written(at(entry, "difference"), at(entry, "ci95"), "{:+,.3f}"),
-        "a difference": "yes" if at(entry, "significant") else "no",
+        "figure": name.replace("log_perplexity", "perplexity").replace("_", " "),
+        "difference": written_difference(name, entry),
+        "a difference": "yes" if at(entry, "significant") else "cannot be told",
     }
     for pair, entries in (metrics.get("differences") or {}).items()
     for name, entry in (entries or {}).items()
 ]
-differences.sort(key=lambda row: row["a difference"] == "no")
+differences.sort(key=lambda row: row["a difference"] != "yes")
 show_table(pd.DataFrame(differences), index=False) if differences else print("None were measured in this run.")
 
 
@@ -518,11 +530,12 @@ def answers_side_by_side(rows, columns, disclaimer):
     for place, heading in enumerate(columns.values()):
         styles.append({"selector": f"td.col{place}::before", "props": f"content: '{heading}'; display: none"})
     styled = show_table(texts, index=False).set_table_styles(styles)
-    return styled.set_table_attributes('class="answers"')
+    return styled.set_table_attributes('class="answers mathjax_ignore"')
 
 
 samples = read_results(run / "evaluation" / "samples.jsonl")
-disclaimer = next((row["disclaimer"] for row in samples if row.get("disclaimer")), DISCLAIMER)
+disclaimer = next((row["disclaimer"] for row in samples if row.get("disclaimer")), None)
+disclaimer = disclaimer or parameters.get("disclaimer") or DISCLAIMER
 headings = {"question": "question", "in_the_table": "in the table", "base": "base", tuned: "fine-tuned"}
 print(f"{min(answers_shown, len(samples))} of {len(samples)} questions that were answered.")
 if samples:
@@ -539,9 +552,9 @@ if samples:
 def models_beside(names):
     """The figures `names` of all models beside each other, those that were measured."""
     rows = {
-        name: {MODEL_NAMES[key]: written(*figure_of(model, name), FIGURES[name][1]) for key, model in MODELS.items()}
+        name: {MODEL_NAMES[key]: written(*figure_of(model, name), FIGURES[name][1]) for key, model in models.items()}
         for name in names
-        if any(figure_of(model, name)[0] is not None for model in MODELS.values())
+        if any(figure_of(model, name)[0] is not None for model in models.values())
     }
     return pd.DataFrame(rows).T
 
@@ -568,8 +581,8 @@ if worst:
 # %% [markdown]
 # ## Grounding
 #
-# Of the remedies that the answers name: how many stand in the training table for that condition, how many for another
-# one, how many nowhere.
+# Of the items that the answers name: how many stand in the training table for that question, how many for another one,
+# how many nowhere.
 
 # %%
 grounding = models_beside([name for name in FIGURES if "grounding" in FIGURES[name][0]])
@@ -582,21 +595,21 @@ show_table(grounding) if len(grounding) else print("Not measured in this run.")
 # the others is memory; a fall on all of them is learning. Outside the domain it should not rise.
 
 # %%
-SPLITS = [name for name in FIGURES if "by_split" in FIGURES[name][0] or "outside" in FIGURES[name][0]]
-memory = models_beside(SPLITS)
+split_figures = [name for name in FIGURES if "by_split" in FIGURES[name][0] or "outside" in FIGURES[name][0]]
+memory = models_beside(split_figures)
 show_table(memory) if len(memory) else print("Not measured in this run.")
 
 # %%
 if len(memory):
     figure, axes = plt.subplots(figsize=(5.6, 0.9 + 0.7 * len(memory)), layout="constrained")
-    for model_place, name in enumerate(MODELS):
+    for model_place, name in enumerate(models):
         for place, split in enumerate(memory.index):
-            value, ci95 = figure_of(MODELS[name], split)
+            value, ci95 = figure_of(models[name], split)
             height = place + 0.2 * (model_place - 1)
             if value is not None:
                 axes.plot(ci95 or [value, value], [height, height], "|-", color="black", markersize=8)
                 axes.plot(value, height, "os^"[model_place], color=SHADES[name], markeredgecolor="black")
-    for model_place, name in enumerate(MODELS):
+    for model_place, name in enumerate(models):
         label = MODEL_NAMES[name]
         axes.plot([], "os^"[model_place], color=SHADES[name], markeredgecolor="black", label=label)
     axes.set_yticks(range(len(memory)), [name.removeprefix("perplexity, ") for name in memory.index])

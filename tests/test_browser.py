@@ -255,3 +255,40 @@ def test_run_all_cells(folder, lab, browser, stage):
     assert not page["cutOff"], f"wider than the page: {page['cutOff'][0]}"
     for what, least in SHOWN[stage].items():
         assert page[what] >= least, f"{page[what]} {what} are shown, and there should be {least}"
+
+
+def test_the_report_fits_a_phone_and_paper(finished_run, tmp_path, browser):
+    """At 390 pixels nothing moves the page sideways, the disclaimer stays in view, and markup in answers stays text."""
+    from test_report import MARKUP, copy_of, page_of, with_all_figures
+
+    run = with_all_figures(copy_of(finished_run, tmp_path / "run"))
+    page_of(run)
+    try:
+        for name, width in (("desktop", 1300), ("phone", 390)):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            browser.get(f"file://{run}/report.html")
+            page = "const page = document.documentElement;"
+            wide, high = browser.execute_script(page + "return [page.scrollWidth, page.scrollHeight]")
+            clip = {"x": 0, "y": 0, "width": width, "height": min(high, 16000), "scale": 1}
+            shot = {"format": "png", "captureBeyondViewport": True, "clip": clip}
+            SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+            data = browser.execute_cdp_cmd("Page.captureScreenshot", shot)["data"]
+            (SCREENSHOTS / f"report_{name}.png").write_bytes(base64.b64decode(data))
+            assert wide <= width, f"{name}: the page is {wide} pixels wide"
+            stuck = """
+                const head = document.querySelector("table.answers thead tr:first-child th");
+                document.querySelector("table.answers tbody tr:last-child").scrollIntoView();
+                const {top, bottom} = head.getBoundingClientRect();
+                return top >= -1 && bottom <= innerHeight && head.innerText.includes("not medical advice");
+            """
+            assert browser.execute_script(stuck), f"{name}: the disclaimer is out of view"
+            assert MARKUP in browser.execute_script("return document.body.innerText")
+            assert browser.title.startswith("report: ")
+            loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+            assert all(address.startswith("data:") for address in loaded), loaded
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    paper = browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})["data"]
+    (SCREENSHOTS / "report.pdf").write_bytes(base64.b64decode(paper))
+    assert (SCREENSHOTS / "report.pdf").read_bytes().startswith(b"%PDF")

@@ -88,7 +88,12 @@ def with_all_figures(run):
         }
     shift = {"difference": -4.5, "ci95": [-5, -4], "significant": True}
     none = {"difference": 0.1, "ci95": [-1, 1], "significant": False}
-    metrics["differences"] = {"adapter - base": {"nothing_much": none, "a_shift": shift}}
+    metrics["differences"] = {"adapter - base": {"nothing_much": none, "a_shift": shift, "stop_rate": none}}
+    metrics["differences"]["adapter - base"]["log_perplexity"] = {
+        "difference": -2,
+        "ci95": [-3, -1],
+        "significant": True,
+    }
     metrics["fidelity"] = {
         "merged from original weights": {"perplexity": 6, "ci95": [5, 7], "kl": 0.0123, "kl_ci95": [0, 1]}
     }
@@ -140,11 +145,12 @@ def test_newer_figures_and_markup_in_answers(finished_run, tmp_path):
     assert text.count(f"question {MARKUP}") == 3
     assert text.index(f"dangerous {MARKUP}") < text.index(f"harmless {MARKUP}"), "what went wrong is on top"
     assert text.index("a shift") < text.index("nothing much"), "what differs is on top"
-    assert "-4.500 (-5.000 – -4.000)" in text and "0.0123 (0.0000 – 1.0000)" in text
+    assert "-4.5 (-5 – -4)" in text and "× 0.135 (0.0498 – 0.368)" in text and "+10 (-100 – +100) points" in text
+    assert "0.0123 (0.0000 – 1.0000)" in text
     assert "7.77 (7.00 – 11.00)" in text and "33.33 (31.00 – 35.00)" in text and "80% (70% – 90%)" in text
     assert "17 rows" in text and "Not measured" not in text and "an hour" not in text
     assert sum(tag == "img" for tag, _ in page.tags) == 3
-    tables = re.findall(r"<table[^>]*class=\"answers[^>]*>.*?</table>", page.source, re.DOTALL)
+    tables = re.findall(r"<table[^>]*\banswers\b[^>]*>.*?</table>", page.source, re.DOTALL)
     assert len(tables) == 2 and all("not medical advice" in table for table in tables)
 
 
