@@ -1688,9 +1688,9 @@ record("04_evaluate", report["fingerprint"])
 # %% [markdown]
 # ## What we have now
 #
-# Numbers on questions that the model had not seen, each with its interval, and answers to read: what fine-tuning gained,
-# whether it memorized, what it broke, and which merged model to ship. Where a difference *cannot be told*, the table is
-# too small to tell the models apart; more test rows narrow the intervals.
+# Numbers on questions that the model had not seen, each with its interval, and answers to read: what fine-tuning
+# gained, whether it memorized, what it broke, and which merged model to ship. Where a difference *cannot be told*, the
+# table is too small to tell the models apart; more test rows narrow the intervals.
 #
 # Everything is in the run folder. To use your own table, go back to [1 · format](01_format_dataset.ipynb) and change
 # the parameters.
