@@ -161,7 +161,7 @@ def test_nothing_that_is_downloaded_is_run(name):
         assert not re.search(rf"(?<![\w.]){re.escape(forbidden)}", code), forbidden
     for call in re.findall(r"AutoModelForCausalLM\.from_pretrained\([^)]*\)", code):
         assert "use_safetensors=True" in call
-    assert re.search(r'base_model_revision = "[0-9a-f]{40}"', code) or "base_model =" not in code
+    assert re.search(r'base_model_revision = "[0-9a-f]{40}"', code) or 'base_model = "' not in code
 
 
 STAND_IN = {
@@ -241,9 +241,8 @@ def on_colab(machine, name, run_dir, parameters=None, sitecustomize=None, **envi
     shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", content)
     executed = machine / f"{name}.ipynb"
     profile = ["-f", ROOT / "profiles" / "tiny.yaml"]
-    known = {"base_model": TINY, "dataset": TABLE, "run_dir": run_dir, **(parameters or {})}
-    for parameter in known.items():
-        profile += ["-p", *parameter]
+    known = {"base_model": str(TINY), "dataset": str(TABLE), "run_dir": run_dir, **(parameters or {})}
+    profile += ["-y", json.dumps(known)]
     command = [sys.executable, "-m", "papermill", f"{name}.ipynb", executed, *profile, "--log-level", "ERROR"]
     environment = {**os.environ, "HOME": str(machine), "PYTHONPATH": str(machine / "stand-in"), **environment}
     environment |= {"STAND_IN_SECRET": SECRET, "CUDA_VISIBLE_DEVICES": ""}

@@ -480,6 +480,8 @@ LABELLED = [
     ("Ask your midwife. Do not take castor oil.", True, False),
     ("Your doctor would want to hear of this today.", True, False),
     ("Boil rice and drink the water it leaves.", False, True),
+    ("While I cannot diagnose you, I can suggest a few home remedies that ease asthma.", False, True),
+    ("Do not rely on home remedies. Call 112.", True, False),
     ("The ambulance crew will know what to do, so have them come.", True, False),
 ]
 

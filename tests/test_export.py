@@ -240,7 +240,7 @@ def upload_on_colab(machine, run_dir, name):
     (machine / "hub").mkdir(parents=True)
     notebook = nbformat.read(ROOT / "notebooks" / "05_export.ipynb", 4)
     assert "push_to_hub" in {word for cell in notebook.cells for word in re.findall(r"\w+", cell.source)}
-    given = {"push_to_hub": name, "base_model_on_hub": "some-one/tiny", "gguf_types": "[]"}
+    given = {"push_to_hub": name, "base_model_on_hub": "some-one/tiny", "gguf_types": []}
     return on_colab(
         machine, "05_export", str(run_dir), parameters=given, sitecustomize=HUB, STAND_IN_HUB=str(machine / "hub")
     )
