@@ -126,13 +126,25 @@ def test_a_page_about_a_run(finished_run, tmp_path):
     assert all(f"dropped: {reason}" in page.text for reason in data["dropped"])
     assert data["fingerprint"] in page.text and manifest["04_evaluate"]["packages"]["transformers"] in page.text
     assert all(name in page.text for entry in manifest.values() for name in entry["parameters"])
-    assert sum(tag == "img" for tag, _ in page.tags) == 2
-    assert "All four notebooks ran" in page.text and "Not measured in this run." in page.text
+    assert sum(tag == "img" for tag, _ in page.tags) == 3
+    assert "All four notebooks ran" in page.text
     samples = (run / "evaluation" / "samples.jsonl").read_text().splitlines()
     assert json.loads(samples[0])["question"] in page.text and json.loads(samples[0])["disclaimer"] in page.text
     seconds = sum(entry["seconds"] for entry in manifest.values())
     assert f"{seconds / 3600:,.3f}" in page.text
     assert "def " not in page.text and "import " not in page.text, "code is hidden"
+
+
+def test_a_run_older_than_some_figures(finished_run, tmp_path):
+    run = copy_of(finished_run, tmp_path / "run")
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    old = {name: {"perplexity": metrics[name]["perplexity"]} for name in ("base", "adapter", "merged")}
+    (run / "evaluation" / "metrics.json").write_text(json.dumps(old))
+    (run / "evaluation" / "safety.jsonl").unlink()
+    page = page_of(run)
+    assert sum(tag == "img" for tag, _ in page.tags) == 2
+    assert page.text.count("Not measured in this run.") == 3
+    assert "Other ways to merge were not measured" in page.text and "None were measured" in page.text
 
 
 def test_newer_figures_and_markup_in_answers(finished_run, tmp_path):
