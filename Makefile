@@ -99,13 +99,13 @@ $(RUN_DIR)/settings: FORCE | $(READY)
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 export: $(EXTRAS)/llama-cpp-python-0.3.36 ## model cards, GGUF and Ollama files of a finished run: RUN_DIR=folder
-	@$(PY) -c "$$CHECK_PARAMETERS" $(SETTINGS) $(ARGS)
+	@$(PY) -c "$$CHECK_PARAMETERS" '*' $(SETTINGS) $(ARGS)
 	@echo "05_export  (in $(RUN_DIR))"
 	@$(EXTRAS)/bin/python -c "$$RUN_STAGE" notebooks/05_export.ipynb $(RUN_DIR)/05_export.ipynb \
 		-f $(SETTINGS) -p run_dir $(RUN_DIR) $(ARGS)
 
 chat: $(EXTRAS)/gradio-6.20.0 ## a page on which base and fine-tuned model answer you side by side: RUN_DIR=folder
-	@$(PY) -c "$$CHECK_PARAMETERS" $(SETTINGS) $(ARGS)
+	@$(PY) -c "$$CHECK_PARAMETERS" '*' $(SETTINGS) $(ARGS)
 	@$(PY) -c "$$RUN_STAGE" notebooks/chat.ipynb $(EXTRAS)/chat.ipynb --prepare-only \
 		-f $(SETTINGS) -p run_dir $(RUN_DIR) -p wait True $(ARGS)
 	@$(EXTRAS)/bin/python -m IPython --no-banner --HistoryManager.enabled=False $(EXTRAS)/chat.ipynb

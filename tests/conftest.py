@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,9 @@ def tokenizer(format_dataset):
 def make(*arguments, cwd=ROOT):
     """Run make in this environment. Returns the finished process, its output as text."""
     command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    # not as a part of the make that may run these tests: its level and its arguments are not ours
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
 
 
 @pytest.fixture(scope="session")

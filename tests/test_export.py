@@ -336,3 +336,14 @@ def test_an_architecture_that_llama_cpp_does_not_know(finished_run, tmp_path):
     assert type(caught.value).__name__ == "StageError" and "\n" not in str(caught.value)
     with pytest.raises(Exception, match="does not know 'Q9_9'"):
         export_run(run_dir, gguf_types=["Q9_9"])
+
+
+@pytest.mark.parametrize("target", ["export", "chat"])
+def test_a_misspelt_parameter_of_make(target, tmp_path):
+    """With stand-ins for what make would install first."""
+    (tmp_path / "bin").mkdir()
+    for name in ("bin/python", "llama-cpp-python-0.3.36", "gradio-6.20.0"):
+        (tmp_path / name).touch()
+    done = make(target, f"EXTRAS={tmp_path}", "PROFILE=tiny", f"RUN_DIR={tmp_path}", "ARGS=-p max_new_token 8")
+    assert done.returncode != 0
+    assert "No notebook has a parameter 'max_new_token'. Did you mean 'max_new_tokens'?" in done.stderr
