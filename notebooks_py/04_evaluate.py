@@ -254,6 +254,7 @@ import gc
 import hashlib
 import logging
 import math
+import socket
 
 # bitsandbytes looks for an optional CPU kernel, and does without
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -277,8 +278,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    DynamicCache,
     GenerationConfig,
-    TextStreamer,
     set_seed,
 )
 
@@ -1523,21 +1524,6 @@ texts = {name: list(made["answer"]) for name, made in answers.items()}
 side_by_side({"question": questions, "in the table": references, **texts}, min(4, len(questions)))
 
 # %% [markdown]
-# ### Your question
-#
-# Set `your_question` above, or change it here, and watch the merged model answer.
-
-# %%
-message = [{"role": "user", "content": your_question}]
-inputs = torch.tensor([encode_prompt(message, tokenizer)], device=merged.device)
-print(DISCLAIMER, "\n")
-set_seed(seed)
-streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-_ = merged.generate(
-    inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
-)
-
-# %% [markdown]
 # ## How it is often done, and why not to
 #
 # Many notebooks, the one that this series grew out of among them, join ten *training* texts into one sequence and take
@@ -1729,6 +1715,132 @@ with whole(run / "evaluation") as folder:
         lines.to_json(folder / "safety.jsonl", orient="records", lines=True, force_ascii=False)
 remove(so_far)
 record("04_evaluate", report["fingerprint"])
+
+# %% [markdown]
+# ## Ask it yourself
+#
+# The base model once more, in 4 bits, with the adapter. PEFT can give each row of a batch an adapter of its own, or
+# none (`"__base__"`), so one model gives both answers at once. To ask something else, set `your_question` in the last
+# of these three cells and run it again.
+
+# %% tags=["nbval-ignore-output"]
+merged = plain = None  # room for the next
+gc.collect()
+torch.cuda.empty_cache()
+base = load_base(base_model, base_model_revision, dtype, attn_implementation)
+adapted = PeftModel.from_pretrained(base, run / "adapter").eval()
+
+
+# %%
+@torch.no_grad()
+def two_answers(question):
+    """Yield the answers of the base and of the fine-tuned model so far, two texts, after each token."""
+    ids = torch.tensor([encode_prompt([{"role": "user", "content": question}], tokenizer)] * 2, device=adapted.device)
+    cache, new, open_rows = DynamicCache(), [[], []], {0, 1}
+    for _ in range(max_new_tokens):
+        logits = adapted(ids, past_key_values=cache, adapter_names=["__base__", "default"], logits_to_keep=1).logits
+        ids = logits[:, -1].argmax(-1, keepdim=True)
+        for row in sorted(open_rows):
+            token = ids[row].item()
+            if token == tokenizer.eos_token_id:
+                open_rows.remove(row)
+            else:
+                new[row].append(token)
+        yield tokenizer.batch_decode(new, skip_special_tokens=True)
+        if not open_rows:
+            return
+
+
+# %%
+*_, (base_says, tuned_says) = two_answers(your_question)
+side_by_side({"question": [your_question], "base": [base_says], "fine-tuned": [tuned_says]}, 1)
+
+# %% [markdown]
+# In Colab, the next cells open a page for more questions, which only you can see. Each is answered by itself, as in
+# training: the models do not see the conversation before it. Elsewhere, [chat](chat.ipynb) opens the same page.
+
+
+# %%
+def chat_page():
+    """The page, ready to be launched."""
+    most = window - max_new_tokens
+
+    def ask(question, base_chat, tuned_chat):
+        """Yield the text box and the two conversations while the answers grow."""
+        question = question.strip()
+        if not question:
+            gr.Warning("Please type a question first.")
+            yield question, base_chat, tuned_chat
+            return
+        length = len(encode_prompt([{"role": "user", "content": question}], tokenizer))
+        if length > most:
+            gr.Warning(f"This question is too long: it has {length:,} tokens, and there is room for {most:,}.")
+            yield question, base_chat, tuned_chat
+            return
+        asked = {"role": "user", "content": question}
+        for texts in two_answers(question):
+            one, two = ([asked, {"role": "assistant", "content": text or "…"}] for text in texts)
+            yield "", base_chat + one, tuned_chat + two
+
+    with gr.Blocks(title="Base and fine-tuned side by side") as page:
+        gr.HTML(f"<strong>{DISCLAIMER}</strong>", elem_id="disclaimer")
+        with gr.Row():
+            base_chat = gr.Chatbot(label="Base model", height="55vh", buttons=["copy"])
+            tuned_chat = gr.Chatbot(label="Fine-tuned", height="55vh", buttons=["copy"])
+        with gr.Row():
+            box = gr.Textbox(placeholder="Your question", show_label=False, scale=4, max_lines=4, autofocus=True)
+            send = gr.Button("Ask", variant="primary", scale=1, min_width=80)
+            stop = gr.Button("Stop", variant="stop", scale=1, min_width=80)
+            gr.ClearButton([box, base_chat, tuned_chat], value="Clear", scale=1, min_width=80)
+        questions = {row["prompt"][0]["content"]: None for row in splits["test"]}
+        gr.Examples([[question] for question in list(questions)[:3]], box, label="Questions that were not in training")
+        asking = gr.on(
+            [box.submit, send.click],
+            ask,
+            [box, base_chat, tuned_chat],
+            [box, base_chat, tuned_chat],
+            concurrency_limit=1,
+        )
+        stop.click(None, cancels=[asking])
+    return page.queue(max_size=20)
+
+
+STYLE = """
+#disclaimer { position: fixed; top: 0; left: 0; right: 0; z-index: 100; padding: 0.6em 1em; border-radius: 0;
+              text-align: center; background: #fff3cd; }
+#disclaimer * { color: #332701; }
+.gradio-container { padding-top: 4.5em !important; }
+footer { display: none !important; }
+"""
+FONTS = ["system-ui", "sans-serif"]  # of the machine: the default ones come over the network
+
+
+def open_page(page, inline=True):
+    """Serve a page to this machine alone, and show it in the notebook if `inline`. Returns its address.
+
+    Left to itself, Gradio in Colab downloads a program that opens a tunnel, through which anybody could ask for a week.
+    Colab's own proxy does as well, once Gradio knows that its address is another outside
+    (https://github.com/gradio-app/gradio/issues/13629).
+    """
+    place = {}
+    if "google.colab" in sys.modules:
+        from google.colab.output import eval_js
+
+        with socket.socket() as any_free:
+            any_free.bind(("127.0.0.1", 0))
+            port = any_free.getsockname()[1]
+        place = {"server_port": port, "root_path": eval_js(f"google.colab.kernel.proxyPort({port})")}
+    theme = gr.themes.Default(font=FONTS, font_mono=["monospace"])
+    page.launch(share=False, quiet=True, prevent_thread_lock=True, inline=inline, css=STYLE, theme=theme, **place)
+    return place.get("root_path", page.local_url)
+
+
+# %% tags=["nbval-ignore-output"]
+if "google.colab" in sys.modules and find_spec("gradio"):
+    import gradio as gr
+
+    print(DISCLAIMER)
+    print(f"The page is at {open_page(chat_page())}")
 
 # %% [markdown]
 # ## What we have now

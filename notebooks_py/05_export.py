@@ -765,6 +765,31 @@ if gguf_types:
 #
 # Q8_0 rounds each weight to 8 bits with a scale for every 32. Q4_K_M takes 4 bits for most and 6 for those that matter
 # more; a matrix whose rows do not divide into blocks of 256 gets 5 or 8.
+#
+# Which merged weights are the ones to quantize? Notebook 4 compared both kinds after NF4, which is another way to 4
+# bits, so its word is a hint; the table further down measures the very files.
+
+
+# %%
+def better_merged(merged_from, fidelity):
+    """Which merged weights bear 4 bits better than those "original" or "dequantized" at hand: their name, or None.
+
+    `fidelity` is what notebook 4 has in `metrics.json`: a variant's perplexity and its 95% interval. The intervals must
+    not overlap, which is more than a difference in pairs would have to show.
+    """
+    other = {"original": "dequantized", "dequantized": "original"}[merged_from]
+    here, there = (fidelity.get(f"merged, {name}, NF4 again") for name in (merged_from, other))
+    return other if here and there and there["ci95"][1] < here["ci95"][0] else None
+
+
+# %%
+merged_from = read_json(merged_folder / "merge_report.json", "03_merge_adapter")["base_weights"]
+better = better_merged(merged_from, metrics.get("fidelity", {}))
+if gguf_types and better:
+    print(
+        f"WARNING: these weights were merged with base_weights={merged_from}, which 4 bits harmed in notebook 4. For "
+        f"files in 4 bits, merge with base_weights={better} in notebook 3 first."
+    )
 
 
 # %%

@@ -68,6 +68,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -453,15 +454,30 @@ footer { display: none !important; }
 """
 FONTS = ["system-ui", "sans-serif"]  # of the machine: the default ones come over the network
 
+
+def open_page(page, inline=True):
+    """Serve a page to this machine alone, and show it in the notebook if `inline`. Returns its address.
+
+    Left to itself, Gradio in Colab downloads a program that opens a tunnel, through which anybody could ask for a week.
+    Colab's own proxy does as well, once Gradio knows that its address is another outside
+    (https://github.com/gradio-app/gradio/issues/13629).
+    """
+    place = {}
+    if "google.colab" in sys.modules:
+        from google.colab.output import eval_js
+
+        with socket.socket() as any_free:
+            any_free.bind(("127.0.0.1", 0))
+            port = any_free.getsockname()[1]
+        place = {"server_port": port, "root_path": eval_js(f"google.colab.kernel.proxyPort({port})")}
+    theme = gr.themes.Default(font=FONTS, font_mono=["monospace"])
+    page.launch(share=False, quiet=True, prevent_thread_lock=True, inline=inline, css=STYLE, theme=theme, **place)
+    return place.get("root_path", page.local_url)
+
+
 # %%
 page = chat_page()
-_, address, _ = page.launch(
-    quiet=True,
-    inline=not wait,
-    prevent_thread_lock=True,
-    css=STYLE,
-    theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]),
-)
+address = open_page(page, inline=not wait)
 print(DISCLAIMER)
 print(f"The page is at {address}" + ("; Ctrl-C ends it." if wait else ""))
 if wait:

@@ -5,6 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from types import ModuleType
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -86,36 +90,98 @@ def test_stop(client):
     assert text(client.predict("Next?", [], [], api_name="/ask")[1][0]) == "Next?"
 
 
-@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)], ids=["desktop", "phone"])
-def test_the_disclaimer_is_always_in_view(chat, width, height):
-    """In a real browser, before and after an answer, wherever one scrolls to. Needs Chromium and its driver."""
+@pytest.fixture
+def browser():
+    """Chromium, without a window. Needs its driver."""
     from selenium import webdriver
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
 
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
         options.add_argument(argument)
     browser = webdriver.Chrome(options=options)
+    yield browser
+    browser.quit()
+
+
+def ask_in(browser, address):
+    """Open the page, ask, and wait for an answer."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(address)
+    browser.implicitly_wait(30)
+    browser.find_element(By.CSS_SELECTOR, "textarea").send_keys(QUESTION, Keys.ENTER)
+    return browser.find_element(By.CSS_SELECTOR, ".bot.message").text
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)], ids=["desktop", "phone"])
+def test_the_disclaimer_is_always_in_view(chat, browser, width, height):
+    """Before and after an answer, wherever one scrolls to."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    ask_in(browser, chat.address)
+    for place in ("0", "document.body.scrollHeight"):
+        browser.execute_script(f"window.scrollTo(0, {place})")
+        time.sleep(0.5)
+        seen = browser.execute_script(
+            "const box = document.querySelector('#disclaimer').getBoundingClientRect();"
+            "const top = document.elementFromPoint(innerWidth / 2, (box.top + box.bottom) / 2);"
+            "const fits = document.body.scrollWidth <= innerWidth;"
+            "return [box.top >= 0 && box.bottom < innerHeight, top.innerText, fits]"
+        )
+        assert seen[0] and "not medical advice" in seen[1] and seen[2], seen
+
+
+@pytest.fixture
+def colab_proxy(monkeypatch):
+    """A stand-in of `google.colab` and its proxy, which tells a server its address inside and not the one outside."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def forward(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            headers = {**self.headers, "Host": "m-1.user-runtimes.internal:80"}
+            inside = Request(f"http://127.0.0.1:{self.port}{self.path}", body or None, headers, method=self.command)
+            with urlopen(inside) as answer:
+                self.send_response(answer.status)
+                for name, value in answer.headers.items():
+                    if name.lower() not in ("connection", "transfer-encoding", "date", "server"):
+                        self.send_header(name, value)
+                self.end_headers()
+                while chunk := answer.read1():
+                    self.wfile.write(chunk)
+                    self.wfile.flush()
+
+        def log_message(self, *_):
+            pass
+
+        do_GET = do_POST = forward
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    server.daemon_threads = True
+    Thread(target=server.serve_forever, daemon=True).start()
+    output = ModuleType("google.colab.output")
+
+    def eval_js(code):
+        Proxy.port = int(code.removeprefix("google.colab.kernel.proxyPort(").removesuffix(")"))
+        return f"http://127.0.0.1:{server.server_port}/"
+
+    output.eval_js = eval_js
+    for name, module in (("google.colab", ModuleType("google.colab")), ("google.colab.output", output)):
+        monkeypatch.setitem(sys.modules, name, module)
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+def test_in_colab_it_works_behind_the_proxy(chat, browser, colab_proxy, monkeypatch):
+    """And opens no tunnel to the world, which is what Gradio does in Colab if nobody says otherwise."""
+    monkeypatch.setattr("gradio.networking.setup_tunnel", lambda **_: pytest.fail("a tunnel was opened"))
+    monkeypatch.setattr("gradio.utils.colab_check", lambda: True)
+    page = chat.chat_page()
     try:
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        browser.get(chat.address)
-        browser.implicitly_wait(60)
-        browser.find_element(By.CSS_SELECTOR, "textarea").send_keys(QUESTION, Keys.ENTER)
-        browser.find_element(By.CSS_SELECTOR, ".bot.message")
-        for place in ("0", "document.body.scrollHeight"):
-            browser.execute_script(f"window.scrollTo(0, {place})")
-            time.sleep(0.5)
-            seen = browser.execute_script(
-                "const box = document.querySelector('#disclaimer').getBoundingClientRect();"
-                "const top = document.elementFromPoint(innerWidth / 2, (box.top + box.bottom) / 2);"
-                "const fits = document.body.scrollWidth <= innerWidth;"
-                "return [box.top >= 0 && box.bottom < innerHeight, top.innerText, fits]"
-            )
-            assert seen[0] and "not medical advice" in seen[1] and seen[2], seen
+        assert chat.open_page(page) == colab_proxy
+        assert ask_in(browser, colab_proxy)
     finally:
-        browser.quit()
+        page.close()
 
 
 def test_make_chat_serves_and_ctrl_c_ends_it(finished_run):

@@ -111,6 +111,20 @@ def test_stops(export):
     assert set(export.stop_texts(llama2, Llama2, [2])) == {"</s>", "<s>", "[INST]"}
 
 
+def test_which_weights_bear_four_bits_better(export):
+    """In one of the two directions, once, if the intervals are apart; without a comparison nothing is said."""
+
+    def fidelity(original, dequantized):
+        names = {"original": original, "dequantized": dequantized}
+        return {f"merged, {name}, NF4 again": {"ci95": ci95} for name, ci95 in names.items()}
+
+    apart = fidelity(original=[5, 7], dequantized=[30, 50])
+    assert export.better_merged("dequantized", apart) == "original"
+    assert export.better_merged("original", apart) is None
+    assert export.better_merged("dequantized", fidelity(original=[5, 7], dequantized=[6, 9])) is None
+    assert export.better_merged("dequantized", {}) is None
+
+
 def export_run(run_dir, **parameters):
     """Run notebook 5 on a finished run."""
     return run_script("05_export", run_dir=str(run_dir), **parameters)
