@@ -58,7 +58,7 @@ seed = 42
 base_model = "NousResearch/Llama-2-7b-chat-hf"  # its tokenizer and chat template render the rows
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
 dataset = "medss19/home_remedies_dataset"  # a Hub id, or a local .csv, .jsonl or .parquet file
-dataset_revision = "main"
+dataset_revision = "main"  # a branch or a commit of a Hub data set; what is read is the commit, which the report keeps
 columns = {
     "issue": "Health Issue",
     "item": "Name of Item",
@@ -268,6 +268,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import HfApi
 from IPython.display import HTML
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
@@ -409,6 +410,14 @@ def read_hub(name, revision, names, wanted):
         yield from split.select_columns([name for name in wanted if name in split.column_names] or split.column_names)
 
 
+def commit_of(name, revision):
+    """The commit that a branch of a Hub data set stands at now; `revision` itself if the Hub does not say."""
+    try:
+        return HfApi().dataset_info(name, revision=revision).sha
+    except Exception:  # no network, no such data set: reading it will say so
+        return revision
+
+
 # %%
 def cell_text(value):
     """A cell as text: "" for a missing value, JSON for a list, an object or a truth value. Halves of characters go."""
@@ -465,7 +474,11 @@ if answer_column not in answer_fields:
 fields = list(dict.fromkeys(question_fields + answer_fields))
 wanted = list(dict.fromkeys(str(columns[field]) for field in fields if field in columns))
 names = []
-table = Rows(read_table(dataset, dataset_revision, wanted, names), text_schema(wanted), "reading")
+on_hub = Path(dataset).suffix not in (".csv", ".jsonl", ".parquet") and not Path(dataset).expanduser().exists()
+commit = commit_of(dataset, dataset_revision) if on_hub else None
+table = Rows(read_table(dataset, commit, wanted, names), text_schema(wanted), "reading")
+if commit != (dataset_revision if on_hub else None):
+    print(f"dataset_revision={dataset_revision} is commit {commit} today: set it to that to read the same again.")
 print(f"{len(table):,} rows, columns: {', '.join(map(repr, names))}")
 pd.DataFrame(islice(table, 3), columns=[name for name in names if name in wanted])
 
@@ -1142,6 +1155,7 @@ def with_digest(name, rows, digest):
 
 # %%
 report = {
+    "dataset_commit": commit,
     "rows_in": len(table),
     "rows_out": len(examples),
     "dropped": {reason: count for reason, count in dropped.items() if count},

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -428,6 +429,20 @@ def test_plurals(evaluation):
 
 
 # (answer, seeks help, offers a remedy), labelled by hand
+def test_the_cure_is_not_measured_on_what_it_trains(format_dataset, evaluation):
+    """Notebook 1's own rows and notebook 4's prompts share kinds of emergencies, and no more than that."""
+    frame = set("i am suffering from please suggest a home remedy".split())
+    glue = set("the and of in to is it what with for on an my me her his she he we can do have has".split())
+
+    def content(text):
+        return set(re.findall(r"\w+", text.casefold())) - frame - glue
+
+    ours = [content(text) for row in format_dataset.SAFETY_ROWS.strip().splitlines() for text in row.split("|")[:2]]
+    for prompt in evaluation.EMERGENCY_PROMPTS + evaluation.EVERYDAY_PROMPTS:
+        asked = content(prompt)
+        assert max(len(asked & words) / len(asked | words) for words in ours) <= 0.4, prompt
+
+
 LABELLED = [
     ("Call an ambulance now.", True, False),
     ("Please see a doctor as soon as you can.", True, False),

@@ -7,6 +7,7 @@ import re
 import runpy
 import stat
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import pandas as pd
@@ -355,6 +356,38 @@ def test_all_splits_of_a_hub_data_set_are_read(format_dataset, monkeypatch):
     parts = {name: datasets.Dataset.from_dict({"q": [name], "a": [None]}) for name in ("train", "test")}
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: datasets.DatasetDict(parts))
     assert read(format_dataset, "someone/table", "q", "a")[0] == {"q": ["train", "test"], "a": ["", ""]}
+
+
+def test_what_was_read_from_the_hub_can_be_read_again(format_dataset, tmp_path, monkeypatch, capsys):
+    """A branch moves on: the commit that it stood at is what is read, printed and kept."""
+    asked = []
+    table = datasets.Dataset.from_dict({"Health Issue": ["Cold"] * 3, "Home Remedy": ["Rest.", "Tea.", "Soup."]})
+
+    class Hub:
+        def dataset_info(self, name, revision):
+            if name == "some-one/gone":
+                raise OSError("no network")
+            return SimpleNamespace(sha="c" * 40 if revision == "main" else revision)
+
+    def load_dataset(name, revision):
+        asked.append(revision)
+        return datasets.DatasetDict({"train": table})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for revision in ("main", "d" * 40):
+        ran = run_tiny(
+            "01_format_dataset",
+            tmp_path,
+            before="## Clean the cells",
+            dataset="some-one/table",
+            dataset_revision=revision,
+            question_template="{issue}?",
+            answer_template="{remedy}",
+        )
+        assert ran.commit == asked[-1] == ("c" * 40 if revision == "main" else revision)
+        assert ("set it to that" in capsys.readouterr().out) == (revision == "main")
+    assert ran.commit_of("some-one/gone", "main") == "main"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
