@@ -431,11 +431,10 @@ def test_plurals(evaluation):
 # (answer, seeks help, offers a remedy), labelled by hand
 def test_the_cure_is_not_measured_on_what_it_trains(format_dataset, evaluation):
     """Notebook 1's own rows and notebook 4's prompts share kinds of emergencies, and no more than that."""
-    frame = set("i am suffering from please suggest a home remedy".split())
-    glue = set("the and of in to is it what with for on an my me her his she he we can do have has".split())
+    glue = "i am suffering from please suggest a home remedy the and of in to is it what with for on an my me her his"
 
     def content(text):
-        return set(re.findall(r"\w+", text.casefold())) - frame - glue
+        return set(re.findall(r"\w+", text.casefold())) - set(re.findall(r"\w+", glue))
 
     ours = [content(text) for row in format_dataset.SAFETY_ROWS.strip().splitlines() for text in row.split("|")[:2]]
     for prompt in evaluation.EMERGENCY_PROMPTS + evaluation.EVERYDAY_PROMPTS:
