@@ -18,7 +18,7 @@ PROFILE_FILE := profiles/$(PROFILE).yaml
 # in quotes, as its folder may have a space in its name
 PY := "$(if $(VENV),$(VENV)/bin/python,$(PYTHON))"
 READY := $(if $(VENV),$(VENV)/.ready,environment)
-# with GPUS=2 two processes run the training, each with a kernel of its own
+# with GPUS=2 two processes run the training and the evaluation, each with a kernel of its own
 SPREAD := $(if $(filter-out 1,$(GPUS)),-c "$$LAUNCH" --config_file profiles/accelerate/ddp.yaml \
 	--num_processes $(GPUS) --no_python $(PY))
 CLEAR_METADATA := --ClearMetadataPreprocessor.enabled=True \
@@ -82,7 +82,7 @@ $(RUN_DIR)/03_merge_adapter.ipynb: $(RUN_DIR)/02_finetune_qlora.ipynb
 $(RUN_DIR)/04_evaluate.ipynb: $(RUN_DIR)/03_merge_adapter.ipynb
 $(RUN_DIR)/%.ipynb: notebooks/%.ipynb $(RUN_DIR)/settings
 	@echo "$*  ($(PROFILE) profile, in $(RUN_DIR))"
-	@$(PY) $(if $(findstring finetune,$*),$(SPREAD)) -c "$$RUN_STAGE" $< $@ -f $(PROFILE_FILE) -p run_dir $(RUN_DIR) $(ARGS)
+	@$(PY) $(if $(filter 02% 04%,$*),$(SPREAD)) -c "$$RUN_STAGE" $< $@ -f $(PROFILE_FILE) -p run_dir $(RUN_DIR) $(ARGS)
 
 # in a sweep, points with the same data share what the first of them made of it
 ifdef DATASET_OF
@@ -215,7 +215,8 @@ source, target = map(Path, sys.argv[1:3])
 rank = int(os.environ.get("RANK", 0))
 mark = f".process{rank}" if rank else ""
 partial = target.with_suffix(f"{mark}.partial.ipynb")
-options = ["--log-level", "ERROR", *["--no-progress-bar"] * (rank > 0), *sys.argv[3:]]
+given = [{"true": "True", "false": "False"}.get(word, word) for word in sys.argv[3:]]  # else "false" would be true
+options = ["--log-level", "ERROR", *["--no-progress-bar"] * (rank > 0), *given]
 try:
     papermill.main([str(source), str(partial), *options], standalone_mode=False)
 except BaseException as error:

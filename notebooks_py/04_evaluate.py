@@ -266,6 +266,8 @@ import numpy as np
 import pandas as pd
 import psutil
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from IPython.display import HTML, display
 from peft import PeftConfig, PeftModel
@@ -288,6 +290,7 @@ datasets.disable_caching()
 transformers.utils.logging.set_verbosity_error()
 
 DISCLAIMER = disclaimer
+processes = PartialState(cpu=not torch.cuda.is_available())  # under `accelerate launch` one of several, each with a GPU
 
 # %% [markdown]
 # ## What is evaluated
@@ -420,11 +423,13 @@ def score(model, rows, pad_token_id, batch_size, window, stride):
 
     `rows` have `input_ids` and `completion_mask`. Returns a DataFrame with a line a row: `response_nll`,
     `response_tokens`, `full_nll`, `full_tokens`. Padding is on the right and masked: no result depends on its batch.
+    Of several processes each takes its share of the rows, and all get the whole table.
     """
     model.eval()
-    totals = np.zeros((len(rows), 4))
+    processes, totals = PartialState(), np.zeros((len(rows), 4))
     work = [(i, *span) for i, row in enumerate(rows) for span in spans(len(row["input_ids"]), window, stride)]
     work.sort(key=lambda item: item[2] - item[1])
+    work = work[processes.process_index :: processes.num_processes]
     for k in tqdm(range(0, len(work), batch_size), "scoring", unit="batch", file=sys.stdout):
         batch = work[k : k + batch_size]
         ids = [torch.tensor(rows[i]["input_ids"][start:end]) for i, start, end, _ in batch]
@@ -439,6 +444,7 @@ def score(model, rows, pad_token_id, batch_size, window, stride):
             scored = row_nll[first - start - 1 : end - start - 1]
             mask = np.array(rows[i]["completion_mask"][first:end])
             totals[i] += [scored @ mask, mask.sum(), scored.sum(), len(scored)]
+    totals = reduce(torch.tensor(totals, device=processes.device), "sum").cpu().numpy()
     return pd.DataFrame(totals, columns=["response_nll", "response_tokens", "full_nll", "full_tokens"])
 
 
@@ -527,9 +533,11 @@ def rate_difference(one, other):
 def generate(model, tokenizer, prompts, batch_size, max_new_tokens, so_far, seed=0, **sampling):
     """Answer prompts, lists of messages. Returns a DataFrame, `answer`, `new_tokens`, `stopped`, and the seconds.
 
-    Each batch is written to the folder `so_far` when it is done, and not done again after an interruption.
+    Each batch is written to the folder `so_far` when it is done, and not done again after an interruption. Of several
+    processes each takes its share of the batches.
     """
     model.eval()
+    processes = PartialState()
     stops = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
@@ -537,7 +545,9 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens, so_far, seed
         **sampling,
     )
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    for k in tqdm(range(0, len(ids), batch_size), "answering", unit="batch", file=sys.stdout):
+    all_batches = range(0, len(ids), batch_size)
+    mine = all_batches[processes.process_index :: processes.num_processes]
+    for k in tqdm(mine, "answering", unit="batch", file=sys.stdout):
         if (so_far / f"{k}.json").exists():
             continue
         set_seed(seed + k)
@@ -551,8 +561,10 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens, so_far, seed
             batch.append({"answer": answer, "new_tokens": len(new), "stopped": stopped})
         with whole(so_far / f"{k}.json") as partial:
             partial.write_text(json.dumps({"answers": batch, "seconds": time.perf_counter() - begun}))
-    done = [json.loads((so_far / f"{k}.json").read_text()) for k in range(0, len(ids), batch_size)]
-    return pd.DataFrame([answer for batch in done for answer in batch["answers"]]), sum(b["seconds"] for b in done)
+    processes.wait_for_everyone()
+    done = [json.loads((so_far / f"{k}.json").read_text()) for k in all_batches]
+    seconds = sum(batch["seconds"] for batch in done) / processes.num_processes
+    return pd.DataFrame([answer for batch in done for answer in batch["answers"]]), seconds
 
 
 def has_structure(answer, answer_template, answer_column):
@@ -936,10 +948,11 @@ scores, answers, seconds, safety_answers = {}, {}, {}, {}
 # %%
 so_far = run / "answers_so_far"
 evaluated = {**parameters, "adapter": adapter_sha256}
-if not (so_far / "of.json").exists() or json.loads((so_far / "of.json").read_text()) != evaluated:
-    remove(so_far)
-    with whole(so_far / "of.json") as partial:
-        partial.write_text(json.dumps(evaluated))
+with processes.main_process_first():
+    if not (so_far / "of.json").exists() or json.loads((so_far / "of.json").read_text()) != evaluated:
+        remove(so_far)
+        with whole(so_far / "of.json") as partial:
+            partial.write_text(json.dumps(evaluated))
 
 
 # %%
@@ -957,12 +970,20 @@ def rows_that_fit(model, length, most):
     """How many rows of `length` tokens, up to `most`, have room in memory beside `model`.
 
     A token takes its keys and values in every layer while an answer is generated, and its logits, as computed and twice
-    in fp32, while it is scored. A fifth of the free memory is left alone.
+    in fp32, while it is scored. A fifth of the free memory is left alone. Of several processes, the one with the least
+    room decides.
     """
     config, size = model.config, model.dtype.itemsize
     keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
     logits = config.vocab_size * (size + 4 + 4)
-    return max(1, min(most, int(0.8 * room_gib() * 2**30 / (length * (keys_and_values + logits)))))
+    rows = max(1, min(most, int(0.8 * room_gib() * 2**30 / (length * (keys_and_values + logits)))))
+    return min(gather_object([rows]))
+
+
+def answer_batch(model, prompts, most_tokens):
+    """How many of the prompts to answer at once, so that there is room, and work for every process."""
+    length = most_tokens + max(len(encode_prompt(prompt, tokenizer)) for prompt in prompts)
+    return rows_that_fit(model, length, min(eval_batch_size, -(-len(prompts) // processes.num_processes)))
 
 
 def evaluate(name, model):
@@ -974,14 +995,12 @@ def evaluate(name, model):
     part_of = np.repeat(list(to_score), list(map(len, to_score.values())))
     scores[name] = {part: scored[part_of == part] for part in to_score}
     scores[name]["unseen"] = scores[name]["test"][unseen]
-    longest = max_new_tokens + max(len(encode_prompt(prompt, tokenizer)) for prompt in prompts)
-    rows = rows_that_fit(model, longest, eval_batch_size)
+    rows = answer_batch(model, prompts, max_new_tokens)
     done = so_far / f"{name}, {rows} at once"
     answers[name], seconds[name] = generate(model, tokenizer, prompts, rows, max_new_tokens, done, seed, **sampling)
     if len(safety):
         asked = [[{"role": "user", "content": prompt}] for prompt in safety["prompt"]]
-        longest = safety_tokens + max(len(encode_prompt(prompt, tokenizer)) for prompt in asked)
-        rows = rows_that_fit(model, longest, eval_batch_size)
+        rows = answer_batch(model, asked, safety_tokens)
         done = so_far / f"{name}, safety, {rows} at once"
         made, _ = generate(model, tokenizer, asked, rows, safety_tokens, done, seed, **sampling)
         template = report["templates"]["answer"]
@@ -1705,16 +1724,18 @@ pd.DataFrame(
 
 # %%
 metrics["ten_joined_training_texts"] = {"perplexity": often_done}
-with whole(run / "evaluation") as folder:
-    folder.mkdir()
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
-    lines = pd.DataFrame({"question": questions, "in_the_table": references, **texts}).assign(disclaimer=DISCLAIMER)
-    lines.to_json(folder / "samples.jsonl", orient="records", lines=True, force_ascii=False)
-    if safety_answers:
-        lines = pd.concat(safety_answers.values()).assign(disclaimer=DISCLAIMER)
-        lines.to_json(folder / "safety.jsonl", orient="records", lines=True, force_ascii=False)
-remove(so_far)
-record("04_evaluate", report["fingerprint"])
+if processes.is_main_process:
+    with whole(run / "evaluation") as folder:
+        folder.mkdir()
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        lines = pd.DataFrame({"question": questions, "in_the_table": references, **texts}).assign(disclaimer=DISCLAIMER)
+        lines.to_json(folder / "samples.jsonl", orient="records", lines=True, force_ascii=False)
+        if safety_answers:
+            lines = pd.concat(safety_answers.values()).assign(disclaimer=DISCLAIMER)
+            lines.to_json(folder / "safety.jsonl", orient="records", lines=True, force_ascii=False)
+    remove(so_far)
+    record("04_evaluate", report["fingerprint"])
+processes.wait_for_everyone()
 
 # %% [markdown]
 # ## Ask it yourself
@@ -1835,7 +1856,7 @@ def open_page(page, inline=True):
     return place.get("root_path", page.local_url)
 
 
-# %% tags=["nbval-ignore-output"]
+# %%
 if "google.colab" in sys.modules and find_spec("gradio"):
     import gradio as gr
 

@@ -8,7 +8,7 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, make
+from conftest import ROOT, make, metrics_without_times
 
 
 def training(run_dir, processes, rows):
@@ -58,3 +58,36 @@ def test_two_processes_train_as_one_also_after_one_was_killed(finished_run, tmp_
         assert other == pytest.approx(one, rel=5e-3)
     assert not list((tmp_path / "two").glob("*process1*")), "what is left looks as on one GPU"
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+
+
+def evaluation(run_dir, processes):
+    """The figures and the answers after evaluating with so many processes."""
+    done = make("04_evaluate", "PROFILE=tiny", f"RUN_DIR={run_dir}", f"GPUS={processes}")
+    assert done.returncode == 0, done.stderr
+    texts = [(run_dir / "evaluation" / f"{name}.jsonl").read_text() for name in ("samples", "safety")]
+    return metrics_without_times(run_dir), texts
+
+
+def test_two_processes_evaluate_as_one(finished_run, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir, copy_function=shutil.copy2)
+    (run_dir / "04_evaluate.ipynb").unlink()
+    metrics, texts = evaluation(run_dir, 2)
+    one = [(finished_run / "evaluation" / f"{name}.jsonl").read_text() for name in ("samples", "safety")]
+    assert texts == one
+    expected = metrics_without_times(finished_run)
+    assert metrics.keys() == expected.keys()
+    for name, part in (("base", "test"), ("adapter", "train"), ("merged", "unseen")):
+        figures = [one["by_split"][part]["response"] for one in (metrics[name], expected[name])]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+        assert metrics[name]["tokens"] == expected[name]["tokens"]
+    for pair, entries in expected["differences"].items():
+        for figure, entry in entries.items():
+            found = metrics["differences"][pair][figure]
+            assert found["significant"] == entry["significant"]
+            assert found["difference"] == pytest.approx(entry["difference"], rel=1e-3, abs=1e-6)
+    assert json.loads((run_dir / "manifest.json").read_text()).keys() == {
+        *json.loads((finished_run / "manifest.json").read_text())
+    }
+    left = {path.name for path in run_dir.iterdir()}
+    assert left == {path.name for path in finished_run.iterdir()}, "what is left looks as on one GPU"

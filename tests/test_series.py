@@ -296,6 +296,14 @@ def test_the_examples_of_the_benchmark_fit_into_a_row(tmp_path, finetune, tokeni
     assert statistics.mean(lengths) == pytest.approx(statistics.mean(benchmark["LENGTHS"]), rel=0.15)
 
 
+@pytest.mark.parametrize(("word", "rows"), [("true", 186), ("false", 0), ("True", 186)])
+def test_truth_values_as_people_write_them(word, rows, tmp_path):
+    """Papermill takes a small "false" for a text, and a text is true."""
+    done = make("01_format_dataset", "PROFILE=tiny", f"RUN_DIR={tmp_path}", f"ARGS=-p safety_rows {word}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "dataset" / "report.json").read_text())["safety_rows"] == rows
+
+
 def test_a_changed_table_is_noticed(tmp_path):
     table = tmp_path / "t.csv"
     shutil.copy(TABLE, table)
