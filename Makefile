@@ -7,7 +7,7 @@ PROFILE := $(shell nvidia-smi --query-gpu=compute_cap,memory.total --format=csv,
 endif
 RUN_DIR ?= runs/$(PROFILE)
 ARGS ?=
-GPUS ?= 1
+GPUS ?= $(or $(shell sed -n 's/^\# GPUS=\([0-9][0-9]*\) .*/\1/p' $(PROFILE_FILE) 2>/dev/null),1)
 RUNS ?=
 OUT ?= runs/compare.html
 GRID ?= grids/lora.yaml
@@ -234,10 +234,13 @@ import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+wanted = launch_command_parser().parse_args(sys.argv[1:])
 if not torch.cuda.is_available():
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:0, which torch.load does not know, when a training resumes
+elif torch.cuda.device_count() < wanted.num_processes:
+    sys.exit(f"GPUS={wanted.num_processes}, but there are {torch.cuda.device_count()} here.")
 try:
-    launch_command(launch_command_parser().parse_args(sys.argv[1:]))
+    launch_command(wanted)
 except ChildFailedError as error:
     process, failure = error.get_first_failure()
     sys.exit(f"Process {process} failed first (exit code {failure.exitcode}); the others were stopped.")

@@ -1,6 +1,7 @@
 """Notebook 02: precision, the loss, gradients through 4-bit layers, resuming."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY, run_tiny
+from conftest import ROOT, TINY, definitions, run_tiny
 from huggingface_hub.errors import DryRunError
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
@@ -357,3 +358,29 @@ def test_a_model_that_does_not_fit_is_not_loaded(finished_run, tmp_path, monkeyp
     ) as caught:
         run_tiny("02_finetune_qlora", tmp_path / "run")
     assert type(caught.value).__name__ == "StageError"
+
+
+SHAPES = {"7B": (4096, 11008, 32, 32), "13B": (5120, 13824, 40, 40), "70B": (8192, 28672, 80, 8)}
+
+
+@pytest.mark.parametrize(("column", "name"), list(enumerate(SHAPES, 1)))
+def test_readme_says_what_fits_as_the_notebook_does(column, name):
+    """Llama 2's three shapes, with the defaults of the notebook."""
+    finetune = definitions("02_finetune_qlora")
+    hidden, intermediate, layers, heads = SHAPES[name]
+    config = transformers.LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=heads,
+    )
+    lines = re.findall(r"\| (\d+), (checkpointing|nothing recomputed) \|(.*)\|", (ROOT / "README.md").read_text())
+    assert len(lines) == 6
+    for rows, how, cells in lines:
+        finetune.expected_gib.__globals__["gradient_checkpointing"] = how == "checkpointing"
+        expected = finetune.expected_gib(config, torch.float16, int(rows) * 512, gpu=True).sum()
+        figures = [float(figure) for figure in re.findall(r"[\d.]+", cells.split("|")[column - 1])]
+        assert figures[0] == pytest.approx(expected, abs=0.051)
+        for measured in figures[1:]:
+            assert expected == pytest.approx(measured, rel=0.15)
