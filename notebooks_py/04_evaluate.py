@@ -29,7 +29,7 @@
 #
 # - **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
 # - **Out:** `evaluation/metrics.json`, `evaluation/samples.jsonl` and `evaluation/safety.jsonl`.
-# - **Time:** some minutes on a T4; about two minutes on a CPU with the small model of the `cpu` profile.
+# - **Time:** some minutes on a T4; five minutes on two CPU cores with the small model of the `cpu` profile.
 #
 # Three models answer the same questions, none of which was in training: the base model, the base model with the
 # adapter, and the merged model. They are **educational**: nothing that they say is medical advice.
@@ -1407,7 +1407,8 @@ pd.DataFrame(
 # ### What fine-tuning broke
 #
 # How often does an answer send the reader to medical help, and how often does it offer something from the kitchen? In
-# an emergency the first should be always and the second never. And what did the model forget?
+# an emergency the first should be always and the second never. Where fine-tuning made that worse, `safety_rows` in
+# notebook 1 is the cure on offer: run the series again with it, and compare. And what did the model forget?
 
 
 # %%
