@@ -72,7 +72,7 @@ compare: $(READY) ## write a page with several runs beside each other; RUNS="fol
 
 sweep: $(READY) ## run a grid of parameters on top of PROFILE, and compare; GRID=file.yaml, SWEEP_DIR=folder
 	@$(PY) -c "$$CHECK_PARAMETERS" '0*' "$(GRID)" $(ARGS)
-	@$(PY) -c "$$SWEEP" "$(GRID)" $(PROFILE_FILE) $(SWEEP_DIR) "$(MAKE)" $(ARGS)
+	@exec $(PY) -c "$$SWEEP" "$(GRID)" $(PROFILE_FILE) $(SWEEP_DIR) "$(MAKE)" $(ARGS)
 
 $(STAGES): %: $(RUN_DIR)/%.ipynb
 
@@ -82,7 +82,7 @@ $(RUN_DIR)/03_merge_adapter.ipynb: $(RUN_DIR)/02_finetune_qlora.ipynb
 $(RUN_DIR)/04_evaluate.ipynb: $(RUN_DIR)/03_merge_adapter.ipynb
 $(RUN_DIR)/%.ipynb: notebooks/%.ipynb $(RUN_DIR)/settings
 	@echo "$*  ($(PROFILE) profile, in $(RUN_DIR))"
-	@$(PY) $(if $(filter 02% 04%,$*),$(SPREAD)) -c "$$RUN_STAGE" $< $@ -f $(PROFILE_FILE) -p run_dir $(RUN_DIR) $(ARGS)
+	@exec $(PY) $(if $(filter 02% 04%,$*),$(SPREAD)) -c "$$RUN_STAGE" $< $@ -f $(PROFILE_FILE) -p run_dir $(RUN_DIR) $(ARGS)
 
 # in a sweep, points with the same data share what the first of them made of it
 ifdef DATASET_OF
@@ -179,7 +179,8 @@ reference: $(READY) .cache/tiny-llama/config.json ## remake tests/reference afte
 examples: ## remake examples/cpu_run, the executed notebooks of the cpu profile, and its plot
 	@$(MAKE) --no-print-directory run-all PROFILE=cpu RUN_DIR=runs/examples
 	@mkdir -p examples/cpu_run && cp runs/examples/0*.ipynb runs/examples/evaluation/* examples/cpu_run
-	@$(PY) -m nbconvert --log-level=ERROR --to notebook --inplace $(CLEAR_METADATA) examples/cpu_run/*.ipynb
+	@$(PY) -m nbconvert --log-level=ERROR --to notebook --inplace $(CLEAR_METADATA) \
+		--CoalesceStreamsPreprocessor.enabled=True examples/cpu_run/*.ipynb  # one line for each progress bar
 	@$(PY) -c "$$EXTRACT_PLOT" examples/cpu_run/04_evaluate.ipynb examples/cpu_run/results.png
 
 sync: $(READY) ## format notebooks_py/ and bring notebooks/ up to date with it (or the other way, whichever is newer)
@@ -317,7 +318,8 @@ def reason(run):
     return "see above"
 
 
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+for ending in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(ending, lambda sent, _: sys.exit(128 + sent))
 common = yaml.safe_load(Path(profile).read_text(encoding="utf-8")) | {name: number(grid[name]) for name in grid}
 points = {}
 for values in itertools.product(*(map(number, grid[name]) for name in axes)):
