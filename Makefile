@@ -152,8 +152,8 @@ test: $(READY) .cache/tiny-llama/config.json ## unit tests, contract tests, and 
 	@rm -rf runs/reference
 	@$(PY) -m pytest -m "not gpu and not browser and not export and not peers" --nbval --nbval-kernel-name=python3 tests
 
-test-export: $(EXTRAS)/llama-cpp-python-0.3.36 $(EXTRAS)/gradio-6.20.0 .cache/tiny-llama/config.json ## tests of `export` and `chat` with llama.cpp and Gradio, which it installs
-	@$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check go-template==0.0.3
+test-export: $(EXTRAS)/llama-cpp-python-0.3.36 $(EXTRAS)/gradio-6.20.0 .cache/tiny-llama/config.json ## tests of `export` and `chat` with llama.cpp and Gradio; needs chromium and chromedriver
+	@$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check go-template==0.0.3 selenium==4.51.0
 	@$(EXTRAS)/bin/python -m pytest -m export -v --durations=0 tests/test_export.py tests/test_chat.py
 
 test-gpu: $(READY) $(addsuffix /config.json,$(BASE_MODELS)) ## the tests that need an NVIDIA GPU; skipped without one
