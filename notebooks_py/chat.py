@@ -69,6 +69,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -478,7 +479,10 @@ def open_page(page, inline=True):
 # %%
 page = chat_page()
 address = open_page(page, inline=not wait)
-print(DISCLAIMER)
-print(f"The page is at {address}" + ("; Ctrl-C ends it." if wait else ""))
-if wait:
-    page.block_thread()
+try:
+    print(DISCLAIMER)
+    print(f"The page is at {address}" + ("; Ctrl-C ends it." if wait else ""))
+    while wait:
+        time.sleep(1)
+except KeyboardInterrupt:
+    page.close()
