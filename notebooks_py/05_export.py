@@ -748,8 +748,9 @@ if gguf_types:
     import llama_cpp
 
     default_params = llama_cpp.llama_model_default_params
-    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)  # it would print every tensor's name
-    llama_cpp.llama_log_set(silent, None)
+    # it would print every tensor's name; kept where it lives as long as the library, which calls it to the end
+    llama_cpp.silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(llama_cpp.silent, None)
     unknown = [kind for kind in gguf_types if kind != "F16" and not hasattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")]
     if unknown:
         raise StageError(
