@@ -188,7 +188,13 @@ def test_make_chat_serves_and_ctrl_c_ends_it(finished_run):
     """Started as a person would, it says where the page is, and ends without a traceback."""
     command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", "chat", f"RUN_DIR={finished_run}"]
     server = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     try:
         printed = []
