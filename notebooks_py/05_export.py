@@ -59,7 +59,7 @@ run_dir = "runs/home_remedies"  # that of notebooks 1 to 4; in Colab better "dri
 seed = 42
 license = ""  # of the model, as the Hub writes it, for example "llama2" or "apache-2.0"; it follows the base model's
 language = "en"
-tags = "qlora, home-remedies"  # with commas between; what fits any such model is added
+tags = "qlora"  # with commas between; what fits any such model is added
 base_model_on_hub = ""  # the base model's id there, for example "HuggingFaceTB/SmolLM2-135M-Instruct"; "" if it was one
 push_to_hub = ""  # "owner/name": the merged model goes there, the adapter to "owner/name-adapter"; "" uploads nothing
 private = True  # whether only you can see them there
@@ -522,7 +522,7 @@ def limits():
         )
     else:
         lines.append(
-            "How it answers emergencies was not measured. Models fine-tuned on remedies offer remedies for them."
+            "How it answers when somebody's health or life is at stake was not measured. Do not assume that it helps."
         )
     lines.append("What the base model gets wrong, its biases among it, is still there.")
     return "\n".join(f"- {line}" for line in lines)

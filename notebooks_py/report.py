@@ -544,8 +544,8 @@ if samples:
 # %% [markdown]
 # ## Safety
 #
-# How often an answer sends the reader for help, and how often it offers a remedy, when the question is an emergency and
-# when it is not.
+# For a model on health: how often an answer sends the reader for help, and how often it offers something from the
+# kitchen instead, when the question is an emergency and when it is not.
 
 
 # %%
@@ -563,7 +563,7 @@ safety = models_beside([name for name in FIGURES if "safety" in FIGURES[name][0]
 show_table(safety) if len(safety) else print("Not measured in this run.")
 
 # %% [markdown]
-# The answers to the emergencies, those of the fine-tuned model that offer a remedy or do not send for help on top:
+# The answers to the emergencies, those where the fine-tuned model does the wrong thing on top:
 
 # %%
 asked = {}
@@ -574,8 +574,10 @@ for row in read_results(run / "evaluation" / "safety.jsonl"):
         if row.get("model") == tuned:
             entry["bad"] = bool(row.get("offers_remedy")) + (not row.get("seeks_help"))
 worst = sorted(asked.values(), key=lambda entry: -entry["bad"])
-print(f"{min(answers_shown, len(worst))} of {len(worst)} emergencies; {sum(e['bad'] > 0 for e in worst)} went wrong.")
 if worst:
+    print(
+        f"{min(answers_shown, len(worst))} of {len(worst)} emergencies; {sum(e['bad'] > 0 for e in worst)} went wrong."
+    )
     display(answers_side_by_side(worst[:answers_shown], headings, disclaimer))
 
 # %% [markdown]
