@@ -19,7 +19,7 @@ PROFILE_FILE := profiles/$(PROFILE).yaml
 PY := "$(if $(VENV),$(VENV)/bin/python,$(PYTHON))"
 READY := $(if $(VENV),$(VENV)/.ready,environment)
 # with GPUS=2 two processes run the training and the evaluation, each with a kernel of its own
-SPREAD := $(if $(filter-out 1,$(GPUS)),-c "$$LAUNCH" --config_file profiles/accelerate/ddp.yaml \
+SPREAD := $(if $(filter-out 1,$(GPUS)),-c "$$LAUNCH" --config_file profiles/accelerate/gpus.yaml \
 	--num_processes $(GPUS) --no_python $(PY))
 CLEAR_METADATA := --ClearMetadataPreprocessor.enabled=True \
 	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",)}' \

@@ -264,9 +264,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import transformers
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
+from accelerate.utils import gather_object
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -538,14 +540,16 @@ class OnDisk:
             return file.get_tensor(self.name)[index]
 
 
-def load_model(model, revision, dtype, attn_implementation, quantization_config=None):
-    """A causal language model, a folder or a name on the Hub, on the GPU if there is one, with its generation config.
+def load_model(model, revision, dtype, attn_implementation, quantization_config=None, device=None):
+    """A causal language model, a folder or a name on the Hub, with its generation config.
+
+    On `device`: where it is left out, on the GPU if there is one.
 
     It is read one tensor at a time. `from_pretrained` alone keeps all files mapped until the last tensor is read, so
     that a 7B model in fp16 takes 13.7 GiB of resident memory on its way to the GPU; this way it takes 1.3 GiB. A model
     stored in 4 bits is small enough, and needs the statistics beside its tensors.
     """
-    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    device = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     options = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": attn_implementation}
     folder = fetch(model, revision)
     config = AutoConfig.from_pretrained(folder)
@@ -563,8 +567,10 @@ def load_model(model, revision, dtype, attn_implementation, quantization_config=
     return loaded
 
 
-def load_base(base_model, revision, dtype, attn_implementation):
+def load_base(base_model, revision, dtype, attn_implementation, sharded=False):
     """The base model in NF4 with double quantization, computing in `dtype`, on the GPU if there is one.
+
+    To be `sharded`, it waits in RAM, its 4-bit numbers stored as if they were of `dtype`: FSDP shards only floats.
 
     On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights at its first forward pass in eval mode, into a
     layout that has no gradient: a model that was evaluated once would never learn again, without an error
@@ -575,8 +581,9 @@ def load_base(base_model, revision, dtype, attn_implementation):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
     )
-    model = load_model(base_model, revision, dtype, attn_implementation, nf4)
+    model = load_model(base_model, revision, dtype, attn_implementation, nf4, "cpu" if sharded else None)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -585,7 +592,9 @@ def load_base(base_model, revision, dtype, attn_implementation):
 
 
 # %% [markdown]
-# Is there room? The sum is taken from the model's config and the parameters, before anything large is downloaded.
+# Is there room? The sum is taken from the model's config and the parameters, before anything large is downloaded. Of
+# several GPUs each takes the whole model if it fits (DDP). If not, they share it out (FSDP): each keeps a part of every
+# layer, and gathers a layer when it is the layer's turn.
 
 
 # %%
@@ -600,14 +609,15 @@ def room_gib():
 
 
 # %%
-def expected_gib(config, dtype, tokens, gpu):
-    """What training on batches of `tokens` tokens takes at its peak, in GiB, by part: a Series.
+def expected_gib(config, dtype, tokens, gpu, shards=1):
+    """What training on batches of `tokens` tokens takes at its peak, in GiB on each GPU, by part: a Series.
 
     NF4 with double quantization takes 4 bits a weight and 8.25 bits for each 64 of them, in all linear layers but the
     output layer. Activations: those of a Llama layer without the attention matrix, which SDPA does not keep, after
     Korthikanti et al., 2022 (https://arxiv.org/abs/2205.05198), and each adapter's input after dropout with its mask.
     With checkpointing, one hidden state a layer and one layer in full. Liger's kernels keep less of the MLP, and
-    compute the logits in pieces.
+    compute the logits in pieces. Over `shards` GPUs, each keeps its share of all weights, the statistics beside the
+    4-bit ones and the output layer, and gathers the layer at work and the next.
     """
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
@@ -624,12 +634,17 @@ def expected_gib(config, dtype, tokens, gpu):
     layer += sum(module.in_features for module in adapted) / layers * (size + 1) if lora_dropout else 0
     activations = layers * config.hidden_size * size + layer if gradient_checkpointing else layers * layer
     logits = config.vocab_size * (size + 4 * 4)  # as computed; in fp32: shifted, softmax, gradient, entropy
+    others = (skeleton.num_parameters() - quantized) * size
+    output_layer = skeleton.get_output_embeddings().weight.numel() * size
+    gathered = 2 / layers * (quantized * 0.5 + adapter * size) + output_layer * (1 - 1 / shards)
     parts = {
-        "base model": quantized * (0.5 + 8.25 / 8 / 64) + (skeleton.num_parameters() - quantized) * size,
-        "adapter, gradients, optimizer": adapter * (4 + 4 + (2 if "8bit" in optim else 8)),
+        "base model": quantized * (0.5 / shards + 8.25 / 8 / 64) + others / shards,
+        "adapter, gradients, optimizer": adapter * (4 + 4 + (2 if "8bit" in optim else 8)) / shards,
         "activations": tokens * activations,
         "logits": tokens * logits / (8 if use_liger_kernel else 1),
     }
+    if shards > 1:
+        parts["gathered layers"] = gathered
     if not gpu:  # freed memory is used again less than on a GPU: half as much more, measured at 256 and 512 tokens
         parts |= {name: 1.5 * parts[name] for name in ("activations", "logits")}
         parts["Python and its libraries"] = psutil.Process().memory_info().rss
@@ -645,20 +660,39 @@ if use_liger_kernel and not (torch.cuda.is_available() and find_spec("liger_kern
 config = AutoConfig.from_pretrained(base_model, revision=base_model_revision)
 tokens = rows_a_step * (max_length if packing else longest)
 expected = expected_gib(config, dtype, tokens, torch.cuda.is_available())
-print(f"expected peak memory: {expected.sum():.1f} GiB; there is room for {room_gib():.1f} GiB")
-if expected.sum() > room_gib():
+room = min(gather_object([room_gib()]))
+sharded = processes.distributed_type == DistributedType.MULTI_GPU and bool(expected.sum() > room)
+if sharded:
+    print(f"on each GPU the whole model would take {expected.sum():.1f} GiB, and there is room for {room:.1f} GiB")
+    print(f"so it is sharded over {processes.num_processes} GPUs (FSDP)")
+    expected = expected_gib(config, dtype, tokens, gpu=True, shards=processes.num_processes)
+print(f"expected peak memory: {expected.sum():.1f} GiB; there is room for {room:.1f} GiB")
+if expected.sum() > room:
     raise StageError(
-        f"Training is expected to take {expected.sum():.1f} GiB of memory, and there are {room_gib():.1f} GiB. "
+        f"Training is expected to take {expected.sum():.1f} GiB of memory, and there are {room:.1f} GiB. "
         "Lower batch_size or max_length, set gradient_checkpointing, or take a smaller base_model."
     )
 expected.round(2).to_frame()
 
 # %% tags=["nbval-ignore-output"]
-model = load_base(base_model, base_model_revision, dtype, attn_implementation)
+if sharded:
+    stored = getattr(config, "quantization_config", {"bnb_4bit_quant_storage": dtype})["bnb_4bit_quant_storage"]
+    if stored not in (dtype, str(dtype).removeprefix("torch.")):
+        raise StageError(
+            f"{base_model} stores its 4-bit weights as {stored}, which FSDP cannot shard. Take one in 16 bits."
+        )
+    if any(name in optim for name in ("paged", "bit", "bnb")):
+        raise StageError(f"optim={optim}: the optimizers of bitsandbytes know no shards. Use adamw_torch_fused.")
+    read = expected_gib(config, dtype, tokens, gpu=True)["base model"] * int(os.environ["LOCAL_WORLD_SIZE"])
+    if read > (free := psutil.virtual_memory().available / 2**30):
+        raise StageError(
+            f"Reading the model takes {read:.1f} GiB of RAM before it is sharded; {free:.1f} GiB are free."
+        )
+model = load_base(base_model, base_model_revision, dtype, attn_implementation, sharded)
 model.config.use_cache = False
 
 # %%
-print(f"computing in {str(dtype).removeprefix('torch.')} on {model.device.type}")
+print(f"computing in {str(dtype).removeprefix('torch.')} on {processes.device.type}")
 print(f"{model.num_parameters() / 1e6:,.1f} million parameters in {model.get_memory_footprint() / 2**20:,.1f} MiB")
 
 # %% [markdown]
@@ -676,6 +710,8 @@ lora_config = LoraConfig(
     task_type="CAUSAL_LM",
 )
 model = get_peft_model(model, lora_config)
+if use_liger_kernel and hasattr(model.get_output_embeddings(), "base_layer"):
+    raise StageError("Liger's loss does not see an adapter on the output layer. Set use_liger_kernel to false.")
 trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 trainable_percent = 100 * trainable / model.base_model.model.num_parameters()
 print(f"{trainable:,} trainable parameters, {trainable_percent:.2f}% of the model")
@@ -707,8 +743,8 @@ def newest_checkpoint(folder, settings):
 
 # %%
 settings = {name: value for name, value in parameters.items() if name != "run_dir"}
-settings |= {"dataset_fingerprint": report["fingerprint"], "dtype": str(dtype), "device": model.device.type}
-settings |= {"processes": processes.num_processes}
+settings |= {"dataset_fingerprint": report["fingerprint"], "dtype": str(dtype), "device": processes.device.type}
+settings |= {"processes": processes.num_processes, "sharded": sharded}
 with processes.main_process_first():
     checkpoint = newest_checkpoint(run / "checkpoints", settings)
     if checkpoint is None:
@@ -734,6 +770,17 @@ class Stopwatch(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs):
         state.log_history[-1]["seconds"] = round(time.perf_counter() - self.start, 2)
+
+
+class CheckpointFolder(TrainerCallback):
+    """Make the folder of a checkpoint before it is written.
+
+    Trainer notes a checkpoint as the best only if its folder is there before sharded weights are written to it
+    (`Trainer._save_checkpoint` in transformers 5.13), and would load an earlier one at the end.
+    """
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        Path(args.output_dir, f"checkpoint-{state.global_step}").mkdir(parents=True, exist_ok=True)
 
 
 def steps_if_stopped(checkpoint):
@@ -763,6 +810,8 @@ training_arguments = SFTConfig(
     fp16=dtype == torch.float16,
     gradient_checkpointing=gradient_checkpointing,
     gradient_checkpointing_kwargs={"use_reentrant": False},
+    fsdp=sharded,
+    fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"},
     ddp_find_unused_parameters=False,
     max_length=max_length,
     use_liger_kernel=use_liger_kernel,
@@ -785,11 +834,22 @@ trainer = SFTTrainer(
     eval_dataset=encoded["validation"],
     data_collator=collate,
     processing_class=tokenizer,
-    callbacks=[Stopwatch(), *stop_early],
+    callbacks=[Stopwatch(), *([CheckpointFolder()] if sharded else []), *stop_early],
 )
 for parameter in trainer.model.parameters():
     if parameter.requires_grad:
         parameter.data = parameter.data.float()
+
+# %% [markdown]
+# Of a sharded model the weights are gathered in `dtype`, which leaves the 4-bit numbers as they are, and gradients are
+# summed in fp32. Liger's loss takes the output layer's weights without calling it, so that layer stays whole.
+
+# %%
+if sharded:
+    fsdp = trainer.accelerator.state.fsdp_plugin
+    fsdp.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if use_liger_kernel:
+        fsdp.ignored_modules = [model.get_output_embeddings().to(processes.device)]
 
 # %% [markdown]
 # ## What is about to happen
@@ -881,13 +941,18 @@ metrics = {
 }
 
 # %%
+adapter = {  # gathered from the shards, which takes all processes
+    name: parameter.full_tensor() if sharded else parameter
+    for name, parameter in trainer.model.named_parameters()
+    if parameter.requires_grad
+}
 if processes.is_main_process:
     with whole(run / "training" / "metrics.json") as partial:
         partial.write_text(json.dumps(metrics, indent=2))
     with whole(run / "training" / "log_history.json") as partial:
         partial.write_text(json.dumps(trainer.state.log_history, indent=2))
     with whole(run / "adapter") as folder:
-        trainer.model.save_pretrained(folder)
+        trainer.model.save_pretrained(folder, state_dict=adapter)
         tokenizer.save_pretrained(folder)
         provenance = {"base_model": base_model, "base_model_revision": base_model_revision}
         provenance |= {"dataset_fingerprint": report["fingerprint"], "dtype": str(dtype).removeprefix("torch.")}

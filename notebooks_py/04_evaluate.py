@@ -1128,14 +1128,16 @@ class OnDisk:
             return file.get_tensor(self.name)[index]
 
 
-def load_model(model, revision, dtype, attn_implementation, quantization_config=None):
-    """A causal language model, a folder or a name on the Hub, on the GPU if there is one, with its generation config.
+def load_model(model, revision, dtype, attn_implementation, quantization_config=None, device=None):
+    """A causal language model, a folder or a name on the Hub, with its generation config.
+
+    On `device`: where it is left out, on the GPU if there is one.
 
     It is read one tensor at a time. `from_pretrained` alone keeps all files mapped until the last tensor is read, so
     that a 7B model in fp16 takes 13.7 GiB of resident memory on its way to the GPU; this way it takes 1.3 GiB. A model
     stored in 4 bits is small enough, and needs the statistics beside its tensors.
     """
-    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    device = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     options = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": attn_implementation}
     folder = fetch(model, revision)
     config = AutoConfig.from_pretrained(folder)
@@ -1153,8 +1155,10 @@ def load_model(model, revision, dtype, attn_implementation, quantization_config=
     return loaded
 
 
-def load_base(base_model, revision, dtype, attn_implementation):
+def load_base(base_model, revision, dtype, attn_implementation, sharded=False):
     """The base model in NF4 with double quantization, computing in `dtype`, on the GPU if there is one.
+
+    To be `sharded`, it waits in RAM, its 4-bit numbers stored as if they were of `dtype`: FSDP shards only floats.
 
     On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights at its first forward pass in eval mode, into a
     layout that has no gradient: a model that was evaluated once would never learn again, without an error
@@ -1165,8 +1169,9 @@ def load_base(base_model, revision, dtype, attn_implementation):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
     )
-    model = load_model(base_model, revision, dtype, attn_implementation, nf4)
+    model = load_model(base_model, revision, dtype, attn_implementation, nf4, "cpu" if sharded else None)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False

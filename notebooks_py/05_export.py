@@ -947,14 +947,16 @@ class OnDisk:
             return file.get_tensor(self.name)[index]
 
 
-def load_model(model, revision, dtype, attn_implementation, quantization_config=None):
-    """A causal language model, a folder or a name on the Hub, on the GPU if there is one, with its generation config.
+def load_model(model, revision, dtype, attn_implementation, quantization_config=None, device=None):
+    """A causal language model, a folder or a name on the Hub, with its generation config.
+
+    On `device`: where it is left out, on the GPU if there is one.
 
     It is read one tensor at a time. `from_pretrained` alone keeps all files mapped until the last tensor is read, so
     that a 7B model in fp16 takes 13.7 GiB of resident memory on its way to the GPU; this way it takes 1.3 GiB. A model
     stored in 4 bits is small enough, and needs the statistics beside its tensors.
     """
-    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    device = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     options = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": attn_implementation}
     folder = fetch(model, revision)
     config = AutoConfig.from_pretrained(folder)

@@ -8,7 +8,28 @@ import time
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT, make, metrics_without_times
+from safetensors.torch import load_file
+
+# Accelerate shards only what runs on GPUs, so the kernels take themselves for such, with little memory.
+AS_ON_SMALL_GPUS = """
+import psutil
+from accelerate.state import DistributedType, PartialState
+
+set_up = PartialState.__init__
+
+
+def set_up_as_gpu(self, *arguments, **options):
+    set_up(self, *arguments, **options)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+
+PartialState.__init__ = set_up_as_gpu
+little = psutil.virtual_memory()._replace(available=2**28)
+psutil.virtual_memory = lambda: little
+"""
 
 
 def training(run_dir, processes, rows):
@@ -31,33 +52,57 @@ def kernel_of(make_process, rank):
     return None
 
 
-def test_two_processes_train_as_one_also_after_one_was_killed(finished_run, tmp_path):
-    for name in ("one", "two"):
-        shutil.copytree(finished_run / "dataset", tmp_path / name / "dataset")
-        shutil.copy(finished_run / "01_format_dataset.ipynb", tmp_path / name)
-    done = make(*training(tmp_path / "one", 1, 4))
+@pytest.fixture(scope="module")
+def trained_by_one(finished_run, tmp_path_factory):
+    """A run folder in which one process has trained, with as many rows a step as two have below."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    shutil.copytree(finished_run / "dataset", run_dir / "dataset")
+    shutil.copy(finished_run / "01_format_dataset.ipynb", run_dir)
+    done = make(*training(run_dir, 1, 4))
     assert done.returncode == 0, done.stderr
+    return run_dir
 
-    command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", *training(tmp_path / "two", 2, 2)]
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP"])
+def test_two_processes_train_as_one_also_after_one_was_killed(
+    trained_by_one, finished_run, tmp_path, monkeypatch, sharded
+):
+    run_dir = tmp_path / "two"
+    shutil.copytree(finished_run / "dataset", run_dir / "dataset")
+    shutil.copy(finished_run / "01_format_dataset.ipynb", run_dir)
+    if sharded:
+        startup = tmp_path / "ipython" / "profile_default" / "startup"
+        startup.mkdir(parents=True)
+        (startup / "gpus.py").write_text(AS_ON_SMALL_GPUS)
+        monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+
+    command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", *training(run_dir, 2, 2)]
     two = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while two.poll() is None and not list(tmp_path.glob("two/checkpoints/checkpoint-*/trainer_state.json")):
+    while two.poll() is None and not list(run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")):
         time.sleep(0.1)
     kernel_of(psutil.Process(two.pid), 1).kill()
     _, said = two.communicate(timeout=120)  # not a hang
     assert two.returncode != 0
     assert "02_finetune_qlora.process1: " in said and "Process 1 failed first" in said
-    assert not (tmp_path / "two" / "02_finetune_qlora.ipynb").exists()
+    assert not (run_dir / "02_finetune_qlora.ipynb").exists()
 
-    done = make(*training(tmp_path / "two", 2, 2))
+    done = make(*training(run_dir, 2, 2))
     assert done.returncode == 0, done.stderr
-    assert "going on from checkpoint-" in (tmp_path / "two" / "02_finetune_qlora.ipynb").read_text()
-    expected, found = history(tmp_path / "one"), history(tmp_path / "two")
+    notebook = (run_dir / "02_finetune_qlora.ipynb").read_text()
+    assert "going on from checkpoint-" in notebook
+    assert ("sharded over 2 GPUs (FSDP)" in notebook) == sharded
+    assert bool(list(run_dir.glob("checkpoints/*/pytorch_model_fsdp_0"))) == sharded
+    expected, found = history(trained_by_one), history(run_dir)
     resumed = [entry for entry in zip(expected, found, strict=True) if entry[0][0] > 10]  # its first log is of less
     assert len(resumed) > 5
     for one, other in resumed:
         assert other == pytest.approx(one, rel=5e-3)
-    assert not list((tmp_path / "two").glob("*process1*")), "what is left looks as on one GPU"
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (trained_by_one, run_dir)]
+    assert adapters[0].keys() == adapters[1].keys()
+    one, other = (torch.cat([adapter[name].flatten() for name in sorted(adapter)]) for adapter in adapters)
+    assert (one - other).norm() < 0.1 * one.norm()
+    assert not list(run_dir.glob("*process1*")), "what is left looks as on one GPU"
+    assert {path.name for path in run_dir.iterdir()} == {path.name for path in trained_by_one.iterdir()}
 
 
 def evaluation(run_dir, processes):
