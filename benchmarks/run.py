@@ -45,7 +45,6 @@ ROWS = {
     "Unsloth's notebook": ("unsloth", None, {**UNSLOTH_NOTEBOOK, "batch": 2, "checkpointing": True}),
     "Unsloth, packed 16 x 512": ("unsloth", None, {**UNSLOTH, "batch": 16, "checkpointing": False}),
     "t4 profile, 14.5 GiB, fp16": ("notebook", 14.5, {"profile": "t4", "precision": "fp16"}),
-    "t4 profile, 115 rows": ("notebook", 14.5, {"profile": "t4", "precision": "fp16", "min_steps": 10**9}),
     "Unsloth 4 x 512, 14.5 GiB, fp16": ("unsloth", 14.5, {**UNSLOTH, "batch": 4, "checkpointing": False, "fp16": True}),
     "Unsloth 8 x 512, 14.5 GiB, fp16, its checkpointing": (
         "unsloth",
@@ -53,7 +52,6 @@ ROWS = {
         {**UNSLOTH, "batch": 8, "checkpointing": True, "fp16": True},
     ),
     "a100 profile, 39 GiB": ("notebook", 39, {"profile": "a100"}),
-    "a100 profile, 115 rows": ("notebook", 39, {"profile": "a100", "min_steps": 10**9}),
     "Unsloth 8 x 512, 39 GiB": ("unsloth", 39, {**UNSLOTH, "batch": 8, "checkpointing": False}),
     "Unsloth 12 x 512, 39 GiB": ("unsloth", 39, {**UNSLOTH, "batch": 12, "checkpointing": False}),
     "Unsloth 16 x 512, 39 GiB, its checkpointing": ("unsloth", 39, {**UNSLOTH, "batch": 16, "checkpointing": True}),

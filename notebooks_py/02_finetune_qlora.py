@@ -254,6 +254,7 @@ def record(stage, dataset_fingerprint):
 
 # %%
 import logging
+import math
 
 # bitsandbytes looks for an optional CPU kernel, and does without
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -688,6 +689,8 @@ if sharded:
         raise StageError(
             f"Reading the model takes {read:.1f} GiB of RAM before it is sharded; {free:.1f} GiB are free."
         )
+    # `accelerate launch` leaves each process one thread, and the CPU has billions of weights to quantize
+    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
 model = load_base(base_model, base_model_revision, dtype, attn_implementation, sharded)
 model.config.use_cache = False
 
@@ -710,8 +713,8 @@ lora_config = LoraConfig(
     task_type="CAUSAL_LM",
 )
 model = get_peft_model(model, lora_config)
-if use_liger_kernel and hasattr(model.get_output_embeddings(), "base_layer"):
-    raise StageError("Liger's loss does not see an adapter on the output layer. Set use_liger_kernel to false.")
+if (use_liger_kernel or sharded) and hasattr(model.get_output_embeddings(), "base_layer"):
+    raise StageError("An adapter on the output layer works neither with use_liger_kernel nor with a sharded model.")
 trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 trainable_percent = 100 * trainable / model.base_model.model.num_parameters()
 print(f"{trainable:,} trainable parameters, {trainable_percent:.2f}% of the model")
@@ -773,10 +776,11 @@ class Stopwatch(TrainerCallback):
 
 
 class CheckpointFolder(TrainerCallback):
-    """Make the folder of a checkpoint before it is written.
+    """Make the folder of a checkpoint before anything is written to it.
 
-    Trainer notes a checkpoint as the best only if its folder is there before sharded weights are written to it
-    (`Trainer._save_checkpoint` in transformers 5.13), and would load an earlier one at the end.
+    Trainer notes a checkpoint as the best only if its folder is there, and of a sharded model that is decided before
+    the first file (`Trainer._save_checkpoint` in transformers 5.13): an earlier checkpoint would be loaded at the end,
+    or by one process only, and the others would wait for it for ever.
     """
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -791,6 +795,9 @@ def steps_if_stopped(checkpoint):
 
 
 # %%
+steps = math.ceil(len(train) / (rows_a_step * processes.num_processes))
+steps = math.ceil(math.ceil(steps / gradient_accumulation_steps) * epochs)
+evaluate_each = math.ceil(steps / evaluations)
 training_arguments = SFTConfig(
     output_dir=str(run / "checkpoints"),
     use_cpu=not torch.cuda.is_available(),
@@ -816,9 +823,9 @@ training_arguments = SFTConfig(
     max_length=max_length,
     use_liger_kernel=use_liger_kernel,
     eval_strategy="steps",
-    eval_steps=1 / evaluations,
+    eval_steps=evaluate_each,
     save_strategy="steps",
-    save_steps=1 / evaluations,
+    save_steps=evaluate_each,
     save_total_limit=2,
     load_best_model_at_end=True,
     logging_steps=0.05,
@@ -842,22 +849,20 @@ for parameter in trainer.model.parameters():
 
 # %% [markdown]
 # Of a sharded model the weights are gathered in `dtype`, which leaves the 4-bit numbers as they are, and gradients are
-# summed in fp32. Liger's loss takes the output layer's weights without calling it, so that layer stays whole.
+# summed in fp32. The output layer stays whole: Liger's loss takes its weights without calling it, and some models have
+# them in common with the input layer.
 
 # %%
 if sharded:
     fsdp = trainer.accelerator.state.fsdp_plugin
     fsdp.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    if use_liger_kernel:
-        fsdp.ignored_modules = [model.get_output_embeddings().to(processes.device)]
+    fsdp.ignored_modules = [model.get_output_embeddings().to(processes.device)]
 
 # %% [markdown]
 # ## What is about to happen
 
 
 # %%
-steps = -(-len(train) // (rows_a_step * processes.num_processes))
-steps = -(-steps // gradient_accumulation_steps) * epochs
 tokens_an_epoch = sum(map(len, encoded["train"]["input_ids"]))
 pd.Series(
     {

@@ -1,5 +1,6 @@
 """Notebook 02: precision, the loss, gradients through 4-bit layers, resuming."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import accelerate
 import bitsandbytes as bnb
 import datasets
 import numpy as np
@@ -15,6 +17,8 @@ import psutil
 import pytest
 import torch
 import transformers
+import yaml
+from accelerate import DistributedType
 from conftest import ROOT, TINY, definitions, run_tiny
 from huggingface_hub.errors import DryRunError
 from peft import LoraConfig, get_peft_model
@@ -363,24 +367,95 @@ def test_a_model_that_does_not_fit_is_not_loaded(finished_run, tmp_path, monkeyp
 SHAPES = {"7B": (4096, 11008, 32, 32), "13B": (5120, 13824, 40, 40), "70B": (8192, 28672, 80, 8)}
 
 
-@pytest.mark.parametrize(("column", "name"), list(enumerate(SHAPES, 1)))
-def test_readme_says_what_fits_as_the_notebook_does(column, name):
-    """Llama 2's three shapes, with the defaults of the notebook."""
-    finetune = definitions("02_finetune_qlora")
+def llama_2(name):
+    """The config of a Llama 2, by its size."""
     hidden, intermediate, layers, heads = SHAPES[name]
-    config = transformers.LlamaConfig(
+    return transformers.LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 128,
         num_key_value_heads=heads,
     )
+
+
+@pytest.mark.parametrize(("column", "name"), list(enumerate([*SHAPES, *SHAPES], 1)))
+def test_readme_says_what_fits_as_the_notebook_does(column, name):
+    """Llama 2's three shapes, with the defaults of the notebook, whole and sharded over two GPUs."""
+    finetune = definitions("02_finetune_qlora")
+    config, shards = llama_2(name), 1 + (column > len(SHAPES))
     lines = re.findall(r"\| (\d+), (checkpointing|nothing recomputed) \|(.*)\|", (ROOT / "README.md").read_text())
     assert len(lines) == 6
     for rows, how, cells in lines:
         finetune.expected_gib.__globals__["gradient_checkpointing"] = how == "checkpointing"
-        expected = finetune.expected_gib(config, torch.float16, int(rows) * 512, gpu=True).sum()
+        expected = finetune.expected_gib(config, torch.float16, int(rows) * 512, gpu=True, shards=shards).sum()
         figures = [float(figure) for figure in re.findall(r"[\d.]+", cells.split("|")[column - 1])]
         assert figures[0] == pytest.approx(expected, abs=0.051)
         for measured in figures[1:]:
             assert expected == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("profile", "name", "card", "sharded"),
+    [("kaggle_t4x2", "7B", 14.5, False), ("a100x2", "7B", 39, False), ("70b", "70B", 79, True)],
+)
+def test_a_profile_for_two_gpus_fits_them(profile, name, card, sharded):
+    """Full batches, as on a table that is large enough, on cards of `card` GiB."""
+    finetune = definitions("02_finetune_qlora")
+    settings = yaml.safe_load((ROOT / "profiles" / f"{profile}.yaml").read_text())
+    finetune.expected_gib.__globals__.update(settings)
+    whole, half = (
+        finetune.expected_gib(llama_2(name), torch.float16, settings["batch_size"] * 512, gpu=True, shards=shards).sum()
+        for shards in (1, 2)
+    )
+    assert (whole > card) == sharded
+    assert half < min(card, whole)
+
+
+@pytest.mark.parametrize(("evaluations", "taken"), [(1, 1), (3, 3), (1000, 14)])
+def test_the_validation_loss_is_taken_as_often_as_asked(finished_run, tmp_path, evaluations, taken):
+    """14 steps; at most so often, and at the end in any case."""
+    shutil.copytree(finished_run / "dataset", tmp_path / "run" / "dataset")
+    stage = run_tiny("02_finetune_qlora", tmp_path / "run", before="## Save", evaluations=evaluations)
+    assert len(stage.validation_loss) == taken
+    assert stage.validation_loss.index[-1] == stage.steps == 14
+
+
+def test_a_base_that_is_to_be_sharded_computes_the_same(finetune):
+    """FSDP shards floating-point numbers only; accelerate would leave others whole on each GPU, without an error."""
+    ids = torch.arange(20)[None]
+    usual, sharded = (finetune.load_base(str(TINY), None, torch.float32, "sdpa", choice) for choice in (False, True))
+    assert {module.weight.dtype for module in sharded.modules() if isinstance(module, bnb.nn.Linear4bit)} == {
+        torch.float32
+    }
+    with torch.no_grad():
+        assert torch.equal(usual(ids).logits, sharded(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        ({"optim": "paged_adamw_32bit"}, "optim=paged_adamw_32bit: the optimizers of bitsandbytes know no shards"),
+        ({"base_model": "stored"}, "stores its 4-bit weights as uint8, which FSDP cannot shard"),
+        ({}, r"Reading the model takes \d+\.\d GiB of RAM before it is sharded; 0\.2 GiB are free"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(finetune, finished_run, tmp_path, monkeypatch, problem, message):
+    """As one of two processes on GPUs that have little room, up to where the model would be loaded."""
+    shutil.copytree(finished_run / "dataset", tmp_path / "run" / "dataset")
+    if "base_model" in problem:
+        problem = {"base_model": str(tmp_path / "stored")}
+        finetune.load_base(str(TINY), None, torch.float32, "sdpa").save_pretrained(tmp_path / "stored")
+        for file in [*TINY.glob("*token*"), *TINY.glob("*.jinja")]:
+            shutil.copy(file, tmp_path / "stored")
+    one_of_two = SimpleNamespace(
+        num_processes=2, distributed_type=DistributedType.MULTI_GPU, main_process_first=contextlib.nullcontext
+    )
+    room = psutil.virtual_memory()._replace(available=2**28)
+    monkeypatch.setattr(accelerate, "PartialState", lambda cpu: one_of_two)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2" if problem else "1000")
+    with pytest.raises(Exception, match=message) as caught:
+        run_tiny("02_finetune_qlora", tmp_path / "run", **problem)
+    assert type(caught.value).__name__ == "StageError"

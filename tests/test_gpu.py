@@ -163,3 +163,8 @@ def test_batched_generation_is_five_times_as_fast(run_dir, tmp_path):
 def stage_model(run_dir):
     """The merged model of a run, on the GPU."""
     return AutoModelForCausalLM.from_pretrained(run_dir / "merged", dtype=torch.bfloat16, device_map={"": 0})
+
+
+def test_an_adapter_that_liger_does_not_see_is_refused(run_dir):
+    with pytest.raises(Exception, match="An adapter on the output layer works neither"):
+        run_script("02_finetune_qlora", before="## Train", **settings(run_dir, lora_target_modules=["lm_head"]))

@@ -92,6 +92,9 @@ def test_two_processes_train_as_one_also_after_one_was_killed(
     assert "going on from checkpoint-" in notebook
     assert ("sharded over 2 GPUs (FSDP)" in notebook) == sharded
     assert bool(list(run_dir.glob("checkpoints/*/pytorch_model_fsdp_0"))) == sharded
+    states = [json.loads(file.read_text()) for file in run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")]
+    last = max(states, key=lambda state: state["global_step"])
+    assert last["best_model_checkpoint"].endswith(f"checkpoint-{last['best_global_step']}")
     expected, found = history(trained_by_one), history(run_dir)
     resumed = [entry for entry in zip(expected, found, strict=True) if entry[0][0] > 10]  # its first log is of less
     assert len(resumed) > 5
