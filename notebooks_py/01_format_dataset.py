@@ -690,13 +690,18 @@ def to_conversation(row, question_template, answer_template):
     }
 
 
+def excerpt(text):
+    """A text to be shown: its beginning, if it is long."""
+    return text if len(text) <= 3000 else f"{text[:3000]} … ({len(text):,} characters)"
+
+
 # %%
 if not keep.any():
     raise StageError(f"All {len(clean)} rows of {dataset} were dropped: {dict(dropped)}. Check `columns`.")
 example = to_conversation(next(compress(clean, keep)), question_template, answer_template)
 as_it_came = next(compress(table, keep))
-print({field: as_it_came[columns[field]] for field in fields}, "\n")
-print(tokenizer.apply_chat_template(example["prompt"] + example["completion"], tokenize=False))
+print(excerpt(str({field: as_it_came[columns[field]] for field in fields})), "\n")
+print(excerpt(tokenizer.apply_chat_template(example["prompt"] + example["completion"], tokenize=False)))
 
 # %% [markdown]
 # ### Token ids
@@ -956,7 +961,7 @@ questions, first_rows, rows_of_question = np.unique(places, return_index=True, r
 pd.DataFrame({"rows": Counter(split), "questions": Counter(split[first_rows])}).loc[["train", "validation", "test"]]
 
 # %%
-print(next(compress(examples, split == "train"))["text"])
+print(excerpt(next(compress(examples, split == "train"))["text"]))
 
 # %% [markdown]
 # ## Emergencies

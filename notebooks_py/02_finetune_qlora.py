@@ -675,9 +675,13 @@ if expected.sum() > room:
     )
 expected.round(2).to_frame()
 
-# %% tags=["nbval-ignore-output"]
+# %% [markdown]
+# Sharding asks for more: 4-bit weights stored as floating-point numbers, an optimizer that knows shards, and enough RAM
+# for all processes to read the model at once.
+
+# %%
 if sharded:
-    stored = getattr(config, "quantization_config", {"bnb_4bit_quant_storage": dtype})["bnb_4bit_quant_storage"]
+    stored = getattr(config, "quantization_config", {"bnb_4bit_quant_storage": dtype}).get("bnb_4bit_quant_storage")
     if stored not in (dtype, str(dtype).removeprefix("torch.")):
         raise StageError(
             f"{base_model} stores its 4-bit weights as {stored}, which FSDP cannot shard. Take one in 16 bits."
@@ -691,6 +695,8 @@ if sharded:
         )
     # `accelerate launch` leaves each process one thread, and the CPU has billions of weights to quantize
     torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+
+# %% tags=["nbval-ignore-output"]
 model = load_base(base_model, base_model_revision, dtype, attn_implementation, sharded)
 model.config.use_cache = False
 

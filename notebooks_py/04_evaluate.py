@@ -1184,11 +1184,13 @@ dtype = compute_dtype(precision)
 with torch.device("meta"):
     largest = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_model, revision=base_model_revision))
 largest = largest.num_parameters() * dtype.itemsize / 2**30  # the merged model; the others are in 4 bits
-print(f"the merged model will take {largest:.1f} GiB of memory; there is room for {room_gib():.1f} GiB")
-if largest > room_gib():
+room = min(gather_object([room_gib()]))
+in_16_bits = bool(largest <= room)
+print(f"the merged model will take {largest:.1f} GiB of memory; there is room for {room:.1f} GiB")
+if not in_16_bits and not merged_folder:
     raise StageError(
-        f"The merged model takes {largest:.1f} GiB of memory, and there are {room_gib():.1f} GiB. "
-        "Evaluate it on a larger machine: the run folder can be copied."
+        f"The merged model takes {largest:.1f} GiB of memory, and there are {room:.1f} GiB. To have it evaluated in "
+        "4 bits, run 03_merge_adapter where its files can stay, or run this notebook on a larger machine."
     )
 
 # %% tags=["nbval-ignore-output"]
@@ -1210,8 +1212,11 @@ trained = response_logits(adapted, compared, tokenizer.pad_token_id, eval_batch_
 del base, adapted
 gc.collect()
 torch.cuda.empty_cache()
-if merged_folder:
+if merged_folder and in_16_bits:
     merged = load_model(merged_folder, None, dtype, attn_implementation)
+elif merged_folder:
+    print("it does not fit: it is evaluated in 4 bits, which changes it")
+    merged = load_base(merged_folder, None, dtype, attn_implementation)
 else:
     merged = load_model(base_model, base_model_revision, dtype, attn_implementation)
     merged = PeftModel.from_pretrained(merged, run / "adapter").merge_and_unload()
@@ -1261,6 +1266,8 @@ def with_interval(value, ci95, form):
 
 # %%
 metrics = {name: summarize(name) for name in ("base", "adapter", "merged")}
+if not in_16_bits:
+    metrics["merged"]["evaluated_in"] = "NF4"
 columns = {
     "response perplexity": ("perplexity", "response", ",.1f"),
     "full-text perplexity": ("perplexity", "full_text", ",.1f"),
@@ -1270,7 +1277,7 @@ columns = {
 }
 pd.DataFrame(
     {
-        name: {
+        (name if "evaluated_in" not in metrics[name] else f"{name}, in 4 bits"): {
             column: with_interval(metrics[name][group][key], metrics[name][group][f"{key}_ci95"], form)
             for column, (group, key, form) in columns.items()
         }
@@ -1633,8 +1640,10 @@ if compared:
     )
     other = {"original": "dequantized", "dequantized": "original"}[made_from]
     variants["adapter on NF4"] = divergence(trained, trained, compared)
-    compare(f"merged, {made_from}", merged)
-    compare(f"merged, {made_from}, NF4 again", quantize_again(merged))
+    if in_16_bits:
+        compare(f"merged, {made_from}", merged)
+        merged = quantize_again(merged)
+    compare(f"merged, {made_from}, NF4 again", merged)
     del merged
     gc.collect()
     torch.cuda.empty_cache()
@@ -1697,9 +1706,11 @@ def what_to_ship(variants, bootstrap_samples, seed):
         if all(name in variants for name in pair):
             name, why = better_of(variants, *pair, bootstrap_samples, seed)
             lines.append(f'Ship {what}: "{name}", as {why}.')
-        else:
+        elif any(name in variants for name in pair):
             name = next(name for name in pair if name in variants)
             lines.append(f'To ship {what} there is only "{name}" here.')
+        else:
+            continue
         trained, shipped = variants["adapter on NF4"], variants[name]
         columns = (shipped["response_nll"], trained["response_nll"], trained["response_tokens"])
         cost = mean_difference(*columns, bootstrap_samples, seed)

@@ -275,7 +275,8 @@ def hardware(entry):
 
 
 parameters = parameters_of(manifest)
-MODEL_NAMES = {"base": "base", "adapter": "with the adapter", "merged": "merged"}
+in_4_bits = ", in 4 bits" if "evaluated_in" in models.get("merged", {}) else ""
+MODEL_NAMES = {"base": "base", "adapter": "with the adapter", "merged": f"merged{in_4_bits}"}
 summary = pd.DataFrame(
     {
         MODEL_NAMES[name]: {

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from conftest import ROOT, TABLE, TINY, run_tiny
@@ -633,3 +634,24 @@ def test_the_metrics_of_a_run(finished_run):
     samples = [json.loads(line) for line in (finished_run / "evaluation" / "samples.jsonl").read_text().splitlines()]
     assert {"question", "in_the_table", "base", "adapter", "merged", "disclaimer"} == set(samples[0])
     assert all("not medical advice" in sample["disclaimer"] for sample in samples)
+
+
+def test_a_merged_model_that_does_not_fit_is_evaluated_in_4_bits(finished_run, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    size = sum(file.stat().st_size for file in (run_dir / "merged").glob("*.safetensors"))
+    room = psutil.virtual_memory()._replace(available=int(0.8 * size))
+    off = {"split_rows": 0, "outside_text": "", "safety_prompts": "", "item_field": ""}
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
+    run_tiny("04_evaluate", run_dir, samples=2, max_new_tokens=4, bootstrap_samples=50, **off)
+    metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
+    before = json.loads((finished_run / "evaluation" / "metrics.json").read_text())
+    said = capsys.readouterr().out
+    assert (
+        "it is evaluated in 4 bits" in said and "To ship in NF4 there is only" in said and "Ship in 16 bits" not in said
+    )
+    assert metrics["merged"]["evaluated_in"] == "NF4" and "evaluated_in" not in before["merged"]
+    assert metrics["adapter"]["perplexity"]["response"] == pytest.approx(before["adapter"]["perplexity"]["response"])
+    in_4_bits = before["fidelity"]["merged, original, NF4 again"]["perplexity"]
+    assert metrics["merged"]["perplexity"]["response"] == pytest.approx(in_4_bits, rel=1e-4)
+    assert metrics["fidelity"].keys() == {"adapter on NF4", "merged, original, NF4 again"}

@@ -465,6 +465,13 @@ def test_a_cell_of_100_000_characters(name, base_model, tmp_path):
             assert any(answer in row["a"] for row in notebook.clean), "a part is not a piece of the answer, as it stood"
 
 
+def test_a_long_cell_is_not_shown_in_full(tmp_path, capsys):
+    """It would make the notebook so long that nobody scrolls past it."""
+    write_csv(tmp_path / "table.csv", COLUMNS.values(), [("Long?", LONG["words"]), *GOOD])
+    run_tiny("01_format_dataset", tmp_path / "run", dataset=str(tmp_path / "table.csv"), **TEMPLATES)
+    assert len(capsys.readouterr().out) < 15_000
+
+
 @examples(100)
 @given(
     st.lists(st.sampled_from(["One.", "Two words!", "Is it?", "a longer one.", " ", "\n", "\n\n", "  "]), min_size=1)
