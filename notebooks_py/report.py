@@ -275,8 +275,9 @@ def hardware(entry):
 
 
 parameters = parameters_of(manifest)
-in_4_bits = ", in 4 bits" if "evaluated_in" in models.get("merged", {}) else ""
-MODEL_NAMES = {"base": "base", "adapter": "with the adapter", "merged": f"merged{in_4_bits}"}
+MODEL_NAMES = {"base": "base", "adapter": "with the adapter", "merged": "merged"}
+if "evaluated_in" in models.get("merged", {}):  # it did not fit in 16 bits
+    MODEL_NAMES["merged"] += ", in 4 bits"
 summary = pd.DataFrame(
     {
         MODEL_NAMES[name]: {

@@ -116,6 +116,7 @@ def test_a_page_about_a_run(finished_run, tmp_path):
     run = copy_of(finished_run, tmp_path / "run")
     page = page_of(run)
     assert_self_contained(page)
+    assert "merged, in 4 bits" not in page.text
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     data = json.loads((run / "dataset" / "report.json").read_text())
     manifest = json.loads((run / "manifest.json").read_text())
@@ -139,11 +140,13 @@ def test_a_run_older_than_some_figures(finished_run, tmp_path):
     run = copy_of(finished_run, tmp_path / "run")
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     old = {name: {"perplexity": metrics[name]["perplexity"]} for name in ("base", "adapter", "merged")}
+    old["merged"]["evaluated_in"] = "NF4"
     (run / "evaluation" / "metrics.json").write_text(json.dumps(old))
     (run / "evaluation" / "safety.jsonl").unlink()
     page = page_of(run)
     assert sum(tag == "img" for tag, _ in page.tags) == 2
     assert page.text.count("Not measured in this run.") == 3
+    assert "merged, in 4 bits" in page.text
     assert "Other ways to merge were not measured" in page.text and "None were measured" in page.text
 
 
