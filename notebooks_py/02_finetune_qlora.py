@@ -635,17 +635,16 @@ def expected_gib(config, dtype, tokens, gpu, shards=1):
     layer += sum(module.in_features for module in adapted) / layers * (size + 1) if lora_dropout else 0
     activations = layers * config.hidden_size * size + layer if gradient_checkpointing else layers * layer
     logits = config.vocab_size * (size + 4 * 4)  # as computed; in fp32: shifted, softmax, gradient, entropy
-    others = (skeleton.num_parameters() - quantized) * size
-    output_layer = skeleton.get_output_embeddings().weight.numel() * size
-    gathered = 2 / layers * (quantized * 0.5 + adapter * size) + output_layer * (1 - 1 / shards)
     parts = {
-        "base model": quantized * (0.5 / shards + 8.25 / 8 / 64) + others / shards,
+        "base model": quantized * (0.5 / shards + 8.25 / 8 / 64)
+        + (skeleton.num_parameters() - quantized) * size / shards,
         "adapter, gradients, optimizer": adapter * (4 + 4 + (2 if "8bit" in optim else 8)) / shards,
         "activations": tokens * activations,
         "logits": tokens * logits / (8 if use_liger_kernel else 1),
     }
     if shards > 1:
-        parts["gathered layers"] = gathered
+        output_layer = skeleton.get_output_embeddings().weight.numel() * size
+        parts["gathered layers"] = 2 / layers * (quantized * 0.5 + adapter * size) + output_layer * (1 - 1 / shards)
     if not gpu:  # freed memory is used again less than on a GPU: half as much more, measured at 256 and 512 tokens
         parts |= {name: 1.5 * parts[name] for name in ("activations", "logits")}
         parts["Python and its libraries"] = psutil.Process().memory_info().rss
@@ -663,6 +662,7 @@ tokens = rows_a_step * (max_length if packing else longest)
 expected = expected_gib(config, dtype, tokens, torch.cuda.is_available())
 room = min(gather_object([room_gib()]))
 sharded = processes.distributed_type == DistributedType.MULTI_GPU and bool(expected.sum() > room)
+unsharded = expected["base model"]
 if sharded:
     print(f"on each GPU the whole model would take {expected.sum():.1f} GiB, and there is room for {room:.1f} GiB")
     print(f"so it is sharded over {processes.num_processes} GPUs (FSDP)")
@@ -688,7 +688,7 @@ if sharded:
         )
     if any(name in optim for name in ("paged", "bit", "bnb")):
         raise StageError(f"optim={optim}: the optimizers of bitsandbytes know no shards. Use adamw_torch_fused.")
-    read = expected_gib(config, dtype, tokens, gpu=True)["base model"] * int(os.environ["LOCAL_WORLD_SIZE"])
+    read = unsharded * int(os.environ["LOCAL_WORLD_SIZE"])
     if read > (free := psutil.virtual_memory().available / 2**30):
         raise StageError(
             f"Reading the model takes {read:.1f} GiB of RAM before it is sharded; {free:.1f} GiB are free."

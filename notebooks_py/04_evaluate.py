@@ -1703,11 +1703,12 @@ def what_to_ship(variants, bootstrap_samples, seed):
     lines = []
     for what, suffix in (("in 16 bits", ""), ("in NF4", ", NF4 again")):
         pair = [f"merged, {weights}{suffix}" for weights in ("original", "dequantized")]
-        if all(name in variants for name in pair):
+        there = [name for name in pair if name in variants]
+        if len(there) == 2:
             name, why = better_of(variants, *pair, bootstrap_samples, seed)
             lines.append(f'Ship {what}: "{name}", as {why}.')
-        elif any(name in variants for name in pair):
-            name = next(name for name in pair if name in variants)
+        elif there:
+            [name] = there
             lines.append(f'To ship {what} there is only "{name}" here.')
         else:
             continue
