@@ -793,11 +793,11 @@ class CheckpointFolder(TrainerCallback):
         Path(args.output_dir, f"checkpoint-{state.global_step}").mkdir(parents=True, exist_ok=True)
 
 
-def steps_if_stopped(checkpoint):
-    """The steps of a training that had come to its end, early or not, at this checkpoint; otherwise -1, no limit."""
+def has_ended(checkpoint):
+    """Whether the training had come to its end, early or not, at this checkpoint."""
     state = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
-    return state["global_step"] if control.get("should_training_stop") else -1
+    return control.get("should_training_stop", False)
 
 
 # %%
@@ -808,8 +808,7 @@ training_arguments = SFTConfig(
     output_dir=str(run / "checkpoints"),
     use_cpu=not torch.cuda.is_available(),
     seed=seed,
-    num_train_epochs=epochs,
-    max_steps=steps_if_stopped(checkpoint),
+    num_train_epochs=0 if has_ended(checkpoint) else epochs,
     restore_callback_states_from_checkpoint=early_stopping_patience > 0,
     per_device_train_batch_size=rows_a_step,
     per_device_eval_batch_size=batch_size,

@@ -19,7 +19,7 @@ import torch
 import transformers
 import yaml
 from accelerate import DistributedType
-from conftest import ROOT, TINY, definitions, run_tiny
+from conftest import ROOT, TINY, but_for_rounding, definitions, run_tiny
 from huggingface_hub.errors import DryRunError
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
@@ -260,7 +260,7 @@ def test_resuming_throws_away_what_is_not_whole(finetune, tmp_path):
     [
         "",
         "-p packing false -p epochs 2",
-        "-p epochs 4 -p learning_rate 0.2 -p early_stopping_patience 1",
+        "-p evaluations 5 -p learning_rate 0.3 -p early_stopping_patience 1",
     ],
     ids=["packed", "padded", "packed, stopping early"],
 )
@@ -272,6 +272,10 @@ def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, ar
     shutil.copytree(run_dir, done)
     command = ["-f", f"{ROOT}/profiles/tiny.yaml", *arguments.split(), "--log-level", "ERROR", "--no-progress-bar"]
     papermill = [sys.executable, "-m", "papermill", "notebooks/02_finetune_qlora.ipynb"]
+
+    def figures(folder):
+        metrics = json.loads((folder / "training" / "metrics.json").read_text())
+        return {name: value for name, value in metrics.items() if name not in TIMES}
 
     def start(folder):
         executed = [str(tmp_path / f"{folder.name}.ipynb"), "-p", "run_dir", str(folder)]
@@ -288,15 +292,12 @@ def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, ar
     assert not (run_dir / "adapter").exists() and not (run_dir / "training" / "metrics.json").exists()
     assert start(run_dir).wait() == 0
     assert "going on from checkpoint" in (tmp_path / "run.ipynb").read_text()
-    undisturbed, resumed = (json.loads((d / "training" / "metrics.json").read_text()) for d in (done, run_dir))
-    assert {k: v for k, v in resumed.items() if k not in TIMES} == {
-        k: v for k, v in undisturbed.items() if k not in TIMES
-    }
-    weights = [(d / "adapter" / "adapter_model.safetensors").read_bytes() for d in (done, run_dir)]
-    assert weights[0] == weights[1]
+    undisturbed, resumed = figures(done), figures(run_dir)
+    assert resumed == but_for_rounding(undisturbed)
+    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (done, run_dir))
+    torch.testing.assert_close(other, one, rtol=0, atol=1e-4)  # steps of other kernels, AVX2's, add up to 1e-5
     assert start(run_dir).wait() == 0
-    again = json.loads((run_dir / "training" / "metrics.json").read_text())
-    assert {k: v for k, v in again.items() if k not in TIMES} == {k: v for k, v in resumed.items() if k not in TIMES}
+    assert figures(run_dir) == but_for_rounding(resumed)
 
 
 # PyTorch's peak of reserved memory in GiB, Llama-2-7B's shape, r 64 on q, k, v, o, packed rows of 512 with Liger's
