@@ -269,7 +269,6 @@ from accelerate import DistributedType, PartialState
 from accelerate.utils import gather_object
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -571,7 +570,9 @@ def load_model(model, revision, dtype, attn_implementation, quantization_config=
 def load_base(base_model, revision, dtype, attn_implementation, sharded=False):
     """The base model in NF4 with double quantization, computing in `dtype`, on the GPU if there is one.
 
-    To be `sharded`, it waits in RAM, its 4-bit numbers stored as if they were of `dtype`: FSDP shards only floats.
+    To be `sharded`, it waits in RAM, its 4-bit numbers stored as if they were float32: FSDP shards only floats, and of
+    16-bit ones, those that read as NaN all become the same NaN where a GPU copies them
+    (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945).
 
     On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights at its first forward pass in eval mode, into a
     layout that has no gradient: a model that was evaluated once would never learn again, without an error
@@ -582,7 +583,7 @@ def load_base(base_model, revision, dtype, attn_implementation, sharded=False):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
+        bnb_4bit_quant_storage=torch.float32 if sharded else torch.uint8,
     )
     model = load_model(base_model, revision, dtype, attn_implementation, nf4, "cpu" if sharded else None)
     for module in model.modules():
@@ -644,7 +645,7 @@ def expected_gib(config, dtype, tokens, gpu, shards=1):
     }
     if shards > 1:
         output_layer = skeleton.get_output_embeddings().weight.numel() * size
-        parts["gathered layers"] = 2 / layers * (quantized * 0.5 + adapter * size) + output_layer * (1 - 1 / shards)
+        parts["gathered layers"] = 2 / layers * (quantized * 0.5 + adapter * 4) + output_layer * (1 - 1 / shards)
     if not gpu:  # freed memory is used again less than on a GPU: half as much more, measured at 256 and 512 tokens
         parts |= {name: 1.5 * parts[name] for name in ("activations", "logits")}
         parts["Python and its libraries"] = psutil.Process().memory_info().rss
@@ -681,8 +682,8 @@ expected.round(2).to_frame()
 
 # %%
 if sharded:
-    stored = getattr(config, "quantization_config", {"bnb_4bit_quant_storage": dtype}).get("bnb_4bit_quant_storage")
-    if stored not in (dtype, str(dtype).removeprefix("torch.")):
+    stored = getattr(config, "quantization_config", {}).get("bnb_4bit_quant_storage", "float32")
+    if stored != "float32":
         raise StageError(
             f"{base_model} stores its 4-bit weights as {stored}, which FSDP cannot shard. Take one in 16 bits."
         )
@@ -853,15 +854,16 @@ for parameter in trainer.model.parameters():
         parameter.data = parameter.data.float()
 
 # %% [markdown]
-# Of a sharded model the weights are gathered in `dtype`, which leaves the 4-bit numbers as they are, and gradients are
-# summed in fp32. The output layer stays whole: Liger's loss takes its weights without calling it, and some models have
-# them in common with the input layer.
+# A sharded model is gathered as it is stored, since a cast would change its 4-bit numbers, and computes in `dtype` by
+# autocast, like a whole one. The output layer stays whole: Liger's loss takes its weights without calling it, and some
+# models have them in common with the input layer.
 
 # %%
 if sharded:
     fsdp = trainer.accelerator.state.fsdp_plugin
-    fsdp.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    fsdp.mixed_precision_policy = None  # no casts
     fsdp.ignored_modules = [model.get_output_embeddings().to(processes.device)]
+    model.forward = torch.autocast(processes.device.type, dtype, enabled=dtype != torch.float32)(model.forward)
 
 # %% [markdown]
 # ## What is about to happen

@@ -344,7 +344,9 @@ def load_model(model, revision, dtype, attn_implementation, quantization_config=
 def load_base(base_model, revision, dtype, attn_implementation, sharded=False):
     """The base model in NF4 with double quantization, computing in `dtype`, on the GPU if there is one.
 
-    To be `sharded`, it waits in RAM, its 4-bit numbers stored as if they were of `dtype`: FSDP shards only floats.
+    To be `sharded`, it waits in RAM, its 4-bit numbers stored as if they were float32: FSDP shards only floats, and of
+    16-bit ones, those that read as NaN all become the same NaN where a GPU copies them
+    (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945).
 
     On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights at its first forward pass in eval mode, into a
     layout that has no gradient: a model that was evaluated once would never learn again, without an error
@@ -355,7 +357,7 @@ def load_base(base_model, revision, dtype, attn_implementation, sharded=False):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
+        bnb_4bit_quant_storage=torch.float32 if sharded else torch.uint8,
     )
     model = load_model(base_model, revision, dtype, attn_implementation, nf4, "cpu" if sharded else None)
     for module in model.modules():

@@ -422,10 +422,14 @@ def test_the_validation_loss_is_taken_as_often_as_asked(finished_run, tmp_path, 
     assert stage.validation_loss.index[-1] == stage.steps == 14
 
 
-def test_a_base_that_is_to_be_sharded_computes_the_same(finetune):
-    """FSDP shards floating-point numbers only; accelerate would leave others whole on each GPU, without an error."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_that_is_to_be_sharded_computes_the_same(finetune, dtype):
+    """FSDP shards floating-point numbers only; accelerate would leave others whole on each GPU, without an error.
+
+    16-bit ones it would change on a GPU: tests/test_gpu.py.
+    """
     ids = torch.arange(20)[None]
-    usual, sharded = (finetune.load_base(str(TINY), None, torch.float32, "sdpa", choice) for choice in (False, True))
+    usual, sharded = (finetune.load_base(str(TINY), None, dtype, "sdpa", choice) for choice in (False, True))
     assert {module.weight.dtype for module in sharded.modules() if isinstance(module, bnb.nn.Linear4bit)} == {
         torch.float32
     }

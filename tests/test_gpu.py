@@ -8,6 +8,7 @@ import torch
 import yaml
 from conftest import ROOT, make, profile_parameters, run_script
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 pytestmark = [
@@ -17,6 +18,11 @@ pytestmark = [
 SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 ON_GPU = {"use_liger_kernel": True, "optim": "paged_adamw_32bit"}
 NOISE = 0.03  # in nats: five seeds of one setting differed by up to 0.02
+
+
+def stored_as(dtype):
+    """A BitsAndBytesConfig that stores 4-bit numbers as this dtype, whatever it is told."""
+    return lambda **options: BitsAndBytesConfig(**{**options, "bnb_4bit_quant_storage": dtype})
 
 
 def settings(run_dir, **parameters):
@@ -168,3 +174,31 @@ def stage_model(run_dir):
 def test_an_adapter_that_liger_does_not_see_is_refused(run_dir):
     with pytest.raises(Exception, match="An adapter on the output layer works neither"):
         run_script("02_finetune_qlora", before="## Train", **settings(run_dir, lora_target_modules=["lm_head"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sharded_base_computes_what_a_whole_one_does(finetune, dtype):
+    """FSDP's copies leave 4-bit numbers alone if they are stored as float32, and change them stored as 16-bit floats.
+
+    When the second is no longer so, https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945 is mended and
+    `load_base` may store them as `dtype`.
+    """
+    ids = torch.arange(3, 67, device="cuda")[None]
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        logits = {}
+        for storage in (None, torch.float32, dtype):
+            with pytest.MonkeyPatch.context() as patch:
+                if storage == dtype:
+                    patch.setitem(finetune.load_base.__globals__, "BitsAndBytesConfig", stored_as(dtype))
+                model = finetune.load_base(str(SMOLLM2), None, dtype, "sdpa", sharded=storage is not None)
+            if storage is not None:
+                for layer in model.model.layers:
+                    fully_shard(layer)
+                fully_shard(model)
+            with torch.no_grad():
+                logits[storage] = model(ids).logits.float()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(logits[torch.float32], logits[None])
+    assert not torch.equal(logits[dtype], logits[None])
