@@ -2,18 +2,19 @@
 
     python benchmarks/run.py [--peer-python PYTHON] [--base-model FOLDER] [--only ROW]... [--out FOLDER]
 
-One GPU, one process a row, the same base weights and the same examples for all. See README.md beside this file.
+The same base weights and the same examples for all; a process of its own for each row, and one a GPU in the rows that
+take two. See README.md beside this file.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +39,8 @@ SEED = {
 UNSLOTH = {"lora_r": 64, "targets": ATTENTION, "packing": True, "accumulate": 1, "max_length": 512}
 UNSLOTH_NOTEBOOK = {"lora_r": 16, "targets": ALL_LINEAR, "packing": False, "accumulate": 4, "max_length": 2048}
 
-# name: what runs it, the limit of GPU memory in GiB, and its settings
+# name: what runs it, the limit of GPU memory in GiB, and its settings; rows of more GPUs than there are are left out.
+# Notebook 2 shards what does not fit, so for some rows it is told of so little room that the whole model would not.
 ROWS = {
     "seed's settings": ("notebook", None, {"profile": "t4", **SEED}),
     "TRL's QLoRA notebook": ("trl", None, {}),
@@ -56,21 +58,77 @@ ROWS = {
     "Unsloth 12 x 512, 39 GiB": ("unsloth", 39, {**UNSLOTH, "batch": 12, "checkpointing": False}),
     "Unsloth 16 x 512, 39 GiB, its checkpointing": ("unsloth", 39, {**UNSLOTH, "batch": 16, "checkpointing": True}),
     "a100 profile, 32 rows, no limit": ("notebook", None, {"profile": "a100", "batch_size": 32}),
+    "a100 profile, twice 16 rows a step": ("notebook", None, {"profile": "a100", "gradient_accumulation_steps": 2}),
+    "a100 profile, 2 GPUs, 16 rows each": ("notebook", None, {"profile": "a100", "gpus": 2}),
+    "a100 profile, 2 GPUs, 16 rows each, sharded": ("notebook", None, {"profile": "a100", "gpus": 2, "room": 29}),
+    "t4x2 profile, 2 GPUs, 2 rows each": ("notebook", None, {"profile": "kaggle_t4x2", "batch_size": 2, "gpus": 2}),
+    "t4x2 profile, 2 GPUs, 2 rows each, sharded": (
+        "notebook",
+        None,
+        {"profile": "kaggle_t4x2", "batch_size": 2, "gpus": 2, "room": 4.5},
+    ),
+    "70b profile, 2 GPUs, 79 GiB": ("notebook", 79, {"profile": "70b", "gpus": 2, "model": "70b", "room": 72}),
 }
 
 
-def make_base_model(folder):
-    """Make a Llama-2-7B of random weights in fp16, with the tokenizer of the tiny profile, on the GPU."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def make_base_model(folder, size):
+    """Make a Llama-2 of random weights, "7b" or "70b", with the tokenizer of the tiny profile, on the GPU.
 
-    config = LlamaConfig(intermediate_size=11008, num_hidden_layers=32, max_position_embeddings=4096, dtype="float16")
+    7B is stored in fp16. 70B would take 128 GiB on disk, so it is stored in 4 bits, in the way that FSDP can shard, and
+    made one layer at a time.
+    """
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    shapes = {
+        "7b": {"intermediate_size": 11008, "num_hidden_layers": 32},
+        "70b": {
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+        },
+    }
+    config = LlamaConfig(**shapes[size], max_position_embeddings=4096, dtype="float16")
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    model.save_pretrained(folder, max_shard_size="5GB")
     AutoTokenizer.from_pretrained(ROOT / ".cache" / "tiny-llama").save_pretrained(folder)
+    if size == "7b":
+        torch.set_default_dtype(torch.float16)
+        with torch.device("cuda"):
+            model = LlamaForCausalLM(config)
+        model.save_pretrained(folder, max_shard_size="5GB")
+        return
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config)
+    files = {}
+    for name, parameter in skeleton.named_parameters():
+        files.setdefault(".".join(name.split(".")[:3]), {})[name] = parameter.shape
+    weight_map = {}
+    for part, names in files.items():
+        tensors = {}
+        for name, shape in names.items():
+            norm = len(shape) == 1
+            weight = (torch.ones if norm else torch.randn)(shape, dtype=torch.float16, device="cuda")
+            tensors[name] = weight if norm else weight.mul_(config.initializer_range)
+            if ".layers." in name and not norm:
+                tensors[name], state = quantize_4bit(
+                    weight, quant_type="nf4", compress_statistics=True, quant_storage=torch.float32
+                )
+                tensors |= {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+        weight_map |= dict.fromkeys(tensors, f"{part}.safetensors")
+        save_file(tensors, Path(folder) / f"{part}.safetensors", metadata={"format": "pt"})
+    (Path(folder) / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.architectures = ["LlamaForCausalLM"]
+    config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_storage=torch.float32,
+    ).to_dict()
+    config.save_pretrained(folder)
 
 
 def make_dataset(run_dir, base_model, steps):
@@ -110,6 +168,7 @@ def notebook_trainer(settings, base_model, run_dir):
 
     profile = yaml.safe_load((ROOT / "profiles" / f"{settings['profile']}.yaml").read_text())
     profile |= {"min_steps": WARM_UP + STEPS, **settings, "base_model": str(base_model), "run_dir": str(run_dir)}
+    limit_memory(settings.get("room"))
     trainer = run_script("02_finetune_qlora", before="## Train", **profile).trainer
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     return trainer
@@ -154,7 +213,6 @@ def trl_trainer(settings, base_model, run_dir):
         warmup_steps=5,
         learning_rate=2e-4,
         optim="paged_adamw_8bit",
-        logging_steps=1,
         max_length=1024,
         use_liger_kernel=True,
         activation_offloading=True,
@@ -207,7 +265,6 @@ def unsloth_trainer(settings, base_model, run_dir):
         weight_decay=0.01,
         fp16=fp16,
         bf16=not fp16,
-        logging_steps=1,
         save_strategy="no",
         report_to="none",
     )
@@ -216,23 +273,35 @@ def unsloth_trainer(settings, base_model, run_dir):
     )
 
 
+def limit_memory(gib):
+    """Let this process reserve so much of the GPU and no more; all of it, if `gib` is None."""
+    import torch
+
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole) if gib else 1.0)
+
+
 def measure(row, base_model, run_dir):
-    """Train for WARM_UP + STEPS steps. Returns tokens a second, seconds a step, peak GiB and skipped steps."""
+    """Train for WARM_UP + STEPS steps. Returns tokens a second, seconds a step, peak GiB and skipped steps.
+
+    Of several processes all get the same: the tokens of all, and the peak of the one that took most.
+    """
     engine, limit, settings = ROWS[row]
     trainer = {"notebook": notebook_trainer, "trl": trl_trainer, "unsloth": unsloth_trainer}[engine](
         settings, base_model, run_dir
     )
     import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
     from transformers import TrainerCallback
 
-    if limit:
-        torch.cuda.set_per_process_memory_fraction(limit * 2**30 / torch.cuda.get_device_properties(0).total_memory)
-    times, tokens, skipped = [], [], []
+    limit_memory(limit)
+    ends, tokens, skipped = [], [], []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
-            torch.cuda.synchronize()
-            times.append(time.perf_counter())
+            ends.append(torch.cuda.Event(enable_timing=True))  # waiting for the GPU here would slow it down
+            ends[-1].record()
             skipped.append(trainer.accelerator.optimizer_step_was_skipped)
 
     collate = trainer.data_collator
@@ -243,24 +312,28 @@ def measure(row, base_model, run_dir):
 
     trainer.data_collator = counting
     trainer.args.max_steps = WARM_UP + STEPS
+    trainer.args.logging_steps = 5
     trainer.add_callback(Clock())
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     each = trainer.args.gradient_accumulation_steps
     tokens = [sum(tokens[i : i + each]) for i in range(0, len(tokens), each)]
-    steps = [b - a for a, b in pairwise(times)][WARM_UP - 1 :]
+    tokens = [sum(step) for step in zip(*gather_object([tokens]), strict=False)]
+    torch.cuda.synchronize()
+    steps = [start.elapsed_time(end) / 1e3 for start, end in pairwise(ends)][WARM_UP - 1 :]
+    losses = [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
     rates = [count / seconds for count, seconds in zip(tokens[WARM_UP:], steps, strict=False)]
     packages = ["torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "unsloth", "xformers"]
+    peak = max(gather_object([torch.cuda.max_memory_reserved()]))
+    PartialState().destroy_process_group()
     return {
         "tokens_per_second": round(statistics.median(rates)),
         "seconds_per_step": round(statistics.median(steps), 3),
         "tokens_per_step": round(statistics.mean(tokens[WARM_UP : WARM_UP + len(steps)])),
-        "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1),
+        "peak_gib": round(peak / 2**30, 1),
         "steps": len(steps),
         "skipped_steps": sum(skipped),
-        "loss": [round(entry["loss"], 2) for entry in trainer.state.log_history if "loss" in entry][
-            :: STEPS + WARM_UP - 1
-        ],
+        "loss": losses,
         "packages": {name: found for name in packages if (found := installed(name))},
     }
 
@@ -273,18 +346,10 @@ def installed(name):
         return None
 
 
-def arithmetic_limit(base_model):
-    """Measure the speed of bf16 matrix products and the tokens a second that they alone allow. Returns both.
-
-    A token takes 4 operations a weight of the linear layers, output layer included: 2 in the forward pass, 2 for the
-    gradient of its input; frozen weights have none. The products are 8192 x 8192 x 8192, the best of 20 counts.
-    """
+def matrix_speed():
+    """Operations a second in bf16 matrix products of 8192 x 8192 x 8192, the best of 20."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_model))
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
     best = 0
     for _ in range(20):
@@ -294,10 +359,25 @@ def arithmetic_limit(base_model):
         end.record()
         torch.cuda.synchronize()
         best = max(best, 2 * 8192**3 / start.elapsed_time(end) * 1e3)
-    return best, best / (4 * weights)
+    return best
 
 
-def table(results, limit):
+def operations_per_token(base_model):
+    """The operations that training a token cannot do without, recomputation and the adapter left out.
+
+    They are 4 for each weight of the linear layers, output layer included: 2 in the forward pass, 2 for the gradient of
+    its input; frozen weights have none.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(base_model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return 4 * sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+def table(results):
     """The results as a Markdown table."""
     lines = [
         "| row | tokens/s | s/step | tokens/step | peak GiB | of the limit |",
@@ -310,7 +390,7 @@ def table(results, limit):
             lines.append(
                 f"| {row} | {result['tokens_per_second']:,} | {result['seconds_per_step']:.3f} | "
                 f"{result['tokens_per_step']:,} | {result['peak_gib']:.1f} | "
-                f"{result['tokens_per_second'] / limit:.0%} |"
+                f"{result['of_limit']:.0%} |"
             )
     return "\n".join(lines)
 
@@ -349,37 +429,55 @@ def main():
     parser.add_argument("--run-dir", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
-        print("RESULT", json.dumps(measure(options.row, options.base_model, options.run_dir)), flush=True)
+        result = measure(options.row, options.base_model, options.run_dir)
+        if os.environ.get("RANK", "0") == "0":
+            print("RESULT", json.dumps(result), flush=True)
         os._exit(0)  # worker threads of a framework would hold the process up
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("The benchmark needs an NVIDIA GPU; there is none here.")
     scratch = Path(tempfile.mkdtemp(prefix="benchmark-"))
-    base_model = options.base_model or scratch / "llama-2-7b-random"
-    if not options.base_model:
-        make_base_model(base_model)
-    make_dataset(scratch, base_model, WARM_UP + STEPS)
-    peak, limit = arithmetic_limit(base_model)
+    base_models = {"7b": options.base_model, "70b": None}
+
+    def base_model_of(size):
+        """The folder of a base model, made when it is first asked for, by a process that leaves the GPU as it was."""
+        if not base_models[size]:
+            base_models[size] = str(scratch / f"llama-2-{size}-random")
+            context = multiprocessing.get_context("spawn")
+            maker = context.Process(target=make_base_model, args=(base_models[size], size))
+            maker.start()
+            maker.join()
+            if maker.exitcode:
+                sys.exit(f"The base model {size} could not be made.")
+        return base_models[size]
+
+    make_dataset(scratch, base_model_of("7b"), WARM_UP + STEPS)
+    machine = {"gpu": torch.cuda.get_device_name(), "bf16_flops": matrix_speed()}
     torch.cuda.empty_cache()
-    print(
-        f"{torch.cuda.get_device_name()}: {peak / 1e12:,.0f} TFLOP/s in bf16, at most {limit:,.0f} tokens/s\n",
-        flush=True,
-    )
-    machine = {"gpu": torch.cuda.get_device_name(), "bf16_flops": peak, "limit_tokens_per_second": limit}
+    print(f"{machine['gpu']}: {machine['bf16_flops'] / 1e12:,.0f} TFLOP/s in bf16\n", flush=True)
     results = {}
     for row in options.only or ROWS:
-        python = options.peer_python if ROWS[row][0] == "unsloth" else sys.executable
-        if python is None:
+        engine, _, settings = ROWS[row]
+        gpus = settings.get("gpus", 1)
+        python = options.peer_python if engine == "unsloth" else sys.executable
+        if python is None or gpus > torch.cuda.device_count():
             continue
-        command = [python, __file__, "--row", row, "--base-model", str(base_model), "--run-dir", str(scratch)]
+        base_model = base_model_of(settings.get("model", "7b"))
+        command = [python, __file__, "--row", row, "--base-model", base_model, "--run-dir", str(scratch)]
+        if gpus > 1:
+            launch = [python, "-m", "accelerate.commands.launch", "--num_processes", str(gpus)]
+            command = [*launch, "--config_file", str(ROOT / "profiles" / "accelerate" / "gpus.yaml"), *command[1:]]
         done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
         found = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         failed = "out of memory" if "OutOfMemoryError" in done.stderr else f"failed: {done.stderr.strip()[-300:]}"
         results[row] = json.loads(found[0]) if found else {"error": failed}
+        if found:
+            arithmetic = results[row]["tokens_per_second"] * operations_per_token(base_model)
+            results[row]["of_limit"] = round(arithmetic / machine["bf16_flops"] / gpus, 4)
         (options.out / "results.json").write_text(json.dumps({**machine, "rows": results}, indent=2) + "\n")
-        print(table({row: results[row]}, limit).splitlines()[-1], flush=True)
-    print("\n" + table(results, limit))
+        print(table({row: results[row]}).splitlines()[-1], flush=True)
+    print("\n" + table(results))
     versions = {row: r["packages"] for row, r in results.items() if "packages" in r}
     for packages in {json.dumps(p): p for p in versions.values()}.values():
         print("\n" + ", ".join(f"{name} {number}" for name, number in packages.items()))
