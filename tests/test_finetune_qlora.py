@@ -300,8 +300,8 @@ def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, ar
     assert figures(run_dir) == but_for_rounding(resumed)
 
 
-# PyTorch's peak of reserved memory in GiB, Llama-2-7B's shape, r 64 on q, k, v, o, packed rows of 512 with Liger's
-# kernels on an H100, and padded ones without on an H200
+# PyTorch's peak of reserved memory in GiB on a GPU, Llama-2-7B's shape where no other is named, r 64 on q, k, v, o,
+# packed rows of 512 with Liger's kernels on one H100 or two, and padded ones without on an H200
 MEASURED = [
     ({"rows": 1, "dtype": torch.bfloat16}, 6.45),
     ({"rows": 8, "dtype": torch.bfloat16}, 18.83),
@@ -321,6 +321,12 @@ MEASURED = [
         },
         7.38,
     ),
+    ({"rows": 1, "dtype": torch.float16, "gradient_checkpointing": True}, 4.56),
+    ({"rows": 2, "dtype": torch.bfloat16, "gradient_checkpointing": True}, 5.7),  # one of two, DDP
+    ({"rows": 16, "dtype": torch.bfloat16}, 32.1),  # one of two, DDP
+    ({"rows": 2, "dtype": torch.bfloat16, "gradient_checkpointing": True, "shards": 2}, 4.0),
+    ({"rows": 16, "dtype": torch.bfloat16, "shards": 2}, 30.3),
+    ({"rows": 5, "dtype": torch.bfloat16, "shards": 2, "name": "70B"}, 69.0),
 ]
 
 
@@ -335,10 +341,10 @@ def test_the_expected_memory_is_near_the_measured(finetune, settings, measured):
         "optim": "adamw_torch_fused",
         **settings,
     }
-    rows, dtype = settings.pop("rows"), settings.pop("dtype")
+    rows, dtype, shards = settings.pop("rows"), settings.pop("dtype"), settings.pop("shards", 1)
+    config = llama_2(settings.pop("name", "7B"))
     finetune.expected_gib.__globals__.update(settings)
-    config = transformers.LlamaConfig(intermediate_size=11008, num_hidden_layers=32)
-    expected = finetune.expected_gib(config, dtype, rows * 512, gpu=True)
+    expected = finetune.expected_gib(config, dtype, rows * 512, gpu=True, shards=shards)
     assert expected.sum() == pytest.approx(measured, rel=0.15)
 
 
@@ -411,6 +417,13 @@ def test_a_profile_for_two_gpus_fits_them(profile, name, card, sharded):
     )
     assert (whole > card) == sharded
     assert half < min(card, whole)
+
+
+def test_a_process_takes_one_gpu_however_many_there_are(finished_run, tmp_path):
+    """Seen with two: batches of twice `batch_size`, and twice the loss."""
+    shutil.copytree(finished_run / "dataset", tmp_path / "run" / "dataset")
+    stage = run_tiny("02_finetune_qlora", tmp_path / "run", before="## What is about to happen")
+    assert stage.trainer.args.n_gpu == 1
 
 
 @pytest.mark.parametrize(("evaluations", "taken"), [(1, 1), (3, 3), (1000, 14)])
