@@ -168,10 +168,9 @@ def test_checkpoints_are_few_and_small(stage):
     assert len(checkpoints) == 2
     for checkpoint in checkpoints:
         files = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
-        assert files["adapter_model.safetensors"] == pytest.approx(4 * stage.trainable, rel=0.1)
-        assert files["optimizer.pt"] == pytest.approx(8 * stage.trainable, rel=0.1)
-        rest = {name: size for name, size in files.items() if name not in ("adapter_model.safetensors", "optimizer.pt")}
-        assert sum(rest.values()) < 2**20, rest
+        assert 0 <= files.pop("adapter_model.safetensors") - 4 * stage.trainable < 2**15
+        assert 0 <= files.pop("optimizer.pt") - 8 * stage.trainable < 2**15
+        assert sum(files.values()) < 2**20, files
 
 
 def test_packed_rows_do_not_see_each_other(stage):
