@@ -957,7 +957,7 @@ around = len(question_template) + len(answer_template)  # what a row has beside 
 expected = 4 * (clean.path.stat().st_size / len(clean) + around) * keep.sum() / 2**30
 existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
 free = min(shutil.disk_usage(place).free for place in (clean.folder.name, existing)) / 2**30
-print(f"expected on disk: {expected:.3f} of {free:.1f} GiB that are free")
+print(f"expected on disk: {expected * 1024:,.1f} MiB; {free:,.1f} GiB are free")
 if expected > free:
     raise StageError(
         f"{keep.sum():,} rows take {expected:.1f} GiB, and {free:.1f} GiB are free. Free some space, or set TMPDIR and "
