@@ -162,7 +162,7 @@ test-gpu: $(READY) $(addsuffix /config.json,$(BASE_MODELS)) ## the tests that ne
 test-browser: $(READY) .cache/tiny-llama/config.json ## press Run All in JupyterLab; needs chromium and chromedriver
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
 		|| { echo "Chromium or its driver is missing. On Debian: apt-get install chromium chromium-driver" >&2; exit 1; }
-	@$(PY) -m pip install --quiet --disable-pip-version-check jupyterlab==4.6.6 selenium==4.51.0
+	@$(PY) -m pip install --quiet --disable-pip-version-check jupyterlab==4.6.6 selenium==4.36.0
 	@$(PY) -m pytest -m browser -x -v --durations=0 tests/test_browser.py
 
 test-peers: $(READY) base-models ## perplexity beside lm-evaluation-harness, which it installs, on both base models

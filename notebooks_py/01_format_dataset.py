@@ -164,8 +164,13 @@ def whole(path):
 
 
 # %%
-def hub_token():
-    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login."""
+def hub_token(model=""):
+    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login.
+
+    None, too, for a `model` that is a folder here, which needs no token.
+    """
+    if model and Path(model).is_dir():
+        return None
     try:
         from google.colab import userdata
 
@@ -356,6 +361,11 @@ def read_csv(path, names, wanted):
                 )
             if row and names:
                 yield dict(zip(names, row, strict=True))
+            if row and not names and (row[0].startswith("sep=") or (len(row) == 1 and re.search(r"[;\t|]", row[0]))):
+                raise StageError(
+                    f"dataset={path}: its first line, {','.join(row)[:60]!r}, is not column names with commas between "
+                    "them. Save the table with commas, and remove a line that only says sep=."
+                )
             names += [] if names else row
             line = reader.line_num + 1
     except csv.Error as error:
@@ -399,7 +409,7 @@ def read_parquet(path, names, wanted):
 def read_hub(name, revision, names, wanted):
     """Yield the rows of all splits of a Hub data set. Raises StageError if it cannot be had, for whatever reason."""
     try:
-        splits = datasets.load_dataset(name, revision=revision)
+        splits = datasets.load_dataset(name, revision=revision, token=hub_token())
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StageError(
@@ -413,7 +423,7 @@ def read_hub(name, revision, names, wanted):
 def commit_of(name, revision):
     """The commit that a branch of a Hub data set stands at now; `revision` itself if the Hub does not say."""
     try:
-        return HfApi().dataset_info(name, revision=revision).sha
+        return HfApi().dataset_info(name, revision=revision, token=hub_token()).sha
     except Exception:  # no network, no such data set: reading it will say so
         return revision
 
@@ -438,13 +448,14 @@ def read_table(source, revision, wanted, names):
     """
     path = Path(source).expanduser()
     readers = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
-    if path.suffix in readers and not path.exists():
+    kind = path.suffix.lower()
+    if kind in readers and not path.exists():
         raise StageError(f"dataset={source}: there is no such file (looked in {Path.cwd()}).")
-    if path.suffix not in readers and path.exists():
+    if kind not in readers and path.exists():
         raise StageError(f"dataset={source}: this kind of file is not read. Use .csv, .jsonl or .parquet.")
     rows = 0
     try:
-        reader = readers.get(path.suffix)
+        reader = readers.get(kind)
         for row in reader(path, names, wanted) if reader else read_hub(source, revision, names, wanted):
             rows += 1
             yield {name: cell_text(row.get(name)) for name in wanted}
@@ -474,7 +485,7 @@ if answer_column not in answer_fields:
 fields = list(dict.fromkeys(question_fields + answer_fields))
 wanted = list(dict.fromkeys(str(columns[field]) for field in fields if field in columns))
 names = []
-on_hub = Path(dataset).suffix not in (".csv", ".jsonl", ".parquet") and not Path(dataset).expanduser().exists()
+on_hub = Path(dataset).suffix.lower() not in (".csv", ".jsonl", ".parquet") and not Path(dataset).expanduser().exists()
 commit = commit_of(dataset, dataset_revision) if on_hub else None
 table = Rows(read_table(dataset, commit, wanted, names), text_schema(wanted), "reading")
 if commit != (dataset_revision if on_hub else None):
@@ -517,10 +528,13 @@ check_columns(names, columns, fields)
 
 # %%
 MISSING = {"", "none", "nan", "null", "n/a", "na", "nil", "-", "--", "<na>"}
-# up to the next space, or to Chinese, Japanese or Korean, which is written without spaces
-URL = re.compile(
-    r"(?:https?:|(?<![^\W\u2e80-\uffef])www\.)[^\s\u2e80-\u9fff\uac00-\ud7af\uf900-\uffef]+", re.IGNORECASE
+# up to the next space, bracket or quote, or to Chinese, Japanese or Korean, which is written without spaces
+ADDRESS = (
+    r"(?:https?:|(?<![^\W\u2e80-\uffef])www\.)"
+    r"(?:\([^\s()]*\)|[^\s()<>\"\[\]\u2e80-\u9fff\uac00-\ud7af\uf900-\uffef])+"
 )
+# with the brackets or quotes around it; of a link in Markdown the text stays
+URL = re.compile(rf"!?\[([^\[\]\n]*)\]\({ADDRESS}\)|[\[\"(<]{{1,2}}{ADDRESS}[\]\")>]{{1,2}}|{ADDRESS}", re.IGNORECASE)
 # zero-width characters, control characters, and halves of characters; emoji need their joiner (U+200D)
 INVISIBLE = re.compile(r"[\u200b\u2060\ufeff\u00ad\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
@@ -528,7 +542,7 @@ INVISIBLE = re.compile(r"[\u200b\u2060\ufeff\u00ad\x00-\x08\x0b\x0c\x0e-\x1f\x7f
 def clean_cell(text):
     """Return a cell's text with Unicode and white space normalized, "" for a missing value or a web address."""
     text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
-    text = URL.sub("", text)
+    text = URL.sub(r"\1", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
     return "" if text.casefold() in MISSING else text
@@ -550,8 +564,9 @@ def load_tokenizer(base_model, revision):
     (https://github.com/huggingface/trl/issues/696). Raises StageError if the model cannot be found.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base_model, revision=revision)
-        vocab_size = AutoConfig.from_pretrained(base_model, revision=revision).vocab_size
+        source = {"revision": revision, "token": hub_token(base_model)}
+        tokenizer = AutoTokenizer.from_pretrained(base_model, **source)
+        vocab_size = AutoConfig.from_pretrained(base_model, **source).vocab_size
     except (OSError, ValueError):
         raise StageError(
             f"base_model={base_model}: not a model folder here, and not to be had from the Hub "
@@ -934,7 +949,20 @@ def finished(rows):
 # %% [markdown]
 # ## All rows
 #
-# Each row is encoded once, and with its ids at hand it is split if it is too long, proven, and given its place.
+# Each row is encoded once, and with its ids at hand it is split if it is too long, proven, and given its place. It is
+# written twice, to a temporary file and to `dataset/`, and both hold it twice, as a conversation and as a text.
+
+# %% tags=["nbval-ignore-output"]
+around = len(question_template) + len(answer_template)  # what a row has beside its cells
+expected = 4 * (clean.path.stat().st_size / len(clean) + around) * keep.sum() / 2**30
+existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+free = min(shutil.disk_usage(place).free for place in (clean.folder.name, existing)) / 2**30
+print(f"expected on disk: {expected * 1024:,.1f} MiB; {free:,.1f} GiB are free")
+if expected > free:
+    raise StageError(
+        f"{keep.sum():,} rows take {expected:.1f} GiB, and {free:.1f} GiB are free. Free some space, or set TMPDIR and "
+        "run_dir to another disk."
+    )
 
 # %%
 message = {"content": datasets.Value("string"), "role": datasets.Value("string")}

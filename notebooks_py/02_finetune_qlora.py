@@ -167,8 +167,13 @@ def whole(path):
 
 
 # %%
-def hub_token():
-    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login."""
+def hub_token(model=""):
+    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login.
+
+    None, too, for a `model` that is a folder here, which needs no token.
+    """
+    if model and Path(model).is_dir():
+        return None
     try:
         from google.colab import userdata
 
@@ -304,8 +309,9 @@ def load_tokenizer(base_model, revision):
     (https://github.com/huggingface/trl/issues/696). Raises StageError if the model cannot be found.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base_model, revision=revision)
-        vocab_size = AutoConfig.from_pretrained(base_model, revision=revision).vocab_size
+        source = {"revision": revision, "token": hub_token(base_model)}
+        tokenizer = AutoTokenizer.from_pretrained(base_model, **source)
+        vocab_size = AutoConfig.from_pretrained(base_model, **source).vocab_size
     except (OSError, ValueError):
         raise StageError(
             f"base_model={base_model}: not a model folder here, and not to be had from the Hub "
@@ -353,7 +359,7 @@ def encode(example, tokenizer):
 
 
 # %%
-def load_dataset_of_run(run):
+def load_dataset_of_run(run, otherwise=""):
     """The DatasetDict and the report that notebook 1 left. Raises StageError if they are not there or not whole."""
     try:
         report = json.loads((run / "dataset" / "report.json").read_text())
@@ -362,11 +368,14 @@ def load_dataset_of_run(run):
         reason = "is missing" if not (run / "dataset").exists() else f"cannot be read ({error})"
         raise StageError(
             f"{run / 'dataset'} {reason}. Run 01_format_dataset first, with the same run_dir, in Colab one in Drive."
+            + otherwise
         ) from None
 
 
 # %% [markdown]
-# Without notebook 1's folder, a data set that it published will do.
+# Without notebook 1's folder, a data set that it published will do (`published_dataset`). Where there is neither, this
+# notebook stops here: [notebook 1](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/01_format_dataset.ipynb)
+# makes one in under a minute, and both notebooks find it if their `run_dir` is the same folder of your Google Drive.
 
 
 # %%
@@ -402,7 +411,7 @@ with processes.main_process_first():
         take_published(published_dataset, run / "dataset")
 
 # %%
-splits, report = load_dataset_of_run(run)
+splits, report = load_dataset_of_run(run, " Or set published_dataset to one that notebook 1 has published.")
 tokenizer = load_tokenizer(base_model, base_model_revision)
 encoded = splits.map(encode, fn_kwargs={"tokenizer": tokenizer}, remove_columns=splits["train"].column_names)
 longest = max(len(ids) for split in encoded.values() for ids in split["input_ids"])
@@ -491,7 +500,7 @@ def fetch(model, revision):
     """
     if Path(model).is_dir():
         return Path(model)
-    wanted = {"revision": revision, "allow_patterns": ["*.safetensors", "*.json"]}
+    wanted = {"revision": revision, "allow_patterns": ["*.safetensors", "*.json"], "token": hub_token()}
     try:
         with suppress(DryRunError):  # no network: all may be here already
             files = snapshot_download(model, dry_run=True, **wanted)
@@ -659,7 +668,7 @@ if dtype != torch.float32 and not torch.cuda.is_available():
     raise StageError(f"precision={precision}: training in half precision needs a GPU. Use auto or fp32.")
 if use_liger_kernel and not (torch.cuda.is_available() and find_spec("liger_kernel")):
     raise StageError("use_liger_kernel needs a GPU and the package liger-kernel. Install it, or set it to false.")
-config = AutoConfig.from_pretrained(base_model, revision=base_model_revision)
+config = AutoConfig.from_pretrained(base_model, revision=base_model_revision, token=hub_token(base_model))
 tokens = rows_a_step * (max_length if packing else longest)
 expected = expected_gib(config, dtype, tokens, torch.cuda.is_available())
 room = min(gather_object([room_gib()]))

@@ -149,8 +149,13 @@ def whole(path):
 
 
 # %%
-def hub_token():
-    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login."""
+def hub_token(model=""):
+    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login.
+
+    None, too, for a `model` that is a folder here, which needs no token.
+    """
+    if model and Path(model).is_dir():
+        return None
     try:
         from google.colab import userdata
 
@@ -309,7 +314,7 @@ def fetch(model, revision):
     """
     if Path(model).is_dir():
         return Path(model)
-    wanted = {"revision": revision, "allow_patterns": ["*.safetensors", "*.json"]}
+    wanted = {"revision": revision, "allow_patterns": ["*.safetensors", "*.json"], "token": hub_token()}
     try:
         with suppress(DryRunError):  # no network: all may be here already
             files = snapshot_download(model, dry_run=True, **wanted)
@@ -434,6 +439,7 @@ def merge(name):
 # ## All of them
 #
 # The tensors are dealt out to files of at most `max_shard_gb` beforehand, so only one file's worth is ever in memory.
+# Is there room for that, and on the disk for all of them?
 
 
 # %%
@@ -449,6 +455,16 @@ def plan_shards(sizes, limit):
     return shards
 
 
+def merging_gib(sizes, shards, changed, base_weights):
+    """RAM in GiB that merging takes beside what is there: the largest file, and the largest of the `changed` matrices.
+
+    `sizes` and `changed` map names to bytes in a file, and in fp32. On its way through NF4 a matrix is there three
+    times (measured at 7B).
+    """
+    largest_file = max(sum(sizes[name] for name in shard) for shard in shards)
+    return (largest_file + max(changed.values()) * (3 if base_weights == "dequantized" else 1)) / 2**30
+
+
 # %%
 parameters_of_base = dict(skeleton.named_parameters())
 absent = sorted(parameters_of_base.keys() - set(names))
@@ -460,32 +476,54 @@ shards = plan_shards(sizes, max_shard_gb * 1e9)
 print(f"{total_size / 2**20:,.1f} MiB in {len(shards)} files")
 
 # %% [markdown]
-# They are written to `merged.partial`, which becomes `merged` at the very end. After an interruption the files that are
-# already whole stay, unless the adapter or a parameter has changed.
+# They are written to `merged.partial`, which becomes `merged` at the very end. When this notebook is run again, files
+# that are already whole stay, unless the adapter or a parameter has changed.
+
+
+# %%
+def free_for_model(place):
+    """The bytes that a merged model can take in a folder: those that are free, and those of an earlier one."""
+    earlier = [*place.glob("merged/*.safetensors"), *place.glob("merged.partial/*.safetensors")]
+    return shutil.disk_usage(place).free + sum(file.stat().st_size for file in earlier)
+
 
 # %%
 plan = {
     "adapter": hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest(),
+    "base_model_revision": base_model_revision,
     "base_weights": base_weights,
     "shards": shards,
 }
 place = run
-if run_dir.startswith("drive:") and total_size > shutil.disk_usage(run).free / 2:
+if run_dir.startswith("drive:") and total_size > free_for_model(run) / 2:
     place = Path("runs") / run.name
     print(f"{total_size / 2**30:.1f} GiB are too much for Google Drive: the merged model stays here, in {place}.")
     place.mkdir(parents=True, exist_ok=True)
+    remove(run / "merged")  # of another adapter
 folder = place / "merged.partial"
-plan_file = folder / "plan.json"
+if (place / "merged").exists() and not folder.exists():
+    (place / "merged").rename(folder)
+plan_file, report_file = folder / "plan.json", folder / "merge_report.json"
 if not plan_file.exists() or json.loads(plan_file.read_text()) != plan:
     remove(folder)
     with whole(plan_file) as partial:
         partial.write_text(json.dumps(plan))
-remove(run / "merged")  # of another adapter
 remove(place / "merged")
-free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-if total_size > free:
+
+# %% tags=["nbval-ignore-output"]
+changed = quantized if base_weights == "dequantized" else {f"{module}.weight" for module in adapted}
+changed = {name: 4 * skeleton.get_parameter(name).numel() for name in changed}
+memory, room = merging_gib(sizes, shards, changed, base_weights), psutil.virtual_memory().available / 2**30
+in_use = psutil.Process().memory_info().rss / 2**30
+print(f"expected peak of RAM: {memory + in_use:.1f} GiB; there is room for {room + in_use:.1f} GiB")
+disk, free = total_size / 2**30, free_for_model(place) / 2**30
+print(f"expected on disk: {disk:.1f} of {free:.1f} GiB that are free")
+if memory > room:
+    raise StageError(f"Merging takes {memory:.1f} GiB of RAM, and {room:.1f} GiB are free. Lower max_shard_gb.")
+if disk > free:
     raise StageError(
-        f"The merged model needs {total_size / 2**20:,.1f} MiB; {place} has room for {free / 2**20:,.1f} MiB."
+        f"The merged model needs {disk * 1024:,.1f} MiB; {place} has room for {free * 1024:,.1f} MiB. "
+        "Free some space, or put run_dir on another disk."
     )
 
 # %% tags=["nbval-ignore-output"]
@@ -495,6 +533,7 @@ for number, shard in enumerate(tqdm(shards, "merging", unit="file", file=sys.std
     file = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     weight_map |= dict.fromkeys(shard, file.name)
     if not file.exists():
+        remove(report_file)  # what it says was proven of other files
         with whole(file) as partial:
             save_file({name: merge(name) for name in shard}, partial, metadata={"format": "pt"})
 index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
@@ -662,13 +701,14 @@ gpu = torch.cuda.is_available()
 room = room_gib() * 2**30
 # fp32 where there is room for it, so that only the rounding of the weights is left
 dtype = torch.float32 if not gpu and room > 3 * total_size * 4 / merged_dtype.itemsize else merged_dtype
+proven = json.loads(report_file.read_text()) if report_file.exists() else {}  # before an interruption
+difference, logit_range, agreement = map(proven.get, ("max_logit_difference", "logit_range", "same_next_token"))
 provable = room > 1.05 * total_size
-if not provable:
+if difference is None and not provable:
     print(f"UNPROVEN: comparing takes {total_size / 2**30:.1f} GiB of memory, and there are {room / 2**30:.1f} GiB.")
 
 # %% tags=["nbval-ignore-output"]
-difference = logit_range = agreement = None
-if provable:
+if difference is None and provable:
     if base_weights == "original":
         reference = load_model(base_folder, None, dtype, "sdpa")
     else:
@@ -683,7 +723,7 @@ if provable:
     agreement = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
 
 # %%
-if provable:
+if difference is not None:
     print(f"largest difference: at most {max(difference / logit_range, 1e-4):.2%} of the range of the logits")
     print(f"same most likely next token at {agreement:.0%} of the positions")
     tolerance = 0.1 if dtype == torch.bfloat16 else 0.05
@@ -711,9 +751,9 @@ report = {
     "same_next_token": agreement,
     "adapter_sha256": plan["adapter"],
 }
-with whole(folder / "merge_report.json") as partial:
+report |= proven  # with the seconds and the memory of the merging
+with whole(report_file) as partial:
     partial.write_text(json.dumps(report, indent=2))
-plan_file.unlink()
 folder.rename(place / "merged")
 record("03_merge_adapter", provenance["dataset_fingerprint"])
 

@@ -164,8 +164,13 @@ def whole(path):
 
 
 # %%
-def hub_token():
-    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login."""
+def hub_token(model=""):
+    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login.
+
+    None, too, for a `model` that is a folder here, which needs no token.
+    """
+    if model and Path(model).is_dir():
+        return None
     try:
         from google.colab import userdata
 
@@ -300,7 +305,7 @@ processes = PartialState(cpu=not torch.cuda.is_available())  # under `accelerate
 
 
 # %%
-def load_dataset_of_run(run):
+def load_dataset_of_run(run, otherwise=""):
     """The DatasetDict and the report that notebook 1 left. Raises StageError if they are not there or not whole."""
     try:
         report = json.loads((run / "dataset" / "report.json").read_text())
@@ -309,6 +314,7 @@ def load_dataset_of_run(run):
         reason = "is missing" if not (run / "dataset").exists() else f"cannot be read ({error})"
         raise StageError(
             f"{run / 'dataset'} {reason}. Run 01_format_dataset first, with the same run_dir, in Colab one in Drive."
+            + otherwise
         ) from None
 
 
@@ -942,12 +948,15 @@ sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if do
 scores, answers, seconds, safety_answers = {}, {}, {}, {}
 
 # %% [markdown]
-# Answers that an interrupted run of this notebook left are kept, if they were made by the same adapter with the same
-# parameters.
+# Answers that an earlier run of this notebook left, interrupted or not, are kept, if they were made by the same models
+# with the same parameters and libraries.
 
 # %%
 so_far = run / "answers_so_far"
-evaluated = {**parameters, "adapter": adapter_sha256}
+evaluated = {name: value for name, value in parameters.items() if name not in ("run_dir", "your_question")}
+evaluated |= {"adapter": adapter_sha256, **{name: version(name) for name in ("torch", "transformers")}}
+if merged_folder:
+    evaluated["base_weights"] = json.loads((merged_folder / "merge_report.json").read_text())["base_weights"]
 with processes.main_process_first():
     if not (so_far / "of.json").exists() or json.loads((so_far / "of.json").read_text()) != evaluated:
         remove(so_far)
@@ -1079,7 +1088,7 @@ def fetch(model, revision):
     """
     if Path(model).is_dir():
         return Path(model)
-    wanted = {"revision": revision, "allow_patterns": ["*.safetensors", "*.json"]}
+    wanted = {"revision": revision, "allow_patterns": ["*.safetensors", "*.json"], "token": hub_token()}
     try:
         with suppress(DryRunError):  # no network: all may be here already
             files = snapshot_download(model, dry_run=True, **wanted)
@@ -1183,8 +1192,9 @@ def load_base(base_model, revision, dtype, attn_implementation, sharded=False):
 
 # %% tags=["nbval-ignore-output"]
 dtype = compute_dtype(precision)
+config = AutoConfig.from_pretrained(base_model, revision=base_model_revision, token=hub_token(base_model))
 with torch.device("meta"):
-    largest = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_model, revision=base_model_revision))
+    largest = AutoModelForCausalLM.from_config(config)
 largest = largest.num_parameters() * dtype.itemsize / 2**30  # the merged model; the others are in 4 bits
 room = min(gather_object([room_gib()]))
 in_16_bits = bool(largest <= room)
@@ -1649,7 +1659,6 @@ if compared:
     del merged
     gc.collect()
     torch.cuda.empty_cache()
-    config = AutoConfig.from_pretrained(base_model, revision=base_model_revision)
     if hasattr(config, "quantization_config"):
         print("The base model is stored in 4 bits, so there is only one way to merge.")
     elif largest > room_gib():
@@ -1753,7 +1762,6 @@ if processes.is_main_process:
         if safety_answers:
             lines = pd.concat(safety_answers.values()).assign(disclaimer=DISCLAIMER)
             lines.to_json(folder / "safety.jsonl", orient="records", lines=True, force_ascii=False)
-    remove(so_far)
     record("04_evaluate", report["fingerprint"])
 processes.wait_for_everyone()
 

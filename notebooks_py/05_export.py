@@ -161,8 +161,13 @@ def whole(path):
 
 
 # %%
-def hub_token():
-    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login."""
+def hub_token(model=""):
+    """The Hub's token among Colab's secrets; None, for the library to look in the environment and for a login.
+
+    None, too, for a `model` that is a folder here, which needs no token.
+    """
+    if model and Path(model).is_dir():
+        return None
     try:
         from google.colab import userdata
 
@@ -286,7 +291,7 @@ LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source package is llama.cpp: libra
 
 
 # %%
-def load_dataset_of_run(run):
+def load_dataset_of_run(run, otherwise=""):
     """The DatasetDict and the report that notebook 1 left. Raises StageError if they are not there or not whole."""
     try:
         report = json.loads((run / "dataset" / "report.json").read_text())
@@ -295,6 +300,7 @@ def load_dataset_of_run(run):
         reason = "is missing" if not (run / "dataset").exists() else f"cannot be read ({error})"
         raise StageError(
             f"{run / 'dataset'} {reason}. Run 01_format_dataset first, with the same run_dir, in Colab one in Drive."
+            + otherwise
         ) from None
 
 
@@ -899,7 +905,7 @@ def fetch(model, revision):
     """
     if Path(model).is_dir():
         return Path(model)
-    wanted = {"revision": revision, "allow_patterns": ["*.safetensors", "*.json"]}
+    wanted = {"revision": revision, "allow_patterns": ["*.safetensors", "*.json"], "token": hub_token()}
     try:
         with suppress(DryRunError):  # no network: all may be here already
             files = snapshot_download(model, dry_run=True, **wanted)

@@ -6,8 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
-from importlib.metadata import requires, version
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import packages_distributions, requires, version
+from typing import ClassVar
 
 import nbformat
 import pytest
@@ -68,15 +71,30 @@ def test_installing_changes_nothing_that_colab_has(runtime):
 
 
 def test_the_tests_run_what_colab_runs():
-    """requirements.txt has the versions of Colab and of the install cell for all that the notebooks import."""
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", line)[0] for line in lines if re.match(r"[\w-]+==", line))
-    packages, _ = installed(SERIES["colab_runtime"])
-    wanted = {name: packages[name] for name in ("transformers", "peft", "datasets", "accelerate", "safetensors")}
-    wanted |= {name.replace("_", "-"): packages[name] for name in ("tokenizers", "numpy", "pandas", "matplotlib")}
-    wanted |= {"huggingface_hub": packages["huggingface-hub"], "psutil": packages["psutil"]}
-    wanted |= dict(re.findall(r"([\w-]+)==([\w.]+)", INSTALL["01_format_dataset"]))
-    assert {name: pins[name] for name in wanted} == wanted
+    """requirements.txt has the versions of Colab, torch's build aside, and those of the install cell."""
+    pins = dict(re.findall(r"(?m)^([\w.-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text()))
+    pins = {canonicalize_name(name): number for name, number in pins.items()}
+    wanted = installed(SERIES["colab_runtime"])[0] | dict(re.findall(r"([\w-]+)==([\w.]+)", INSTALL["chat"]))
+    differ = {name: (pin, wanted[name]) for name, pin in pins.items() if wanted.get(name, pin) != pin}
+    assert differ.keys() == {"torch"}, differ
+    assert len(pins.keys() & wanted.keys()) > 80
+
+
+@pytest.mark.parametrize("runtime", [SERIES["colab_runtime"], "latest"])
+def test_colab_has_all_that_the_notebooks_import(runtime):
+    """Or the install cell brings it. Python's own modules are those of this Python; none of them has left since."""
+    code = "\n".join(cell.source for name in STAGES for cell in NOTEBOOKS[name].cells if cell.cell_type == "code")
+    imported = set(re.findall(r"(?m)^\s*(?:import|from) ([\w]+)", code.replace("import gradio", "")))
+    third = imported - sys.stdlib_module_names - {"google"}
+    there = installed(runtime)[0].keys() | {"trl", "bitsandbytes", "liger-kernel"}
+    owners = packages_distributions()
+    assert {name for name in third if not {canonicalize_name(o) for o in owners[name]} & there} == set()
+    assert {"torch", "pyarrow", "psutil", "transformers"} <= third
+    gone = (
+        "aifc asynchat asyncore audioop cgi cgitb chunk crypt distutils imghdr imp lib2to3 mailcap msilib nis nntplib"
+    )
+    gone += " ossaudiodev pipes smtpd sndhdr spwd sunau telnetlib uu xdrlib"
+    assert not imported & set(gone.split()), "not in Python 3.13"
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -303,6 +321,81 @@ def test_alone_with_nothing_to_go_on(tmp_path, name, first):
         if output.output_type == "error"
     ]
     assert error.ename == "StageError" and first in error.evalue and "in Colab one in Drive" in error.evalue
+    assert ("set published_dataset" in error.evalue) == (name == "02_finetune_qlora")
+
+
+class GatedHub(BaseHTTPRequestHandler):
+    """A Hub whose every repository is gated. It remembers with which token each path was asked for first.
+
+    Refused, transformers asks once more without the token that it was given.
+    """
+
+    asked_with: ClassVar[dict] = {}
+
+    def do_GET(self):
+        if "gated" in self.path:
+            self.asked_with.setdefault(self.path, self.headers.get("Authorization"))
+        self.send_response(401)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("secret", "variable", "login", "token"),
+    [
+        ("secret", "variable", "login", "secret"),
+        (None, "variable", "login", "variable"),
+        (None, None, "login", "login"),
+        (None, None, None, None),
+    ],
+)
+def test_the_token_comes_from_secrets_environment_or_login_in_that_order(tmp_path, secret, variable, login, token):
+    """For a gated base model and data set. A model that is a folder here asks for no token."""
+    for path, text in STAND_IN.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    if login:
+        (tmp_path / "token").write_text(f"hf_{login}")
+    GatedHub.asked_with.clear()
+    server = HTTPServer(("localhost", 0), GatedHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    program = f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        from conftest import definitions
+        ours = definitions("01_format_dataset")
+        assert ours.hub_token({str(TINY)!r}) is None
+        attempts = [
+            lambda: ours.load_tokenizer("some-one/gated", "main"),
+            lambda: list(ours.read_hub("some-one/gated", "main", [], [])),
+            lambda: definitions("03_merge_adapter").fetch("some-one/gated", "main"),
+        ]
+        for attempt in attempts:
+            try:
+                attempt()
+            except Exception as error:
+                assert type(error).__name__ == "StageError", error
+            else:
+                raise AssertionError("not gated")
+        assert ours.commit_of("some-one/gated", "main") == "main"
+    """
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "STAND_IN_SECRET", "HF_TOKEN_PATH")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"PYTHONPATH": str(tmp_path), "HF_HOME": str(tmp_path), "NO_PROXY": "localhost"}
+    environment["HF_ENDPOINT"] = f"http://localhost:{server.server_port}"
+    environment |= {"STAND_IN_SECRET": f"hf_{secret}"} if secret else {}
+    environment |= {"HF_TOKEN": f"hf_{variable}"} if variable else {}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    server.shutdown()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(GatedHub.asked_with) >= 4
+    assert set(GatedHub.asked_with.values()) == {f"Bearer hf_{token}" if token else None}
 
 
 def test_drive_is_in_colab_only(evaluation):

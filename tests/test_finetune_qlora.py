@@ -162,6 +162,17 @@ def test_the_adapter_is_trained_in_fp32_and_learns(stage):
     assert metrics["tokens"] == sum(map(len, stage.encoded["train"]["input_ids"]))
 
 
+def test_checkpoints_are_few_and_small(stage):
+    """Two, of the adapter and its optimizer in fp32 and nothing of the base model; the tokenizer is the rest."""
+    checkpoints = list((stage.run / "checkpoints").glob("checkpoint-*"))
+    assert len(checkpoints) == 2
+    for checkpoint in checkpoints:
+        files = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+        assert 0 <= files.pop("adapter_model.safetensors") - 4 * stage.trainable < 2**15
+        assert 0 <= files.pop("optimizer.pt") - 8 * stage.trainable < 2**15
+        assert sum(files.values()) < 2**20, files
+
+
 def test_packed_rows_do_not_see_each_other(stage):
     """Loss and gradients of examples packed into rows equal those of the same examples padded, and leaks would show."""
     rows = [row for row in stage.train if len(row["seq_lengths"]) > 1][:2]

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import stat
 from collections import Counter
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import datasets
 import pandas as pd
 import pytest
 from conftest import ROOT, TABLE, make, run_tiny
+from test_tables import write_many
 
 FIELDS = ("issue", "item", "remedy", "yoga")
 QUESTION = "I am suffering from {issue}. Please suggest a home remedy."
@@ -343,6 +345,25 @@ def test_a_table_of_another_shape(tmp_path):
     assert report["rows_out"] == 40 and not report["dropped"]
 
 
+@pytest.mark.parametrize("rows", [None, 2000])
+def test_the_expected_room_on_the_disk_is_near_the_measured(tmp_path, rows):
+    """Of the bundled table, and of a larger one."""
+    table = {}
+    if rows:
+        write_many(tmp_path / "t.jsonl", rows)
+        table = {"dataset": str(tmp_path / "t.jsonl")}
+    ran = run_tiny("01_format_dataset", tmp_path / "run", before="## What we have now", **table)
+    written = [ran.examples.path, *(ran.run / "dataset").glob("*/*.arrow")]
+    assert ran.expected * 2**30 == pytest.approx(sum(path.stat().st_size for path in written), rel=0.15)
+
+
+def test_a_table_that_does_not_fit_the_disk_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(Exception, match=r"\d+ rows take 0\.0 GiB, and 0\.0 GiB are free\. Free some space") as caught:
+        run_tiny("01_format_dataset", tmp_path / "run")
+    assert type(caught.value).__name__ == "StageError" and not (tmp_path / "run" / "dataset").exists()
+
+
 def test_whatever_the_hub_answers_is_one_line(format_dataset, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("Cannot send a request,\nas the client has been closed.")
@@ -364,12 +385,12 @@ def test_what_was_read_from_the_hub_can_be_read_again(format_dataset, tmp_path, 
     table = datasets.Dataset.from_dict({"Health Issue": ["Cold"] * 3, "Home Remedy": ["Rest.", "Tea.", "Soup."]})
 
     class Hub:
-        def dataset_info(self, name, revision):
+        def dataset_info(self, name, revision, token):
             if name == "some-one/gone":
                 raise OSError("no network")
             return SimpleNamespace(sha="c" * 40 if revision == "main" else revision)
 
-    def load_dataset(name, revision):
+    def load_dataset(name, revision, token):
         asked.append(revision)
         return datasets.DatasetDict({"train": table})
 

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import TINY, run_tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, pipeline
 
 
 @pytest.fixture
@@ -125,6 +127,74 @@ def test_several_shards_and_an_interruption(run_dir):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(run_dir / "merged")), expected)
     with safe_open(run_dir / "merged" / first.name, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_what_is_finished_is_not_done_again(run_dir, monkeypatch):
+    """After an interruption at the very end, or when all is run again: neither merged nor proven."""
+    report = merge_stage(run_dir).report
+    stamps = {path: path.stat().st_mtime_ns for path in (run_dir / "merged").glob("*.safetensors")}
+    monkeypatch.setattr(PeftModel, "from_pretrained", None)
+    assert merge_stage(run_dir).report == report
+    assert {path: path.stat().st_mtime_ns for path in (run_dir / "merged").glob("*.safetensors")} == stamps
+    monkeypatch.undo()
+    proven = run_dir / "merged" / "merge_report.json"
+    proven.write_text(proven.read_text().replace('"max_logit_difference": ', '"max_logit_difference": 9'))
+    next(iter(stamps)).unlink()
+    assert merge_stage(run_dir).report["max_logit_difference"] == report["max_logit_difference"], "proven again"
+    assert merge_stage(run_dir, base_weights="dequantized").report["base_weights"] == "dequantized"
+    assert merge_stage(run_dir, base_model_revision="another").plan["base_model_revision"] == "another"
+    assert not (run_dir / "merged.partial").exists()
+
+
+def test_half_a_merged_model_counts_as_room_for_the_whole(merge_adapter, tmp_path, monkeypatch):
+    """Else a merge into Google Drive that is interrupted would begin again elsewhere."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=100))
+    (tmp_path / "merged.partial").mkdir()
+    (tmp_path / "merged.partial" / "model-1.safetensors").write_bytes(b"x" * 50)
+    assert merge_adapter.free_for_model(tmp_path) == 150
+
+
+# Peak of resident memory in GiB of merging two layers of Llama-2-7B's shape, 0.567 of it there beforehand
+MERGING = [
+    ("q_proj k_proj v_proj o_proj", "original", 1.0, 1.50),
+    ("all", "original", 1.0, 1.52),
+    ("all", "dequantized", 1.0, 1.92),
+    ("q_proj k_proj v_proj o_proj", "original", 0.25, 0.83),
+    ("all", "dequantized", 0.25, 1.45),
+    ("all", "original", 2.0, 1.85),
+]
+
+
+@pytest.mark.parametrize(("adapted", "base_weights", "max_shard_gb", "measured"), MERGING)
+def test_the_expected_memory_is_near_the_measured(merge_adapter, adapted, base_weights, max_shard_gb, measured):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(intermediate_size=11008, num_hidden_layers=2))
+    numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = {name: 2 * number for name, number in numbers.items()}
+    linear = {name: 4 * number for name, number in numbers.items() if "_proj" in name}
+    changed = {name: size for name, size in linear.items() if adapted == "all" or name.split(".")[-2] in adapted}
+    shards = merge_adapter.plan_shards(sizes, max_shard_gb * 1e9)
+    expected = merge_adapter.merging_gib(sizes, shards, changed, base_weights)
+    assert expected + 0.567 == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        ("memory", r"Merging takes 0\.0 GiB of RAM, and 0\.0 GiB are free\. Lower max_shard_gb"),
+        ("disk", r"The merged model needs \d\.\d MiB; .* has room for 0\.0 MiB\. Free some space"),
+    ],
+)
+def test_a_merge_without_room_does_not_begin(run_dir, monkeypatch, lacking, message):
+    if lacking == "memory":
+        room = psutil.virtual_memory()._replace(available=1000)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
+    else:
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(Exception, match=message) as caught:
+        merge_stage(run_dir)
+    assert type(caught.value).__name__ == "StageError"
+    assert not list(run_dir.glob("merged*/*.safetensors"))
 
 
 def test_plan_shards(merge_adapter):

@@ -3,15 +3,19 @@
 import ast
 import json
 import os
+import random
 import runpy
 import shutil
 import statistics
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
 import datasets
 import jupytext
 import nbformat
+import psutil
 import pytest
 import yaml
 from conftest import ROOT, STAGES, TABLE, TINY, but_for_rounding, make, metrics_without_times, run_tiny
@@ -104,13 +108,48 @@ def test_the_manifest_says_what_ran(finished_run):
     assert len({entry["dataset_fingerprint"] for entry in manifest.values()}) == 1
 
 
-def test_the_same_seed_gives_the_same_metrics_and_a_second_run_does_nothing(finished_run, tmp_path):
-    again = tmp_path / "again"
-    assert make("run-all", "PROFILE=tiny", f"RUN_DIR={again}").returncode == 0
+def stamps(folder):
+    """When each file was written, of those that are whole."""
+    files = [path for path in folder.rglob("*") if path.is_file() and ".partial" not in str(path.relative_to(folder))]
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
+
+
+def kill_once(stage, run_dir, moment):
+    """Run a stage and kill all of its processes after so many seconds."""
+    command = ["make", "VENV=", f"PYTHON={sys.executable}", stage, "PROFILE=tiny", f"RUN_DIR={run_dir}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(moment)
+    with suppress(psutil.NoSuchProcess):
+        for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                victim.kill()
+    process.wait()
+
+
+def test_a_series_that_is_killed_ends_with_the_same_metrics_and_a_second_run_does_nothing(finished_run, tmp_path):
+    """SIGKILL at random moments of each stage, which pytest shows if this fails; KILLS and KILL_SEED set them."""
+    again, random_seed = tmp_path / "again", os.environ.get("KILL_SEED", str(time.time_ns()))
+    print(f"KILL_SEED={random_seed}")
+    draw, times = random.Random(random_seed), json.loads((finished_run / "manifest.json").read_text())
+    for stage in STAGES:
+        for _ in range(int(os.environ.get("KILLS", 1))):
+            moment = draw.uniform(0, times[stage]["seconds"] + 3)  # and what it takes to start
+            kill_once(stage, again, moment)
+            found = sorted(path.name for path in again.glob("*"))
+            print(f"{stage} killed after {moment:.1f} s: {found}")
+        before = stamps(again)
+        assert make(stage, "PROFILE=tiny", f"RUN_DIR={again}").returncode == 0
+        after = stamps(again)
+        done_twice = {name for name, stamp in before.items() if name in after and after[name] != stamp}
+        costly = {name for name in done_twice if name.endswith((".safetensors", "optimizer.pt")) or "so_far/" in name}
+        assert costly <= {"adapter/adapter_model.safetensors"}  # the end of a training: loaded, and saved again
+    assert not list(again.rglob("*.partial*"))
     assert metrics_without_times(again) == but_for_rounding(metrics_without_times(finished_run))
-    stamps = {path: path.stat().st_mtime_ns for path in again.rglob("*") if path.is_file()}
+    finished = stamps(again)
     assert make("run-all", "PROFILE=tiny", f"RUN_DIR={again}").returncode == 0
-    assert {path: path.stat().st_mtime_ns for path in again.rglob("*") if path.is_file()} == stamps
+    assert stamps(again) == finished
 
 
 def expect_make_error(run_dir, *words, profile="tiny", args=""):

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import unicodedata
 
 import datasets
@@ -317,8 +318,15 @@ BAD = {
     "header with a space.csv": (PLAIN.replace("question", " question "), "Did you mean ' question '"),
     "header with a hidden character.csv": (PLAIN.replace("que", "que\u200b"), r"Did you mean 'que\\u200bstion'"),
     "header twice.csv": ("question,answer,answer\na,b,c\n", "more than one column 'answer'"),
-    "semicolons.csv": (PLAIN.replace(",", ";"), "no column 'question'.*question;answer"),
-    "tabs.csv": (PLAIN.replace(",", "\t"), "no column 'question'"),
+    "semicolons.csv": (PLAIN.replace(",", ";"), "first line, 'question;answer', is not column names with commas"),
+    "semicolons, and commas in answers.csv": ("question;answer\na;b, c\n", "first line, 'question;answer', is not"),
+    "tabs.csv": (PLAIN.replace(",", "\t"), r"first line, 'question\\tanswer', is not column names with commas"),
+    "Excel's separator.csv": (b"\xef\xbb\xbfsep=,\r\n" + PLAIN.encode(), "first line, 'sep=,', is not.*remove a line"),
+    "another separator of Excel's.csv": ("sep=;\nquestion;answer\na;b\n", "first line, 'sep=;', is not"),
+    "the end of a file in DOS.csv": (PLAIN + "\x1a", "line 6.*1 cell"),
+    "a comment first.csv": ("# made in 2020\n" + PLAIN, "line 2.*2 cells.*header 1"),
+    "overlong.csv": (PLAIN.encode() + b"a,\xc0\x80\n", "not UTF-8"),
+    "half a character.csv": (PLAIN.encode() + b"a,\xed\xa0\x80\n", "not UTF-8"),
     "a cell too many in the first row.csv": (HEADER + "a,b,c\nd,e\n", "line 2.*3 cells.*header 2"),
     "a cell too many in every row.csv": (HEADER + "a,b,c\nd,e,f\n", "line 2.*3 cells"),
     "a cell too many at the end.csv": (PLAIN + "a,b,c\n", "line 6.*3 cells"),
@@ -598,6 +606,26 @@ def test_near_duplicates_are_all_found(format_dataset, rows, threshold):
     assert list(reasons) == reasons_by_comparing_all(format_dataset, rows, threshold)
 
 
+@pytest.mark.parametrize("name", ["table.CSV", "table.JsonL", "table.Parquet"])
+def test_the_case_of_a_files_ending_does_not_matter(name, tmp_path):
+    WRITERS[name.split(".")[1].lower()][0](tmp_path / name, COLUMNS.values(), GOOD)
+    check_table(run_notebook(tmp_path, tmp_path / name), GOOD)
+
+
+def test_an_answer_that_is_only_a_link_is_no_answer(tmp_path):
+    links = [
+        "(https://example.org)",
+        "<www.example.org>",
+        '["https://example.org/a.jpg"]',
+        "![](https://example.org/a)",
+    ]
+    write_csv(
+        tmp_path / "table.csv", COLUMNS.values(), [*GOOD, *((f"Link {i}?", link) for i, link in enumerate(links))]
+    )
+    report = run_notebook(tmp_path, tmp_path / "table.csv").report
+    assert report["dropped"] == {"no answer": len(links)}
+
+
 def test_a_column_that_is_not_used_may_hold_anything(tmp_path):
     questions, answers = zip(*GOOD, strict=True)
     columns = {"question": questions, "answer": answers, "image": [b"\xff\xfe"] * len(GOOD)}
@@ -613,10 +641,20 @@ def test_a_column_that_is_not_used_may_hold_anything(tmp_path):
         ("お茶（https://example.org/お茶）", "お茶（お茶）"),
         ("Siehe https://example.org/käse für mehr", "Siehe für mehr"),
         ("Awww.so cute", "Awww.so cute"),
+        ("See [the picture](https://example.org/a_(b).jpg) and <www.example.org> too", "See the picture and too"),
+        ("Rest (see https://example.org/a).", "Rest (see )."),
+        ('f() [x](y) <> [] ""', 'f() [x](y) <> [] ""'),
     ],
 )
 def test_a_web_address_ends_where_the_text_goes_on(format_dataset, raw, cleaned):
     assert format_dataset.clean_cell(raw) == cleaned
+
+
+@pytest.mark.parametrize("piece", ["(", "[a](", "(https:", "[x](https:a", "www.", '["(', "(a)", "<http:(("])
+def test_many_brackets_are_cleaned_quickly(format_dataset, piece):
+    begun = time.process_time()
+    format_dataset.clean_cell("https:" + piece * (100_000 // len(piece)))
+    assert time.process_time() - begun < 1
 
 
 def test_many_small_sentences_are_split_quickly(format_dataset):
