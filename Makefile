@@ -21,7 +21,8 @@ READY := $(if $(VENV),$(VENV)/.ready,environment)
 # with GPUS=2 two processes run the training and the evaluation, each with a kernel of its own
 SPREAD := $(if $(filter-out 1,$(GPUS)),-c "$$LAUNCH" --config_file profiles/accelerate/gpus.yaml \
 	--num_processes $(GPUS) --no_python $(PY))
-CLEAR_METADATA := --ClearMetadataPreprocessor.enabled=True \
+# no times of execution, and one line for each progress bar
+QUIET_DIFF := --CoalesceStreamsPreprocessor.enabled=True --ClearMetadataPreprocessor.enabled=True \
 	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",)}' \
 	--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{("language_info", "name"), ("kernelspec",)}'
 EXTRAS := .cache/extras
@@ -174,13 +175,12 @@ reference: $(READY) .cache/tiny-llama/config.json ## remake tests/reference afte
 	@for stage in $(STAGES); do $(PY) -c "$$RUN_STAGE" notebooks/$$stage.ipynb tests/reference/$$stage.ipynb \
 		--cwd tests/reference -f profiles/tiny.yaml -p run_dir ../../runs/reference \
 		-p base_model ../../.cache/tiny-llama -p dataset ../../data/home_remedies.csv || exit 1; done
-	@$(PY) -m nbconvert --log-level=ERROR --to notebook --inplace $(CLEAR_METADATA) tests/reference/*.ipynb
+	@$(PY) -m nbconvert --log-level=ERROR --to notebook --inplace $(QUIET_DIFF) tests/reference/*.ipynb
 
 examples: ## remake examples/cpu_run, the executed notebooks of the cpu profile, and its plot
 	@$(MAKE) --no-print-directory run-all PROFILE=cpu RUN_DIR=runs/examples
 	@mkdir -p examples/cpu_run && cp runs/examples/0*.ipynb runs/examples/evaluation/* examples/cpu_run
-	@$(PY) -m nbconvert --log-level=ERROR --to notebook --inplace $(CLEAR_METADATA) \
-		--CoalesceStreamsPreprocessor.enabled=True examples/cpu_run/*.ipynb  # one line for each progress bar
+	@$(PY) -m nbconvert --log-level=ERROR --to notebook --inplace $(QUIET_DIFF) examples/cpu_run/*.ipynb
 	@$(PY) -c "$$EXTRACT_PLOT" examples/cpu_run/04_evaluate.ipynb examples/cpu_run/results.png
 
 sync: $(READY) ## format notebooks_py/ and bring notebooks/ up to date with it (or the other way, whichever is newer)

@@ -476,8 +476,8 @@ shards = plan_shards(sizes, max_shard_gb * 1e9)
 print(f"{total_size / 2**20:,.1f} MiB in {len(shards)} files")
 
 # %% [markdown]
-# They are written to `merged.partial`, which becomes `merged` at the very end. When this notebook is run again, files
-# that are already whole stay, unless the adapter or a parameter has changed.
+# They are written to `merged.partial`, which becomes `merged` at the very end. After an interruption the files that are
+# already whole stay, unless the adapter or a parameter has changed.
 
 
 # %%
@@ -501,9 +501,7 @@ if run_dir.startswith("drive:") and total_size > free_for_model(run) / 2:
     place.mkdir(parents=True, exist_ok=True)
     remove(run / "merged")  # of another adapter
 folder = place / "merged.partial"
-if (place / "merged").exists() and not folder.exists():
-    (place / "merged").rename(folder)
-plan_file, report_file = folder / "plan.json", folder / "merge_report.json"
+plan_file = folder / "plan.json"
 if not plan_file.exists() or json.loads(plan_file.read_text()) != plan:
     remove(folder)
     with whole(plan_file) as partial:
@@ -533,7 +531,6 @@ for number, shard in enumerate(tqdm(shards, "merging", unit="file", file=sys.std
     file = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     weight_map |= dict.fromkeys(shard, file.name)
     if not file.exists():
-        remove(report_file)  # what it says was proven of other files
         with whole(file) as partial:
             save_file({name: merge(name) for name in shard}, partial, metadata={"format": "pt"})
 index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
@@ -701,14 +698,13 @@ gpu = torch.cuda.is_available()
 room = room_gib() * 2**30
 # fp32 where there is room for it, so that only the rounding of the weights is left
 dtype = torch.float32 if not gpu and room > 3 * total_size * 4 / merged_dtype.itemsize else merged_dtype
-proven = json.loads(report_file.read_text()) if report_file.exists() else {}  # before an interruption
-difference, logit_range, agreement = map(proven.get, ("max_logit_difference", "logit_range", "same_next_token"))
 provable = room > 1.05 * total_size
-if difference is None and not provable:
+if not provable:
     print(f"UNPROVEN: comparing takes {total_size / 2**30:.1f} GiB of memory, and there are {room / 2**30:.1f} GiB.")
 
 # %% tags=["nbval-ignore-output"]
-if difference is None and provable:
+difference = logit_range = agreement = None
+if provable:
     if base_weights == "original":
         reference = load_model(base_folder, None, dtype, "sdpa")
     else:
@@ -723,7 +719,7 @@ if difference is None and provable:
     agreement = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
 
 # %%
-if difference is not None:
+if provable:
     print(f"largest difference: at most {max(difference / logit_range, 1e-4):.2%} of the range of the logits")
     print(f"same most likely next token at {agreement:.0%} of the positions")
     tolerance = 0.1 if dtype == torch.bfloat16 else 0.05
@@ -751,9 +747,9 @@ report = {
     "same_next_token": agreement,
     "adapter_sha256": plan["adapter"],
 }
-report |= proven  # with the seconds and the memory of the merging
-with whole(report_file) as partial:
+with whole(folder / "merge_report.json") as partial:
     partial.write_text(json.dumps(report, indent=2))
+plan_file.unlink()
 folder.rename(place / "merged")
 record("03_merge_adapter", provenance["dataset_fingerprint"])
 

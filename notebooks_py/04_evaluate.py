@@ -948,8 +948,8 @@ sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if do
 scores, answers, seconds, safety_answers = {}, {}, {}, {}
 
 # %% [markdown]
-# Answers that an earlier run of this notebook left, interrupted or not, are kept, if they were made by the same models
-# with the same parameters and libraries.
+# Answers that an interrupted run of this notebook left are kept, if they were made by the same models with the same
+# parameters and libraries.
 
 # %%
 so_far = run / "answers_so_far"
@@ -1890,6 +1890,13 @@ if "google.colab" in sys.modules and find_spec("gradio"):
 
     print(DISCLAIMER)
     print(f"The page is at {open_page(chat_page())}")
+
+# %% [markdown]
+# All is written, and the answers that an interruption would have left can go: run again, this notebook asks anew.
+
+# %%
+if processes.is_main_process:
+    remove(so_far)
 
 # %% [markdown]
 # ## What we have now

@@ -129,21 +129,14 @@ def test_several_shards_and_an_interruption(run_dir):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_what_is_finished_is_not_done_again(run_dir, monkeypatch):
-    """After an interruption at the very end, or when all is run again: neither merged nor proven."""
-    report = merge_stage(run_dir).report
-    stamps = {path: path.stat().st_mtime_ns for path in (run_dir / "merged").glob("*.safetensors")}
-    monkeypatch.setattr(PeftModel, "from_pretrained", None)
-    assert merge_stage(run_dir).report == report
-    assert {path: path.stat().st_mtime_ns for path in (run_dir / "merged").glob("*.safetensors")} == stamps
-    monkeypatch.undo()
-    proven = run_dir / "merged" / "merge_report.json"
-    proven.write_text(proven.read_text().replace('"max_logit_difference": ', '"max_logit_difference": 9'))
-    next(iter(stamps)).unlink()
-    assert merge_stage(run_dir).report["max_logit_difference"] == report["max_logit_difference"], "proven again"
-    assert merge_stage(run_dir, base_weights="dequantized").report["base_weights"] == "dequantized"
-    assert merge_stage(run_dir, base_model_revision="another").plan["base_model_revision"] == "another"
-    assert not (run_dir / "merged.partial").exists()
+def test_what_was_finished_is_merged_anew(run_dir):
+    """Whoever runs the notebook again may have changed its code."""
+    merge_stage(run_dir)
+    file = run_dir / "merged" / "model-00001-of-00001.safetensors"
+    stamp = file.stat().st_mtime_ns
+    merge_stage(run_dir)
+    assert file.stat().st_mtime_ns != stamp
+    assert not (run_dir / "merged.partial").exists() and not (run_dir / "merged" / "plan.json").exists()
 
 
 def test_half_a_merged_model_counts_as_room_for_the_whole(merge_adapter, tmp_path, monkeypatch):
