@@ -396,13 +396,14 @@ def table(results):
 
 
 def plot(results, path):
-    """Horizontal bars of tokens a second, ours darker."""
+    """Horizontal bars of tokens a second on one GPU, ours darker."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = {row: r["tokens_per_second"] for row, r in results.items() if "tokens_per_second" in r}
+    rows = {row: rate for row, rate in rows.items() if ROWS[row][2].get("gpus", 1) == 1}
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(rows) + 1), layout="constrained")
     colours = ["0.35" if "profile" in row else "0.8" for row in rows]
     bars = axes.barh(list(rows), list(rows.values()), color=colours, edgecolor="black")
