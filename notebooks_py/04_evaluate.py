@@ -975,18 +975,32 @@ def room_gib():
     return min(free + unused, share) / 2**30
 
 
+def bytes_a_token(config, size):
+    """What a token takes while it is read: keys and values in each layer, and logits, as computed and twice in fp32."""
+    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    return keys_and_values + config.vocab_size * (size + 4 + 4)
+
+
 def rows_that_fit(model, length, most):
     """How many rows of `length` tokens, up to `most`, have room in memory beside `model`.
 
-    A token takes its keys and values in every layer while an answer is generated, and its logits, as computed and twice
-    in fp32, while it is scored. A fifth of the free memory is left alone. Of several processes, the one with the least
-    room decides.
+    A fifth of the free memory is left alone. Of several processes, the one with the least room decides.
     """
-    config, size = model.config, model.dtype.itemsize
-    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-    logits = config.vocab_size * (size + 4 + 4)
-    rows = max(1, min(most, int(0.8 * room_gib() * 2**30 / (length * (keys_and_values + logits)))))
-    return min(gather_object([rows]))
+    row = length * bytes_a_token(model.config, model.dtype.itemsize)
+    return min(gather_object([max(1, min(most, int(0.8 * room_gib() * 2**30 / row)))]))
+
+
+def expected_peak_gib(config, size, weights, rows, length, kept, room):
+    """What evaluating takes at its peak, in GiB: a model of `weights` GiB and a batch of `rows` of `length` tokens.
+
+    The batch takes at most what `rows_that_fit` leaves it of `room`, in GiB. Without a GPU, Python counts, too, and the
+    logits of two models that are kept for `kept` tokens.
+    """
+    batch = min(rows * length * bytes_a_token(config, size) / 2**30, 0.8 * max(0, room - weights))
+    if torch.cuda.is_available():
+        return weights + batch
+    kept_logits = 2 * kept * config.vocab_size * size
+    return weights + batch + (kept_logits + psutil.Process().memory_info().rss) / 2**30
 
 
 def answer_batch(model, prompts, most_tokens):
@@ -1198,7 +1212,11 @@ with torch.device("meta"):
 largest = largest.num_parameters() * dtype.itemsize / 2**30  # the merged model; the others are in 4 bits
 room = min(gather_object([room_gib()]))
 in_16_bits = bool(largest <= room)
-print(f"the merged model will take {largest:.1f} GiB of memory; there is room for {room:.1f} GiB")
+longest = min(window, max(len(row["input_ids"]) for part in to_score.values() for row in part))
+kept = sum(sum(row["completion_mask"]) for row in to_score["test"][:fidelity_rows])
+expected = expected_peak_gib(config, dtype.itemsize, largest, eval_batch_size, longest, kept, room)
+print(f"expected peak memory: {expected:.1f} GiB, {largest:.1f} of it for the merged model")
+print(f"there is room for {room:.1f} GiB")
 if not in_16_bits and not merged_folder:
     raise StageError(
         f"The merged model takes {largest:.1f} GiB of memory, and there are {room:.1f} GiB. To have it evaluated in "

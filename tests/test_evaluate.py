@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TABLE, TINY, run_tiny
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 ANSWER = "Here is a suggested remedy:\n\n**Item:** {item}\n**Remedy:** {remedy}\n**Recommended Yoga:** {yoga}"
 
@@ -655,3 +655,11 @@ def test_a_merged_model_that_does_not_fit_is_evaluated_in_4_bits(finished_run, t
     in_4_bits = before["fidelity"]["merged, original, NF4 again"]["perplexity"]
     assert metrics["merged"]["perplexity"]["response"] == pytest.approx(in_4_bits, rel=1e-4)
     assert metrics["fidelity"].keys() == {"adapter on NF4", "merged, original, NF4 again"}
+
+
+def test_the_expected_memory_is_near_the_measured(evaluation):
+    """The cpu profile, with 17 rows of each split: its longest row has 113 tokens. Python took 0.63 GiB beforehand."""
+    smollm2 = {"hidden_size": 576, "num_hidden_layers": 30, "vocab_size": 49152}
+    config = LlamaConfig(**smollm2, num_attention_heads=9, num_key_value_heads=3)
+    peak = evaluation.expected_peak_gib(config, 4, weights=0.501, rows=16, length=113, kept=1644, room=20)
+    assert peak - psutil.Process().memory_info().rss / 2**30 + 0.63 == pytest.approx(2.97, rel=0.15)
