@@ -461,6 +461,29 @@ def test_a_base_that_is_to_be_sharded_computes_the_same(finetune, dtype):
         assert torch.equal(usual(ids).logits, sharded(ids).logits)
 
 
+def store_in_4_bits(finetune, folder, sharded):
+    """Save the tiny model in 4 bits, as FSDP can shard it or not."""
+    finetune.load_base(str(TINY), None, torch.float32, "sdpa", sharded).save_pretrained(folder)
+    for file in [*TINY.glob("*token*"), *TINY.glob("*.jinja")]:
+        shutil.copy(file, folder)
+    return {"base_model": str(folder)}
+
+
+@pytest.fixture
+def one_of_two(finished_run, tmp_path, monkeypatch):
+    """A run folder for one of two processes on GPUs that have little room, up to where the model would be loaded."""
+    shutil.copytree(finished_run / "dataset", tmp_path / "run" / "dataset")
+    processes = SimpleNamespace(
+        num_processes=2, distributed_type=DistributedType.MULTI_GPU, main_process_first=contextlib.nullcontext
+    )
+    room = psutil.virtual_memory()._replace(available=2**28)
+    monkeypatch.setattr(accelerate, "PartialState", lambda cpu: processes)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    return tmp_path / "run"
+
+
 @pytest.mark.parametrize(
     ("problem", "message"),
     [
@@ -469,22 +492,19 @@ def test_a_base_that_is_to_be_sharded_computes_the_same(finetune, dtype):
         ({}, r"Reading the model takes \d+\.\d GiB of RAM before it is sharded; 0\.2 GiB are free"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused(finetune, finished_run, tmp_path, monkeypatch, problem, message):
-    """As one of two processes on GPUs that have little room, up to where the model would be loaded."""
-    shutil.copytree(finished_run / "dataset", tmp_path / "run" / "dataset")
+def test_what_cannot_be_sharded_is_refused(finetune, one_of_two, monkeypatch, problem, message):
     if "base_model" in problem:
-        problem = {"base_model": str(tmp_path / "stored")}
-        finetune.load_base(str(TINY), None, torch.float32, "sdpa").save_pretrained(tmp_path / "stored")
-        for file in [*TINY.glob("*token*"), *TINY.glob("*.jinja")]:
-            shutil.copy(file, tmp_path / "stored")
-    one_of_two = SimpleNamespace(
-        num_processes=2, distributed_type=DistributedType.MULTI_GPU, main_process_first=contextlib.nullcontext
-    )
-    room = psutil.virtual_memory()._replace(available=2**28)
-    monkeypatch.setattr(accelerate, "PartialState", lambda cpu: one_of_two)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
+        problem = store_in_4_bits(finetune, one_of_two / "stored", sharded=False)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2" if problem else "1000")
     with pytest.raises(Exception, match=message) as caught:
-        run_tiny("02_finetune_qlora", tmp_path / "run", **problem)
+        run_tiny("02_finetune_qlora", one_of_two, **problem)
     assert type(caught.value).__name__ == "StageError"
+
+
+def test_a_base_stored_for_sharding_needs_no_ram_to_be_quantized(finetune, one_of_two, monkeypatch):
+    stored = store_in_4_bits(finetune, one_of_two / "stored", sharded=True)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    with pytest.raises(TypeError, match="not callable"):  # it gets to where the model is loaded
+        run_tiny("02_finetune_qlora", one_of_two, **stored)
