@@ -218,8 +218,14 @@ mark = f".process{rank}" if rank else ""
 partial = target.with_suffix(f"{mark}.partial.ipynb")
 given = [{"true": "True", "false": "False"}.get(word, word) for word in sys.argv[3:]]  # else "false" would be true
 options = ["--log-level", "ERROR", *["--no-progress-bar"] * (rank > 0), *given]
+run = lambda: papermill.main([str(source), str(partial), *options], standalone_mode=False)
 try:
-    papermill.main([str(source), str(partial), *options], standalone_mode=False)
+    try:
+        run()
+    except RuntimeError as error:  # of kernels that start at the same moment, two can pick the same port
+        if "died before replying" not in str(error):
+            raise
+        run()
 except BaseException as error:
     name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error)).strip()
     known = name == "StageError"
