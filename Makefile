@@ -242,6 +242,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 wanted = launch_command_parser().parse_args(sys.argv[1:])
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # what shards leave free is used again
 if not torch.cuda.is_available():
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:0, which torch.load does not know, when a training resumes
 elif torch.cuda.device_count() < wanted.num_processes:

@@ -324,13 +324,15 @@ def measure(row, base_model, run_dir):
     losses = [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
     rates = [count / seconds for count, seconds in zip(tokens[WARM_UP:], steps, strict=False)]
     packages = ["torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "unsloth", "xformers"]
-    peak = max(gather_object([torch.cuda.max_memory_reserved()]))
+    reserved = max(gather_object([torch.cuda.max_memory_reserved()]))
+    allocated = max(gather_object([torch.cuda.max_memory_allocated()]))
     PartialState().destroy_process_group()
     return {
         "tokens_per_second": round(statistics.median(rates)),
         "seconds_per_step": round(statistics.median(steps), 3),
         "tokens_per_step": round(statistics.mean(tokens[WARM_UP : WARM_UP + len(steps)])),
-        "peak_gib": round(peak / 2**30, 1),
+        "peak_gib": round(reserved / 2**30, 2),
+        "allocated_gib": round(allocated / 2**30, 2),
         "steps": len(steps),
         "skipped_steps": sum(skipped),
         "loss": losses,
@@ -465,11 +467,13 @@ def main():
         if python is None or gpus > torch.cuda.device_count():
             continue
         base_model = base_model_of(settings.get("model", "7b"))
+        environment = dict(os.environ)
         command = [python, __file__, "--row", row, "--base-model", base_model, "--run-dir", str(scratch)]
         if gpus > 1:
             launch = [python, "-m", "accelerate.commands.launch", "--num_processes", str(gpus)]
             command = [*launch, "--config_file", str(ROOT / "profiles" / "accelerate" / "gpus.yaml"), *command[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
+            environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | environment  # as make does
+        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, env=environment)
         found = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         failed = "out of memory" if "OutOfMemoryError" in done.stderr else f"failed: {done.stderr.strip()[-300:]}"
         results[row] = json.loads(found[0]) if found else {"error": failed}

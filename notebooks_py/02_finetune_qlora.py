@@ -261,8 +261,9 @@ def record(stage, dataset_fingerprint):
 import logging
 import math
 
-# bitsandbytes looks for an optional CPU kernel, and does without
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# bitsandbytes looks for an optional CPU kernel, Liger for kernels of other hardware, and both do without
+for library in ("bitsandbytes", "liger_kernel"):
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 import bitsandbytes as bnb
 import datasets

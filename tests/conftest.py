@@ -58,12 +58,19 @@ def tokenizer(format_dataset):
     return format_dataset.load_tokenizer(str(TINY), None)
 
 
-def make(*arguments, cwd=ROOT):
-    """Run make in this environment. Returns the finished process, its output as text."""
+def start_make(*arguments, **options):
+    """Start make in this environment, with `options` of Popen."""
     command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", *map(str, arguments)]
     # not as a part of the make that may run these tests: its level and its arguments are not ours
     env = {name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
+    return subprocess.Popen(command, **{"cwd": ROOT, "env": env, "text": True, **options})
+
+
+def make(*arguments, cwd=ROOT):
+    """Run make in this environment. Returns the finished process, its output as text."""
+    process = start_make(*arguments, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, *output)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-from conftest import ROOT, run_tiny
+from conftest import make, run_tiny, start_make
 
 pytestmark = pytest.mark.export
 QUESTION = "I am suffering from Cold. Please suggest a home remedy."
@@ -186,13 +186,11 @@ def test_in_colab_it_works_behind_the_proxy(chat, browser, colab_proxy, monkeypa
 
 def test_make_chat_serves_and_ctrl_c_ends_it(finished_run):
     """Started as a person would, it says where the page is, and ends without a traceback."""
-    command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", "chat", f"RUN_DIR={finished_run}"]
-    server = subprocess.Popen(
-        command,
-        cwd=ROOT,
+    server = start_make(
+        "chat",
+        f"RUN_DIR={finished_run}",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
@@ -212,7 +210,6 @@ def test_make_chat_serves_and_ctrl_c_ends_it(finished_run):
 
 
 def test_a_run_that_is_not_there(tmp_path):
-    command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", "chat", "PROFILE=tiny"]
-    done = subprocess.run([*command, f"RUN_DIR={tmp_path / 'none'}"], cwd=ROOT, capture_output=True, text=True)
+    done = make("chat", "PROFILE=tiny", f"RUN_DIR={tmp_path / 'none'}")
     assert "is missing. Run 01_format_dataset first" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr

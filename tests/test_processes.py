@@ -3,13 +3,12 @@
 import json
 import shutil
 import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 import torch
-from conftest import ROOT, make, metrics_without_times
+from conftest import make, metrics_without_times, start_make
 from safetensors.torch import load_file
 
 # Accelerate shards only what runs on GPUs, so the kernels take themselves for such, with little memory.
@@ -76,8 +75,7 @@ def test_two_processes_train_as_one_also_after_one_was_killed(
         (startup / "gpus.py").write_text(AS_ON_SMALL_GPUS)
         monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
 
-    command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", *training(run_dir, 2, 2)]
-    two = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    two = start_make(*training(run_dir, 2, 2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while two.poll() is None and not list(run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")):
         time.sleep(0.1)
     kernel_of(psutil.Process(two.pid), 1).kill()

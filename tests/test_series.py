@@ -18,7 +18,7 @@ import nbformat
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, STAGES, TABLE, TINY, but_for_rounding, make, metrics_without_times, run_tiny
+from conftest import ROOT, STAGES, TABLE, TINY, but_for_rounding, make, metrics_without_times, run_tiny, start_make
 
 NOTEBOOKS = [*STAGES, "05_export", "chat", "report", "compare_runs"]
 
@@ -116,9 +116,8 @@ def stamps(folder):
 
 def kill_once(stage, run_dir, moment):
     """Run a stage and kill all of its processes after so many seconds."""
-    command = ["make", "VENV=", f"PYTHON={sys.executable}", stage, "PROFILE=tiny", f"RUN_DIR={run_dir}"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = start_make(stage, "PROFILE=tiny", f"RUN_DIR={run_dir}", **silent)
     with suppress(subprocess.TimeoutExpired):
         process.wait(moment)
     with suppress(psutil.NoSuchProcess):
