@@ -78,7 +78,9 @@ def test_two_processes_train_as_one_also_after_one_was_killed(
     two = start_make(*training(run_dir, 2, 2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while two.poll() is None and not list(run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")):
         time.sleep(0.1)
-    kernel_of(psutil.Process(two.pid), 1).kill()
+    second = kernel_of(psutil.Process(two.pid), 1)
+    assert second.environ()["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    second.kill()
     _, said = two.communicate(timeout=120)  # not a hang
     assert two.returncode != 0
     assert "02_finetune_qlora.process1: " in said and "Process 1 failed first" in said
