@@ -577,6 +577,7 @@ def load_model(model, revision, dtype, attn_implementation, quantization_config=
     return loaded
 
 
+# %%
 def load_base(base_model, revision, dtype, attn_implementation, sharded=False):
     """The base model in NF4 with double quantization, computing in `dtype`, on the GPU if there is one.
 
@@ -776,9 +777,8 @@ print(f"going on from {checkpoint.name}" if checkpoint else "starting from the b
 # %% [markdown]
 # ## The trainer
 #
-# TRL casts the adapter of a 4-bit model to bf16. On a T4 the fp16 gradient scaler then fails at the first step
-# ([trl#4901](https://github.com/huggingface/trl/issues/4901)), and small updates are lost in bf16's eight bits anyway,
-# so the adapter goes back to fp32.
+# TRL's `SFTTrainer` does the work. What it lacks for a training that can be interrupted is in two callbacks and a
+# function.
 
 
 # %%
@@ -853,6 +853,8 @@ training_arguments = SFTConfig(
     report_to="tensorboard",
 )
 training_arguments._n_gpu = 1  # of several GPUs Trainer takes all, and multiplies batch and loss by their number
+
+# %%
 stop_early = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
 trainer = SFTTrainer(
     model=model,
@@ -863,6 +865,13 @@ trainer = SFTTrainer(
     processing_class=tokenizer,
     callbacks=[Stopwatch(), *([CheckpointFolder()] if sharded else []), *stop_early],
 )
+
+# %% [markdown]
+# TRL has cast the adapter of the 4-bit model to bf16. With that the fp16 gradient scaler of a T4 fails at the first step
+# ([trl#4901](https://github.com/huggingface/trl/issues/4901)), and small updates are lost in bf16's eight bits anyway,
+# so the adapter goes back to fp32.
+
+# %%
 for parameter in trainer.model.parameters():
     if parameter.requires_grad:
         parameter.data = parameter.data.float()

@@ -618,6 +618,7 @@ def load_model(model, revision, dtype, attn_implementation, quantization_config=
     return loaded
 
 
+# %%
 def load_base(base_model, revision, dtype, attn_implementation, sharded=False):
     """The base model in NF4 with double quantization, computing in `dtype`, on the GPU if there is one.
 
