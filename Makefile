@@ -178,6 +178,7 @@ reference: $(READY) .cache/tiny-llama/config.json ## remake tests/reference afte
 	@$(PY) -m nbconvert --log-level=ERROR --to notebook --inplace $(QUIET_DIFF) tests/reference/*.ipynb
 
 examples: ## remake examples/cpu_run, the executed notebooks of the cpu profile, and its plot
+	@rm -rf runs/examples  # a training that has ended would only be loaded again
 	@$(MAKE) --no-print-directory run-all PROFILE=cpu RUN_DIR=runs/examples
 	@mkdir -p examples/cpu_run && cp runs/examples/0*.ipynb runs/examples/evaluation/* examples/cpu_run
 	@$(PY) -m nbconvert --log-level=ERROR --to notebook --inplace $(QUIET_DIFF) examples/cpu_run/*.ipynb

@@ -867,7 +867,7 @@ trainer = SFTTrainer(
 )
 
 # %% [markdown]
-# TRL has cast the adapter of the 4-bit model to bf16. With that the fp16 gradient scaler of a T4 fails at the first step
+# TRL has cast the adapter of the 4-bit model to bf16. A T4's fp16 gradient scaler fails with that at the first step
 # ([trl#4901](https://github.com/huggingface/trl/issues/4901)), and small updates are lost in bf16's eight bits anyway,
 # so the adapter goes back to fp32.
 
