@@ -287,6 +287,8 @@ def measure(row, base_model, run_dir):
     Of several processes all get the same: the tokens of all, and the peak of the one that took most.
     """
     engine, limit, settings = ROWS[row]
+    if settings.get("gpus", 1) > 1:  # as make does; PyTorch reads it when it is imported
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     trainer = {"notebook": notebook_trainer, "trl": trl_trainer, "unsloth": unsloth_trainer}[engine](
         settings, base_model, run_dir
     )
@@ -324,8 +326,8 @@ def measure(row, base_model, run_dir):
     losses = [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
     rates = [count / seconds for count, seconds in zip(tokens[WARM_UP:], steps, strict=False)]
     packages = ["torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "unsloth", "xformers"]
-    reserved = max(gather_object([torch.cuda.max_memory_reserved()]))
-    allocated = max(gather_object([torch.cuda.max_memory_allocated()]))
+    peaks = gather_object([(torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated())])
+    reserved, allocated = map(max, zip(*peaks, strict=True))
     PartialState().destroy_process_group()
     return {
         "tokens_per_second": round(statistics.median(rates)),
@@ -467,13 +469,11 @@ def main():
         if python is None or gpus > torch.cuda.device_count():
             continue
         base_model = base_model_of(settings.get("model", "7b"))
-        environment = dict(os.environ)
         command = [python, __file__, "--row", row, "--base-model", base_model, "--run-dir", str(scratch)]
         if gpus > 1:
             launch = [python, "-m", "accelerate.commands.launch", "--num_processes", str(gpus)]
             command = [*launch, "--config_file", str(ROOT / "profiles" / "accelerate" / "gpus.yaml"), *command[1:]]
-            environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | environment  # as make does
-        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
         found = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         failed = "out of memory" if "OutOfMemoryError" in done.stderr else f"failed: {done.stderr.strip()[-300:]}"
         results[row] = json.loads(found[0]) if found else {"error": failed}

@@ -58,19 +58,17 @@ def tokenizer(format_dataset):
     return format_dataset.load_tokenizer(str(TINY), None)
 
 
-def start_make(*arguments, **options):
-    """Start make in this environment, with `options` of Popen."""
+def run_of_make(*arguments):
+    """What subprocess is to be told to run make in this environment, its output as text."""
     command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", *map(str, arguments)]
     # not as a part of the make that may run these tests: its level and its arguments are not ours
     env = {name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")}
-    return subprocess.Popen(command, **{"cwd": ROOT, "env": env, "text": True, **options})
+    return {"args": command, "cwd": ROOT, "env": env, "text": True}
 
 
 def make(*arguments, cwd=ROOT):
     """Run make in this environment. Returns the finished process, its output as text."""
-    process = start_make(*arguments, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    output = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, *output)
+    return subprocess.run(**{**run_of_make(*arguments), "cwd": cwd}, capture_output=True)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-from conftest import make, run_tiny, start_make
+from conftest import make, run_of_make, run_tiny
 
 pytestmark = pytest.mark.export
 QUESTION = "I am suffering from Cold. Please suggest a home remedy."
@@ -186,9 +186,8 @@ def test_in_colab_it_works_behind_the_proxy(chat, browser, colab_proxy, monkeypa
 
 def test_make_chat_serves_and_ctrl_c_ends_it(finished_run):
     """Started as a person would, it says where the page is, and ends without a traceback."""
-    server = start_make(
-        "chat",
-        f"RUN_DIR={finished_run}",
+    server = subprocess.Popen(
+        **run_of_make("chat", f"RUN_DIR={finished_run}"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import make, metrics_without_times, start_make
+from conftest import make, metrics_without_times, run_of_make
 from safetensors.torch import load_file
 
 # Accelerate shards only what runs on GPUs, so the kernels take themselves for such, with little memory.
@@ -75,7 +75,8 @@ def test_two_processes_train_as_one_also_after_one_was_killed(
         (startup / "gpus.py").write_text(AS_ON_SMALL_GPUS)
         monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
 
-    two = start_make(*training(run_dir, 2, 2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = run_of_make(*training(run_dir, 2, 2))
+    two = subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while two.poll() is None and not list(run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")):
         time.sleep(0.1)
     second = kernel_of(psutil.Process(two.pid), 1)

@@ -18,7 +18,7 @@ import nbformat
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, STAGES, TABLE, TINY, but_for_rounding, make, metrics_without_times, run_tiny, start_make
+from conftest import ROOT, STAGES, TABLE, TINY, but_for_rounding, make, metrics_without_times, run_of_make, run_tiny
 
 NOTEBOOKS = [*STAGES, "05_export", "chat", "report", "compare_runs"]
 
@@ -116,8 +116,8 @@ def stamps(folder):
 
 def kill_once(stage, run_dir, moment):
     """Run a stage and kill all of its processes after so many seconds."""
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = start_make(stage, "PROFILE=tiny", f"RUN_DIR={run_dir}", **silent)
+    command = run_of_make(stage, "PROFILE=tiny", f"RUN_DIR={run_dir}")
+    process = subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with suppress(subprocess.TimeoutExpired):
         process.wait(moment)
     with suppress(psutil.NoSuchProcess):
