@@ -158,7 +158,7 @@ test-export: $(EXTRAS)/llama-cpp-python-0.3.36 $(EXTRAS)/gradio-6.20.0 .cache/ti
 	@$(EXTRAS)/bin/python -m pytest -m export -v --durations=0 tests/test_export.py tests/test_chat.py
 
 test-gpu: $(READY) $(addsuffix /config.json,$(BASE_MODELS)) ## the tests that need an NVIDIA GPU; skipped without one
-	@$(PY) -m pytest -m gpu -rs -v --durations=0 tests/test_gpu.py
+	@$(PY) -m pytest -m gpu -rs -vv --durations=0 tests/test_gpu.py
 
 test-browser: $(READY) .cache/tiny-llama/config.json ## press Run All in JupyterLab; needs chromium and chromedriver
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \

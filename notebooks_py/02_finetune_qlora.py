@@ -260,6 +260,7 @@ def record(stage, dataset_fingerprint):
 # %%
 import logging
 import math
+from itertools import pairwise
 
 # bitsandbytes looks for an optional CPU kernel, Liger for kernels of other hardware, and both do without
 for library in ("bitsandbytes", "liger_kernel"):
@@ -275,6 +276,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.utils import gather_object
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -794,13 +796,22 @@ class Stopwatch(TrainerCallback):
         state.log_history[-1]["seconds"] = round(time.perf_counter() - self.start, 2)
 
 
-class CheckpointFolder(TrainerCallback):
-    """Make the folder of a checkpoint before anything is written to it.
+class ShardedTraining(TrainerCallback):
+    """What a sharded model needs: layers gathered with less memory, and the folder of a checkpoint made in time.
+
+    FSDP allocates what it gathers in streams of its own, and memory that one stream has freed serves no other. Gathered
+    asynchronously, layers are allocated in the stream that computes, and each has to ask for the next ahead of time
+    (`FSDPModule._set_unshard_async_op`, documented but not public in torch 2.13).
 
     Trainer notes a checkpoint as the best only if its folder is there, and of a sharded model that is decided before
     the first file (`Trainer._save_checkpoint` in transformers 5.13): an earlier checkpoint would be loaded at the end,
     or by one process only, and the others would wait for it for ever.
     """
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        model._set_unshard_async_op(True)
+        for unit, following in pairwise(module for module in model.modules() if isinstance(module, FSDPModule)):
+            unit.set_modules_to_forward_prefetch([following])
 
     def on_evaluate(self, args, state, control, **kwargs):
         Path(args.output_dir, f"checkpoint-{state.global_step}").mkdir(parents=True, exist_ok=True)
@@ -863,7 +874,7 @@ trainer = SFTTrainer(
     eval_dataset=encoded["validation"],
     data_collator=collate,
     processing_class=tokenizer,
-    callbacks=[Stopwatch(), *([CheckpointFolder()] if sharded else []), *stop_early],
+    callbacks=[Stopwatch(), *([ShardedTraining()] if sharded else []), *stop_early],
 )
 
 # %% [markdown]
@@ -878,15 +889,16 @@ for parameter in trainer.model.parameters():
 
 # %% [markdown]
 # A sharded model is gathered as it is stored, since a cast would change its 4-bit numbers, and computes in `dtype` by
-# autocast, like a whole one. The output layer stays whole: Liger's loss takes its weights without calling it, and some
-# models have them in common with the input layer.
+# autocast, like a whole one, but without keeping the casts of all layers. The output layer stays whole: Liger's loss
+# takes its weights without calling it, and some models have them in common with the input layer.
 
 # %%
 if sharded:
     fsdp = trainer.accelerator.state.fsdp_plugin
     fsdp.mixed_precision_policy = None  # no casts
     fsdp.ignored_modules = [model.get_output_embeddings().to(processes.device)]
-    model.forward = torch.autocast(processes.device.type, dtype, enabled=dtype != torch.float32)(model.forward)
+    half = {"dtype": dtype, "enabled": dtype != torch.float32, "cache_enabled": False}
+    model.forward = torch.autocast(processes.device.type, **half)(model.forward)
 
 # %% [markdown]
 # ## What is about to happen
