@@ -155,7 +155,7 @@ test: $(READY) .cache/tiny-llama/config.json ## unit tests, contract tests, and 
 
 test-export: $(EXTRAS)/llama-cpp-python-0.3.36 $(EXTRAS)/gradio-6.20.0 .cache/tiny-llama/config.json ## tests of `export` and `chat` with llama.cpp and Gradio; needs chromium and chromedriver
 	@$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check go-template==0.0.3 selenium==4.51.0
-	@$(EXTRAS)/bin/python -m pytest -m export -v --durations=0 tests/test_export.py tests/test_chat.py
+	@$(EXTRAS)/bin/python -m pytest -m export -vv --durations=0 tests/test_export.py tests/test_chat.py
 
 test-gpu: $(READY) $(addsuffix /config.json,$(BASE_MODELS)) ## the tests that need an NVIDIA GPU; skipped without one
 	@$(PY) -m pytest -m gpu -rs -vv --durations=0 tests/test_gpu.py
@@ -164,11 +164,11 @@ test-browser: $(READY) .cache/tiny-llama/config.json ## press Run All in Jupyter
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
 		|| { echo "Chromium or its driver is missing. On Debian: apt-get install chromium chromium-driver" >&2; exit 1; }
 	@$(PY) -m pip install --quiet --disable-pip-version-check jupyterlab==4.6.6 selenium==4.36.0
-	@$(PY) -m pytest -m browser -x -v --durations=0 tests/test_browser.py
+	@$(PY) -m pytest -m browser -x -vv --durations=0 tests/test_browser.py
 
 test-peers: $(READY) base-models ## perplexity beside lm-evaluation-harness, which it installs, on both base models
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.txt lm_eval==0.4.13
-	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m peers -v tests/test_peers.py
+	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m peers -vv tests/test_peers.py
 
 reference: $(READY) .cache/tiny-llama/config.json ## remake tests/reference after a change of a notebook
 	@rm -rf runs/reference tests/reference && mkdir -p tests/reference

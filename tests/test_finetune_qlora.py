@@ -415,6 +415,24 @@ def test_readme_says_what_fits_as_the_notebook_does(column, name):
             assert expected == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_readme_says_what_fits_on_which_gpus_as_the_notebook_does(name):
+    """What is in bold was measured."""
+    finetune = definitions("02_finetune_qlora")
+    cells = re.search(rf"^\| {name} \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)[1].split("|")
+    shards = [1, 1, 1, 1, 2, 8] if name == "70B" else [1] * 6
+    checkpointing = [True, True, False, name == "70B", False, False]
+    found = 0
+    for cell, shared, recomputed in zip(cells, shards, checkpointing, strict=True):
+        if figures := re.search(r"(\d+) rows, (\**)([\d.]+)\** GiB: ", cell):
+            rows, bold, gib = figures.groups()
+            finetune.expected_gib.__globals__["gradient_checkpointing"] = recomputed
+            expected = finetune.expected_gib(llama_2(name), torch.float16, int(rows) * 512, gpu=True, shards=shared)
+            assert expected.sum() == pytest.approx(float(gib), **({"rel": 0.15} if bold else {"abs": 0.051})), cell
+            found += 1
+    assert found == (3 if name == "70B" else 6)
+
+
 def test_readme_has_the_table_of_the_stored_benchmark():
     script = ROOT / "benchmarks" / "run.py"
     results = json.loads((script.parent / "results.json").read_text())["rows"]
