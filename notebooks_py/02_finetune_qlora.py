@@ -682,6 +682,8 @@ if sharded:
     print(f"on each GPU the whole model would take {expected.sum():.1f} GiB, and there is room for {room:.1f} GiB")
     print(f"so it is sharded over {processes.num_processes} GPUs (FSDP)")
     expected = expected_gib(config, dtype, tokens, gpu=True, shards=processes.num_processes)
+elif processes.num_processes > 1:
+    print(f"each of {processes.num_processes} processes has the whole model, and its share of the rows (DDP)")
 print(f"expected peak memory: {expected.sum():.1f} GiB; there is room for {room:.1f} GiB")
 if expected.sum() > room:
     raise StageError(

@@ -92,6 +92,7 @@ def test_two_processes_train_as_one_also_after_one_was_killed(
     notebook = (run_dir / "02_finetune_qlora.ipynb").read_text()
     assert "going on from checkpoint-" in notebook
     assert ("sharded over 2 GPUs (FSDP)" in notebook) == sharded
+    assert ("each of 2 processes has the whole model" in notebook) == (not sharded)
     assert bool(list(run_dir.glob("checkpoints/*/pytorch_model_fsdp_0"))) == sharded
     states = [json.loads(file.read_text()) for file in run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")]
     last = max(states, key=lambda state: state["global_step"])
