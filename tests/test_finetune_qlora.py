@@ -399,16 +399,21 @@ def llama_2(name):
     )
 
 
+def expected_with_defaults(name, rows, checkpointing, shards):
+    """The notebook's sum in GiB for a Llama 2, with its default parameters, in half precision."""
+    finetune = definitions("02_finetune_qlora")
+    finetune.expected_gib.__globals__["gradient_checkpointing"] = checkpointing
+    return finetune.expected_gib(llama_2(name), torch.float16, int(rows) * 512, gpu=True, shards=shards).sum()
+
+
 @pytest.mark.parametrize(("column", "name"), list(enumerate([*SHAPES, *SHAPES], 1)))
 def test_readme_says_what_fits_as_the_notebook_does(column, name):
-    """Llama 2's three shapes, with the defaults of the notebook, whole and sharded over two GPUs."""
-    finetune = definitions("02_finetune_qlora")
-    config, shards = llama_2(name), 1 + (column > len(SHAPES))
+    """Llama 2's three shapes, whole and sharded over two GPUs."""
+    shards = 1 + (column > len(SHAPES))
     lines = re.findall(r"\| (\d+), (checkpointing|nothing recomputed) \|(.*)\|", (ROOT / "README.md").read_text())
     assert len(lines) == 6
     for rows, how, cells in lines:
-        finetune.expected_gib.__globals__["gradient_checkpointing"] = how == "checkpointing"
-        expected = finetune.expected_gib(config, torch.float16, int(rows) * 512, gpu=True, shards=shards).sum()
+        expected = expected_with_defaults(name, rows, how == "checkpointing", shards)
         figures = [float(figure) for figure in re.findall(r"[\d.]+", cells.split("|")[column - 1])]
         assert figures[0] == pytest.approx(expected, abs=0.051)
         for measured in figures[1:]:
@@ -418,7 +423,6 @@ def test_readme_says_what_fits_as_the_notebook_does(column, name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_readme_says_what_fits_on_which_gpus_as_the_notebook_does(name):
     """What is in bold was measured."""
-    finetune = definitions("02_finetune_qlora")
     cells = re.search(rf"^\| {name} \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)[1].split("|")
     shards = [1, 1, 1, 1, 2, 8] if name == "70B" else [1] * 6
     checkpointing = [True, True, False, name == "70B", False, False]
@@ -426,9 +430,8 @@ def test_readme_says_what_fits_on_which_gpus_as_the_notebook_does(name):
     for cell, shared, recomputed in zip(cells, shards, checkpointing, strict=True):
         if figures := re.search(r"(\d+) rows, (\**)([\d.]+)\** GiB: ", cell):
             rows, bold, gib = figures.groups()
-            finetune.expected_gib.__globals__["gradient_checkpointing"] = recomputed
-            expected = finetune.expected_gib(llama_2(name), torch.float16, int(rows) * 512, gpu=True, shards=shared)
-            assert expected.sum() == pytest.approx(float(gib), **({"rel": 0.15} if bold else {"abs": 0.051})), cell
+            expected = expected_with_defaults(name, rows, recomputed, shared)
+            assert expected == pytest.approx(float(gib), **({"rel": 0.15} if bold else {"abs": 0.051})), cell
             found += 1
     assert found == (3 if name == "70B" else 6)
 
