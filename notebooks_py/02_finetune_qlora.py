@@ -899,8 +899,8 @@ if sharded:
     fsdp = trainer.accelerator.state.fsdp_plugin
     fsdp.mixed_precision_policy = None  # no casts
     fsdp.ignored_modules = [model.get_output_embeddings().to(processes.device)]
-    half = {"dtype": dtype, "enabled": dtype != torch.float32, "cache_enabled": False}
-    model.forward = torch.autocast(processes.device.type, **half)(model.forward)
+    autocast = torch.autocast(processes.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+    model.forward = autocast(model.forward)
 
 # %% [markdown]
 # ## What is about to happen

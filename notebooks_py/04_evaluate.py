@@ -428,8 +428,8 @@ def score(model, rows, pad_token_id, batch_size, window, stride):
     """Negative log-likelihoods, in nats, of each row's response and of all of its text.
 
     `rows` have `input_ids` and `completion_mask`. Returns a DataFrame with a line a row: `response_nll`,
-    `response_tokens`, `full_nll`, `full_tokens`. Padding is on the right and masked: no result depends on its batch.
-    Of several processes each takes its share of the rows, and all get the whole table.
+    `response_tokens`, `full_nll`, `full_tokens`. Padding is on the right and masked, so that a result depends on its
+    batch by rounding only. Of several processes each takes its share of the rows, and all get the whole table.
     """
     model.eval()
     processes, totals = PartialState(), np.zeros((len(rows), 4))
