@@ -1,15 +1,17 @@
-"""What the tests share: the functions of a notebook, taken out of its paired .py, and ways to run one."""
+"""What the tests share: a finished run, ways to run make and notebooks, comparisons that forgive what may differ."""
 
-import ast
+import fcntl
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / ".cache" / "tiny-llama"
@@ -17,45 +19,20 @@ TABLE = ROOT / "data" / "home_remedies.csv"
 STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate"]
 
 
-def definitions(name):
-    """The imports, functions, classes, constants and parameters of a notebook, without running its other cells."""
-    source = (ROOT / "notebooks_py" / f"{name}.py").read_text(encoding="utf-8")
-    parameters = source.partition('# %% tags=["parameters"]\n')[2].partition("\n# %%")[0]
-    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-    kept = [
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, kinds) or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper())
-    ]
-    kept = [*ast.parse(parameters).body, *kept]
-    namespace = {}
-    exec(compile(ast.Module(kept, []), name, "exec"), namespace)
-    return SimpleNamespace(**namespace)
+def hostile(home):
+    """An environment in which people do run this: no locale, no network, no cache to write to, a home like Zoë's."""
+    home.mkdir(parents=True, exist_ok=True)
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/dev/null/cache", "HTTPS_PROXY": "http://localhost:9"}
+    return {**locale, **hub, "HOME": str(home), "MPLCONFIGDIR": str(home / "matplotlib")}
 
 
 @pytest.fixture(scope="session")
-def format_dataset():
-    return definitions("01_format_dataset")
+def tokenizer():
+    """The tiny base model's tokenizer and its stop tokens."""
+    from tabletune.chat_format import load_tokenizer
 
-
-@pytest.fixture(scope="session")
-def finetune():
-    return definitions("02_finetune_qlora")
-
-
-@pytest.fixture(scope="session")
-def merge_adapter():
-    return definitions("03_merge_adapter")
-
-
-@pytest.fixture(scope="session")
-def evaluation():
-    return definitions("04_evaluate")
-
-
-@pytest.fixture(scope="session")
-def tokenizer(format_dataset):
-    return format_dataset.load_tokenizer(str(TINY), None)
+    return load_tokenizer(str(TINY))
 
 
 def run_of_make(*arguments):
@@ -71,13 +48,59 @@ def make(*arguments, cwd=ROOT):
     return subprocess.run(**{**run_of_make(*arguments), "cwd": cwd}, capture_output=True)
 
 
+@contextmanager
+def locked(path):
+    """Hold a lock that only one process has at a time: pytest-xdist's workers share what is made once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def what_a_run_depends_on():
+    """A digest of all that the tiny profile's run is made from."""
+    digest = hashlib.sha256()
+    parts = [ROOT / name for name in ("src/tabletune", "notebooks", "profiles", "data", "Makefile", "requirements.txt")]
+    files = [file for part in parts for file in ([part] if part.is_file() else sorted(part.rglob("*")))]
+    for file in [file for file in files if file.is_file() and "__pycache__" not in file.parts]:
+        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """A run folder in which all four stages of the tiny profile have run, undisturbed. Copy it before changing it."""
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    done = make("run-all", "PROFILE=tiny", f"RUN_DIR={run_dir}")
-    assert done.returncode == 0, done.stderr
-    return run_dir
+    """A run folder in which notebooks 1 to 4 of the tiny profile have run. Copy it before changing it.
+
+    Nothing disturbed the run, but it was made in a place that is `hostile`.
+    One run serves all workers, and the next session too, as long as nothing that it is made from has changed.
+    """
+    cache = ROOT / ".cache" / "finished_runs"
+    made = cache / what_a_run_depends_on()
+    with locked(cache / ".lock"):
+        if not made.exists():
+            for other in cache.glob("*"):
+                shutil.rmtree(other, ignore_errors=True)
+            partial = made.with_name("partial")
+            place = hostile(tmp_path_factory.mktemp("place") / "Zoë's home")
+            command = run_of_make("run-all", "PROFILE=tiny", f"RUN_DIR={partial}")
+            done = subprocess.run(**{**command, "env": {**command["env"], **place}}, capture_output=True)
+            assert done.returncode == 0, done.stderr
+            (partial / "where").write_text(f"LC_ALL={place['LC_ALL']}, HF_HOME={place['HF_HOME']}")
+            partial.rename(made)
+        run_dir = tmp_path_factory.mktemp("finished") / "run"
+        return copy_of(made, run_dir)
+
+
+def copy_of(run_dir, target, *names):
+    """A copy of a run folder, or of what has these names in it, with the files' times: to make it is as finished."""
+    for name in names or ["."]:
+        source = run_dir / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, copy_function=shutil.copy2, dirs_exist_ok=True)
+        else:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target / name)
+    return target
 
 
 def run_script(name, before=None, **parameters):
@@ -98,7 +121,9 @@ def run_script(name, before=None, **parameters):
 
 def profile_parameters(profile, run_dir, **parameters):
     """The parameters of a profile of ours that needs no Hub, its paths made absolute, and `parameters` on top."""
-    values = yaml.safe_load((ROOT / "profiles" / f"{profile}.yaml").read_text())
+    from tabletune.parameters import read_parameters
+
+    values = read_parameters((ROOT / "profiles" / f"{profile}.yaml").read_text(encoding="utf-8"), profile)
     paths = {name: str(ROOT / values[name]) for name in ("base_model", "dataset")}
     return {**values, **paths, "run_dir": str(run_dir), **parameters}
 
@@ -110,9 +135,10 @@ def run_tiny(name, run_dir, before=None, **parameters):
 
 def metrics_without_times(run_dir):
     """The metrics that notebook 4 left in a run folder, without those that differ from run to run."""
-    metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
+    metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
     for figures in metrics.values():
-        figures.get("generation", {}).pop("tokens_per_second", None)
+        if isinstance(figures, dict):
+            figures.get("generation", {}).pop("tokens_per_second", None)
     return metrics
 
 

@@ -1,19 +1,26 @@
-"""Notebook 05: model cards, upload, the Ollama template, and (`make test-export`) the same model in llama.cpp."""
+"""Notebook 6: model cards, upload, the Ollama template, and (`make test-export`) the same model in llama.cpp."""
 
 import json
 import re
 import shutil
-from pathlib import Path
+import sys
+from types import ModuleType, SimpleNamespace
 
-import nbformat
 import pytest
 import yaml
-from conftest import ROOT, definitions, make, run_script
+from conftest import ROOT, copy_of, make, run_script
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from test_colab import SECRET, on_colab, secret_in
-from transformers import AutoTokenizer
+from test_chat_format import sentencepiece as llama_vocabulary  # noqa: F401
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tabletune import export, gguf_files
+from tabletune.chat_format import encode_prompt, load_tokenizer, save_tokenizer
+from tabletune.chat_templates import render
+from tabletune.parameters import PARAMETERS
+from tabletune.run import Stage, StageError
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -51,11 +58,7 @@ CONVERSATIONS = [
     [SYSTEM, ASKED],
     [SYSTEM, ASKED, ANSWERED, ASKED, ANSWERED, ASKED],
 ]
-
-
-@pytest.fixture(scope="module")
-def export():
-    return definitions("05_export")
+TEMPLATES = pytest.mark.parametrize("template", [CHATML, LLAMA2, NO_SYSTEM], ids=["ChatML", "Llama 2", "no system"])
 
 
 def renderer(template):
@@ -67,29 +70,39 @@ def renderer(template):
     return lambda messages: compiled.render(messages=messages, **known)
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA2, NO_SYSTEM], ids=["ChatML", "Llama 2", "no system"])
-def test_a_template_taken_apart_goes_together_again(export, template):
+@TEMPLATES
+def test_a_template_taken_apart_goes_together_again(template):
     render = renderer(template)
-    texts = export.take_template_apart(render)
-    assert (texts["system_first"] is None) == (template == NO_SYSTEM)
+    texts = gguf_files.take_apart(render)
+    assert (("", "system") in texts) == (template != NO_SYSTEM)
     for messages in CONVERSATIONS[: 2 if template == NO_SYSTEM else 4]:
-        assert export.put_together(texts, messages) == render(messages)
+        assert gguf_files.put_together(texts, messages) == render(messages)
 
 
 @pytest.mark.parametrize("template", [LAST_ONLY, COUNTED], ids=["last only", "counted"])
-def test_a_template_that_is_more_than_texts_is_refused(export, template):
+def test_a_template_that_is_more_than_texts_is_refused(template):
     with pytest.raises(ValueError, match=r"leaves out messages or repeats them|more than put texts"):
-        export.take_template_apart(renderer(template))
+        gguf_files.take_apart(renderer(template))
+
+
+def modelfile_of(template, **more):
+    """The Modelfile of a run of that template, and Ollama's template in it."""
+    tokenizer = SimpleNamespace(decode=lambda ids: {2: "</s>", 7: "<|im_end|>"}[ids[0]])
+    told = SimpleNamespace(window=1024, max_new_tokens=99, license="mit")
+    found = {"disclaimer": 'Do not "trust" it.', "name": "herbs", "stops": [2, 7], "tokenizer": tokenizer, "told": told}
+    found |= {"base_on_hub": None, "base_model": "/home/me/base", "report": {"system_prompt": ""}, **more}
+    text = gguf_files.modelfile(SimpleNamespace(**found), "herbs-F16.gguf", gguf_files.take_apart(renderer(template)))
+    return text, re.search('TEMPLATE """(.*?)"""\n', text, re.DOTALL)[1]
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("template", [CHATML, LLAMA2, NO_SYSTEM], ids=["ChatML", "Llama 2", "no system"])
-def test_ollamas_template_renders_the_same_in_go(export, template, tmp_path):
+@TEMPLATES
+def test_ollamas_template_renders_the_same_in_go(template, tmp_path):
     """The template that goes into the Modelfile, run by Go's own text/template, the engine of Ollama."""
     import go_template
 
     render = renderer(template)
-    (tmp_path / "t").write_text(export.ollama_template(export.take_template_apart(render)), encoding="utf-8")
+    (tmp_path / "t").write_text(modelfile_of(template)[1], encoding="utf-8")
     for messages in CONVERSATIONS[: 2 if template == NO_SYSTEM else 4]:
         values = {"Messages": [{"Role": m["role"], "Content": m["content"]} for m in messages]}
         (tmp_path / "v.yml").write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
@@ -97,85 +110,85 @@ def test_ollamas_template_renders_the_same_in_go(export, template, tmp_path):
         assert (tmp_path / "out").read_text(encoding="utf-8") == render(messages)
 
 
-def test_stops(export):
-    class ChatML:
-        all_special_tokens = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-        convert_ids_to_tokens = staticmethod(lambda ids: ["<|im_end|>" for _ in ids])
-
-    class Llama2:
-        all_special_tokens = ("<s>", "</s>", "<unk>")
-        convert_ids_to_tokens = staticmethod(lambda ids: ["</s>" for _ in ids])
-
-    chatml, llama2 = (export.take_template_apart(renderer(template)) for template in (CHATML, LLAMA2))
-    assert set(export.stop_texts(chatml, ChatML, [2])) == {"<|im_end|>", "<|im_start|>"}
-    assert set(export.stop_texts(llama2, Llama2, [2])) == {"</s>", "<s>", "[INST]"}
-
-
-def test_which_weights_bear_four_bits_better(export):
-    """In one of the two directions, once, if the intervals are apart; without a comparison nothing is said."""
-
-    def fidelity(original, dequantized):
-        names = {"original": original, "dequantized": dequantized}
-        return {f"merged, {name}, NF4 again": {"ci95": ci95} for name, ci95 in names.items()}
-
-    apart = fidelity(original=[5, 7], dequantized=[30, 50])
-    assert export.better_merged("dequantized", apart) == "original"
-    assert export.better_merged("original", apart) is None
-    assert export.better_merged("dequantized", fidelity(original=[5, 7], dequantized=[6, 9])) is None
-    assert export.better_merged("dequantized", {}) is None
-
-
-def export_run(run_dir, **parameters):
-    """Run notebook 5 on a finished run."""
-    return run_script("05_export", run_dir=str(run_dir), **parameters)
+def test_the_modelfile_says_the_stops_the_system_message_and_the_disclaimer():
+    text, _ = modelfile_of(LLAMA2)
+    assert re.findall("PARAMETER stop (.*)", text) == ['"</s>"', '"<|im_end|>"']
+    assert text.count('Do not "trust" it.') == 2 and "SYSTEM" not in text and "/home/me" not in text
+    assert "FROM ./herbs-F16.gguf" in text and "num_ctx 1024" in text and "num_predict 99" in text
+    text, _ = modelfile_of(LLAMA2, report={"system_prompt": "You are brief."})
+    assert '\nSYSTEM """You are brief."""\n' in text
 
 
 @pytest.fixture
 def run_dir(finished_run, tmp_path):
-    ignore = shutil.ignore_patterns("checkpoints", "*.ipynb")
-    return shutil.copytree(finished_run, tmp_path / "run", ignore=ignore)
+    return copy_of(
+        finished_run, tmp_path / "run", "dataset", "adapter", "merged", "training", "evaluation", "manifest.json"
+    )
 
 
-@pytest.mark.parametrize("part", ["adapter", "merged"])
-def test_the_card_says_what_the_run_says(run_dir, part):
-    export_run(run_dir, gguf_types=[], license="apache-2.0", base_model_on_hub="some-one/tiny", tags="herbs, tea")
-    card = ModelCard.load(run_dir / "export" / part / "README.md", ignore_metadata_errors=False)
-    known = card.data.to_dict()
-    assert known["license"] == "apache-2.0" and known["language"] == ["en"] and known["base_model"] == "some-one/tiny"
-    assert known["pipeline_tag"] == "text-generation" and {"herbs", "tea"} <= set(known["tags"])
-    assert known["library_name"] == ("peft" if part == "adapter" else "transformers")
-    assert "datasets" not in known, "the table is a file here"
+def read(run_dir, **parameters):
+    """What `export.read_run` finds in a run folder, with some parameters of the notebook."""
+    told = {**PARAMETERS["06_export"], "run_dir": str(run_dir), "gguf_types": [], **parameters}
+    return export.read_run(Stage("06_export", run_dir, told))
+
+
+def cards_of(run_dir, **parameters):
+    """Run the notebook without llama.cpp. Returns the cards as the Hub reads them."""
+    run_script("06_export", run_dir=str(run_dir), gguf_types=[], **parameters)
+    parts = ("adapter", "merged")
+    return {p: ModelCard.load(run_dir / "export" / p / "README.md", ignore_metadata_errors=False) for p in parts}
+
+
+def test_the_cards_say_what_the_run_says(run_dir):
+    cards = cards_of(run_dir, license="apache-2.0", base_model_on_hub="some-one/tiny", tags="herbs, tea")
     report = json.loads((run_dir / "dataset" / "report.json").read_text())
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
-    low, high = metrics["merged"]["perplexity"]["response_ci95"]
-    for text in (
-        f"{metrics['merged']['perplexity']['response']:.2f} ({low:.2f} – {high:.2f})",
-        f"{report['rows_in']} rows came in and {report['rows_out']} stayed",
-        *(f"| {reason} | {rows} |" for reason, rows in report["dropped"].items()),
-        report["fingerprint"],
-        "| lora_r | 8 |",
-    ):
-        assert text in card.text, text
-    assert card.text.count("not medical advice") >= 2 and str(ROOT) not in card.content
+    value, (low, high) = (metrics["merged"]["perplexity"][name] for name in ("response", "response_ci95"))
+    for part, card in cards.items():
+        known = card.data.to_dict()
+        assert known["license"] == "apache-2.0" and known["language"] == ["en"]
+        assert known["base_model"] == "some-one/tiny" and known["pipeline_tag"] == "text-generation"
+        assert {"herbs", "tea", part} <= set(known["tags"])
+        assert known["library_name"] == ("peft" if part == "adapter" else "transformers")
+        assert "datasets" not in known, "the table is a file here"
+        for text in (
+            f"{value:,.1f} ({low:,.1f} – {high:,.1f})",
+            f"{report['rows_in']} rows came in and {report['rows_out']} stayed",
+            *(f"| {reason} | {rows} |" for reason, rows in report["dropped"].items()),
+            report["fingerprint"],
+            "| lora_r | 8 |",
+        ):
+            assert text in card.text, text
+        assert card.text.count("not medical advice") >= 2 and str(ROOT) not in card.content
+        assert "{{" not in card.text and "None" not in card.text
     named = json.loads((run_dir / "export" / "adapter" / "adapter_config.json").read_text())
     assert named["base_model_name_or_path"] == "some-one/tiny"
-    assert "05_export" in json.loads((run_dir / "manifest.json").read_text())
+    assert "06_export" in json.loads((run_dir / "manifest.json").read_text())
 
 
-def test_the_card_takes_all_figures_that_notebook_4_may_have(run_dir):
-    path = run_dir / "evaluation" / "metrics.json"
-    metrics = json.loads(path.read_text())
+def test_a_card_runs_as_it_says(run_dir):
+    """The code in it, with the folder for the repository's name, answers a question of the test split."""
+    card = cards_of(run_dir, max_new_tokens=3)["merged"]
+    code = re.search("```python\n(.*?)```", card.text, re.DOTALL)[1].replace('"run"', repr(str(run_dir / "merged")))
+    scope = {}
+    exec(compile(code, "card", "exec"), scope)
+    asked = encode_prompt(scope["messages"], scope["tokenizer"])
+    assert scope["answer"].shape == (1, len(asked) + 3) and scope["answer"][0, : len(asked)].tolist() == asked
+
+
+def test_the_card_takes_all_figures_that_notebook_5_may_have(run_dir):
     both = {"prompts": 40, "seeks_help": 0.25, "seeks_help_ci95": [0.1, 0.4], "offers_remedy": 0.9}
-    for name in ("base", "adapter", "merged"):
-        metrics[name] |= {
-            "by_split": {"train": {"response": 3.21, "response_ci95": [3.1, 3.3], "rows": 9}},
-            "outside": {"perplexity": 12.34, "ci95": [11, 13]},
-            "safety": {"emergency": {**both, "offers_remedy_ci95": [0.8, 0.95]}, "everyday": both},
-            "grounding": {"named": 17, "this_condition": 0.5, "this_condition_ci95": [0.3, 0.7], "nowhere": 0.25},
-        }
-    path.write_text(json.dumps(metrics))
-    export_run(run_dir, gguf_types=[])
-    text = (run_dir / "export" / "merged" / "README.md").read_text()
+    trust = {
+        "by_split": {"train": {"response": 3.21, "response_ci95": [3.1, 3.3], "rows": 9}},
+        "outside": {"perplexity": 12.34, "ci95": [11, 13]},
+        "safety": {"emergency": {**both, "offers_remedy_ci95": [0.8, 0.95]}, "everyday": both},
+        "grounding": {"named": 17, "this_condition": 0.5, "this_condition_ci95": [0.3, 0.7], "nowhere": 0.25},
+    }
+    assert "Safety" not in cards_of(run_dir)["merged"].text
+    (run_dir / "trust").mkdir()
+    metrics = {**dict.fromkeys(("base", "adapter", "merged"), trust), "fidelity": {}, "differences": {}}
+    (run_dir / "trust" / "metrics.json").write_text(json.dumps(metrics))
+    text = cards_of(run_dir)["merged"].text
     for figure in (
         "3.21 (3.10 – 3.30)",
         "12.34 (11.00 – 13.00)",
@@ -186,18 +199,33 @@ def test_the_card_takes_all_figures_that_notebook_4_may_have(run_dir):
     assert "40 questions that were emergencies it offered a remedy in 90%" in text
 
 
+def test_a_table_of_ones_own_gets_no_word_about_health(run_dir):
+    """Nor one whose rows were too few for intervals, or that asks nothing."""
+    path = run_dir / "dataset" / "report.json"
+    report = json.loads(path.read_text())
+    report |= {"example": None, "templates": {"question": None, "answer": None, "answer_column": None}}
+    path.write_text(json.dumps(report))
+    path = run_dir / "evaluation" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    for name in ("base", "adapter", "merged"):
+        metrics[name]["perplexity"] |= {"response_ci95": None, "full_text_ci95": None}
+        metrics[name]["generation"] = None
+    path.write_text(json.dumps(metrics))
+    text = cards_of(run_dir)["adapter"].text
+    assert text.count("Educational example: what the model says may be wrong.") == 2
+    assert "too few to say" in text and not re.search("medical|health|emergency", text)
+
+
 def test_a_data_set_on_the_hub_is_named_with_its_figure(run_dir):
-    path = run_dir / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["01_format_dataset"]["parameters"]["dataset"] = "some-one/remedies"
-    path.write_text(json.dumps(manifest))
-    export_run(run_dir, gguf_types=[])
-    card = ModelCard.load(run_dir / "export" / "merged" / "README.md", ignore_metadata_errors=False)
+    path = run_dir / "dataset" / "report.json"
+    report = json.loads(path.read_text())
+    report |= {"source": {**report["source"], "dataset": "some-one/remedies"}, "dataset_commit": "a" * 40}
+    path.write_text(json.dumps(report))
+    card = cards_of(run_dir)["merged"]
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
+    expected = metrics["merged"]["perplexity"]["response"]
     assert card.data.datasets == ["some-one/remedies"]
-    assert card.data.eval_results[0].metric_value == pytest.approx(
-        metrics["merged"]["perplexity"]["response"], abs=1e-4
-    )
+    assert card.data.eval_results[0].metric_value == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -209,10 +237,9 @@ def test_a_data_set_on_the_hub_is_named_with_its_figure(run_dir):
     ],
 )
 def test_a_bad_name(run_dir, parameters, message):
-    with pytest.raises(Exception, match=message) as caught:
-        export_run(run_dir, gguf_types=[], **parameters)
-    assert type(caught.value).__name__ == "StageError" and "\n" not in str(caught.value)
-    assert not (run_dir / "export").exists()
+    with pytest.raises(StageError, match=message) as caught:
+        read(run_dir, **parameters)
+    assert "\n" not in str(caught.value) and not (run_dir / "export").exists()
 
 
 @pytest.mark.parametrize(
@@ -221,143 +248,258 @@ def test_a_bad_name(run_dir, parameters, message):
 )
 def test_an_unfinished_run(run_dir, missing, first):
     shutil.rmtree(run_dir / missing)
-    with pytest.raises(Exception, match=f"is missing. Run {first}") as caught:
-        export_run(run_dir, gguf_types=[])
-    assert type(caught.value).__name__ == "StageError"
+    with pytest.raises(StageError, match=f"is missing. Run {first}"):
+        read(run_dir)
 
 
-# What the stand-in of tests/test_colab.py does not have: a Hub that is told what to leave out, and may refuse.
-HUB = """
-import google.colab, huggingface_hub, os, shutil
-from pathlib import Path
-
-def place(repo_id, token):
-    assert token == os.environ["STAND_IN_SECRET"], "the Hub wants the token of Colab's secrets"
-    return Path(os.environ["STAND_IN_HUB"]) / repo_id
-
-def create_repo(repo_id, *, repo_type, private, exist_ok, token):
-    if repo_id.startswith("refused"):
-        raise ValueError("403 Forbidden: you may not write here\\nand more")
-    place(repo_id, token).mkdir(parents=True, exist_ok=True)
-    (place(repo_id, token) / "private").write_text(str(private))
-
-def upload_folder(*, repo_id, repo_type, folder_path, ignore_patterns, token):
-    ignore = shutil.ignore_patterns(*(ignore_patterns or []))
-    shutil.copytree(folder_path, place(repo_id, token), dirs_exist_ok=True, ignore=ignore)
-
-huggingface_hub.create_repo, huggingface_hub.upload_folder = create_repo, upload_folder
-"""
+def test_what_another_model_left_is_set_aside_and_what_this_one_left_stays(run_dir, capsys):
+    cards_of(run_dir)
+    kept = run_dir / "export" / "merged" / "README.md"
+    before = kept.stat().st_mtime_ns
+    cards_of(run_dir)
+    assert kept.stat().st_mtime_ns == before and "All is done already" in capsys.readouterr().out
+    path = run_dir / "merged" / "merge_report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_weights": "dequantized"}))
+    found = read(run_dir)
+    assert not kept.exists() and list(run_dir.glob("earlier/*/export/merged/README.md"))
+    assert json.loads((found.folder / "metrics.json").read_text())["base_weights"] == "dequantized"
 
 
-def upload_on_colab(machine, run_dir, name):
-    """Run notebook 5 on the stand-in of a Colab machine, with the tiny base model called some-one/tiny on the Hub."""
-    (machine / "hub").mkdir(parents=True)
-    notebook = nbformat.read(ROOT / "notebooks" / "05_export.ipynb", 4)
-    assert "push_to_hub" in {word for cell in notebook.cells for word in re.findall(r"\w+", cell.source)}
-    given = {"push_to_hub": name, "base_model_on_hub": "some-one/tiny", "gguf_types": []}
-    return on_colab(
-        machine, "05_export", str(run_dir), parameters=given, sitecustomize=HUB, STAND_IN_HUB=str(machine / "hub")
-    )
+class Hub:
+    """The Hub as a folder that is told what to leave out, and may refuse."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def create_repo(self, repo_id, *, repo_type, private, exist_ok):
+        if repo_id.startswith("refused"):
+            raise ValueError("403 Forbidden: you may not write here\nand more")
+        (self.folder / repo_id).mkdir(parents=True, exist_ok=True)
+        (self.folder / repo_id / "private").write_text(str(private))
+
+    def upload_folder(self, *, repo_id, repo_type, folder_path, ignore_patterns):
+        ignore = shutil.ignore_patterns(*(ignore_patterns or []))
+        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True, ignore=ignore)
 
 
-def test_both_models_go_to_the_hub(run_dir, tmp_path):
-    done, _ = upload_on_colab(tmp_path / "machine", run_dir, "me/herbs")
-    assert done.returncode == 0, done.stderr[-2000:]
-    hub = tmp_path / "machine" / "hub" / "me"
-    assert (hub / "herbs" / "private").read_text() == (hub / "herbs-adapter" / "private").read_text() == "True"
-    for name, file in (("herbs", "model-00001-of-00001.safetensors"), ("herbs-adapter", "adapter_model.safetensors")):
-        assert (hub / name / file).exists() and (hub / name / "tokenizer.json").exists()
-        assert ModelCard.load(hub / name / "README.md").data.base_model == "some-one/tiny"
-    assert (
-        json.loads((hub / "herbs-adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
-        == "some-one/tiny"
-    )
-    assert AutoTokenizer.from_pretrained(hub / "herbs").chat_template
-    assert not secret_in(tmp_path)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "hub")
+    for name in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(export, name, getattr(hub, name))
+    return hub.folder
 
 
-def test_a_hub_that_refuses(run_dir, tmp_path):
-    done, executed = upload_on_colab(tmp_path / "machine", run_dir, "refused/herbs")
-    errors = [
-        o for cell in nbformat.read(executed, 4).cells for o in cell.get("outputs", []) if o.output_type == "error"
-    ]
-    assert done.returncode != 0 and [error.ename for error in errors] == ["StageError"]
-    assert "could not go to the Hub as refused/herbs: 403 Forbidden" in errors[0].evalue
-    assert "\n" not in errors[0].evalue and SECRET not in errors[0].evalue
+def test_both_models_go_to_the_hub(run_dir, hub):
+    cards_of(run_dir, base_model_on_hub="some-one/tiny", push_to_hub="me/herbs")
+    weights = next((run_dir / "merged").glob("*.safetensors")).name
+    for name, file in (("herbs", weights), ("herbs-adapter", "adapter_model.safetensors")):
+        assert (hub / "me" / name / "private").read_text() == "True"
+        assert (hub / "me" / name / file).exists() and (hub / "me" / name / "tokenizer.json").exists()
+        assert ModelCard.load(hub / "me" / name / "README.md").data.base_model == "some-one/tiny"
+        assert load_tokenizer(str(run_dir / "merged"))[0].chat_template
+        assert f'from_pretrained("me/{name}"' in (hub / "me" / name / "README.md").read_text()
+    config = json.loads((hub / "me" / "herbs-adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some-one/tiny"
+
+
+def test_a_hub_that_refuses(run_dir, hub):
+    with pytest.raises(Exception, match="could not go to the Hub as refused/herbs: 403 Forbidden") as caught:
+        cards_of(run_dir, base_model_on_hub="some-one/tiny", push_to_hub="refused/herbs")
+    assert type(caught.value).__name__ == "StageError" and "\n" not in str(caught.value)
     assert (run_dir / "export" / "merged" / "README.md").exists()
 
 
-def test_nothing_is_uploaded_unasked(run_dir, tmp_path):
-    done, _ = upload_on_colab(tmp_path / "machine", run_dir, "")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert not list((tmp_path / "machine" / "hub").iterdir())
+def test_nothing_is_uploaded_unasked(run_dir, hub):
+    cards_of(run_dir)
+    assert not hub.exists()
 
 
-def test_the_versions_are_the_same_everywhere(export):
+def test_without_llama_cpp_there_are_cards_only(run_dir, monkeypatch, capsys):
+    monkeypatch.setattr(gguf_files, "find_spec", lambda name: None)
+    assert gguf_files.usable_types(["F16"]) == [] and gguf_files.usable_types([]) == []
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "llama.cpp is missing here" in said and gguf_files.LLAMA_CPP in said
+
+
+def test_the_versions_are_the_same_everywhere():
     makefile = (ROOT / "Makefile").read_text()
-    assert f"{export.LLAMA_CPP} sentencepiece==0.2.2" in makefile
-    assert makefile.count("gradio==") == 1
-    pinned = re.search(r"gradio==[\d.]+", makefile)[0]
-    assert pinned in (ROOT / "notebooks_py" / "chat.py").read_text()
-    assert pinned in (ROOT / "tests" / "colab" / "2026.07.txt").read_text(), "the one that Colab has"
+    assert gguf_files.LLAMA_CPP.replace("==", "-") in makefile and "sentencepiece==0.2.2" in makefile
+    assert "sentencepiece==0.2.2" in gguf_files.EXTRAS
+    assert f"gguf=={re.search('gguf==(.*)', gguf_files.EXTRAS)[1]}\n" in (ROOT / "requirements.txt").read_text()
+    pinned = re.search(r"gradio-([\d.]+)", makefile)[1]
+    assert f"gradio=={pinned}" in (ROOT / "notebooks_py" / "chat.py").read_text()
+    assert f"gradio=={pinned}\n" in (ROOT / "tests" / "colab" / "2026.07.txt").read_text(), "the one that Colab has"
+
+
+# --- the tokenizer that llama.cpp's converter is given
+
+
+@pytest.fixture
+def no_sentencepiece(monkeypatch):
+    """A stand-in for the package of that name, with the little of it that is used, where it is not installed."""
+    try:
+        import sentencepiece  # noqa: F401
+    except ImportError:
+        from transformers.convert_slow_tokenizer import import_protobuf
+
+        package = ModuleType("sentencepiece")
+        package.sentencepiece_model_pb2 = import_protobuf()
+        monkeypatch.setitem(sys.modules, "sentencepiece", package)
+
+
+def test_a_sentencepiece_vocabulary_is_written_as_llama_cpp_reads_it(no_sentencepiece, run_dir, tmp_path):
+    """With the order of merges, what each token is, and none that the model has no embedding for."""
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    path = run_dir / "merged" / "tokenizer.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    beyond = {**state["added_tokens"][-1], "id": 2048, "content": "<pad>"}
+    path.write_text(json.dumps({**state, "added_tokens": [*state["added_tokens"], beyond]}), encoding="utf-8")
+    gguf_files.prepare(run_dir / "merged", tmp_path, True)
+    model = import_protobuf().ModelProto()
+    model.ParseFromString((tmp_path / "tokenizer.model").read_bytes())
+    kind, pieces = model.SentencePiece, {piece.piece: piece for piece in model.pieces}
+    assert len(model.pieces) == 2048 and "<pad>" not in pieces
+    assert "<pad>" not in (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    assert [pieces[t].type for t in ("<unk>", "<s>", "<0x0A>")] == [kind.UNKNOWN, kind.CONTROL, kind.BYTE]
+    order = ["".join(pair) for pair in state["model"]["merges"]]
+    scores = [pieces[token].score for token in dict.fromkeys(order)]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == len(scores)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_bos_token"] is True
+
+
+def test_a_vocabulary_of_bytes_is_not_taken_for_sentencepiece(run_dir, tmp_path):
+    path = run_dir / "merged" / "tokenizer.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**state, "pre_tokenizer": {"type": "ByteLevel"}}), encoding="utf-8")
+    gguf_files.prepare(run_dir / "merged", tmp_path, False)
+    assert not (tmp_path / "tokenizer.model").exists()
+    assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]["byte_fallback"] is False
+
+
+# --- in llama.cpp itself
 
 
 @pytest.mark.export
 def test_the_same_model_in_llama_cpp(finished_run, tmp_path):
     """`make export` on the tiny model, whose tokenizer is of Llama 2's kind: tokens, answers, perplexity, files."""
-    run_dir = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
-    done = make("export", f"RUN_DIR={run_dir}", "ARGS=-p proof_rows 8 -p proof_questions 2 -p max_new_tokens 24")
+    run_dir = copy_of(finished_run, tmp_path / "run")
+    told = "ARGS=-p proof_rows 8 -p proof_questions 2 -p max_new_tokens 24"
+    done = make("export", f"RUN_DIR={run_dir}", told)
     assert done.returncode == 0, done.stderr[-2000:]
     exported = json.loads((run_dir / "export" / "metrics.json").read_text())
     assert exported["F16"]["same_answers"] == exported["F16"]["questions"] == 2
     assert exported["F16"]["ratio_to_merged"] == pytest.approx(1, abs=2e-4)
     sizes = [exported[name]["mib"] for name in ("merged", "F16", "Q8_0", "Q4_K_M")]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    half = exported["F16"]["perplexity"]["response"]
     for kind in ("Q8_0", "Q4_K_M"):
-        assert exported[kind]["perplexity"]["response"] == pytest.approx(
-            exported["F16"]["perplexity"]["response"], rel=0.02
-        )
-        assert exported[kind]["perplexity"]["response"] != exported["F16"]["perplexity"]["response"]
+        assert exported[kind]["perplexity"]["response"] == pytest.approx(half, rel=0.02)
+        assert exported[kind]["perplexity"]["response"] != half
     modelfile = (run_dir / "export" / "gguf" / "Modelfile").read_text()
     assert "FROM ./run-Q4_K_M.gguf" in modelfile and 'PARAMETER stop "</s>"' in modelfile
     assert modelfile.count("not medical advice") == 2
+    files = {path: path.stat().st_mtime_ns for path in (run_dir / "export").rglob("*.*")}
+    assert make("export", f"RUN_DIR={run_dir}", told).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (run_dir / "export").rglob("*.*")} == files
 
 
 @pytest.mark.export
-def test_without_the_order_of_merges_llama_cpp_would_read_other_tokens(finished_run, tmp_path, monkeypatch):
-    """What `set_scores` is for, and that the comparison of tokens sees it."""
-    run_dir = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
-    source = (ROOT / "notebooks_py" / "05_export.py").read_text(encoding="utf-8")
-    line = '    set_scores(file, model / "tokenizer.json")\n'
-    assert source.count(line) == 1
-    read = Path.read_text
-    changed = source.replace(line, "")
-    monkeypatch.setattr(
-        Path, "read_text", lambda path, *a, **k: changed if path.name == "05_export.py" else read(path, *a, **k)
-    )
-    with pytest.raises(Exception, match="into other tokens than the tokenizer") as caught:
-        export_run(run_dir, gguf_types=["F16"])
-    assert type(caught.value).__name__ == "StageError" and not (run_dir / "export").exists()
+def test_answers_in_transformers_are_greedy_whatever_the_base_prefers(run_dir):
+    """A generation config that samples and punishes repetition, as many bases bring one, changes nothing."""
+    told = {"proof_rows": 6, "proof_questions": 2, "max_new_tokens": 12}
+    path = run_dir / "merged" / "generation_config.json"
+    own = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 2.0}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    found = read(run_dir, gguf_types=["F16"], **told)
+    files = {"F16": gguf_files.make_gguf(found, "F16")}
+    assert export.prove(found, files)["F16"]["same_answers"] == 2
 
 
 @pytest.mark.export
-def test_an_architecture_that_llama_cpp_does_not_know(finished_run, tmp_path):
-    run_dir = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+def test_without_the_order_of_merges_llama_cpp_would_read_other_tokens(run_dir, monkeypatch):
+    """What `sentencepiece_model` is for, and that the comparison of tokens sees it."""
+    whole = gguf_files.sentencepiece_model
+    flat = lambda state, rows: whole({**state, "model": {**state["model"], "merges": []}}, rows)  # noqa: E731
+    monkeypatch.setattr(gguf_files, "sentencepiece_model", flat)
+    found = read(run_dir, gguf_types=["F16"])
+    file = gguf_files.make_gguf(found, "F16")
+    with pytest.raises(StageError, match="into other tokens than training"):
+        gguf_files.check_tokens(found, file)
+    assert not file.exists()
+
+
+@pytest.mark.export
+def test_tokens_beyond_the_vocabulary_are_no_hindrance(run_dir):
+    """A <pad> that the model has no embedding for, as the Hub's copy of Llama 2 has had."""
+    path = run_dir / "merged" / "tokenizer.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["added_tokens"].append({**state["added_tokens"][-1], "id": 2048, "content": "<pad>"})
+    path.write_text(json.dumps(state), encoding="utf-8")
+    found = read(run_dir, gguf_types=["F16"])
+    assert gguf_files.check_tokens(found, gguf_files.make_gguf(found, "F16")) > 100
+
+
+@pytest.mark.export
+def test_a_prompt_of_ollama_that_is_another_is_not_kept(run_dir, monkeypatch):
+    found = read(run_dir, gguf_types=["F16"])
+    file = gguf_files.make_gguf(found, "F16")
+    asked = export.questions(found)
+    text = gguf_files.write_modelfile(found, file, asked)
+    assert text == file.with_name("Modelfile").read_text() and len(asked) == 5
+    together = gguf_files.put_together
+    changed = lambda texts, messages: together(texts, messages).replace(asked[0][0]["content"], "x")  # noqa: E731
+    monkeypatch.setattr(gguf_files, "put_together", changed)
+    monkeypatch.setattr(gguf_files, "take_apart", lambda _: {("", "user"): "[INST] ", ("user", ""): " [/INST]"})
+    with pytest.raises(StageError, match="is not the training's"):
+        gguf_files.write_modelfile(found, file, asked)
+
+
+@pytest.mark.export
+def test_a_real_vocabulary_of_llamas_kind(llama_vocabulary, tmp_path):  # noqa: F811
+    """Cut alike in llama.cpp, hard texts too, from a tokenizer.json alone."""
+    folder = llama_vocabulary()
+    LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).half().save_pretrained(folder)
+    tokenizer, stops = load_tokenizer(str(folder))
+    save_tokenizer(folder, tokenizer, stops)
+    hard = [
+        "\n \n\n\t x",
+        "Hello,  y'all! 3 33 333 3.3",
+        "🚀 👩‍🌾 កាន់តែ Ünï نص",
+        "[INST] <<SYS>> def f(x):\n    return 'a'",
+        "  a",
+        "ą̂\u3000b",
+    ]
+    rows = [{"prompt": [ASKED], "completion": [{"role": "assistant", "content": text}]} for text in hard]
+    found = SimpleNamespace(merged=folder, folder=tmp_path, name="real", tokenizer=tokenizer, stops=stops)
+    found.splits = {"train": Dataset.from_list(rows)}
+    file = gguf_files.make_gguf(found, "F16")
+    assert gguf_files.check_tokens(found, file) == len(hard)
+    ids = gguf_files.InLlamaCpp(file).cut(render([ASKED], tokenizer), "<s>")
+    assert ids == encode_prompt([ASKED], tokenizer) and ids[:3] == [1, 733, 16289]
+
+
+@pytest.mark.export
+def test_an_architecture_that_llama_cpp_does_not_know(run_dir):
     config = run_dir / "merged" / "config.json"
     config.write_text(config.read_text().replace("LlamaForCausalLM", "NoSuchForCausalLM"))
-    with pytest.raises(Exception, match=r"llama\.cpp cannot convert .*NoSuchForCausalLM") as caught:
-        export_run(run_dir, gguf_types=["F16"])
-    assert type(caught.value).__name__ == "StageError" and "\n" not in str(caught.value)
-    with pytest.raises(Exception, match="does not know 'Q9_9'"):
-        export_run(run_dir, gguf_types=["Q9_9"])
+    found = read(run_dir, gguf_types=["F16"])
+    with pytest.raises(StageError, match=r"llama\.cpp cannot convert .*NoSuchForCausalLM") as caught:
+        gguf_files.make_gguf(found, "F16")
+    assert "\n" not in str(caught.value) and not list((found.folder / "gguf").iterdir())
+    with pytest.raises(StageError, match="does not know 'Q9_9'"):
+        gguf_files.usable_types(["Q9_9"])
 
 
 @pytest.mark.parametrize("target", ["export", "chat"])
 def test_a_misspelt_parameter_of_make(target, tmp_path):
     """With stand-ins for what make would install first."""
     (tmp_path / "bin").mkdir()
-    for name in ("bin/python", "llama-cpp-python-0.3.36", "gradio-6.20.0"):
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    for name in ("llama-cpp-python-0.3.36", "gradio-6.20.0"):
         (tmp_path / name).touch()
-    done = make(target, f"EXTRAS={tmp_path}", "PROFILE=tiny", f"RUN_DIR={tmp_path}", "ARGS=-p max_new_token 8")
+    done = make(target, f"EXTRAS={tmp_path}", f"RUN_DIR={tmp_path}", "ARGS=-p max_new_token 8")
     assert done.returncode != 0
     assert "No notebook has a parameter 'max_new_token'. Did you mean 'max_new_tokens'?" in done.stderr

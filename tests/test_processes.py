@@ -1,4 +1,4 @@
-"""Notebook 2 in two processes, as on two GPUs; here they compute on the CPU and talk through gloo."""
+"""Notebooks in two processes, as on two GPUs; here they compute on the CPU and talk through gloo."""
 
 import json
 import shutil
@@ -8,8 +8,10 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import make, metrics_without_times, run_of_make
+from conftest import copy_of, make, run_of_make
 from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
 
 # Accelerate shards only what runs on GPUs, so the kernels take themselves for such, with little memory.
 AS_ON_SMALL_GPUS = """
@@ -29,6 +31,9 @@ PartialState.__init__ = set_up_as_gpu
 little = psutil.virtual_memory()._replace(available=2**28)
 psutil.virtual_memory = lambda: little
 """
+
+
+FORMATTED = ["dataset", "01_format_dataset.ipynb", "manifest.json"]
 
 
 def training(run_dir, processes, rows):
@@ -54,9 +59,7 @@ def kernel_of(make_process, rank):
 @pytest.fixture(scope="module")
 def trained_by_one(finished_run, tmp_path_factory):
     """A run folder in which one process has trained, with as many rows a step as two have below."""
-    run_dir = tmp_path_factory.mktemp("one") / "run"
-    shutil.copytree(finished_run / "dataset", run_dir / "dataset")
-    shutil.copy(finished_run / "01_format_dataset.ipynb", run_dir)
+    run_dir = copy_of(finished_run, tmp_path_factory.mktemp("one") / "run", *FORMATTED)
     done = make(*training(run_dir, 1, 4))
     assert done.returncode == 0, done.stderr
     return run_dir
@@ -66,9 +69,7 @@ def trained_by_one(finished_run, tmp_path_factory):
 def test_two_processes_train_as_one_also_after_one_was_killed(
     trained_by_one, finished_run, tmp_path, monkeypatch, sharded
 ):
-    run_dir = tmp_path / "two"
-    shutil.copytree(finished_run / "dataset", run_dir / "dataset")
-    shutil.copy(finished_run / "01_format_dataset.ipynb", run_dir)
+    run_dir = copy_of(finished_run, tmp_path / "two", *FORMATTED)
     if sharded:
         startup = tmp_path / "ipython" / "profile_default" / "startup"
         startup.mkdir(parents=True)
@@ -110,34 +111,43 @@ def test_two_processes_train_as_one_also_after_one_was_killed(
     assert {path.name for path in run_dir.iterdir()} == {path.name for path in trained_by_one.iterdir()}
 
 
-def evaluation(run_dir, processes):
+def evaluated(run_dir, stage, processes):
     """The figures and the answers after evaluating with so many processes."""
-    done = make("04_evaluate", "PROFILE=tiny", f"RUN_DIR={run_dir}", f"GPUS={processes}")
+    done = make(stage, "PROFILE=tiny", f"RUN_DIR={run_dir}", f"GPUS={processes}")
     assert done.returncode == 0, done.stderr
-    texts = [(run_dir / "evaluation" / f"{name}.jsonl").read_text() for name in ("samples", "safety")]
-    return metrics_without_times(run_dir), texts
+    return {path.name: path.read_text(encoding="utf-8") for path in run_dir.glob(f"{FOLDER[stage]}/*.json*")}
 
 
-def test_two_processes_evaluate_as_one(finished_run, tmp_path):
-    run_dir = tmp_path / "run"
-    shutil.copytree(finished_run, run_dir, copy_function=shutil.copy2)
-    (run_dir / "04_evaluate.ipynb").unlink()
-    metrics, texts = evaluation(run_dir, 2)
-    one = [(finished_run / "evaluation" / f"{name}.jsonl").read_text() for name in ("samples", "safety")]
-    assert texts == one
-    expected = metrics_without_times(finished_run)
-    assert metrics.keys() == expected.keys()
-    for name, part in (("base", "test"), ("adapter", "train"), ("merged", "unseen")):
-        figures = [one["by_split"][part]["response"] for one in (metrics[name], expected[name])]
-        assert figures[0] == pytest.approx(figures[1], rel=1e-5)
-        assert metrics[name]["tokens"] == expected[name]["tokens"]
-    for pair, entries in expected["differences"].items():
-        for figure, entry in entries.items():
-            found = metrics["differences"][pair][figure]
-            assert found["significant"] == entry["significant"]
-            assert found["difference"] == pytest.approx(entry["difference"], rel=1e-3, abs=1e-6)
-    assert json.loads((run_dir / "manifest.json").read_text()).keys() == {
-        *json.loads((finished_run / "manifest.json").read_text())
-    }
-    left = {path.name for path in run_dir.iterdir()}
-    assert left == {path.name for path in finished_run.iterdir()}, "what is left looks as on one GPU"
+FOLDER = {"04_evaluate": "evaluation", "trust": "trust"}
+
+
+@pytest.mark.parametrize("stage", FOLDER)
+def test_two_processes_evaluate_as_one(finished_run, tmp_path, stage):
+    """The same answers, and the same figures but for rounding."""
+    one, two = (copy_of(finished_run, tmp_path / name) for name in ("one", "two"))
+    if stage == "04_evaluate":
+        shutil.rmtree(two / "evaluation")
+        (two / "04_evaluate.ipynb").unlink()
+    expected, found = evaluated(one, stage, 1), evaluated(two, stage, 2)
+    assert expected.keys() == found.keys() and len(found) == 2
+    for name in expected:
+        if name.endswith(".jsonl"):
+            assert found[name] == expected[name]
+    assert figures(found["metrics.json"]) == pytest.approx(figures(expected["metrics.json"]), rel=1e-3, abs=1e-6)
+    left = [{path.name for path in run_dir.iterdir()} for run_dir in (one, two)]
+    assert left[0] == left[1], "what is left looks as on one GPU"
+
+
+def figures(text):
+    """All numbers of a file of metrics by where they stand, but for times."""
+    found, todo = {}, [("", json.loads(text))]
+    while todo:
+        place, value = todo.pop()
+        if isinstance(value, (dict, list)):
+            todo += [
+                (f"{place}/{key}", entry)
+                for key, entry in (value.items() if isinstance(value, dict) else enumerate(value))
+            ]
+        elif isinstance(value, (int, float)) and "second" not in place:
+            found[place] = value
+    return found

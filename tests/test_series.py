@@ -1,6 +1,5 @@
-"""The series as a whole: pairs, references, commands, and what people get wrong."""
+"""The series as a whole: pairs, references, what make says and redoes, and where it runs."""
 
-import ast
 import json
 import os
 import random
@@ -12,106 +11,148 @@ import sys
 import time
 from contextlib import suppress
 
-import datasets
 import jupytext
 import nbformat
 import psutil
 import pytest
-import yaml
-from conftest import ROOT, STAGES, TABLE, TINY, but_for_rounding, make, metrics_without_times, run_of_make, run_tiny
+from conftest import (
+    ROOT,
+    STAGES,
+    TABLE,
+    TINY,
+    but_for_rounding,
+    copy_of,
+    hostile,
+    make,
+    metrics_without_times,
+    run_of_make,
+    run_tiny,
+)
 
-NOTEBOOKS = [*STAGES, "05_export", "chat", "report", "compare_runs"]
+from tabletune.parameters import PARAMETERS, read_parameters
+from tabletune.run import StageError
+
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks_py").glob("*.py"))
+
+
+def notebook_of(name, folder="notebooks"):
+    return nbformat.read(ROOT / folder / f"{name}.ipynb", 4)
 
 
 def cells(notebook):
     return [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in notebook.cells]
 
 
-@pytest.mark.parametrize("stage", NOTEBOOKS)
-def test_pairs_are_in_sync(stage):
-    notebook = nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4)
-    paired = jupytext.read(ROOT / "notebooks_py" / f"{stage}.py")
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_pairs_are_in_sync(name):
+    notebook, paired = notebook_of(name), jupytext.read(ROOT / "notebooks_py" / f"{name}.py")
     assert cells(notebook) == cells(paired), "run `make sync`"
     for key in ("accelerator", "colab", "kernelspec"):
         assert notebook.metadata.get(key) == paired.metadata.get(key)
 
 
-@pytest.mark.parametrize("stage", NOTEBOOKS)
-def test_notebooks_are_committed_without_outputs(stage):
-    notebook = nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4)
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+def test_each_notebook_has_its_pair():
+    assert NOTEBOOKS == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == sorted(PARAMETERS)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_references_have_the_code_of_the_notebooks(stage):
-    notebook = nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4)
-    reference = nbformat.read(ROOT / "tests" / "reference" / f"{stage}.ipynb", 4)
-    executed = [cell for cell in cells(reference) if "injected-parameters" not in cell[2]]
-    assert executed == cells(notebook), "run `make reference` and review what changed"
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_are_committed_without_outputs(name):
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook_of(name).cells)
 
 
-@pytest.mark.parametrize("stage", NOTEBOOKS)
-def test_only_times_and_pictures_are_ignored(stage):
+@pytest.mark.parametrize("name", STAGES)
+def test_references_have_the_code_of_the_notebooks(name):
+    executed = [cell for cell in cells(notebook_of(name, "tests/reference")) if "injected-parameters" not in cell[2]]
+    assert executed == cells(notebook_of(name)), "run `make reference` and review what changed"
+
+
+def test_the_notebooks_print_what_the_references_show(tmp_path):
+    """nbval, strict, in a kernel a notebook, without make and without a locale: what each cell prints is as stored."""
+    for name in ("data", ".cache"):
+        (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
+    for name in STAGES:
+        shutil.copy(ROOT / "tests" / "reference" / f"{name}.ipynb", tmp_path)
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-kernel-name=python3", "-p", "no:cacheprovider", "-q"]
+    environment = {
+        **os.environ,
+        **hostile(tmp_path / "Zoë's home"),
+        "PYTHONWARNINGS": "ignore",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    files = [f"{name}.ipynb" for name in STAGES]
+    done = subprocess.run([*command, *files], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "passed" in done.stdout
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_only_times_and_pictures_are_ignored(name):
     """A cell that nbval does not compare loads, trains, evaluates or plots: it prints a time or a picture."""
-    for cell in nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4).cells:
+    timed = (
+        "plt.",
+        "load_",
+        "train(",
+        "tqdm(",
+        "from_pretrained(",
+        "memory",
+        "evaluate(",
+        "score(",
+        "generate(",
+        "merge(",
+    )
+    for cell in notebook_of(name).cells:
         if "nbval-ignore-output" in cell.metadata.get("tags", []):
-            timed = (
-                "plt.show()",
-                "load_base(",
-                "load_model(",
-                "trainer.train(",
-                "tqdm(",
-                "from_pretrained(",
-                "memory",
-                "trainer.evaluate(",
-                "disk_usage(",
-                "report",
-            )
             assert any(word in cell.source for word in timed), cell.source
         assert "NBVAL_" not in cell.source
 
 
-def test_what_two_notebooks_share_is_word_for_word_the_same():
-    seen, shared = {}, 0
-    for stage in NOTEBOOKS:
-        for node in ast.parse((ROOT / "notebooks_py" / f"{stage}.py").read_text(encoding="utf-8")).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                other, code = seen.setdefault(node.name, (stage, ast.unparse(node)))
-                assert code == ast.unparse(node), f"{node.name} differs between {other} and {stage}"
-                shared += other != stage
-    assert shared > 15
-
-
-def test_parameters_that_stages_share_have_one_default():
-    seen = {}
-    for stage in NOTEBOOKS:
-        for cell in nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4).cells:
-            if "parameters" in cell.metadata.get("tags", []):
-                values = {ast.unparse(n.targets[0]): ast.unparse(n.value) for n in ast.parse(cell.source).body}
-                assert all(seen.setdefault(name, value) == value for name, value in values.items())
-    assert {"run_dir", "base_model", "seed"} <= set(seen)
-
-
-@pytest.mark.parametrize("profile", ["t4", "a100", "cpu", "tiny"])
-def test_profiles_are_flat_and_say_what_they_are_for(profile):
-    text = (ROOT / "profiles" / f"{profile}.yaml").read_text()
-    assert text.startswith(f"# {profile}: ")
-    assert not any(isinstance(value, (dict, list)) for value in yaml.safe_load(text).values())
+@pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
+def test_profiles_say_what_they_are_for_and_name_parameters(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(f"# {path.stem}: ")
+    known = {name for notebook, defaults in PARAMETERS.items() if notebook[0] == "0" for name in defaults}
+    assert set(read_parameters(text, path.name)) <= known
 
 
 def test_the_manifest_says_what_ran(finished_run):
-    manifest = json.loads((finished_run / "manifest.json").read_text())
+    manifest = json.loads((finished_run / "manifest.json").read_text(encoding="utf-8"))
     assert list(manifest) == STAGES
-    for entry in manifest.values():
+    for name, entry in manifest.items():
+        assert set(entry["parameters"]) == set(PARAMETERS[name])
         assert entry["parameters"]["base_model"] == ".cache/tiny-llama"
         assert entry["packages"]["transformers"] and entry["seconds"] > 0
     assert len({entry["dataset_fingerprint"] for entry in manifest.values()}) == 1
 
 
+def test_the_series_ran_offline_without_a_locale_a_cache_or_an_ascii_home(finished_run):
+    """`finished_run` is made in such a place; each stage's executed notebook is whole and has no warning on red."""
+    assert (finished_run / "where").read_text(encoding="utf-8") == "LC_ALL=C, HF_HOME=/dev/null/cache"
+    for name in STAGES:
+        for cell in nbformat.read(finished_run / f"{name}.ipynb", 4).cells:
+            for output in cell.get("outputs", []):
+                lines = output.text.splitlines() if output.get("name") == "stderr" else []
+                assert all("%|" in line or not line.strip() for line in lines), output.text
+                assert output.output_type != "error"
+
+
 def stamps(folder):
-    """When each file was written, of those that are whole."""
+    """When each file was written, of those that are whole; a lock is not written."""
     files = [path for path in folder.rglob("*") if path.is_file() and ".partial" not in str(path.relative_to(folder))]
-    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files if path.name != ".lock"}
+
+
+def test_a_finished_run_is_not_made_again(finished_run, tmp_path):
+    run_dir = copy_of(finished_run, tmp_path / "run")
+    before = stamps(run_dir)
+    done = make("run-all", "PROFILE=tiny", f"RUN_DIR={run_dir}")
+    assert done.returncode == 0, done.stderr
+    assert stamps(run_dir) == before
+    lines = done.stdout.splitlines()
+    assert "response perplexity" in lines[1] and [line.split()[0] for line in lines[2:5]] == [
+        "base",
+        "adapter",
+        "merged",
+    ]
 
 
 def kill_once(stage, run_dir, moment):
@@ -120,6 +161,11 @@ def kill_once(stage, run_dir, moment):
     process = subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with suppress(subprocess.TimeoutExpired):
         process.wait(moment)
+    kill_all(process)
+
+
+def kill_all(process):
+    """SIGKILL for a process and all that it started."""
     with suppress(psutil.NoSuchProcess):
         for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
             with suppress(psutil.NoSuchProcess):
@@ -127,23 +173,24 @@ def kill_once(stage, run_dir, moment):
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_series_that_is_killed_ends_with_the_same_metrics_and_a_second_run_does_nothing(finished_run, tmp_path):
     """SIGKILL at random moments of each stage, which pytest shows if this fails; KILLS and KILL_SEED set them."""
     again, random_seed = tmp_path / "again", os.environ.get("KILL_SEED", str(time.time_ns()))
     print(f"KILL_SEED={random_seed}")
-    draw, times = random.Random(random_seed), json.loads((finished_run / "manifest.json").read_text())
+    draw, times = random.Random(random_seed), json.loads((finished_run / "manifest.json").read_text(encoding="utf-8"))
     for stage in STAGES:
         for _ in range(int(os.environ.get("KILLS", 1))):
             moment = draw.uniform(0, times[stage]["seconds"] + 3)  # and what it takes to start
             kill_once(stage, again, moment)
-            found = sorted(path.name for path in again.glob("*"))
-            print(f"{stage} killed after {moment:.1f} s: {found}")
+            print(f"{stage} killed after {moment:.1f} s: {sorted(path.name for path in again.glob('*'))}")
         recorded = json.loads((again / "manifest.json").read_text()) if (again / "manifest.json").exists() else {}
         before = {} if stage in recorded else stamps(again)  # what had ended but for its notebook is made anew
-        assert make(stage, "PROFILE=tiny", f"RUN_DIR={again}").returncode == 0
+        done = make(stage, "PROFILE=tiny", f"RUN_DIR={again}")
+        assert done.returncode == 0, done.stderr
         after = stamps(again)
         done_twice = {name for name, stamp in before.items() if name in after and after[name] != stamp}
-        costly = {name for name in done_twice if name.endswith((".safetensors", "optimizer.pt")) or "so_far/" in name}
+        costly = {name for name in done_twice if name.endswith((".safetensors", "optimizer.pt"))}
         assert costly <= {"adapter/adapter_model.safetensors"}  # the end of a training: loaded, and saved again
     assert not list(again.rglob("*.partial*"))
     assert metrics_without_times(again) == but_for_rounding(metrics_without_times(finished_run))
@@ -152,90 +199,67 @@ def test_a_series_that_is_killed_ends_with_the_same_metrics_and_a_second_run_doe
     assert stamps(again) == finished
 
 
-def expect_make_error(run_dir, *words, profile="tiny", args=""):
-    """`make run-all` must fail with one clear line with `words` in it, and leave nothing that looks complete."""
-    done = make("run-all", f"PROFILE={profile}", f"RUN_DIR={run_dir}", f"ARGS={args}")
-    lines = [line for line in done.stderr.splitlines() if words[0] in line]
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    ["", "-p packing false -p epochs 2", "-p evaluations 5 -p learning_rate 0.3 -p early_stopping_patience 1"],
+    ids=["packed", "padded", "packed, stopping early"],
+)
+def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, arguments):
+    """SIGKILL once the first checkpoint is there; the next run goes on from it; one after the end changes nothing."""
+    import torch
+    from safetensors.torch import load_file
+
+    done, killed = (copy_of(finished_run, tmp_path / name, "dataset") for name in ("done", "killed"))
+    command = [sys.executable, "-m", "tabletune", "run", "notebooks/02_finetune_qlora.ipynb"]
+
+    def figures(folder):
+        metrics = json.loads((folder / "training" / "metrics.json").read_text(encoding="utf-8"))
+        return {name: value for name, value in metrics.items() if "second" not in name and "memory" not in name}
+
+    def start(folder):
+        told = [str(folder / "02_finetune_qlora.ipynb"), "-f", "profiles/tiny.yaml", *arguments.split()]
+        return subprocess.Popen([*command, *told], cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    assert start(done).wait() == 0
+    process = start(killed)
+    while not list(killed.glob("checkpoints/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    kill_all(process)
+    assert not (killed / "adapter").exists() and not (killed / "training" / "metrics.json").exists()
+    assert start(killed).wait() == 0
+    assert "going on from checkpoint" in (killed / "02_finetune_qlora.ipynb").read_text(encoding="utf-8")
+    assert figures(killed) == but_for_rounding(figures(done))
+    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (done, killed))
+    torch.testing.assert_close(other, one, rtol=0, atol=1e-4)  # steps of other kernels, AVX2's, add up to 1e-5
+    before = stamps(killed)
+    assert start(killed).wait() == 0
+    changed = {name for name, stamp in stamps(killed).items() if before.get(name) != stamp}
+    assert changed == {"02_finetune_qlora.ipynb"}, "the notebook that shows it all again"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["PROFILE=t5"], ["profiles/t5.yaml cannot be read", "a100", "cpu", "t4", "tiny"]),
+        (["PROFILE=tiny", "MODEL=gpt5"], ["models/gpt5.yaml cannot be read", "there are"]),
+        (["PROFILE=tiny", "ARGS=-p learning_rte 1"], ["'learning_rte'", "Did you mean 'learning_rate'"]),
+        (["PROFILE=tiny", "ARGS=-y 'max_lenght: 30'"], ["'max_lenght'", "Did you mean 'max_length'"]),
+    ],
+)
+def test_what_make_is_told_wrong_ends_in_one_line(tmp_path, words, said):
+    done = make("run-all", f"RUN_DIR={tmp_path / 'run'}", *words)
+    lines = [line for line in done.stderr.splitlines() if said[0] in line]
     assert done.returncode != 0 and len(lines) == 1, done.stderr
-    assert all(word in lines[0] for word in words), lines
-    assert "Traceback" not in done.stdout + done.stderr
-    assert not (run_dir / "dataset").exists() and not (run_dir / "01_format_dataset.ipynb").exists()
+    assert all(word in lines[0] for word in said), lines
+    assert "Traceback" not in done.stdout + done.stderr and not (tmp_path / "run").exists()
 
 
-def test_unknown_profile(tmp_path):
-    expect_make_error(tmp_path / "run", 'no profile "t5"', "a100", "cpu", "t4", "tiny", profile="t5")
-
-
-def test_unknown_parameter(tmp_path):
-    expect_make_error(tmp_path / "run", "'learning_rte'", "Did you mean 'learning_rate'", args="-p learning_rte 1")
-
-
-def test_missing_file(tmp_path):
-    expect_make_error(tmp_path / "run", "no such file", "nowhere.csv", args="-p dataset nowhere.csv")
-
-
-def expect_error(stage, run_dir, message, **parameters):
-    """A stage must stop with a StageError that matches `message`, and leave nothing under its own name."""
-    with pytest.raises(Exception, match=message) as caught:
-        run_tiny(stage, run_dir, **parameters)
-    assert type(caught.value).__name__ == "StageError"
-    assert "\n" not in str(caught.value) and caught.value._render_traceback_() == [f"StageError: {caught.value}"]
-    output = ["dataset", "adapter", "merged", "evaluation"][STAGES.index(stage)]
-    assert not (run_dir / output).exists()
-
-
-def write(path, text, encoding="utf-8"):
-    path.write_text(text, encoding=encoding)
-    return path
-
-
-HEADER = "Name of Item,Health Issue,Home Remedy,Yogasan\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", r"has no rows"),
-        (HEADER, r"has no rows"),
-        (HEADER + "a,b,c,d\na,b,c,d,e,f\n", r"line 3: this row has 6 cells, the header 4"),
-        (
-            "Name of Item,Health Isue,Home Remedy,Yogasan\na,b,c,d\n",
-            r"no column 'Health Issue'.*Did you mean 'Health Isue'",
-        ),
-        (HEADER + "a,Cold,None,d\na,,Rest.,d\n", r"All 2 rows .*'no answer': 1, 'no question': 1"),
-        (HEADER + "a,Cold,Rest.,d\na,Cough,Drink tea.,d\n", r"Only 2 different questions"),
-    ],
-    ids=["nothing", "no rows", "ragged", "misspelt column", "all dropped", "too few"],
-)
-def test_a_bad_table(tmp_path, text, message):
-    expect_error("01_format_dataset", tmp_path / "run", message, dataset=str(write(tmp_path / "t.csv", text)))
-
-
-def test_a_table_in_another_encoding(tmp_path):
-    table = write(tmp_path / "t.csv", HEADER + "Café,Cold,Rest.,\n", "latin-1")
-    expect_error("01_format_dataset", tmp_path / "run", "not UTF-8", dataset=str(table))
-
-
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"dataset": "Makefile"}, r"Makefile: this kind of file is not read.*\.parquet"),
-        ({"dataset": "someone/no-such-table"}, r"dataset=someone/no-such-table"),
-        ({"dataset": "nowhere.jsonl"}, r"nowhere.jsonl: there is no such file"),
-        ({"base_model": "no/such-model"}, r"base_model=no/such-model: not a model folder here"),
-        ({"base_model": "data"}, r"base_model=data: not a model folder here"),
-        ({"max_length": 10}, r"max_length=10 leaves no room.*the shortest prompt has \d+ tokens"),
-        ({"answer_column": "remedies"}, r"answer_column='remedies' is not in answer_template"),
-        ({"question_template": "{ailment}?"}, r"\{ailment\}, which `columns` does not name"),
-        ({"long_answers": "cut"}, r"long_answers='cut'"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_a_bad_parameter(tmp_path, monkeypatch, parameters, message):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    expect_error("01_format_dataset", tmp_path / "run", message, **parameters)
+@pytest.mark.parametrize("run_dir", ["my run", "drive:run"])
+def test_a_folder_that_make_cannot_name_is_refused(tmp_path, run_dir):
+    done = make("run-all", "PROFILE=tiny", f"RUN_DIR={tmp_path / run_dir}")
+    assert done.returncode != 0 and "make wants a name without spaces and colons" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -249,55 +273,14 @@ def test_a_bad_parameter(tmp_path, monkeypatch, parameters, message):
     ],
 )
 def test_out_of_order(finished_run, tmp_path, stage, missing, first):
+    """A stage whose input is not there says which notebook makes it, in one line, and leaves nothing."""
     run_dir = tmp_path / "run"
-    for folder in {"dataset", "adapter", "merged"} - {missing, "merged" if stage[1] == "3" else ""}:
-        if not (stage[1] == "2" and folder == "adapter"):
-            shutil.copytree(finished_run / folder, run_dir / folder)
-    expect_error(stage, run_dir, f"{run_dir / missing} is missing. {first}")
-
-
-def test_training_refuses_rows_that_it_would_cut(finished_run, tmp_path):
-    shutil.copytree(finished_run / "dataset", tmp_path / "run" / "dataset")
-    expect_error("02_finetune_qlora", tmp_path / "run", "max_length=64, but the longest example has", max_length=64)
-
-
-@pytest.mark.parametrize("stale", ["dataset", "adapter"])
-def test_evaluation_refuses_what_does_not_belong_together(finished_run, tmp_path, stale):
-    run_dir = tmp_path / "run"
-    for folder in ("dataset", "adapter", "merged"):
-        shutil.copytree(finished_run / folder, run_dir / folder)
-    if stale == "dataset":
-        report = run_dir / "dataset" / "report.json"
-        report.write_text(report.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
-        expect_error("04_evaluate", run_dir, "trained on another data set. Run 02_finetune_qlora again")
-    else:
-        with (run_dir / "adapter" / "adapter_model.safetensors").open("ab") as file:
-            file.write(b" ")
-        expect_error("04_evaluate", run_dir, "made from another adapter. Run 03_merge_adapter again")
-
-
-def test_a_full_disk(format_dataset, tmp_path):
-    """Nothing half-written stays, and the message says what to do."""
-    with (
-        pytest.raises(format_dataset.StageError, match="The disk is full"),
-        format_dataset.whole(tmp_path / "new") as partial,
-    ):
-        partial.mkdir()
-        (partial / "file").write_text("half")
-        raise OSError(28, "No space left on device")
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_was_whole_stays_until_its_successor_is(format_dataset, tmp_path):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(ZeroDivisionError), format_dataset.whole(tmp_path / "file") as partial:
-        partial.write_text("new")
-        1 / 0  # noqa: B018
-    assert (tmp_path / "file").read_text() == "old"
-    with format_dataset.whole(tmp_path / "file") as partial:
-        partial.write_text("new")
-    assert (tmp_path / "file").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    there = {"02": [], "03": ["dataset"], "04": ["dataset", "adapter", "merged"]}[stage[:2]]
+    copy_of(finished_run, run_dir, "settings", *(name for name in there if name != missing))
+    with pytest.raises(StageError, match=f"{run_dir / missing}.* is missing. {first}") as caught:
+        run_tiny(stage, run_dir)
+    assert "\n" not in str(caught.value) and caught.value._render_traceback_() == [f"StageError: {caught.value}"]
+    assert not (run_dir / {"02": "adapter", "03": "merged", "04": "evaluation"}[stage[:2]]).exists()
 
 
 def test_the_environment_is_checked():
@@ -305,15 +288,23 @@ def test_the_environment_is_checked():
     assert done.returncode != 0 and "lacks a package" in done.stderr
 
 
-def test_a_folder_with_spaces_in_its_name(tmp_path):
-    """The whole repository, copied into such a folder."""
+def test_a_changed_table_is_noticed_also_in_a_folder_with_spaces_in_its_name(tmp_path):
+    """The whole repository, copied into such a folder; only the table differs between the two runs."""
     copy = tmp_path / "my notebooks"
-    ignore = shutil.ignore_patterns(".git", ".venv", "runs", ".cache")
-    shutil.copytree(ROOT, copy, ignore=ignore)
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".cache", "examples", "tests"))
     shutil.copytree(TINY, copy / ".cache" / "tiny-llama")
-    done = make("01_format_dataset", "PROFILE=tiny", "-C", copy)
-    assert done.returncode == 0, done.stderr
-    assert (copy / "runs" / "tiny" / "dataset" / "report.json").exists()
+    arguments = ("01_format_dataset", "PROFILE=tiny", "ARGS=-p dataset data/t.csv", "-C", copy)
+    shutil.copy(TABLE, copy / "data" / "t.csv")
+    reports = []
+    for _ in range(2):
+        done = make(*arguments)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads((copy / "runs" / "tiny" / "dataset" / "report.json").read_text(encoding="utf-8")))
+        with (copy / "data" / "t.csv").open("a", encoding="utf-8") as file:
+            file.write("Lemon,A New Issue,Squeeze half a lemon into a glass of water.,Tadasana\n")
+    before, after = reports
+    assert after["rows_in"] == before["rows_in"] + 1 and after["fingerprint"] != before["fingerprint"]
+    assert list((copy / "runs" / "tiny" / "earlier").glob("*/dataset/report.json")), "nothing finished is deleted"
 
 
 def test_the_benchmark_says_that_it_needs_a_gpu():
@@ -326,32 +317,14 @@ def test_the_benchmark_says_that_it_needs_a_gpu():
         assert done.stderr == "The benchmark needs an NVIDIA GPU; there is none here.\n"
 
 
-def test_the_examples_of_the_benchmark_fit_into_a_row(tmp_path, finetune, tokenizer):
+def test_the_examples_of_the_benchmark_fit_into_a_row(tmp_path, tokenizer):
+    import datasets
+
+    from tabletune.chat_format import encode
+
     benchmark = runpy.run_path(str(ROOT / "benchmarks" / "run.py"))
     benchmark["make_dataset"](tmp_path, TINY, steps=2)
     train = datasets.load_from_disk(tmp_path / "dataset")["train"]
-    lengths = [len(finetune.encode(row, tokenizer)["input_ids"]) for row in train]
+    lengths = [len(encode(row, *tokenizer)["input_ids"]) for row in train]
     assert max(lengths) <= 512
     assert statistics.mean(lengths) == pytest.approx(statistics.mean(benchmark["LENGTHS"]), rel=0.15)
-
-
-@pytest.mark.parametrize(("word", "rows"), [("true", 186), ("false", 0), ("True", 186)])
-def test_truth_values_as_people_write_them(word, rows, tmp_path):
-    """Papermill takes a small "false" for a text, and a text is true."""
-    done = make("01_format_dataset", "PROFILE=tiny", f"RUN_DIR={tmp_path}", f"ARGS=-p safety_rows {word}")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "dataset" / "report.json").read_text())["safety_rows"] == rows
-
-
-def test_a_changed_table_is_noticed(tmp_path):
-    table = tmp_path / "t.csv"
-    shutil.copy(TABLE, table)
-    run_dir = tmp_path / "run"
-    arguments = ("01_format_dataset", "PROFILE=tiny", f"RUN_DIR={run_dir}", f"ARGS=-p dataset {table}")
-    assert make(*arguments).returncode == 0
-    before = json.loads((run_dir / "dataset" / "report.json").read_text())
-    with table.open("a", encoding="utf-8") as file:
-        file.write("Lemon,A New Issue,Squeeze half a lemon into a glass of water.,Tadasana\n")
-    assert make(*arguments).returncode == 0
-    after = json.loads((run_dir / "dataset" / "report.json").read_text())
-    assert after["rows_in"] == before["rows_in"] + 1 and after["fingerprint"] != before["fingerprint"]

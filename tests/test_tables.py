@@ -1,9 +1,10 @@
-"""Notebook 01 on tables of every kind: it formats them right, or says in one line what is wrong. Never anything else.
+"""Tables of every kind: read as they were written, or explained in one line. Never anything else.
 
-Hypothesis makes up the tables, the same ones in every run. Nearly every test runs the whole notebook.
+Hypothesis makes up tables, the same ones in every run. Most tests go through all steps but the notebook's prose.
 """
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -12,32 +13,32 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import unicodedata
+from functools import lru_cache
 
 import datasets
 import hypothesis.configuration
-import matplotlib.pyplot as plt
+import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, TABLE, TINY, run_tiny
+from conftest import ROOT, TINY
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct"
-COLUMNS = {"q": "question", "a": "answer"}
-TEMPLATES = {"columns": COLUMNS, "question_template": "{q}", "answer_template": "**A:** {a}", "answer_column": "a"}
+from tabletune.chat_format import break_markers, load_tokenizer
+from tabletune.formatting import format_table
+from tabletune.parameters import PARAMETERS
+from tabletune.run import StageError
+from tabletune.shapes import recognize, with_example
+from tabletune.tables import open_table
+
 GOOD = [(f"What helps against cold number {i}?", f"Rest for {i} days, and drink tea.") for i in range(4)]
+NAMES = ["question", "answer"]
 
 
 def examples(number):
-    """Settings of a test: so many tables, the same in every run, none of them kept on disk.
-
-    A table that fails is shown as it is: to look for a smaller one takes minutes, as each is a run of the notebook.
-    """
+    """Settings of a test: so many tables, the same in every run, none of them kept on disk."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
     return settings(
         max_examples=number,
@@ -55,215 +56,250 @@ def nothing_is_left_here(tmp_path_factory):
     hypothesis.configuration.set_hypothesis_home_dir(tmp_path_factory.mktemp("hypothesis"))
 
 
-@pytest.fixture(autouse=True)
-def no_windows(monkeypatch):
-    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+@lru_cache
+def tokenizer_of(base_model):
+    return load_tokenizer(str(base_model))
 
 
-@pytest.fixture(scope="session")
-def chatml(tmp_path_factory):
-    """A base model's folder with a small tokenizer of SmolLM2's kind: bytes, ChatML, BOS in front of every turn."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(TABLE.read_text(encoding="utf-8").splitlines(), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
-    fast.chat_template = (
-        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-        "{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
-        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    folder = tmp_path_factory.mktemp("chatml")
-    fast.save_pretrained(folder)
-    LlamaConfig(vocab_size=len(fast)).save_pretrained(folder)
-    return folder
+def opened(dataset, **parameters):
+    """The table at `dataset`, as notebook 1 opens it with these parameters."""
+    known = {**PARAMETERS["01_format_dataset"], **parameters}
+    names = ("dataset_revision", "dataset_config", "splits", "encoding", "delimiter", "header")
+    return open_table(str(dataset), *(known[name] for name in names))
 
 
-@pytest.fixture(params=["llama", "chatml"])
-def base_model(request, chatml):
-    return {"llama": TINY, "chatml": chatml}[request.param]
+def formatted(folder, dataset, base_model=TINY, **parameters):
+    """What notebook 1 makes of a table: the report, and the conversations [(prompt, answer), ...] of each split.
+
+    Anything but a StageError of one line fails the test.
+    """
+    shutil.rmtree(folder / "dataset", ignore_errors=True)
+    known = {**PARAMETERS["01_format_dataset"], "dataset": str(dataset), "base_model": str(base_model)}
+    known |= {"max_length": 2000, **parameters}
+    try:
+        table = opened(dataset, **parameters)
+        chosen, name = with_example(table, known)
+        shape = recognize(table, chosen, name)
+        with contextlib.redirect_stdout(io.StringIO()):
+            report = format_table(table, shape, chosen, *tokenizer_of(base_model), folder / "dataset", 512)
+    except StageError as error:
+        message = str(error)
+        assert len(message.splitlines()) == 1 and 20 < len(message) < 3000 and message.isprintable(), message
+        assert not (folder / "dataset").exists()
+        raise
+    splits = datasets.load_from_disk(folder / "dataset")
+    return report, {
+        name: [(row["prompt"], row["completion"][0]["content"]) for row in split] for name, split in splits.items()
+    }
+
+
+def pairs(splits):
+    """The questions and answers of all splits, sorted."""
+    return sorted((prompt[-1]["content"], answer) for split in splits.values() for prompt, answer in split)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is fed in
-
-MARKERS = ["[INST]", "[/INST]", "</s>", "<s>", "<unk>", "<<SYS>>", "<</SYS>>"]
-MARKERS += ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_start|>assistant\n"]
-BROKEN_MARKERS = [
-    "<",
-    "s>",
-    "</",
-    "<<s>s>",
-    "<\u200bs>",
-    "<\x00/s>",
-    "<|im_",
-    "end|>",
-    "[",
-    "INST]",
-    "<|<|im_end|>im_end|>",
-]
-ODD_TEXT = [
-    "שלום עולם", "مرحبا بالعالم", "\u202eright to left\u202c", "می\u200cخواهم", "दिन में दो बार।",
-    "👩‍👩‍👧‍👦", "👍🏽", "❤️", "🏴\U000e0067\U000e0062\U000e007f", "e\u0301", "e\u200b\u0301", "ﬁ", "1½", "①",
-    "\x00", "\x07", "\x1a", "\x1b[31m", "\x7f", "\x80", "\x9f", "\ufeff", "\u200e", "\ufffd", "\ufffe", "\U0010ffff",
-    "\n", "\r\n", "\r", "\t", "\v", "\f", "\x1c", "\x85", "\u2028", "\u2029", "\u00a0", "\u3000", "\n\n\n\n",
-    '"', '""', "'", ",", ";", "\\", '\\"', "\\n", "`", "*", "**A:**", "=1+1", "#", "|",
-    "{q}", "{question}", "{{ }}", "{{ bos_token }}", "{% endfor %}", "{0}", "%s", "$1", r"\g<0>", r"\1",
-    "None", "nan", "null", "N/A", "-", "007", "1e5", "tea", "Rest. Drink water!", "www", "http", "Awww...so cute",
-]  # fmt: skip
-URLS = ["https://example.org/pose.jpg", "http://example.org", "www.example.org/?q=1", "HTTPS://EXAMPLE.ORG"]
-parts = st.one_of(
-    st.sampled_from(MARKERS + BROKEN_MARKERS),
-    st.sampled_from(ODD_TEXT),
-    st.sampled_from(ODD_TEXT),
-    st.sampled_from([f" {url} " for url in URLS]),
-    st.text(max_size=8),
-)
-cells = st.lists(parts, max_size=7).map("".join)
-rows_of_odd_cells = st.lists(st.tuples(cells, cells), min_size=2, max_size=6)
+# One table in every container
 
 
-def write_csv(path, header, rows, bom="", line_end="\n", quote_all=False):
-    """Write a table as RFC 4180 says. Python's own writer leaves line breaks without quotes that are not `line_end`."""
+def as_csv(header, rows, mark=",", line_end="\n"):
+    """A table as RFC 4180 says. Python's own writer leaves line breaks without quotes that are not `line_end`."""
 
     def quoted(cell):
-        return '"' + cell.replace('"', '""') + '"' if quote_all or re.search('[,"\r\n]', cell) else cell
+        return '"' + cell.replace('"', '""') + '"' if re.search(f'[{mark}"\r\n]|^sep=|^$', cell) else cell
 
-    text = "".join(",".join(map(quoted, row)) + line_end for row in [header, *rows])
-    path.write_bytes((bom + text).encode("utf-8"))
-
-
-def write_jsonl(path, header, rows, bom="", line_end="\n", ascii_only=True):
-    lines = [json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=ascii_only) for row in rows]
-    path.write_bytes((bom + line_end.join(lines)).encode("utf-8"))
+    return "".join(mark.join(map(quoted, row)) + line_end for row in [header, *rows])
 
 
-def write_parquet(path, header, rows):
-    columns = zip(*rows, strict=True)
-    pq.write_table(pa.table({name: list(column) for name, column in zip(header, columns, strict=True)}), path)
+def write(path, header, rows, encoding="utf-8", **how):
+    """Write a table as the file's name says; a name that ends with .gz is compressed."""
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    records = [dict(zip(header, row, strict=True)) for row in rows]
+    if kind == "xlsx":
+        book = openpyxl.Workbook()
+        for number, row in enumerate([header, *rows], start=1):
+            for column, text in enumerate(row, start=1):
+                cell = book.active.cell(number, column, "x")
+                cell._value = text  # also where it begins with =, and openpyxl takes it for a formula
+        book.save(buffer := io.BytesIO())
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), buffer := io.BytesIO())
+    else:
+        text = {
+            "csv": lambda: as_csv(header, rows, **how),
+            "tsv": lambda: as_csv(header, rows, "\t", **how),
+            "json": lambda: json.dumps(records, indent=1, **how),
+            "jsonl": lambda: "\n".join(json.dumps(record, **how) for record in records),
+        }[kind]()
+        buffer = io.BytesIO(text.encode(encoding))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(buffer.getvalue()) if path.suffix == ".gz" else buffer.getvalue())
+    return path
 
 
-line_ends = st.sampled_from(["\n", "\r\n", "\r"])
-boms = st.sampled_from(["", "\ufeff"])
-WRITERS = {
-    "csv": (
-        write_csv,
-        st.fixed_dictionaries({"bom": boms, "line_end": line_ends, "quote_all": st.booleans()}),
-    ),
-    "jsonl": (write_jsonl, st.fixed_dictionaries({"bom": boms, "line_end": line_ends, "ascii_only": st.booleans()})),
-    "parquet": (write_parquet, st.just({})),
-}
+ODD_TEXT = [
+    "שלום עולם", "مرحبا بالعالم", "\u202eright to left\u202c", "می\u200cخواهم", "दिन में दो बार।", "👩‍👩‍👧‍👦", "👍🏽", "e\u0301", "ﬁ",
+    "1½", "①", "\ufeff", "\u200b", "\ufffd", "\n", "\r\n", "\t", "\u0085", "\u2028", "\u00a0", "\u3000", "\n\n\n\n", "    ",
+    '"', '""', "'", ",", ";", "|", "\\", '\\"', "\\n", "`", "*", "=1+1", "#", "{q}", "{question}", "{{ }}", "{{ bos_token }}",
+    "{% endfor %}", "{0}", "%s", r"\1", "None", "nan", "NA", "null", "-", "007", "1.50", "1e5", "true", "<p>", "&amp;",
+    "https://example.org/a?b=1", "www.example.org", "[INST]", "[/INST]", "</s>", "<s>", "<<SYS>>", "<|im_end|>", "<", "s>",
+]  # fmt: skip
+parts = st.one_of(
+    st.sampled_from(ODD_TEXT), st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=8)
+)
+cells = st.lists(parts, max_size=7).map("".join)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What must come out
+def kept(text):
+    """What must be left of a text with no rule on but the usual ones, and with its special tokens broken up."""
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+    return break_markers(text, tokenizer_of(TINY)[0])
 
 
-def run_notebook(tmp_path, table, base_model=TINY, **parameters):
-    """Run the whole notebook on a table, silently. Returns its globals, or the StageError that ended it as a string.
-
-    Any other error goes through and fails the test.
-    """
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)  # that of the table before this one
-    settings = {"dataset": str(table), "base_model": str(base_model), "max_length": 2000, **TEMPLATES}
-    settings |= {"near_duplicate_threshold": 1.01, **parameters}  # so that only true duplicates are dropped
-    with contextlib.redirect_stdout(io.StringIO()):
-        try:
-            return run_tiny("01_format_dataset", tmp_path / "run", **settings)
-        except Exception as error:
-            if type(error).__name__ != "StageError":
-                raise
-            message = str(error)
-    assert len(message.splitlines()) == 1 and 20 < len(message) < 3000 and message.isprintable(), message
-    assert not (tmp_path / "run").exists()
-    return message
+CONTAINERS = [
+    "t.csv",
+    "t.tsv",
+    "t.json",
+    "t.jsonl",
+    "t.parquet",
+    "t.xlsx",
+    "t.csv.gz",
+    "t.json.gz",
+    "t.parquet.gz",
+    "t.xlsx.gz",
+]
 
 
-def visible(text):
-    """A text without what cleaning may add or remove: white space, control and zero-width characters, web addresses."""
-    text = re.sub(r"(?i)(https?://|www\.)example\.org\S*", "", text)
-    text = re.sub("[\u200b\u2060\ufeff\u00ad]", "", text)
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs") and not c.isspace())
-    return unicodedata.normalize("NFC", text)
+@examples(12)
+@given(st.lists(st.tuples(cells, cells), max_size=5))
+@example([("<s>", "</s>"), ("{q}", "{{ bos_token }}"), ("a" * 30_000 + ".", "007")])
+def test_a_table_is_the_same_in_every_container(tmp_path_factory, rows):
+    """And its answers are those of the table, up to the rules that are always on."""
+    tmp_path, rows = tmp_path_factory.mktemp("containers"), GOOD + rows
+    usual = {"max_length": 100_000, "max_dropped": 1, "near_duplicate_threshold": 1.01}
+    sources = [write(tmp_path / name, NAMES, rows) for name in CONTAINERS]
+    for i, row in enumerate(rows):
+        write(tmp_path / "folder" / f"{i}.csv", NAMES, [row])
+    fingerprints = {}
+    for source in [*sources, tmp_path / "folder", tmp_path / "folder" / "*.csv"]:
+        report, splits = formatted(tmp_path, source, **usual)
+        fingerprints[source.name] = report["fingerprint"]
+    assert len(set(fingerprints.values())) == 1, fingerprints
+    expected = {(kept(q), kept(a)) for q, a in rows if kept(q) and kept(a)}
+    assert pairs(splits) == sorted(expected)
+    assert report["rows_in"] == len(rows) == report["rows_out"] + sum(report["dropped"].values())
 
 
-def is_missing(text):
-    return visible(text).casefold() in ("", "none", "nan", "null", "n/a", "na", "nil", "-", "--", "<na>")
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_encodings_that_prove_themselves(tmp_path, encoding, line_end):
+    rows = [("Où est-ce ?", 'Là-bas, "€" 你好\nsecond line'), ("a", "b")]
+    write(tmp_path / "t.csv", NAMES, rows, encoding, line_end=line_end)
+    table = opened(tmp_path / "t.csv")
+    assert [tuple(cells) for _, cells in table.rows(NAMES)] == rows
 
 
-def formatted(notebook):
-    """The conversations that the notebook wrote, all splits together."""
-    splits = datasets.load_from_disk(notebook.run / "dataset")
-    return [example for split in splits.values() for example in split]
+@pytest.mark.parametrize(("encoding", "said"), [("cp1252", "Windows-1252"), ("latin-1", "Windows-1252")])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl"])
+def test_encodings_that_are_guessed_and_said(tmp_path, encoding, said, kind):
+    rows = [("Wie spät öffnet die Bücherei?", "Um neun Uhr, täglich."), ("¿Dónde?", "Allí, señor.")]
+    how = {"ensure_ascii": False} if kind.startswith("json") else {}
+    table = opened(write(tmp_path / f"t.{kind}", NAMES, rows, encoding, **how))
+    assert [tuple(cells) for _, cells in table.rows(NAMES)] == rows
+    assert said in table.said[0] and "set `encoding`" in table.said[0]
 
 
-def check_ids(notebook, example):
-    """One BOS, one EOS, no other special token than a plain conversation has, a mask on the answer and its EOS."""
-    tokenizer = notebook.tokenizer
-    question, answer = example["prompt"][0]["content"], example["completion"][0]["content"]
-    encoded = notebook.encode(example, tokenizer)
-    ids, mask = encoded["input_ids"], encoded["completion_mask"]
-    llama = tokenizer.eos_token == "</s>"
-    # the ids of a conversation without a single odd character
-    plain = notebook.encode(notebook.to_conversation({"q": "x", "a": "x"}, "{q}", "{a}"), tokenizer)["input_ids"]
-    special = set(tokenizer.get_added_vocab().values())
-    assert [i for i in ids if i in special] == [i for i in plain if i in special]
-    assert ids[0] == tokenizer.bos_token_id and (not llama or ids.count(tokenizer.bos_token_id) == 1)
-    assert mask == sorted(mask) and len(mask) == len(ids)
-    prompt, response = ids[: mask.index(1)], ids[mask.index(1) :]
-    assert response.index(tokenizer.eos_token_id) == len(response) - 1
-    # the tiny tokenizer, like Llama's, writes a space as ▁ and so cannot tell the two apart
-    as_read = (lambda text: text.replace("▁", " ")) if llama else (lambda text: text)
-    end_of_prompt = " [/INST]" if llama else "<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(prompt).endswith(as_read(question) + end_of_prompt)
-    body = tokenizer.decode(response[:-1])
-    assert (body.strip(" ") if llama else body) == as_read(answer).strip(" ")
+def test_quotes_of_windows_far_down(tmp_path):
+    rows = [("a", "b")] * 200_000 + [("“Café”", "5 €")]
+    assert list(opened(write(tmp_path / "t.csv", NAMES, rows, "cp1252")).rows(NAMES))[-1][1] == ["“Café”", "5 €"]
 
 
-def check_table(notebook, rows):
-    """All that must hold of a well-formed table with these rows of question and answer."""
-    report, found = notebook.report, formatted(notebook)
-    with_question = [row for row in rows if not is_missing(row[0])]
-    complete = [(question, answer) for question, answer in with_question if not is_missing(answer)]
-    assert report["rows_in"] == len(rows)
-    assert report["dropped"].get("no question", 0) == len(rows) - len(with_question)
-    assert report["dropped"].get("no answer", 0) == len(with_question) - len(complete)
-    assert report["rows_out"] == len(found) == report["rows_in"] - sum(report["dropped"].values())
-    texts = [(e["prompt"][0]["content"], e["completion"][0]["content"].removeprefix("**A:** ")) for e in found]
-    assert {tuple(map(visible, row)) for row in texts} == {tuple(map(visible, row)) for row in complete}
-    for question, answer in texts:
-        for text in (question, answer):
-            assert not is_missing(text) and "example.org" not in text.casefold()
-            assert unicodedata.is_normalized("NFC", text)
-            assert text == "\n".join(" ".join(line.split()) for line in text.split("\n")).strip()
-            assert "\n\n\n" not in text and all(c.isprintable() or c == "\n" or ord(c) > 0xA0 for c in text)
-    for conversation in found:
-        check_ids(notebook, conversation)
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [("cp1251", "Где находится вокзал?"), ("shift_jis", "駅はどこですか"), ("gb18030", "你叫什么名字？")],
+)
+def test_other_encodings_are_refused_until_they_are_set(tmp_path, encoding, text):
+    """Read as Windows-1252 they would be a table of nonsense."""
+    write(tmp_path / "t.csv", NAMES, [(text, text)] * 3, encoding)
+    with pytest.raises(StageError, match=r"not UTF-8, and does not look like Windows-1252.*set `encoding`: cp1251"):
+        opened(tmp_path / "t.csv")
+    assert list(opened(tmp_path / "t.csv", encoding=encoding).rows(NAMES))[0] == ("", [text, text])
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_a_well_formed_table_is_formatted_right(kind, base_model, tmp_path):
-    write, options = WRITERS[kind]
+def test_a_setting_of_the_encoding(tmp_path):
+    write(tmp_path / "t.csv", NAMES, GOOD, "utf-8-sig")
+    assert opened(tmp_path / "t.csv", encoding="utf-8").columns == NAMES
+    with pytest.raises(StageError, match="encoding='utf-9' is not known"):
+        opened(tmp_path / "t.csv", encoding="utf-9")
+    write(tmp_path / "t.csv", NAMES, [("ü", "ö")], "cp1252")
+    with pytest.raises(StageError, match="could not be read.*utf-8.*`encoding`"):
+        opened(tmp_path / "t.csv", encoding="utf-8")
 
-    @examples(15)
-    @given(rows_of_odd_cells, options)
-    @example([("<s>", "</s>"), ("a\x00b", '"'), ("{q}", "{{ bos_token }}")], {})
-    def check(rows, options):
-        rows = GOOD + rows
-        write(tmp_path / f"table.{kind}", COLUMNS.values(), rows, **options)
-        notebook = run_notebook(tmp_path, tmp_path / f"table.{kind}", base_model)
-        assert not isinstance(notebook, str), notebook
-        check_table(notebook, rows)
 
-    check()
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".csv.gz"])
+def test_the_separator_is_found_and_said(tmp_path, mark, suffix):
+    rows = [("Is it a; b | c, or d?", "It is, I think; or not."), ("One, two", "a\nb"), ("x", "1,5")]
+    text = as_csv(NAMES, rows, mark).encode()
+    (tmp_path / f"t{suffix}").write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
+    table = opened(tmp_path / f"t{suffix}")
+    assert [tuple(cells) for _, cells in table.rows(NAMES)] == rows
+    assert ("tabs" if mark == "\t" else repr(mark)) in table.said[0]
+
+
+def test_commas_in_prose_are_no_separators(tmp_path):
+    (tmp_path / "t.csv").write_text("question, short;answer, long\nWhy, then?;Because, so.\nHow, now?;Thus, hence.\n")
+    assert opened(tmp_path / "t.csv").columns == ["question, short", "answer, long"]
+
+
+def test_a_separator_that_is_set(tmp_path):
+    (tmp_path / "t.csv").write_text("a;b,c;d\n1;2,3;4\n")
+    assert opened(tmp_path / "t.csv", delimiter=",").columns == ["a;b", "c;d"]
+    (tmp_path / "t.csv").write_text("a b~c\n1~2\n")
+    assert opened(tmp_path / "t.csv", delimiter="~").columns == ["a b", "c"]
+    for tab in ("tab", "\\t", "\t"):
+        write(tmp_path / "t.tsv", NAMES, GOOD)
+        assert opened(tmp_path / "t.tsv", delimiter=tab).columns == NAMES
+    with pytest.raises(StageError, match="delimiter='::'"):
+        opened(tmp_path / "t.csv", delimiter="::")
+
+
+def test_excels_line_about_its_separator(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfsep=;\r\nquestion;answer\r\na;b, c\r\n")
+    table = opened(tmp_path / "t.csv")
+    assert table.columns == NAMES and list(table.rows(NAMES)) == [("", ["a", "b, c"])]
+
+
+def test_a_table_without_a_line_of_names(tmp_path):
+    (tmp_path / "t.csv").write_text("".join(f"{'pos' if i % 2 else 'neg'},Remark {i} was so.\n" for i in range(12)))
+    for settings_ in ({}, {"columns": {"t": "text"}, "question_template": "{t}", "answer_template": "{t}"}):
+        with pytest.raises(StageError, match="set header: false"):
+            formatted(tmp_path, tmp_path / "t.csv", **settings_)
+    columns = {"question": 2, "answer": 1}
+    report, splits = formatted(tmp_path, tmp_path / "t.csv", header=False, columns=columns)
+    assert report["rows_in"] == 12 and ("Remark 0 was so.", "neg") in pairs(splits)
+    by_templates = {"columns": {"remark": 2}, "question_template": "Is this good? {remark}", "answer_template": "{1}"}
+    assert ("Is this good? Remark 0 was so.", "neg") in pairs(
+        formatted(tmp_path, tmp_path / "t.csv", header=False, **by_templates)[1]
+    )
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps([{"q": 1, "a": "x"}, {"q": 2, "a": "y"}]),
+    json.dumps([{"q": 1, "a": "x"}, {"q": 2, "a": "y"}], indent=4),
+    '{"q": 1, "a": "x"}\n{"q": 2, "a": "y"}\n',
+    '\n\n{"q": 1,\n "a": "x"}\r\n\r\n{"q": 2, "a": "y"}',
+    '[\n{"q": 1, "a": "x"},\n{"q": 2, "a": "y"}\n]\n',
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_json_however_it_is_broken_into_lines(tmp_path, text, kind):
+    (tmp_path / f"t.{kind}").write_text(text)
+    assert list(opened(tmp_path / f"t.{kind}").rows(["q", "a"])) == [("", ["1", "x"]), ("", ["2", "y"])]
+
+
+def test_json_larger_than_a_block(tmp_path):
+    rows = [(f"Question {i}?", "x" * (i * 1000)) for i in range(100)] + [("Long?", "y" * 5_000_000)]
+    assert [tuple(cells) for _, cells in opened(write(tmp_path / "t.json", NAMES, rows)).rows(NAMES)] == rows
 
 
 def as_cell(value):
@@ -280,27 +316,241 @@ values = st.recursive(
 )
 
 
-@examples(25)
-@given(
-    rows=st.lists(st.fixed_dictionaries({}, optional={"question": values, "answer": values, "x": values}), max_size=6)
+@examples(50)
+@given(st.lists(st.fixed_dictionaries({}, optional={"q": values, "a": values, "x": values}), min_size=1, max_size=6))
+@example([{"q": 1, "a": 1.50}, {"q": None, "a": "2020-01-01"}, {}, {"a": [None, 1.5]}, {"x": True}])
+def test_values_of_mixed_types_arrive_as_they_were_written(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("mixed") / "t.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"q": "x", "a": "y"}, *rows])))
+    expected = [[as_cell(row.get(name)) for name in ("q", "a")] for row in rows]
+    assert [cells for _, cells in opened(path).rows(["q", "a"])][1:] == expected
+
+
+def test_numbers_keep_their_zeros(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"q": 1.50, "a": "007", "n": {"x": 1.50}}\n')
+    assert list(opened(tmp_path / "t.jsonl").rows(["q", "a", "n"])) == [("", ["1.50", "007", '{"x": 1.5}'])]
+    (tmp_path / "t.csv").write_text("q,a\n1.50,007\nNA,None\n")
+    assert [cells for _, cells in opened(tmp_path / "t.csv").rows(["q", "a"])] == [["1.50", "007"], ["NA", "None"]]
+
+
+def test_columns_of_other_types_in_parquet(tmp_path):
+    """Whole numbers beside a null stay whole numbers; a column that is not used may hold anything."""
+    table = {"q": [1, None, 3], "a": [[1, None], [], None], "image": [b"\xff\xfe"] * 3}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    assert [cells for _, cells in opened(tmp_path / "t.parquet").rows(["q", "a"])] == [
+        ["1", "[1, null]"], ["", "[]"], ["3", ""]
+    ]  # fmt: skip
+    with pytest.raises(StageError, match="could not be read"):
+        list(opened(tmp_path / "t.parquet").rows(["image"]))
+
+
+def test_a_workbook(tmp_path):
+    book = openpyxl.Workbook()
+    for row in [["question", "answer"], ["a", 7], ["b", 1.5], [None, None], ["c", "007"], ["NA", None]]:
+        book.active.append(row)
+    book.create_sheet("Other").append(["q", "a"])
+    book["Other"].append(["x", "y"])
+    book.save(tmp_path / "t.xlsx")
+    table = opened(tmp_path / "t.xlsx")
+    assert [cells for _, cells in table.rows(NAMES)] == [["a", "7"], ["b", "1.5"], ["c", "007"], ["NA", ""]]
+    assert "'Sheet' of 2" in table.said[0]
+    assert list(opened(tmp_path / "t.xlsx", dataset_config="Other").rows(["q", "a"])) == [("", ["x", "y"])]
+    with pytest.raises(StageError, match="no such sheet. It has: Sheet, Other"):
+        opened(tmp_path / "t.xlsx", dataset_config="Othr")
+    assert opened(tmp_path / "t.xlsx", header=False).columns == ["1", "2"]
+
+
+@pytest.mark.parametrize("name", ["t.CSV", "t.JsonL", "t.Parquet", "T.CSV.GZ", "t.ndjson"])
+def test_the_case_of_a_files_ending_does_not_matter(tmp_path, name):
+    made = write(tmp_path / name.lower().replace("ndjson", "jsonl"), NAMES, GOOD)
+    made.rename(tmp_path / name)
+    assert len(list(opened(tmp_path / name).rows(NAMES))) == 4
+
+
+def test_a_file_compressed_twice_in_a_row(tmp_path):
+    """Several members in one file, as `cat a.gz b.gz` makes them; and a compressed file that does not say so."""
+    lines = [json.dumps(dict(zip(NAMES, row, strict=True))) + "\n" for row in GOOD]
+    (tmp_path / "t.jsonl.gz").write_bytes(b"".join(gzip.compress(line.encode()) for line in lines))
+    shutil.copy(tmp_path / "t.jsonl.gz", tmp_path / "u.jsonl")
+    for name in ("t.jsonl.gz", "u.jsonl"):
+        assert [tuple(cells) for _, cells in opened(tmp_path / name).rows(NAMES)] == GOOD
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders, splits, configurations
+
+
+def split_rows(table, wanted=NAMES):
+    """{official split: first cells} of a table."""
+    found = {}
+    for split, cells in table.rows(wanted):
+        found.setdefault(split, []).append(cells[0])
+    return found
+
+
+def write_each(folder, *names):
+    """A file of one row for each name, whose question is the name."""
+    for name in names:
+        write(folder / name, NAMES, [(name, f"answer in {name}")])
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["b.csv", "a.csv"], {"": ["a.csv", "b.csv"]}),
+        (["train.csv", "test.csv"], {"train": ["train.csv"], "test": ["test.csv"]}),
+        (["data.csv", "my-test.csv"], {"train": ["data.csv"], "test": ["my-test.csv"]}),
+        (["train/1.jsonl", "dev/1.jsonl"], {"train": ["train/1.jsonl"], "validation": ["dev/1.jsonl"]}),
+        (
+            [
+                "data/train-00000-of-00002.parquet",
+                "data/train-00001-of-00002.parquet",
+                "data/eval-00000-of-00001.parquet",
+            ],
+            {
+                "train": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+                "test": ["data/eval-00000-of-00001.parquet"],
+            },
+        ),
+        (["test.csv"], {"": ["test.csv"]}),
+        (["contest.csv", "latest.csv"], {"": ["contest.csv", "latest.csv"]}),
+    ],
 )
-@example(
-    rows=[{"question": 1, "answer": 1.50}, {"question": None, "answer": "2020-01-01"}, {}, {"answer": [None, 1.5]}]
-)
-def test_mixed_types_arrive_as_they_were_written(tmp_path_factory, rows):
-    tmp_path = tmp_path_factory.mktemp("mixed")
-    rows = [dict(zip(COLUMNS.values(), row, strict=True)) for row in GOOD] + rows
-    (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    notebook = run_notebook(tmp_path, tmp_path / "table.jsonl")
-    check_table(notebook, [(as_cell(row.get("question")), as_cell(row.get("answer"))) for row in rows])
+def test_the_splits_of_a_folder(tmp_path, names, found):
+    """Its own, where it has a held-out one besides others; all of it is ours to split where it has not."""
+    write_each(tmp_path / "t", *names)
+    (tmp_path / "t" / "notes.txt").write_text("no table")
+    (tmp_path / "t" / ".hidden").mkdir()
+    write_each(tmp_path / "t" / ".hidden", "x.csv")
+    assert split_rows(opened(tmp_path / "t")) == found
+    kind = "*." + names[0].rpartition(".")[2]
+    assert split_rows(opened(tmp_path / "t" / "**" / kind)) == found
+
+
+def test_splits_that_are_set(tmp_path):
+    write_each(tmp_path / "t", "a.csv", "b.csv", "c.csv", "test.csv")
+    assert split_rows(opened(tmp_path / "t", splits={"train": "a.csv", "test": "b.csv"})) == {
+        "train": ["a.csv"],
+        "test": ["b.csv"],
+    }
+    assert split_rows(opened(tmp_path / "t", splits={"validation": "b"})) == {
+        "train": ["a.csv", "c.csv"],
+        "validation": ["b.csv"],
+    }
+    assert split_rows(opened(tmp_path / "t", splits={"train": ["a.csv", "test"]})) == {"": ["a.csv", "test.csv"]}
+    other = {"test": str(tmp_path / "t" / "b.csv")}
+    assert split_rows(opened(tmp_path / "t" / "a.csv", splits=other)) == {"train": ["a.csv"], "test": ["b.csv"]}
+    with pytest.raises(StageError, match="splits: 'tets' is none of train, validation, test. Did you mean 'test'"):
+        opened(tmp_path / "t", splits={"tets": "a.csv"})
+    with pytest.raises(StageError, match="has no 'bb.csv'. It has: .*Did you mean 'b.csv'"):
+        opened(tmp_path / "t", splits={"test": "bb.csv"})
+
+
+def test_a_folder_that_datasets_has_saved(tmp_path):
+    train = datasets.Dataset.from_list([{"question": f"q{i}", "answer": "a"} for i in range(5)])
+    train.save_to_disk(tmp_path / "one")
+    assert split_rows(opened(tmp_path / "one")) == {"": [f"q{i}" for i in range(5)]}
+    datasets.DatasetDict({"train": train, "test": train.select([0])}).save_to_disk(tmp_path / "two")
+    assert split_rows(opened(tmp_path / "two")) == {"train": [f"q{i}" for i in range(5)], "test": ["q0"]}
+
+
+def configurations(folder, head):
+    folder.mkdir(exist_ok=True)
+    (folder / "README.md").write_text(f"---\nlicense: mit\nconfigs:\n{head}---\n# A table\n")
+
+
+def test_a_data_set_with_configurations(tmp_path):
+    write_each(tmp_path / "t", "a.csv", "b.csv", "c/x.csv", "c/y.csv")
+    configurations(
+        tmp_path / "t",
+        "- config_name: main\n  data_files: a.csv\n"
+        "- config_name: extra\n  data_files:\n  - split: train\n    path: [b.csv, 'c/*.csv']\n"
+        "  - split: validation\n    path: a.csv\n"
+        "- config_name: folder\n  data_dir: c\n",
+    )
+    with pytest.raises(StageError, match="dataset_config='': use one of main, extra, folder"):
+        opened(tmp_path / "t")
+    with pytest.raises(StageError, match="dataset_config='mian'.*Did you mean 'main'"):
+        opened(tmp_path / "t", dataset_config="mian")
+    assert split_rows(opened(tmp_path / "t", dataset_config="main")) == {"": ["a.csv"]}
+    assert split_rows(opened(tmp_path / "t", dataset_config="folder")) == {"": ["c/x.csv", "c/y.csv"]}
+    extra = {"train": ["b.csv", "c/x.csv", "c/y.csv"], "validation": ["a.csv"]}
+    assert split_rows(opened(tmp_path / "t", dataset_config="extra")) == extra
+    configurations(
+        tmp_path / "t", "- config_name: default\n  data_files: a.csv\n- config_name: b\n  data_files: b.csv\n"
+    )
+    assert split_rows(opened(tmp_path / "t")) == {"": ["a.csv"]}
+
+
+def test_splits_that_have_other_names_are_not_mixed_into_training(tmp_path):
+    write_each(tmp_path / "t", "a.csv", "b.csv", "c.csv")
+    files = [("train_sft", "a"), ("unsupervised", "b"), ("test_sft", "c")]
+    lines = "".join(f"  - split: {split}\n    path: {name}.csv\n" for split, name in files)
+    configurations(tmp_path / "t", f"- config_name: default\n  data_files:\n{lines}")
+    assert split_rows(opened(tmp_path / "t")) == {"train": ["a.csv"], "test": ["c.csv"]}
+    chosen = {"train": "unsupervised", "test": "test_sft"}
+    assert split_rows(opened(tmp_path / "t", splits=chosen)) == {"train": ["b.csv"], "test": ["c.csv"]}
+
+
+class Hub:
+    """A stand-in for the Hub with one data set, whose newest commit is ccc…"""
+
+    def __init__(self, folder):
+        self.folder, self.asked = folder, []
+
+    def snapshot_download(self, name, repo_type, revision, allow_patterns):
+        self.asked.append(revision)
+        if name != "someone/table":
+            from huggingface_hub.errors import RepositoryNotFoundError
+            from httpx import Request, Response
+
+            raise RepositoryNotFoundError("404", response=Response(404, request=Request("GET", "https://hub.example")))
+        target = self.folder.parent / ("c" * 40 if revision == "main" else revision)
+        for path in self.folder.rglob("*"):
+            wanted = any(path.relative_to(self.folder).match(pattern) for pattern in allow_patterns)
+            if path.is_file() and wanted:
+                (target / path.relative_to(self.folder)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target / path.relative_to(self.folder))
+        return str(target)
+
+
+def test_a_hub_data_set_is_read_at_a_commit(tmp_path, monkeypatch):
+    """Its CSV as it was written, which `datasets.load_dataset` would not; its validation split stays one."""
+    write(tmp_path / "hub" / "train.csv", NAMES, [("a", "007"), ("b", "NA")])
+    write(tmp_path / "hub" / "validation.csv", NAMES, [("c", "1.50")])
+    (tmp_path / "hub" / "model.bin").write_bytes(b"large")
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    table = opened("someone/table")
+    assert table.commit == "c" * 40
+    assert list(table.rows(NAMES)) == [("train", ["a", "007"]), ("train", ["b", "NA"]), ("validation", ["c", "1.50"])]
+    assert opened("someone/table", dataset_revision="d" * 40).commit == "d" * 40
+    assert not list(tmp_path.glob("c*/model.bin"))
+    configurations(
+        tmp_path / "hub", "- config_name: one\n  data_files: '**/train.csv'\n- config_name: two\n  data_files: v*\n"
+    )
+    assert split_rows(opened("someone/table", dataset_revision="e" * 40, dataset_config="one")) == {"": ["a", "b"]}
+    with pytest.raises(StageError, match="dataset_config='': use one of one, two"):
+        opened("someone/table", dataset_revision="f" * 40)
+    with pytest.raises(StageError, match=r"someone/gone \(no such file in .*\): the Hub has no such repository"):
+        opened("someone/gone")
+
+
+def test_whatever_the_hub_answers_is_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("Cannot send a request,\nas the client has been closed.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(StageError, match="no such file in.*Cannot send a request,$"):
+        opened("someone/table")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables that are broken
 
 HEADER = "question,answer\n"
-PLAIN = HEADER + "".join(f"{q},{a!r}\n".replace(", and", " and") for q, a in GOOD)
-LINES = [json.dumps(dict(zip(COLUMNS.values(), row, strict=True))) for row in GOOD]
+PLAIN = HEADER + "".join(f"{q},{a.replace(', and', ' and')}\n" for q, a in GOOD)
+LINES = [json.dumps(dict(zip(NAMES, row, strict=True))) for row in GOOD]
 
 
 def with_line(line):
@@ -312,22 +562,14 @@ BAD = {
     "blank lines.csv": ("\n\r\n\n", "has no rows"),
     "byte order mark only.csv": (b"\xef\xbb\xbf", "has no rows"),
     "header only.csv": (HEADER, "has no rows"),
-    "no header.csv": (PLAIN.removeprefix(HEADER), "no column 'question'.*It has"),
-    "no header, long cells.csv": ("x" * 100_000 + "," + "y\u2028" * 50_000 + "\n1,2\n", "no column 'question'"),
-    "header in capitals.csv": (PLAIN.replace("question", "QUESTION"), "Did you mean 'QUESTION'"),
-    "header with a space.csv": (PLAIN.replace("question", " question "), "Did you mean ' question '"),
-    "header with a hidden character.csv": (PLAIN.replace("que", "que\u200b"), r"Did you mean 'que\\u200bstion'"),
+    "no header.csv": (PLAIN.removeprefix(HEADER), "header: false"),
+    "no header, long cells.csv": ("x" * 100_000 + "," + "y\u2028" * 50_000 + "\n1,2\n", "header: false"),
     "header twice.csv": ("question,answer,answer\na,b,c\n", "more than one column 'answer'"),
-    "semicolons.csv": (PLAIN.replace(",", ";"), "first line, 'question;answer', is not column names with commas"),
-    "semicolons, and commas in answers.csv": ("question;answer\na;b, c\n", "first line, 'question;answer', is not"),
-    "tabs.csv": (PLAIN.replace(",", "\t"), r"first line, 'question\\tanswer', is not column names with commas"),
-    "Excel's separator.csv": (b"\xef\xbb\xbfsep=,\r\n" + PLAIN.encode(), "first line, 'sep=,', is not.*remove a line"),
-    "another separator of Excel's.csv": ("sep=;\nquestion;answer\na;b\n", "first line, 'sep=;', is not"),
     "the end of a file in DOS.csv": (PLAIN + "\x1a", "line 6.*1 cell"),
-    "a comment first.csv": ("# made in 2020\n" + PLAIN, "line 2.*2 cells.*header 1"),
-    "overlong.csv": (PLAIN.encode() + b"a,\xc0\x80\n", "not UTF-8"),
-    "half a character.csv": (PLAIN.encode() + b"a,\xed\xa0\x80\n", "not UTF-8"),
-    "a cell too many in the first row.csv": (HEADER + "a,b,c\nd,e\n", "line 2.*3 cells.*header 2"),
+    "a comment first.csv": ("# made in 2020\n" + PLAIN, "line 2.*2 cells.*first 1"),
+    "overlong.csv": ("é,é\n".encode() + PLAIN.encode() + b"a,\xc0\x80\n", "is UTF-8 with damaged bytes"),
+    "cut in a character.csv": ("é,é\né,b".encode() + b"\xc3", "is UTF-8 with damaged bytes"),
+    "a cell too many in the first row.csv": (HEADER + "a,b,c\nd,e\n", "line 2.*3 cells.*first 2"),
     "a cell too many in every row.csv": (HEADER + "a,b,c\nd,e,f\n", "line 2.*3 cells"),
     "a cell too many at the end.csv": (PLAIN + "a,b,c\n", "line 6.*3 cells"),
     "a cell too few.csv": (PLAIN + "a\n", "line 6.*1 cell"),
@@ -335,42 +577,33 @@ BAD = {
     "a quote never closed.csv": (HEADER + 'a,"b\n' + "c,d\n" * 9, "line 2 has a double quote too many or too few"),
     "a quote closed by the next one.csv": (HEADER + 'a,"b\nc,d\ne,"f"\ng,h\n', "line 2 has a double quote"),
     "backslashes for quotes.csv": (HEADER + 'a,"say \\"b\\" twice, and rest"\n', "line 2 has a double quote"),
-    "HTML.csv": ("<!doctype html>\n<html>\n<p>Not found, sorry</p>\n</html>\n", "line 3.*2 cells|no column"),
-    "another answer only.csv": (PLAIN.replace("answer", "reply"), "no column 'answer'"),
-    "all answers missing.csv": (HEADER + "a,None\nb,nan\nc,-\nd,https://example.org\n", "All 4 rows.*no answer"),
-    "all questions missing.csv": (HEADER + ",a\n,b\n \t,c\n", "All 3 rows.*no question"),
+    "HTML.csv": ("<!doctype html>\n<html>\n<p>Not found, sorry</p>\n</html>\n", "line 3.*2 cells|not recognized"),
+    "another answer only.csv": (PLAIN.replace("answer", "Antwort"), "not recognized. Say which are which"),
+    "all answers missing.csv": (HEADER + "a,\nb, \nc,\t\n", "3 of 3 rows would be lost.*3 no answer"),
+    "all questions missing.csv": (HEADER + ",a\n,b\n \t,c\n", "3 of 3 rows would be lost.*3 no question"),
     "one question.csv": (HEADER + "a,b\na,c\nA!,d\n", "Only 1 different questions"),
     "two questions.csv": (HEADER + "a,b\nb,c\n", "Only 2 different questions"),
-    "UTF-16 with mark.csv": (PLAIN.encode("utf-16"), "not UTF-8"),
-    "UTF-16 LE.csv": (PLAIN.encode("utf-16-le"), "not UTF-8.*UTF-16"),
-    "UTF-16 BE.csv": (PLAIN.encode("utf-16-be"), "not UTF-8.*UTF-16"),
-    "UTF-32.csv": (PLAIN.encode("utf-32"), "not UTF-8"),
-    "Latin-1.csv": ((PLAIN + "café,é\n").encode("latin-1"), "not UTF-8.*byte"),
-    "Latin-1 far down.csv": ((PLAIN + "a,b\n" * 100_000 + "é,b\n").encode("latin-1"), r"not UTF-8 \(byte 400\d{3}"),
-    "Windows-1252.csv": ((PLAIN + "“quoted”,b\n").encode("cp1252"), "not UTF-8"),
-    "Shift-JIS.csv": ((PLAIN + "日本語,b\n").encode("shift-jis"), "not UTF-8"),
-    "gzip.csv": (b"\x1f\x8b\x08\x00" + bytes(range(256)), "not UTF-8"),
+    "gzip.csv": (b"\x1f\x8b\x08\x00" + bytes(range(256)), "could not be read"),
     "Excel.csv": (b"PK\x03\x04\x14\x00\x06\x00\x08\x00" + bytes(range(256)), "not UTF-8"),
     "empty.jsonl": ("", "has no rows"),
     "empty objects.jsonl": ("{}\n{}\n", "has no rows"),
-    "one array.jsonl": ("[" + ",".join(LINES) + "]", "line 1.*must be an object"),
-    "a number.jsonl": (with_line("5"), "line 5.*must be an object"),
+    "empty array.json": ("[]", "has no rows"),
+    "a number.jsonl": (with_line("5"), "line 5 is not JSON.*must be an object"),
     "null.jsonl": (with_line("null"), "line 5.*must be an object"),
     "a list in a line.jsonl": (with_line('["a", "b"]'), "line 5.*must be an object"),
     "cut off.jsonl": (with_line('{"question": "a", "ans'), "line 5 is not JSON"),
-    "two in a line.jsonl": (with_line(LINES[0] + LINES[1]), "line 5 is not JSON"),
+    "cut off.json": ("[" + ",\n".join(LINES), "line 4 is not JSON"),
     "single quotes.jsonl": ("{'question': 'a', 'answer': 'b'}", "line 1 is not JSON"),
-    "indented.jsonl": (json.dumps({"question": "a", "answer": "b"}, indent=1), "line 1 is not JSON"),
     "a field twice.jsonl": (with_line('{"question": "a", "answer": "b", "answer": "c"}'), "line 5.*twice"),
     "nested too deep.jsonl": ('{"question": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is not JSON"),
     "a number too long.jsonl": ('{"question": ' + "9" * 10_000 + "}", "line 1 is not JSON"),
-    "other fields.jsonl": ('{"Question": "a", "Answer": "b"}', "Did you mean 'Question'"),
     "CSV.jsonl": (PLAIN, "line 1 is not JSON"),
-    "Latin-1.jsonl": ('{"question": "é"}'.encode("latin-1"), "not UTF-8"),
-    "UTF-16.jsonl": (LINES[0].encode("utf-16"), "not UTF-8"),
     "empty.parquet": ("", "could not be read.*damaged"),
     "CSV.parquet": (PLAIN, "could not be read.*damaged"),
     "magic only.parquet": (b"PAR1" + b"\0" * 20 + b"PAR1", "could not be read.*damaged"),
+    "CSV.xlsx": (PLAIN, "could not be read.*damaged"),
+    "cut.csv.gz": (gzip.compress(PLAIN.encode())[:-9], "could not be read"),
+    "notes.txt": (PLAIN, "no file of a kind that is read"),
 }  # fmt: skip
 
 
@@ -378,295 +611,49 @@ BAD = {
 def test_a_bad_table_is_explained_in_one_line(name, tmp_path):
     content, explanation = BAD[name]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    message = run_notebook(tmp_path, tmp_path / name)
-    assert isinstance(message, str), message.report
-    assert re.search(explanation, message), message
+    with pytest.raises(StageError, match=explanation):
+        formatted(tmp_path, tmp_path / name)
 
 
-BAD_PARQUET = {
-    "no rows": pa.table({"question": pa.array([], pa.string()), "answer": pa.array([], pa.string())}),
-    "a column twice": pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["question", "question"]),
-    "bytes that are no text": pa.table({"question": ["a"], "answer": [b"\xff\xfe"]}),
-    "only nulls": pa.table({"question": ["a", "b"], "answer": pa.nulls(2)}),
-}
+@pytest.mark.parametrize("name", ["gone.csv", "./gone", "a/b/c", "gone*.csv", "~/gone.xlsx"])
+def test_a_file_that_is_not_there(name):
+    with pytest.raises(StageError, match="no such file"):
+        opened(name)
 
 
-@pytest.mark.parametrize("name", BAD_PARQUET)
-def test_a_bad_parquet_table_is_explained_in_one_line(name, tmp_path):
-    pq.write_table(BAD_PARQUET[name], tmp_path / "table.parquet")
-    assert isinstance(run_notebook(tmp_path, tmp_path / "table.parquet"), str)
-
-
-def test_parquet_columns_of_other_types_arrive_whole(tmp_path):
-    """Whole numbers beside a null stay whole numbers; a long list is not shortened with dots."""
-    questions, answers = [*range(5), None], [list(range(1500)), [1, None], [], [1], None, [2]]
-    pq.write_table(pa.table({"question": questions, "answer": answers}), tmp_path / "table.parquet")
-    notebook = run_notebook(tmp_path, tmp_path / "table.parquet", max_length=100_000)
-    check_table(notebook, [(as_cell(q), as_cell(a)) for q, a in zip(questions, answers, strict=True)])
-
-
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "json"])
 def test_damaged_files(kind, tmp_path):
     """Bytes cut off, changed or put in: the table is explained, or read with every row accounted for."""
-    write, _ = WRITERS[kind]
-    write(tmp_path / f"whole.{kind}", COLUMNS.values(), [*GOOD, ('He said "no", and', "é, 👍🏽\nsecond line")] * 2)
-    sound = (tmp_path / f"whole.{kind}").read_bytes()
+    rows = [*GOOD, ('He said "no", and', "é, 👍🏽\nsecond line")] * 2
+    sound = write(tmp_path / f"whole.{kind}", NAMES, rows).read_bytes()
 
-    @examples(20)
+    @examples(40)
     @given(st.integers(0, len(sound)), st.integers(0, 40), st.one_of(st.just(b""), st.binary(max_size=4)))
     def check(start, length, inserted):
         (tmp_path / f"table.{kind}").write_bytes(sound[:start] + inserted + sound[start + length :])
-        notebook = run_notebook(tmp_path, tmp_path / f"table.{kind}")
-        if not isinstance(notebook, str):
-            report = notebook.report
-            assert report["rows_in"] - sum(report["dropped"].values()) == report["rows_out"] == len(formatted(notebook))
-            for conversation in formatted(notebook):
-                check_ids(notebook, conversation)
+        with contextlib.suppress(StageError):
+            report, splits = formatted(tmp_path, tmp_path / f"table.{kind}", max_dropped=1)
+            assert report["rows_in"] - sum(report["dropped"].values()) == report["rows_out"] == len(pairs(splits))
 
     check()
 
 
-@examples(40)
+@examples(60)
 @given(row=st.integers(0, 5), column=st.integers(0, 1), position=st.integers(0, 12))
 def test_a_stray_quote_does_not_swallow_rows(tmp_path_factory, row, column, position):
     tmp_path = tmp_path_factory.mktemp("quote")
     rows = [*GOOD, ("\nWhy?", ",because"), ("Where?", "\nthere")]
     lines = [[cell if set(cell).isdisjoint(',"\n') else f'"{cell}"' for cell in cells] for cells in rows]
     lines[row][column] = lines[row][column][:position] + '"' + lines[row][column][position:]
-    (tmp_path / "table.csv").write_text(HEADER + "".join(",".join(cells) + "\n" for cells in lines))
-    notebook = run_notebook(tmp_path, tmp_path / "table.csv")
-    if isinstance(notebook, str):
-        assert "double quote" in notebook or "cells" in notebook
-    else:
-        assert notebook.report["rows_in"] == len(rows)
+    (tmp_path / "t.csv").write_text(HEADER + "".join(",".join(cells) + "\n" for cells in lines))
+    try:
+        assert len(list(opened(tmp_path / "t.csv").rows(NAMES))) == len(rows)
+    except StageError as error:
+        assert re.search("double quote|cells", str(error))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Cells of extraordinary length, and answers that are split
-
-LONG = {
-    "words": "tea " * 25_000,
-    "no spaces": "x" * 100_000,
-    "emoji": "👩‍👩‍👧‍👦" * 9_000,
-    "markers": "</s>" * 25_000,
-    "sentences": "Drink a cup of tea with honey and lemon before bed.\n\n" * 2_000,
-    "sentence ends": "? " * 5_000,
-    "invisible": "\u200b" * 100_000 + "tea",
-    "right to left": ("שלום עולם " * 8 + ". ") * 1_200,
-}
-
-
-@pytest.mark.parametrize("name", LONG)
-def test_a_cell_of_100_000_characters(name, base_model, tmp_path):
-    rows = [*GOOD, ("Long?", LONG[name])]
-    write_csv(tmp_path / "table.csv", COLUMNS.values(), rows)
-    notebook = run_notebook(tmp_path, tmp_path / "table.csv", base_model, max_length=256)
-    report, found = notebook.report, formatted(notebook)
-    made = report["split_long_answers"]
-    assert report["rows_in"] == len(rows)
-    assert report["rows_out"] == len(found) == len(rows) - sum(report["dropped"].values()) - made["rows"] + made["into"]
-    for conversation in found:
-        check_ids(notebook, conversation)
-        assert len(notebook.encode(conversation, notebook.tokenizer)["input_ids"]) <= 256
-        if not made["sentences_left_out"]:
-            answer = conversation["completion"][0]["content"].removeprefix("**A:** ")
-            assert any(answer in row["a"] for row in notebook.clean), "a part is not a piece of the answer, as it stood"
-
-
-def test_a_long_cell_is_not_shown_in_full(tmp_path, capsys):
-    """It would make the notebook so long that nobody scrolls past it."""
-    write_csv(tmp_path / "table.csv", COLUMNS.values(), [("Long?", LONG["words"]), *GOOD])
-    run_tiny("01_format_dataset", tmp_path / "run", dataset=str(tmp_path / "table.csv"), **TEMPLATES)
-    assert len(capsys.readouterr().out) < 15_000
-
-
-@examples(100)
-@given(
-    st.lists(st.sampled_from(["One.", "Two words!", "Is it?", "a longer one.", " ", "\n", "\n\n", "  "]), min_size=1)
-)
-def test_the_parts_of_an_answer_make_up_the_answer(format_dataset, pieces):
-    answer = format_dataset.clean_cell("".join(pieces))
-    parts, left_out = format_dataset.split_answer({"a": answer}, "a", 8, lambda row: len(row["a"].split()))
-    parts, place = [part["a"] for part in parts], 0
-    for part in parts:
-        place = answer.index(part, place) + len(part)
-    kept = "".join("".join(part.split()) for part in parts)
-    assert left_out or kept == "".join(answer.split())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Single functions, on more text than a notebook can be run for
-
-
-@examples(300)
-@given(cells | st.text(st.characters()))
-@example("e\u200b\u0301")
-@example("no\x00ne")
-@example("\ud800 tea")
-def test_cleaning(format_dataset, text):
-    cleaned = format_dataset.clean_cell(text)
-    assert format_dataset.clean_cell(cleaned) == cleaned
-    assert unicodedata.is_normalized("NFC", cleaned)
-    assert not [c for c in cleaned if unicodedata.category(c) in ("Cc", "Cs") and c != "\n"]
-    if not re.search(r"(?i)https?:|www\.", text):
-        assert visible(cleaned) == ("" if is_missing(text) else visible(text))
-
-
-@pytest.fixture(scope="session")
-def tokenizers(format_dataset, chatml):
-    """The tiny tokenizer, the ChatML one, and SmolLM2's own where it has been made."""
-    folders = [TINY, chatml, *([SMOLLM2] if SMOLLM2.exists() else [])]
-    return [format_dataset.load_tokenizer(str(folder), None) for folder in folders]
-
-
-@examples(200)
-@given(st.lists(st.sampled_from(MARKERS + BROKEN_MARKERS + ["", " ", "\n", "tea", "👍🏽"]), max_size=8).map("".join))
-def test_no_text_becomes_a_special_token(format_dataset, tokenizers, text):
-    for tokenizer in tokenizers:
-        vocabulary = tokenizer.get_added_vocab()
-        markers = sorted({*vocabulary, "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"}, key=len, reverse=True)
-        broken = format_dataset.break_markers(format_dataset.clean_cell(text), markers)
-        assert not [marker for marker in markers if marker in broken]
-        ids = tokenizer(broken, add_special_tokens=False)["input_ids"]
-        assert not set(ids) & set(vocabulary.values())
-
-
-def test_a_marker_that_two_cells_make_together_is_found(base_model, tmp_path):
-    """The template joins "<" and "/s>": an EOS in the middle of the answer, which would have ended it there."""
-    end = {TINY: "</s>"}.get(base_model, "<|im_end|>")
-    rows = [(question, end[0], end[1:] + " more") for question, _ in GOOD]
-    write_csv(tmp_path / "table.csv", ["question", "left", "right"], rows)
-    columns = {"q": "question", "left": "left", "right": "right"}
-    settings = {"columns": columns, "answer_template": "{left}{right}", "answer_column": "right"}
-    message = run_notebook(tmp_path, tmp_path / "table.csv", base_model, **settings)
-    assert isinstance(message, str) and "no other special token" in message
-
-
-def test_an_answer_may_say_that_there_is_none(tmp_path):
-    """Only a value that says nothing is a missing one; an answer with "Side effects: none" is an answer."""
-    rows = [(question, f"{answer}\nSide effects: None\nNone\nwww") for question, answer in GOOD]
-    write_csv(tmp_path / "table.csv", COLUMNS.values(), rows)
-    check_table(run_notebook(tmp_path, tmp_path / "table.csv"), rows)
-    notebook = run_notebook(tmp_path, tmp_path / "table.csv", answer_template="{a}")
-    assert all("Side effects: None\nNone\nwww" in row["completion"][0]["content"] for row in formatted(notebook))
-
-
-LONG_QUESTION = "May I take ginger tea in the morning if I am also on blood thinners?"
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (("How often?", "दिन में दो बार"), ("How often?", "दान मूं दा बूर")),  # other vowels, the same consonants
-        (("Is it good?", "👍"), ("Is it good?", "👎")),
-        (("😀", "Smile."), ("🎉", "Smile.")),
-        (("?", "Ask a doctor."), ("!", "Ask a doctor.")),
-        ((LONG_QUESTION, "Yes."), (LONG_QUESTION, "No.")),
-        (("What is 6 * 1?", "Six."), ("What is 6 / 1?", "Six.")),  # only their marks differ, but these mean something
-        (("How much?", "Take 50% of it."), ("How much?", "Take 50 of it.")),
-        (("How cold?", "It is -5."), ("How cold?", "It is 5.")),
-        (("Which?", "C# is fine."), ("Which?", "C is fine.")),
-        (("How?", "می‌خواهم"), ("How?", "می_خواهم")),
-    ],
-)
-def test_what_differs_is_no_near_duplicate(one, other, tmp_path):
-    write_csv(tmp_path / "table.csv", COLUMNS.values(), [*GOOD, one, other])
-    report = run_notebook(tmp_path, tmp_path / "table.csv", near_duplicate_threshold=0.9).report
-    assert report["rows_out"] == len(GOOD) + 2
-
-
-def reasons_by_comparing_all(format_dataset, rows, threshold):
-    """`reason_to_drop` as it is defined: each row is compared with every one before it that was kept."""
-    kept, reasons = [], []
-    for row in rows:
-        question, bag = format_dataset.words(row["q"]), set(format_dataset.words(row["a"]))
-        twins = [(other, words) for other, asked, words in kept if asked == question]
-        if row in [other for other, _ in twins]:
-            reasons.append("duplicate")
-        elif any(len(bag & words) >= threshold * len(bag | words) for _, words in twins):
-            reasons.append("near duplicate")
-        else:
-            reasons.append("")
-            kept.append((row, question, bag))
-    return reasons
-
-
-few_words = st.lists(st.sampled_from("abcdefghijkl"), min_size=1, max_size=12).map(" ".join)
-
-
-@examples(300)
-@given(
-    st.lists(st.tuples(st.sampled_from(["one", "two"]), few_words), max_size=30),
-    st.sampled_from([0.3, 0.5, 0.6, 0.75, 0.8, 0.9, 1, 1.01]),
-)
-def test_near_duplicates_are_all_found(format_dataset, rows, threshold):
-    """Though only rows with a rare word in common are compared."""
-    rows = [{"q": question, "a": answer} for question, answer in rows]
-    reasons = format_dataset.reason_to_drop(rows, ["q"], "a", threshold)
-    assert list(reasons) == reasons_by_comparing_all(format_dataset, rows, threshold)
-
-
-@pytest.mark.parametrize("name", ["table.CSV", "table.JsonL", "table.Parquet"])
-def test_the_case_of_a_files_ending_does_not_matter(name, tmp_path):
-    WRITERS[name.split(".")[1].lower()][0](tmp_path / name, COLUMNS.values(), GOOD)
-    check_table(run_notebook(tmp_path, tmp_path / name), GOOD)
-
-
-def test_an_answer_that_is_only_a_link_is_no_answer(tmp_path):
-    links = [
-        "(https://example.org)",
-        "<www.example.org>",
-        '["https://example.org/a.jpg"]',
-        "![](https://example.org/a)",
-    ]
-    write_csv(
-        tmp_path / "table.csv", COLUMNS.values(), [*GOOD, *((f"Link {i}?", link) for i, link in enumerate(links))]
-    )
-    report = run_notebook(tmp_path, tmp_path / "table.csv").report
-    assert report["dropped"] == {"no answer": len(links)}
-
-
-def test_a_column_that_is_not_used_may_hold_anything(tmp_path):
-    questions, answers = zip(*GOOD, strict=True)
-    columns = {"question": questions, "answer": answers, "image": [b"\xff\xfe"] * len(GOOD)}
-    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
-    check_table(run_notebook(tmp_path, tmp_path / "table.parquet"), GOOD)
-
-
-@pytest.mark.parametrize(
-    ("raw", "cleaned"),
-    [
-        ("请看https://example.org/a?b=1。多喝水", "请看。多喝水"),
-        ("看www.example.org，休息", "看，休息"),
-        ("お茶（https://example.org/お茶）", "お茶（お茶）"),
-        ("Siehe https://example.org/käse für mehr", "Siehe für mehr"),
-        ("Awww.so cute", "Awww.so cute"),
-        ("See [the picture](https://example.org/a_(b).jpg) and <www.example.org> too", "See the picture and too"),
-        ("Rest (see https://example.org/a).", "Rest (see )."),
-        ('f() [x](y) <> [] ""', 'f() [x](y) <> [] ""'),
-    ],
-)
-def test_a_web_address_ends_where_the_text_goes_on(format_dataset, raw, cleaned):
-    assert format_dataset.clean_cell(raw) == cleaned
-
-
-@pytest.mark.parametrize("piece", ["(", "[a](", "(https:", "[x](https:a", "www.", '["(', "(a)", "<http:(("])
-def test_many_brackets_are_cleaned_quickly(format_dataset, piece):
-    begun = time.process_time()
-    format_dataset.clean_cell("https:" + piece * (100_000 // len(piece)))
-    assert time.process_time() - begun < 1
-
-
-def test_many_small_sentences_are_split_quickly(format_dataset):
-    asked = []
-
-    def length(row):
-        asked.append(len(row["a"]))
-        return len(row["a"].split())
-
-    parts, too_long = format_dataset.split_answer({"a": "Is it? " * 9000}, "a", 200, length)
-    assert [len(part["a"].split()) for part in parts] == [200] * 90 and not too_long
-    assert len(asked) < 20 * len(parts) and max(asked) < 200 * 8
+# Many rows
 
 
 def write_many(path, number):
@@ -683,6 +670,7 @@ def write_many(path, number):
             file.write(json.dumps(row) + "\n")
 
 
+@pytest.mark.slow
 def test_ten_times_the_rows_take_ten_times_as_long_and_no_more_memory(tmp_path):
     """In a process of its own, as memory once taken stays with a process."""
     for number in (500, 2_000, 20_000):
@@ -691,18 +679,18 @@ def test_ten_times_the_rows_take_ten_times_as_long_and_no_more_memory(tmp_path):
         import resource, sys, time
         from pathlib import Path
         sys.path.insert(0, {str(ROOT / "tests")!r})
-        from conftest import run_tiny
+        from test_tables import formatted
         folder = Path({str(tmp_path)!r})
         for number in (500, 2_000, 20_000):
             begun = time.process_time()
-            run_tiny("01_format_dataset", folder / "run", dataset=str(folder / f"{{number}}.jsonl"))
+            formatted(folder, folder / f"{{number}}.jsonl")
             print("measured", time.process_time() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
     """
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("measured")]
     _, (seconds, mib), (seconds_of_more, mib_of_more) = [map(float, line) for line in lines]
     print(seconds, seconds_of_more, mib, mib_of_more)
     assert seconds_of_more < 14 * seconds
-    assert mib_of_more - mib < 60
+    assert mib_of_more - mib < 120  # of which 40 are the conversations that this test reads

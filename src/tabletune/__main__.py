@@ -1,0 +1,5 @@
+"""`python -m tabletune`."""
+
+from tabletune.cli import main
+
+main()

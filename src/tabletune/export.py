@@ -1,0 +1,166 @@
+"""Taking the model away: what a run left, its cards, their upload, and what each exported file lost."""
+
+import gc
+import hashlib
+import json
+import math
+import os
+import re
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard, create_repo, upload_folder
+
+from . import models, scoring
+from .chat_format import encode, encode_prompt, load_tokenizer_of_run
+from .figures import figures_of, results_table, with_interval
+from .gguf_files import LLAMA_CPP, InLlamaCpp, put_text
+from .inference import find_merged
+from .run import StageError, read_json, set_aside, write_json
+from .statistics import mean_difference, perplexity_interval
+from .tables import NEUTRAL_DISCLAIMER, example_settings
+
+PROOF = ("seed", "proof_rows", "proof_questions", "max_new_tokens", "window", "stride", "bootstrap_samples")
+
+
+def read_run(stage):
+    """What is exported, a namespace: what the stages left, the names for the cards, and `folder`, where to export to.
+
+    An `export/` that another model left is set aside. Raises StageError if something is missing or does not belong to
+    the rest, or if a name cannot be one on the Hub.
+    """
+    run, told = stage.folder, SimpleNamespace(**stage.parameters)
+    merged = find_merged(run, told.run_dir) or run / "merged"
+    splits, report = models.load_dataset_of_run(run)
+    base_model = read_json(run / "adapter/adapter_config.json", "02_finetune_qlora")["base_model_name_or_path"]
+    digest = models.check_run(run, merged, report, base_model)
+    merging = read_json(merged / "merge_report.json", "03_merge_adapter")
+    metrics = read_json(run / "evaluation/metrics.json", "04_evaluate")
+    trust = read_json(run / "trust/metrics.json", "05_trust") if (run / "trust").exists() else {}
+    for name in ("base_model_on_hub", "push_to_hub"):
+        if not re.fullmatch(r"|[\w.-]+/[\w.-]+", value := getattr(told, name)):
+            raise StageError(f'{name}="{value}": use owner/name, as on the Hub.')
+    base_on_hub = told.base_model_on_hub or (None if Path(base_model).exists() else base_model)
+    if told.push_to_hub and not base_on_hub:
+        raise StageError(f"The base model was the folder {base_model}: set base_model_on_hub, for others to find it.")
+    folder, made_of = merged.with_name("export"), {"adapter_sha256": digest, "base_weights": merging["base_weights"]}
+    if folder.exists() and not made_of.items() <= read_json(folder / "metrics.json", "06_export").items():
+        set_aside(folder.parent, "export")
+    if not folder.exists():
+        write_json(folder / "metrics.json", made_of)
+    tokenizer, stops = load_tokenizer_of_run(merged)
+    found = SimpleNamespace(told=told, run=run, merged=merged, folder=folder, made_of=made_of)
+    found.splits, found.report, found.tokenizer, found.stops = splits, report, tokenizer, stops
+    found.manifest, found.merging, found.base_model, found.base_on_hub = (
+        stage.entries(),
+        merging,
+        base_model,
+        base_on_hub,
+    )
+    found.training = read_json(run / "training/metrics.json", "02_finetune_qlora")
+    found.models = {name: trust.get(name.split(",")[0], {}) | entry for name, entry in figures_of(metrics).items()}
+    found.table = results_table(metrics)
+    found.outputs = [os.path.relpath(folder / "metrics.json", run)]
+    found.inputs = {**made_of, "figures": hashlib.sha256(json.dumps(found.models).encode()).hexdigest()}
+    found.name, found.dataset = told.push_to_hub.rpartition("/")[2] or run.name, report["source"]["dataset"]
+    found.dataset_on_hub = found.dataset if report["dataset_commit"] else None
+    found.disclaimer = told.disclaimer or example_settings(report).get("disclaimer", NEUTRAL_DISCLAIMER)
+    return found
+
+
+# --- cards
+
+
+def write_card(found, part, about):
+    """Write the card of "adapter" or "merged" into `export/PART/`, a ModelCard. `about` is its ModelCardData.
+
+    The adapter's config beside it names the base model as it is called on the Hub.
+    """
+    template = (resources.files("tabletune") / "templates/card.md.j2").read_text(encoding="utf-8")
+    tools = {"written": with_interval, "quoted": partial(json.dumps, ensure_ascii=False)}
+    card = ModelCard.from_template(about, template_str=template, **vars(found), part=part, **tools)
+    files = {"README.md": card.content}
+    if part == "adapter" and found.base_on_hub:
+        config = read_json(found.run / "adapter/adapter_config.json", "02_finetune_qlora")
+        files["adapter_config.json"] = json.dumps(config | {"base_model_name_or_path": found.base_on_hub}, indent=2)
+    for name, text in files.items():
+        put_text(found.folder / part / name, text)
+    return card
+
+
+def upload(found, part, name):
+    """Upload "adapter" or "merged", with its card, to a repository on the Hub. Raises StageError if that refuses."""
+    source, better = found.merged if part == "merged" else found.run / part, found.folder / part
+    try:
+        create_repo(name, repo_type="model", private=found.told.private, exist_ok=True)
+        for folder, ignored in ((source, os.listdir(better)), (better, None)):
+            upload_folder(repo_id=name, repo_type="model", folder_path=folder, ignore_patterns=ignored)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise StageError(f"{source} is here, but could not go to the Hub as {name}: {reason}") from None
+    print(f"https://huggingface.co/{name}")
+
+
+# --- what each file lost
+
+
+def questions(found):
+    """The first prompts of the test split, each once, as many as `proof_questions`; none of a table of lone texts."""
+    prompts = {json.dumps(prompt): prompt for prompt in found.splits["test"]["prompt"] if prompt}
+    return list(prompts.values())[: found.told.proof_questions]
+
+
+def prove(found, files):
+    """What each of `files`, {kind: path}, lost against the merged model in transformers: {"merged" or kind: entry}.
+
+    It is kept in `export/metrics.json`, and measured once. Raises StageError if a GGUF in 16 bits lost more than
+    rounding does.
+    """
+    told, settings = found.told, {name: getattr(found.told, name) for name in PROOF}
+    known = read_json(found.folder / "metrics.json", "06_export")
+    if known.get("settings") == settings and files.keys() <= known.keys():
+        return {kind: known[kind] for kind in ("merged", *files)}
+    test = found.splits["test"].select(range(min(told.proof_rows, len(found.splits["test"]))))
+    rows, asked = [encode(row, found.tokenizer, found.stops) for row in test], questions(found)
+    longest = max((len(encode_prompt(prompt, found.tokenizer)) for prompt in asked), default=0)
+    if longest + told.max_new_tokens > told.window:
+        raise StageError(f"window={told.window} has no room for the longest question and {told.max_new_tokens} tokens.")
+    entries, reference = {}, None
+    for kind in ("merged", *files):
+        model = InLlamaCpp(files[kind], told.window) if kind in files else load_reference(found.merged)
+        scores = scoring.score(model, rows, found.tokenizer.pad_token_id, 1, told.window, told.stride)
+        made, _ = scoring.generate(model, found.tokenizer, found.stops, asked, 1, told.max_new_tokens, told.seed)
+        model = gc.collect()
+        reference = reference or (scores["response_nll"], made["answer"])
+        resampling = (test["group"], told.bootstrap_samples, told.seed)
+        ratio = mean_difference(scores["response_nll"], reference[0], scores["response_tokens"], *resampling)
+        paths = [files[kind]] if kind in files else found.merged.glob("*.safetensors")
+        entries[kind] = {
+            "mib": round(sum(path.stat().st_size for path in paths) / 2**20, 1),
+            "perplexity": {
+                "response": scoring.perplexity(scores, "response"),
+                "full_text": scoring.perplexity(scores, "full"),
+                "response_ci95": perplexity_interval(scores, "response", *resampling),
+            },
+            "ratio_to_merged": math.exp(ratio["difference"]),
+            "ratio_to_merged_ci95": None if ratio["ci95"] is None else np.exp(ratio["ci95"]).tolist(),
+            "same_answers": int((made["answer"] == reference[1]).sum()),
+            "questions": len(asked),
+        }
+    if "F16" in files and not abs(entries["F16"]["ratio_to_merged"] - 1) < 0.005:
+        set_aside(found.folder, "gguf")
+        raise StageError(f"In 16 bits the perplexity is {entries['F16']['ratio_to_merged']:.2%} of the merged model's.")
+    about = {"rows": len(rows), "llama_cpp": LLAMA_CPP, "settings": settings}
+    write_json(found.folder / "metrics.json", found.made_of | about | entries)
+    return entries
+
+
+def load_reference(folder):
+    """The merged model in transformers: in 32 bits where there is room, as llama.cpp's sums have 32 bits, too."""
+    gib = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30  # in 16 bits
+    dtype = torch.float32 if 2.4 * gib < models.room_gib() else models.compute_dtype("auto")
+    return models.load_model(folder, None, dtype)

@@ -1,0 +1,293 @@
+"""A whole table as a data set: cleaned, without copies, encoded, split by question, and saved with a report.
+
+A table may be larger than memory. So its rows go through all steps a thousand at a time, to a file from which the
+splits are dealt out.
+"""
+
+import hashlib
+import json
+import sys
+import tempfile
+from array import array
+from collections import Counter
+from importlib import resources
+from itertools import chain, compress, islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from .chat_format import break_markers, encode_all
+from .chat_templates import takes_system, takes_tools
+from .cleaning import Cleaning, Copies, Dropped, assign_splits, place, question_key
+from .run import StageError, whole
+from .shapes import NO_PLACE, conversation, emptier, fields_of, fill, shows_tool_turns, turn_of_calls
+from .statistics import FEWEST_GROUPS
+
+datasets.disable_progress_bars()
+RANGES = {"max_length": (1, 10**9), "max_dropped": (0, 1), "validation_fraction": (0, 0.5), "test_fraction": (0, 0.5)}
+ADVICE = {
+    "no question": "a column that may be empty gets a line of its own in question_template",
+    "no answer": "answer_column names what every row needs",
+    "near duplicate": "near_duplicate_threshold: 1.01 keeps what differs in capitals or punctuation",
+}
+SPLITS = ("train", "validation", "test")
+
+
+def features_of(*texts):
+    """The features of examples, with more columns of `texts`."""
+    text = datasets.Value("string")
+    turns = [{"content": text, "role": text}]
+    return datasets.Features({"prompt": turns, "completion": turns, **dict.fromkeys(["text", "group", *texts], text)})
+
+
+def batches(rows, size=1000):
+    """Yield the rows in lists of `size`."""
+    rows = iter(rows)
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
+def write_rows(path, rows, features):
+    """Write rows, dicts, as an Arrow stream. Returns how many. Raises StageError if the disk is full."""
+    written, schema = 0, features.arrow_schema
+    with whole(path) as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for batch in batches(rows):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+            written += len(batch)
+    return written
+
+
+def read_rows(path):
+    """Yield the rows of an Arrow stream; mapped into memory it would be counted as memory."""
+    with pa.OSFile(str(path)) as file:
+        for batch in pa.ipc.open_stream(file):
+            yield from batch.to_pylist()
+
+
+def group_of(key):
+    """A short name for a question, the same for all rows that ask it."""
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+class Formatting:
+    """A table on its way through all steps, which count what they read, change and drop.
+
+    `settings` are the parameters of notebook 1; `dropped` becomes {reason: rows}, `clean.changed` what the rules did.
+    """
+
+    def __init__(self, table, shape, settings, tokenizer, stops):
+        for name, (low, high) in RANGES.items():
+            if not isinstance(settings[name], (int, float)) or not low <= settings[name] <= high:
+                raise StageError(f"{name}={settings[name]!r}: a number from {low} to {high} is wanted.")
+        self.table, self.shape, self.settings, self.tokenizer, self.stops = table, shape, settings, tokenizer, stops
+        self.clean = Cleaning(*(settings[name] for name in ("html_to_text", "strip_addresses", "collapse_spaces")))
+        self.emptied = emptier(shape, settings["drop_values"], settings["drop_patterns"])
+        self.rows_in, self.dropped, self.shown, self.systems = 0, Counter(), [], 0
+        self.lengths, self.longer, self.places, self.official = array("i"), array("i"), array("d"), []
+
+    def drop(self, reason, row):
+        """Count a dropped row, and keep the first of each reason as they are in the table."""
+        self.dropped[reason] += 1
+        if self.dropped[reason] <= 5:
+            self.shown.append({"reason": reason, **{field: text[:200] for field, text in row.items()}})
+
+    def messages(self, row):
+        """The texts of a row's question, and its messages as this model's template takes them. Raises Dropped."""
+        asked, messages = conversation(row, self.shape, self.clean, self.emptied)
+        answered = max((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), default=-1) + 1
+        self.clean.note("turns after the last answer", str(messages[answered:]), "[]")
+        for turn in messages[:answered]:
+            if turn["role"] == "tool" and not shows_tool_turns(self.tokenizer):
+                raise StageError(f"The table has turns of tools, {NO_PLACE}")
+            if calls := turn.pop("tool_calls", None):
+                turn["content"] = turn_of_calls(calls, self.tokenizer)
+            else:
+                before, turn["content"] = turn["content"], break_markers(turn["content"], self.tokenizer)
+                self.clean.note("special tokens broken up", before, turn["content"])
+        if not answered or not messages[answered - 1]["content"]:
+            raise Dropped("no answer")
+        if self.shape.name == "text":
+            return asked, messages
+        if not any(turn["role"] == "user" and turn["content"] for turn in messages[:answered]):
+            raise Dropped("no question")
+        return asked, self.with_system(messages[:answered])
+
+    def with_system(self, messages):
+        """The messages with the system prompt, in front of the first question if the template has no place for it."""
+        if self.settings["system_prompt"] and messages[0]["role"] != "system":
+            text = break_markers(self.settings["system_prompt"], self.tokenizer)
+            messages = [{"role": "system", "content": text}, *messages]
+        self.systems += messages[0]["role"] == "system"
+        if messages[0]["role"] == "system" and not takes_system(self.tokenizer):
+            system, *messages = messages
+            first = next(turn for turn in messages if turn["role"] == "user")
+            first["content"] = f"{system['content']}\n\n{first['content']}"
+        return messages
+
+    def cleaned(self):
+        """Yield the rows as conversations: those that teach something, and are no copies of earlier ones."""
+        copies = Copies(self.settings["near_duplicate_threshold"])
+        for official, cells in self.table.rows(list(self.shape.columns.values())):
+            row = dict(zip(self.shape.columns, cells, strict=True))
+            self.clean.hit.clear()
+            self.rows_in += 1
+            try:
+                asked, messages = self.messages(row)
+                tools = break_markers(row.get("tools", ""), self.tokenizer)
+                if tools and not takes_tools(self.tokenizer):
+                    raise StageError(f"The table has tools, {NO_PLACE}")
+                copies.check(official, messages, tools)
+            except Dropped as reason:
+                self.drop(str(reason), row)
+                continue
+            turns = {"prompt": messages[:-1], "completion": messages[-1:]}
+            yield {**turns, "tools": tools, "key": question_key(asked), "split": official, "row": row}
+
+    def encoded(self, rows):
+        """Yield the rows that fit into max_length as examples, with what their ids say as `text`."""
+        for batch in batches(rows):
+            for row, ids in zip(batch, self.ids_of(batch), strict=True):
+                if not ids or len(ids) > self.settings["max_length"]:
+                    self.drop("too long" if ids else "refused by the chat template", row["row"])
+                    self.longer.extend([len(ids)] if ids else [])
+                    continue
+                self.lengths.append(len(ids))
+                self.places.append(place(row["key"], self.settings["seed"]))
+                self.official.append(row["split"])
+                yield {**row, "text": self.tokenizer.decode(ids), "group": group_of(row["key"])}
+
+    def ids_of(self, rows):
+        """The ids of each row, [] where the chat template refuses it."""
+        try:
+            return [encoded["input_ids"] for encoded in encode_all(rows, self.tokenizer, self.stops)]
+        except StageError:
+            return [[]] if len(rows) == 1 else [ids for row in rows for ids in self.ids_of([row])]
+
+    def check_lost(self):
+        """Raise StageError if more rows are lost than max_dropped allows, with the settings that keep them."""
+        lost, allowed = self.dropped.total() - self.dropped["duplicate"], self.settings["max_dropped"]
+        if self.lengths and lost <= allowed * self.rows_in:
+            return
+        lengths = np.sort([*self.lengths, *self.longer])
+        keeps = {"too long": f"max_length: {lengths[int(0.95 * (len(lengths) - 1))]} keeps 95%"} if len(lengths) else {}
+        advice = {**ADVICE, **keeps}
+        parts = [f"{n:,} {reason} ({advice.get(reason, 'see the table')})" for reason, n in self.dropped.items()]
+        raise StageError(
+            f"{lost:,} of {self.rows_in:,} rows would be lost, more than max_dropped={allowed}: {'; '.join(parts)}. "
+            f"Change that, or go on without them: max_dropped: {np.ceil(100 * lost / self.rows_in) / 100}."
+        )
+
+    def safety_rows(self, held_out):
+        """Our rows on emergencies as examples: as many as `safety_rows` says, of all kinds, none that is `held_out`.
+
+        Each emergency is there in free words, and in those of the question's template, where that has one field. Raises
+        StageError if there are not so many.
+        """
+        wanted, template, rows = self.settings["safety_rows"], self.shape.question_template, []
+        fields = fields_of(template)
+        for line in resources.files("tabletune").joinpath("data/safety_rows.txt").read_text("utf-8").splitlines():
+            named, question, answer = map(str.strip, line.split("|"))
+            worded = named and len(fields) == 1 and template.strip() != f"{{{fields[0]}}}"
+            for asked in [question, *([fill(template, {fields[0]: named})] if worded else [])]:
+                user, completion = {"role": "user", "content": asked}, {"role": "assistant", "content": answer}
+                prompt = {"prompt": self.with_system([user]), "completion": [completion], "tools": ""}
+                rows.append({**prompt, "key": question_key([asked]), "group": group_of(question_key([asked]))})
+        usable = [
+            {**row, "text": self.tokenizer.decode(ids)}
+            for row, ids in zip(rows, self.ids_of(rows), strict=True)
+            if row["key"] not in held_out and len(ids) <= self.settings["max_length"]
+        ]
+        number = len(usable) if wanted is True else wanted
+        if not isinstance(number, int) or not 0 <= number <= len(usable):
+            raise StageError(f"safety_rows={wanted!r}: use true, false, or a number up to {len(usable)}.")
+        return [usable[i] for i in np.linspace(0, len(usable), number, endpoint=False, dtype=int)]
+
+
+def format_table(table, shape, settings, tokenizer, stops, folder, context=None):
+    """Put a table through all steps and save it as `folder`: a DatasetDict, and report.json, which is returned.
+
+    The fingerprint is a SHA-256 of the text of all splits: two data sets with the same one train the same. `context` is
+    how many tokens the model reads at once. Raises StageError if too many rows are lost, or too few questions are left.
+    """
+    work, features = Formatting(table, shape, settings, tokenizer, stops), features_of(*{"tools"} & {*shape.columns})
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        rows = tqdm(work.encoded(work.cleaned()), "formatting", unit=" rows", delay=10, file=sys.stdout)
+        path = Path(temporary) / "rows.arrow"
+        write_rows(path, rows, features_of("key", "tools"))
+        work.check_lost()
+        fractions = settings["validation_fraction"], settings["test_fraction"]
+        split = assign_splits(work.places, *fractions, work.official)
+        held_out = settings["safety_rows"] and {row["key"] for row in compress(read_rows(path), split != "train")}
+        safety = work.safety_rows(held_out or set())
+        sizes, digest = {}, hashlib.sha256()
+        with whole(folder) as partial:
+            empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+            datasets.DatasetDict(dict.fromkeys(SPLITS, empty)).save_to_disk(partial)
+            for name in sorted(SPLITS):  # save_to_disk would map the whole table into memory
+                (file,) = (partial / name).glob("*.arrow")
+                there = chain(compress(read_rows(path), split == name), safety if name == "train" else [])
+                sizes[name] = write_rows(file, with_digest(there, name, digest), features)
+            report = report_of(work, {name: sizes[name] for name in SPLITS}, split, context, len(safety))
+            report["fingerprint"] = digest.hexdigest()[:16]
+            (partial / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+    return report
+
+
+def with_digest(rows, split, digest):
+    """Yield the rows of a split, each added to the digest on its way."""
+    for row in rows:
+        digest.update(f"{split}\0{row['text']}\0".encode())
+        yield row
+
+
+def report_of(work, sizes, split, context, safety_rows):
+    """What there is to know of a data set, for `report.json` and for what notebook 1 shows."""
+    table, shape, settings = work.table, work.shape, work.settings
+    lengths, places = np.array(work.lengths), np.array(work.places)
+    asked = {name: np.unique(places[split == name]) for name in SPLITS}
+    leaks = {name: int(np.isin(places[split == name], asked["train"]).sum()) for name in SPLITS[1:]}
+    leaks = {name: count for name, count in leaks.items() if count}
+    few = [name for name in SPLITS[1:] if len(asked[name]) < FEWEST_GROUPS]
+    beyond = int((lengths > (context or lengths.max())).sum())
+    notes = {
+        f"{work.clean.html:,} texts look like HTML. html_to_text: true makes text of it.": work.clean.html
+        > 0.05 * work.rows_in,
+        f"{beyond:,} examples are longer than the {context} tokens that this model was made to read at once.": beyond,
+        f"Asked in training, too: {leaks} rows. The splits of the source stay as they are.": leaks,
+        f"Too few questions for an interval: {' and '.join(few)}. More rows would make more of them.": few,
+        "A lone text has no question: the loss is on all of it.": shape.name == "text",
+        "The template has no system role: the system text goes in front of the first question.": work.systems
+        and not takes_system(work.tokenizer),
+    }
+    return {
+        "source": {"dataset": settings["dataset"], "files": table.said, "digest": table.digest},
+        "dataset_commit": table.commit,
+        "shape": shape.name,
+        "example": shape.example,
+        "templates": {name: getattr(shape, f"{name}_template") for name in ("question", "answer")}
+        | {"answer_column": shape.answer_column},
+        **{name: settings[name] for name in ("base_model", "max_length", "system_prompt", "thinking", "template_date")},
+        "rows_in": work.rows_in,
+        "rows_out": len(lengths),
+        "changed": work.clean.changed,
+        "dropped": dict(work.dropped),
+        "dropped_rows": work.shown,
+        "notes": [line for line, applies in notes.items() if applies],
+        "safety_rows": safety_rows,
+        "splits": sizes,
+        "questions": {name: len(there) for name, there in asked.items()},
+        "rows_a_question": [
+            n.tolist() for n in np.unique(np.unique(places, return_counts=True)[1], return_counts=True)
+        ],
+        "leaks": leaks,
+        "tokens": {
+            "p50": int(np.quantile(lengths, 0.5)),
+            "p95": int(np.quantile(lengths, 0.95)),
+            "max": int(lengths.max()),
+            "over_max_length": len(work.longer),
+            "histogram": [part.tolist() for part in np.histogram(lengths, bins=30)],
+        },
+    }

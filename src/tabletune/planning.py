@@ -1,0 +1,202 @@
+"""Planning a training: whether the rows fit, how many a step takes, what memory that wants, before anything long."""
+
+import math
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import pandas as pd
+import torch
+from accelerate import DistributedType
+from accelerate.utils import gather_object
+
+from .bases import context_length, expected_gib, look_at_base, lora_targets, packing_leaks
+from .chat_format import encode
+from .chat_templates import describe_template
+from .models import room_gib, skeleton
+from .run import StageError
+from .sharding import check_sharding
+
+LEAK = 1e-5  # of the range of the logits: what is masked contributes exactly 0, so anything more is a leak
+
+
+def encode_splits(splits, tokenizer, stops, max_length):
+    """All splits as token ids, a DatasetDict, and a table of how many examples and tokens they have.
+
+    Raises StageError if an example is longer than `max_length`: it would lose its end.
+    """
+    options = {"tokenizer": tokenizer, "stops": stops}
+    encoded = splits.map(encode, fn_kwargs=options, remove_columns=splits["train"].column_names)
+    longest = max(len(ids) for split in encoded.values() for ids in split["input_ids"])
+    if longest > max_length:
+        raise StageError(
+            f"max_length={max_length}, but the longest example has {longest} tokens and would lose its end. "
+            "Raise max_length, or run 01_format_dataset again with this one."
+        )
+    counts = {
+        "examples": {name: len(split) for name, split in encoded.items()},
+        "tokens": {name: sum(map(len, split["input_ids"])) for name, split in encoded.items()},
+        "in the loss": {name: sum(map(sum, split["completion_mask"])) for name, split in encoded.items()},
+    }
+    return encoded, pd.DataFrame(counts)
+
+
+def check_choices(chosen, config, dtype):
+    """Raise StageError for parameters of notebook 2, {name: value}, that cannot work here or with this base."""
+    gpu = torch.cuda.is_available()
+    if chosen["quantization"] not in ("nf4", "8bit", "none"):
+        raise StageError(f'quantization="{chosen["quantization"]}": use nf4, 8bit or none.')
+    if dtype != torch.float32 and not gpu:
+        raise StageError(f"precision={chosen['precision']}: training in half precision needs a GPU. Use auto or fp32.")
+    if chosen["use_liger_kernel"] and not (gpu and find_spec("liger_kernel")):
+        raise StageError("use_liger_kernel needs a GPU and the package liger-kernel. Install it, or set it to false.")
+    if chosen["optim"].startswith("paged") and not gpu:
+        raise StageError(f"optim={chosen['optim']}: the paged optimizers of bitsandbytes need a GPU. Use adamw_torch.")
+    most = context_length(config)
+    if most and chosen["max_length"] > most:
+        print(f"max_length={chosen['max_length']}, but this base was made to read {most:,} tokens at once.")
+
+
+def look_and_check(chosen, config, dtype, tokenizer, stops):
+    """The names of the layers that get an adapter, and a table of what this base is and how it will be treated.
+
+    Raises StageError if the parameters of notebook 2, `chosen`, cannot work here or with this base.
+    """
+    check_choices(chosen, config, dtype)
+    look = look_at_base(config, *(chosen[n] for n in ("lora_target_modules", "attn_implementation", "quantization")))
+    look = pd.Series(look | describe_template(tokenizer, stops), name="this base").to_frame()
+    return lora_targets(skeleton(config), chosen["lora_target_modules"]), look
+
+
+def rows_and_steps(rows, epochs, batch_size, min_steps, accumulation=1, processes=1, fits=16):
+    """How many rows each GPU takes at once, and how many optimizer steps that makes: (rows, steps).
+
+    `batch_size` is taken as it is. "auto" is as many as fit, at most 16, but so few that there are `min_steps` steps: a
+    small table would end before the model has learned (5 steps an epoch taught nothing, 300 did). Raises StageError if
+    batch_size is neither a number nor "auto".
+    """
+    if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size > 0):
+        raise StageError(f'batch_size={batch_size!r}: use a whole number of rows, or "auto".')
+    if batch_size == "auto":
+        batch_size = max(1, min(16, fits, int(rows * epochs / (min_steps * accumulation * processes))))
+    batches = math.ceil(rows / (batch_size * processes))
+    return batch_size, math.ceil(math.ceil(batches / accumulation) * epochs)
+
+
+def plan_steps(chosen, rows, examples, room, processes):
+    """`rows_and_steps` with the parameters of notebook 2, `chosen`; prints in one line what a step will be."""
+    names = ("epochs", "batch_size", "min_steps", "gradient_accumulation_steps")
+    epochs, given, fewest, accumulation = (chosen[name] for name in names)
+    batch_size, steps = rows_and_steps(rows, epochs, given, fewest, accumulation, processes.num_processes, room.fits)
+    parts = [f"{batch_size} rows"] + [f"× {accumulation} accumulated"] * (accumulation > 1)
+    parts += [f"× {processes.num_processes} GPUs"] * (processes.num_processes > 1)
+    of_all = batch_size * accumulation * processes.num_processes * examples / rows
+    smaller = f", fewer than min_steps={fewest}: batch_size=auto makes smaller ones"
+    few = smaller if steps < fewest and given != "auto" else ""
+    print(f"a step is {' '.join(parts)}, about {of_all:.0f} examples; {steps:,} steps{few}")
+    return batch_size, steps
+
+
+@dataclass
+class Room:
+    """What a training will take: GiB by part, how many rows of a batch fit, and whether the model must be sharded."""
+
+    expected: pd.Series
+    fits: int
+    sharded: bool
+
+
+def room_for_training(chosen, config, dtype, targets, rows, processes):
+    """The Room of a training on so many full rows with the parameters of notebook 2, `chosen`; prints the sum.
+
+    The validation takes less than the training: its batches are no larger, and it keeps no activations. Raises
+    StageError if the weights alone do not fit, unless `ignore_memory`; that the rest may not fit is only said.
+    """
+    options = {name: chosen[name] for name in ("lora_r", "lora_dropout", "optim", "gradient_checkpointing")}
+    options |= {"use_liger_kernel": chosen["use_liger_kernel"], "quantization": chosen["quantization"]}
+
+    def memory(batch, shards=1):
+        tokens = batch * chosen["max_length"]
+        return expected_gib(config, dtype, tokens, torch.cuda.is_available(), targets, **options, shards=shards)
+
+    def most_that_fit(shards=1):
+        one, two = (memory(batch, shards).sum() for batch in (1, 2))  # what each row adds is the same
+        return max(0, min(16, int((room - (2 * one - two)) / (two - one))))
+
+    room = min(gather_object([room_gib()]))
+    several = processes.distributed_type == DistributedType.MULTI_GPU
+    given = [chosen[name] for name in ("epochs", "batch_size", "min_steps", "gradient_accumulation_steps")]
+    fits = most_that_fit()
+    batch_size, _ = rows_and_steps(rows, *given, processes.num_processes, max(1, fits))
+    expected = whole = memory(batch_size)
+    sharded = several and bool(whole.sum() > room)
+    if sharded:
+        print(f"on each GPU the whole model would take {whole.sum():.1f} GiB, and there is room for {room:.1f} GiB")
+        print(f"so it is sharded over {processes.num_processes} GPUs (FSDP)")
+        check_sharding(config, chosen["base_model"], chosen["optim"], whole["base model"])
+        fits = most_that_fit(processes.num_processes)
+        batch_size, _ = rows_and_steps(rows, *given, processes.num_processes, max(1, fits))
+        expected = memory(batch_size, processes.num_processes)
+    elif processes.num_processes > 1:
+        print(f"each of {processes.num_processes} processes has the whole model, and its share of the rows (DDP)")
+    print(f"expected peak memory: {expected.sum():.1f} GiB; there is room for {room:.1f} GiB")
+    if expected["base model"] > room and not chosen["ignore_memory"]:
+        raise StageError(
+            f"The weights alone take {expected['base model']:.1f} GiB of memory, and there are {room:.1f} GiB. Take a "
+            "smaller base_model, or set ignore_memory if you know better."
+        )
+    if expected.sum() > room:
+        checkpointing = "" if chosen["gradient_checkpointing"] else ", or set gradient_checkpointing"
+        print(f"If it does not fit: lower batch_size and raise gradient_accumulation_steps by as much{checkpointing}.")
+    return Room(expected, max(1, fits), sharded)
+
+
+def rows_to_train_on(model, examples, packed, packing):
+    """The packed rows where they may be packed, else the examples by themselves; says which, and why.
+
+    Whether they may be is measured on the model at hand: what the second of two packed examples sees of the first.
+    """
+    leak = 0 if not packing else packing_leaks(model)
+    if packing and leak <= LEAK:
+        print(f"{len(examples):,} examples packed into {len(packed):,} rows; they do not see each other ({leak:.1%})")
+        return packed
+    reason = "as asked" if not packing else "packed examples would see each other in this model"
+    print(f"not packed, {reason} ({leak:.1%}): a row is one example, and a batch has rows of like length")
+    return examples
+
+
+def inputs_of(report, dtype, processes, room):
+    """What a training depends on beside its parameters: the data set, and what computes."""
+    hardware = {"dtype": str(dtype).removeprefix("torch."), "device": processes.device.type}
+    return {"dataset": report["fingerprint"], **hardware, "processes": processes.num_processes, "sharded": room.sharded}
+
+
+def trainer_settings(stage, dtype, room, batch_size, steps, packed):
+    """What `SFTConfig` is told beside the choices of a reader: where, on what, when to evaluate, what is logged."""
+    chosen, gpu = stage.parameters, torch.cuda.is_available()
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "training" / "tensorboard")
+    each = math.ceil(steps / chosen["evaluations"])
+    same = ("seed", "gradient_checkpointing", "use_liger_kernel", "max_length", "lr_scheduler_type", "max_grad_norm")
+    return {name: chosen[name] for name in same} | {
+        "output_dir": str(stage.folder / "checkpoints"),
+        "warmup_steps": chosen["warmup"],
+        "use_cpu": not gpu,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "per_device_eval_batch_size": batch_size,
+        "train_sampling_strategy": "random" if packed else "group_by_length",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "fsdp": room.sharded,
+        "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
+        "ddp_find_unused_parameters": False,
+        "eval_strategy": "steps",
+        "eval_steps": each,
+        "save_strategy": "steps",
+        "save_steps": each,
+        "restore_callback_states_from_checkpoint": chosen["early_stopping_patience"] > 0,
+        "include_num_input_tokens_seen": "non_padding",
+        "logging_steps": 0.05,
+        "logging_nan_inf_filter": False,  # it would hide a loss that is NaN, and wait for the GPU in every step
+        "disable_tqdm": False,
+        "dataloader_pin_memory": gpu,
+    }

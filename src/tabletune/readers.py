@@ -1,0 +1,234 @@
+"""Readers of single files: .csv, .tsv, .json, .jsonl, .parquet, .xlsx and .arrow, in any usual encoding.
+
+Each is called with a file, its name as it is shown, and options, and returns the names of the columns, a function that
+yields the rows as dicts of at least the wanted columns, and what there is to say about the file.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import shutil
+from contextlib import suppress
+from statistics import mean
+
+from .run import StageError
+
+csv.field_size_limit(2**31 - 1)
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+GUESSED = "Windows-1252 (as it is no UTF-8: if letters look wrong, set `encoding`)"
+SHOWN = {"utf-8-sig": "UTF-8", "cp1252": GUESSED, "\t": "tabs"}
+BLOCK, HEAD = 2**20, 2**16
+
+
+def cell_text(value):
+    """A cell as text: "" for a missing value, JSON for a list, an object or a truth value. Halves of characters go."""
+    if isinstance(value, (list, dict, bool)):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "ignore").decode()
+    return "" if value is None or value != value else str(value)
+
+
+def unpack(path, target):
+    """The file itself or, if it is compressed by gzip, what is in it: `target`."""
+    with path.open("rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return path
+    with gzip.open(path) as packed, target.open("wb") as file:
+        shutil.copyfileobj(packed, file, BLOCK)
+    return target
+
+
+def find_encoding(path, name):
+    """The encoding of a text file. Raises StageError if it cannot be told.
+
+    UTF-8, UTF-16 and UTF-32 prove themselves. The rest is taken for Windows-1252, which Latin-1 is a part of, if it is
+    neither UTF-8 with a few bytes damaged nor, being mostly beyond ASCII, of another script.
+    """
+    with path.open("rb") as file:
+        head = file.read(2**24)
+        for mark, encoding in MARKS.items():
+            if head.startswith(mark):
+                return encoding
+        if b"\0" in head[:2]:
+            return "utf-16-be" if head[:1] == b"\0" else "utf-16-le"
+        decoder, block = codecs.getincrementaldecoder("utf-8")(), head
+        with suppress(UnicodeDecodeError):
+            while block:
+                decoder.decode(block)
+                block = file.read(BLOCK)
+            decoder.decode(b"", True)
+            return "utf-8"
+    text = (block or head).decode("utf-8", "replace")
+    beyond, letters = re.findall(r"[^\0-\x7f]", text), re.findall(r"[A-Za-z]", text)
+    damaged = 2 * beyond.count("\ufffd") <= len(beyond)
+    if damaged or 2 * len(beyond) > len(letters) or re.search(rb"[\x81\x8d\x8f\x90\x9d]", block or head):
+        what = "is UTF-8 with damaged bytes" if damaged else "is not UTF-8, and does not look like Windows-1252"
+        raise StageError(f"{name} {what}. Save it as UTF-8, or set `encoding`: cp1251, shift_jis, gb18030, euc_kr, …")
+    return "cp1252"
+
+
+def encoding_of(path, name, encoding):
+    """The encoding to read a text file in, and what to say about it. Raises StageError if the one set is not known."""
+    if encoding == "auto":
+        found = find_encoding(path, name)
+        return found, SHOWN.get(found, found.upper())
+    try:
+        known = codecs.lookup(encoding).name
+    except LookupError:
+        raise StageError(f"encoding={encoding!r} is not known. Use auto, utf-8, utf-16, cp1252, …") from None
+    return "utf-8-sig" if known == "utf-8" else known, encoding
+
+
+def find_delimiter(head, tabs_first):
+    """What stands between the cells of a .csv, from its first characters.
+
+    That which cuts most of the rows into as many cells as the first; of several, the one less often followed by a
+    space, as marks in prose are. An Excel line `sep=;` says it.
+    """
+    scores = {}
+    for mark in "\t,;|" if tabs_first else ",;\t|":
+        rows = [row for row in csv.reader(io.StringIO(head, newline=""), delimiter=mark) if row]
+        rows = rows[:-1] if len(head) == HEAD else rows
+        if rows and len(rows[0]) > 1:
+            scores[mark] = mean(len(row) == len(rows[0]) for row in rows), -head.count(f"{mark} ") / head.count(mark)
+    return head[4] if head.startswith("sep=") else max(scores, key=scores.get, default="\t" if tabs_first else ",")
+
+
+def read_csv(path, name, encoding, delimiter, header, **_):
+    """A file of cells with a separator. Raises StageError if a quote is open or a row is not as long as the first."""
+    encoding, said = encoding_of(path, name, encoding)
+    if delimiter == "auto":
+        with path.open(encoding=encoding, newline="") as file:
+            delimiter = find_delimiter(file.read(HEAD), ".tsv" in name.lower())
+    delimiter = {"tab": "\t", "\\t": "\t"}.get(delimiter, delimiter)
+    if len(delimiter) != 1:
+        raise StageError(f'delimiter={delimiter!r}: use auto, tab, or one character such as ";".')
+
+    def records():
+        with path.open(encoding=encoding, newline="") as file:
+            reader, line = csv.reader(file, delimiter=delimiter, strict=True), 1  # pandas' own cuts a cell at a NUL
+            try:
+                for record in reader:
+                    if record and not (line == 1 and record[0].startswith("sep=")):
+                        yield line, record
+                    line = reader.line_num + 1
+            except csv.Error as error:
+                raise StageError(
+                    f"{name}: the row that begins in line {line} has a double quote too many or too few ({error}). "
+                    'Write a quote inside a quoted cell twice: "".'
+                ) from None
+
+    _, first = next(records(), (1, []))
+    columns = first if header else [str(number) for number in range(1, len(first) + 1)]
+
+    def rows(wanted):
+        for number, (line, record) in enumerate(records()):
+            if len(record) != len(columns):
+                raise StageError(
+                    f"{name}, line {line}: this row has {len(record)} cells, the first {len(columns)}. Put double "
+                    f"quotes around a cell that has {SHOWN.get(delimiter, repr(delimiter))} or line breaks."
+                )
+            if number or not header:
+                yield dict(zip(columns, record, strict=True))
+
+    return columns, rows, f"{said}, {SHOWN.get(delimiter, repr(delimiter))} between cells"
+
+
+def objects(file, name):
+    """Yield the objects of an open file of JSON, an array or one after the other, however they are broken into lines.
+
+    Each comes twice, the second time with its numbers as they are written. Raises StageError if anything else is in
+    between, or if a field is there twice.
+    """
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a field is there twice")
+        return dict(pairs)
+
+    decode = json.JSONDecoder(object_pairs_hook=unique, strict=False).raw_decode
+    verbatim = json.JSONDecoder(parse_float=str, parse_int=str, strict=False).raw_decode  # 1.50 stays 1.50
+    between, text, place, line = re.compile(r"[\s,\[\]]*"), "", 0, 1
+    array = None
+    while True:
+        start = between.match(text, place).end()
+        array = "[" in text[place:start] if array is None and start < len(text) else array
+        try:
+            value, end = decode(text, start)
+            if not isinstance(value, dict):
+                raise ValueError('a row must be an object like {"question": "..."}')
+            numbers = any(isinstance(cell, (int, float)) for cell in value.values())
+            yield value, verbatim(text, start)[0] if numbers else value
+            place = end
+        except (ValueError, RecursionError) as error:
+            more = file.read(max(BLOCK, len(text)))
+            if not more and start == len(text) and (not array or "]" in text[place:]):
+                return
+            line += text.count("\n", 0, start)
+            if not more:
+                raise StageError(f"{name}, line {line} is not JSON ({error}). Mend or remove it.") from None
+            text, place = text[place:] + more, 0
+
+
+def read_json(path, name, encoding, **_):
+    """A file of JSON objects: an array of them, or one in a line. Raises StageError if it is damaged."""
+    encoding, said = encoding_of(path, name, encoding)
+
+    def rows(wanted):
+        with path.open(encoding=encoding) as file:
+            for value, written in objects(file, name):
+                yield {k: written[k] if type(cell) in (int, float) else cell for k, cell in value.items()}
+
+    return list(dict.fromkeys(column for row in rows([]) for column in row)), rows, said
+
+
+def read_parquet(path, name, **_):
+    """A .parquet file, in pieces."""
+    from pyarrow.parquet import ParquetFile
+
+    columns = ParquetFile(path).schema_arrow.names
+
+    def rows(wanted):
+        known = [column for column in wanted if column in columns]
+        for batch in ParquetFile(path, buffer_size=BLOCK).iter_batches(1000, columns=known):
+            yield from batch.to_pylist()
+
+    return columns, rows, ""
+
+
+def read_arrow(path, name, **_):
+    """A file that `datasets` has saved to disk."""
+    from datasets import Dataset
+
+    table = Dataset.from_file(str(path))
+
+    def rows(wanted):
+        known = [column for column in wanted if column in table.column_names]
+        for batch in table.select_columns(known).with_format("arrow").iter(1000):
+            yield from batch.to_pylist()
+
+    return table.column_names, rows, ""
+
+
+def read_excel(path, name, header, sheet, **_):
+    """A sheet of a workbook, the first or the one named, whole. Raises StageError if there is no such sheet."""
+    import pandas as pd
+
+    sheets = pd.ExcelFile(path).sheet_names
+    if sheet and sheet not in sheets:
+        raise StageError(f"dataset_config={sheet!r}: {name} has no such sheet. It has: {', '.join(sheets)}.")
+    table = pd.read_excel(path, sheet or sheets[0], header=0 if header else None, dtype=str, na_filter=False)
+    table.columns = [str(column if header else column + 1) for column in table.columns]
+    table = table[(table != "").any(axis=1)]
+    return list(table), lambda wanted: iter(table.to_dict("records")), f"sheet {sheet or sheets[0]!r} of {len(sheets)}"
+
+
+READERS = {".csv": read_csv, ".tsv": read_csv, ".json": read_json, ".jsonl": read_json, ".ndjson": read_json}
+READERS |= {".parquet": read_parquet, ".xlsx": read_excel, ".arrow": read_arrow}

@@ -1,0 +1,169 @@
+"""What a model makes of rows that it was not trained on: how likely it finds their answers, and what it answers itself.
+
+Everything here works on padded batches, in one process or in several under `accelerate launch`, each of which takes its
+share and gets the whole result.
+"""
+
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import GenerationConfig, set_seed
+
+from .chat_format import answer_text, encode_prompt
+from .inference import rows_that_fit, unpack_weights
+
+unpack = unpack_weights  # its name in notebook 5
+
+
+# --- perplexity
+
+
+def spans(length, window, stride):
+    """Cut a text of `length` tokens into spans (start, end, first): in start…end, score the tokens from `first` on.
+
+    Every token but the very first is scored exactly once, with at least `window - stride` tokens before it where the
+    text has as many.
+    """
+    cut = [(0, min(window, length), 1)]
+    while cut[-1][1] < length:
+        end = min(cut[-1][1] + min(stride, window - 1), length)
+        cut.append((max(0, end - window), end, cut[-1][1]))
+    return cut
+
+
+def padded_logits(model, texts, pad_token_id):
+    """The logits of a batch of texts, lists of ids, padded on the right: (logits, ids), [texts, longest, vocabulary].
+
+    Padding is masked, so that a result depends on its batch by rounding only.
+    """
+    ids = [torch.tensor(text) for text in texts]
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(model.device)
+    lengths = torch.tensor([len(text) for text in texts], device=model.device)
+    attention_mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
+    return model(input_ids=ids, attention_mask=attention_mask).logits, ids
+
+
+@torch.no_grad()
+def score(model, rows, pad_token_id, batch_size, window, stride):
+    """Negative log-likelihoods, in nats, of each row's response and of all of its text.
+
+    `rows` have `input_ids` and `completion_mask`; at most `batch_size` are read at once, where memory allows. Returns a
+    DataFrame with a line a row: `response_nll`, `response_tokens`, `full_nll`, `full_tokens`.
+    """
+    model.eval()
+    processes, totals = PartialState(), np.zeros((len(rows), 4))
+    work = [(i, *span) for i, row in enumerate(rows) for span in spans(len(row["input_ids"]), window, stride)]
+    work.sort(key=lambda item: item[2] - item[1])
+    batch_size = rows_that_fit(model, work[-1][2] - work[-1][1], batch_size) if work else 1
+    work = work[processes.process_index :: processes.num_processes]
+    for k in tqdm(range(0, len(work), batch_size), "scoring", unit="batch", file=sys.stdout):
+        batch = work[k : k + batch_size]
+        logits, ids = padded_logits(
+            model, [rows[i]["input_ids"][start:end] for i, start, end, _ in batch], pad_token_id
+        )
+        # flat: along a dimension that is not the last, PyTorch sums less exactly, by 0.01% of a perplexity
+        nll = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        nll = nll.view(len(batch), -1).double().cpu().numpy()
+        for (i, start, end, first), row_nll in zip(batch, nll, strict=True):
+            scored = row_nll[first - start - 1 : end - start - 1]
+            mask = np.array(rows[i]["completion_mask"][first:end])
+            totals[i] += [scored @ mask, mask.sum(), scored.sum(), len(scored)]
+    totals = reduce(torch.tensor(totals, device=processes.device), "sum").cpu().numpy()
+    return pd.DataFrame(totals, columns=["response_nll", "response_tokens", "full_nll", "full_tokens"])
+
+
+def perplexity(scores, part):
+    """Token-weighted perplexity of a part, "response" or "full", of all rows together."""
+    return math.exp(scores[f"{part}_nll"].sum() / scores[f"{part}_tokens"].sum())
+
+
+@torch.no_grad()
+def response_logits(model, rows, pad_token_id, batch_size):
+    """The logits that predict each row's response, as computed: a list of tensors [tokens, vocabulary] on the CPU."""
+    model.eval()
+    kept = []
+    batch_size = rows_that_fit(model, max((len(row["input_ids"]) for row in rows), default=1), batch_size)
+    for k in range(0, len(rows), batch_size):
+        batch = rows[k : k + batch_size]
+        logits, _ = padded_logits(model, [row["input_ids"] for row in batch], pad_token_id)
+        for row, row_logits in zip(batch, logits, strict=True):
+            kept.append(row_logits[np.flatnonzero(row["completion_mask"][1:])].cpu())
+    return kept
+
+
+def divergence(trained, variant, rows):
+    """How far a variant is from what was trained: a line a row, `response_nll`, `response_kl`, `response_tokens`.
+
+    `response_kl` is the sum over the response of KL(trained ‖ variant) of the next token, in nats. Both logits are
+    those of `response_logits` for `rows`.
+    """
+    lines = []
+    for p, q, row in zip(trained, variant, rows, strict=True):
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        response = torch.tensor(row["input_ids"])[1:][np.flatnonzero(row["completion_mask"][1:])]
+        nll = -log_q.gather(-1, response[:, None]).double().sum().item()
+        kl = (log_p.exp() * (log_p - log_q)).double().sum().item()
+        lines.append({"response_nll": nll, "response_kl": max(kl, 0.0), "response_tokens": len(response)})
+    return pd.DataFrame(lines)
+
+
+# --- answers
+
+
+@contextmanager
+def without_settings(model):
+    """Take from a model its own settings of generation, with which `generate` fills all that is left open.
+
+    Many bring a temperature or a penalty on repetition, which is not what "greedy" means.
+    """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@torch.no_grad()
+def generate(model, tokenizer, stops, prompts, batch_size, max_new_tokens, seed=0, **sampling):
+    """Answer prompts until one of the ids `stops`, greedily, if `sampling` does not say otherwise.
+
+    A prompt is a list of messages, or a row of the data set, whose `tools` then count, too. They are sorted by length,
+    and at most `batch_size` are answered at once, where memory allows. Returns a DataFrame in the order of the prompts,
+    `answer`, `stopped`, `new_tokens`, and the seconds that it took.
+    """
+    model.eval()
+    processes, answers, begun = PartialState(), {}, time.perf_counter()
+    settings = {"do_sample": False, **sampling, "max_new_tokens": max_new_tokens, "eos_token_id": stops}
+    settings = GenerationConfig(**settings, pad_token_id=tokenizer.pad_token_id)
+    rows = [prompt if isinstance(prompt, dict) else {"prompt": prompt} for prompt in prompts]
+    tools = [json.loads(row["tools"]) if row.get("tools") else None for row in rows]
+    ids = [encode_prompt(row["prompt"], tokenizer, known) for row, known in zip(rows, tools, strict=True)]
+    most = min(batch_size, math.ceil(len(ids) / processes.num_processes))
+    batch_size = rows_that_fit(model, max(map(len, ids), default=1) + max_new_tokens, max(1, most))
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    with without_settings(model):
+        mine = batches[processes.process_index :: processes.num_processes]
+        for batch in tqdm(mine, "answering", unit="batch", file=sys.stdout):
+            set_seed(seed + batch[0])
+            # on the left, so that each answer follows its prompt directly
+            padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt")
+            output = model.generate(**padded.to(model.device), generation_config=settings)
+            for i, new in zip(batch, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
+                answers[i] = answer_text(new, tokenizer, stops)
+    answers = {i: answer for part in gather_object([answers]) for i, answer in part.items()}
+    table = pd.DataFrame([answers[i] for i in range(len(ids))], columns=["answer", "stopped", "new_tokens"])
+    return table, time.perf_counter() - begun

@@ -1,0 +1,254 @@
+"""Tables as people keep them: any usual file, folder or Hub data set as rows of texts, each cell as it was written.
+
+`datasets.load_dataset` does not read them: of a CSV's 007 it makes 7, of NA nothing, and a row with more cells than the
+header it shifts without a word. What can be understood in two ways is refused here, in one line that says where.
+"""
+
+import hashlib
+import os
+import re
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from glob import glob
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+
+from .parameters import from_yaml
+from .readers import READERS, cell_text, unpack
+from .run import StageError, hub_error
+
+NEUTRAL_DISCLAIMER = "Educational example: what the model says may be wrong."
+DESCRIPTIONS = {
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+}  # beside tables, not tables
+KNOWN = from_yaml(resources.files("tabletune").joinpath("data/shapes.yaml").read_text(encoding="utf-8"))
+SPLITS = {split: set(words) for split, words in KNOWN["splits"].items()}
+
+
+def example_settings(report):
+    """What the worked example sets for the later notebooks, by a `report.json`; {} for the reader's own table."""
+    return read_example(report["example"]) if report.get("example") else {}
+
+
+def read_example(name):
+    """The settings of a worked example, {parameter: value}."""
+    return from_yaml(resources.files("tabletune").joinpath(f"examples/{name}.yaml").read_text(encoding="utf-8"))
+
+
+@dataclass
+class Part:
+    """A file of a table: its official `split`, or "" if that is ours to choose, its `columns`, and its rows.
+
+    `rows(wanted)` yields dicts that have the wanted columns, where they are not missing, as the file's library reads
+    them.
+    """
+
+    split: str
+    path: Path
+    columns: list
+    rows: object
+
+
+@dataclass
+class Table:
+    """A table, to be read as often as needed: its files as `parts`, what was found out about them as lines in `said`,
+    the `commit` of a Hub data set or None, a `digest` of all bytes, and the folder that holds what was `unpacked`.
+    """
+
+    parts: list
+    said: list
+    commit: str | None
+    digest: str
+    unpacked: tempfile.TemporaryDirectory
+
+    @property
+    def columns(self):
+        """The names of all columns."""
+        return list(dict.fromkeys(name for part in self.parts for name in part.columns))
+
+    def rows(self, wanted):
+        """Yield (official split, texts of the `wanted` columns, "" where one is missing) for each row."""
+        for part in self.parts:
+            with explained(part.path):
+                for row in part.rows(wanted):
+                    yield part.split, [cell_text(row.get(name)) for name in wanted]
+
+    def sample(self, number=20):
+        """The first rows of each file, dicts of all columns as the file's library reads them."""
+        with explained(self.parts[0].path):
+            return [row for part in self.parts[:number] for row in islice(part.rows(part.columns), number)]
+
+    def looks_headless(self):
+        """Whether the column names seem to be a row: sentences, numbers, or values that come again in their column."""
+        names, rows = [str(name) for name in self.columns], self.sample(100)
+        odd = [name for name in names if re.search(r"[.?!]$|^[-\d.,]+$", name.strip()) or len(name) > 60]
+        return bool(odd) or any(row.get(name) == name for row in rows for name in names)
+
+
+def open_table(dataset, revision="main", config="", splits=None, encoding="auto", delimiter="auto", header=True):
+    """The Table in a file, a folder, the files of a pattern such as `data/*.csv`, or a Hub data set.
+
+    `config` names one of several configurations, or a sheet of a workbook. `splits`, {"train": ..., "test": ...}, says
+    which of the source's splits, or which files, are to be what; without it the source's own stay, if it has a held-out
+    one. Raises StageError if there is no such table, if it is damaged or ambiguous, or if it has no rows.
+    """
+    root, files, commit = find_files(str(dataset), revision, config)
+    parts, said, digest = [], [], hashlib.sha256()
+    unpacked = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    options = {"encoding": encoding, "delimiter": delimiter, "header": header, "sheet": config}
+    for split, path in choose_splits(dataset, files, splits or {}, root):
+        with explained(path):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest() + split.encode())
+            plain = unpack(path, Path(unpacked.name) / str(len(parts)))
+            columns, rows, what = READERS[kind_of(path)](plain, str(path), **options)
+        parts.append(Part(split, path, columns, rows))
+        said.append(", ".join(filter(None, [path.name, what, split and f"{split} split"])))
+    said = said if len(said) <= 10 else [*said[:9], f"… and {len(said) - 9} more files"]
+    table = Table(parts, said, commit, digest.hexdigest()[:16], unpacked)
+    if not table.columns or not table.sample(1):
+        raise StageError(f"dataset={dataset} has no rows. It needs some below its column names.")
+    return table
+
+
+@contextmanager
+def explained(path):
+    """Make a StageError of one line of whatever goes wrong in reading a file: damaged files fail in many ways."""
+    try:
+        yield
+    except (StageError, GeneratorExit):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = "".join(c for c in reason if c.isprintable())[:300]  # it may quote the file
+        raise StageError(
+            f"{path} could not be read: {reason}. Is it damaged, or of another kind or `encoding` than it seems?"
+        ) from None
+
+
+def suggestion(name, names):
+    """ " Did you mean 'x'?" with the nearest of the `names`; "" if none is near."""
+    lower = {str(known).lower(): known for known in names}
+    near = get_close_matches(str(name).lower(), lower, n=1, cutoff=0.4)
+    return f" Did you mean {lower[near[0]]!r}?" if near else ""
+
+
+# Which files, and which split each is
+
+
+def kind_of(path):
+    """The ending that says how a file is read, such as ".csv"; "" if it is no table."""
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    return kind if kind in READERS and path.name not in DESCRIPTIONS else ""
+
+
+def find_files(dataset, revision, config):
+    """The files of a source: (the folder they are in, [(the source's name for the split or "", path), ...], commit).
+
+    Raises StageError if there are none that are tables.
+    """
+    path, root, commit = Path(dataset).expanduser(), None, None
+    if path.is_dir():
+        root = path
+    elif path.is_file():
+        found = [path]
+    elif re.search(r"[*?\[]|^[./~]|/.*/", dataset) or kind_of(path):
+        found = [Path(name) for name in sorted(glob(str(path), recursive=True)) if Path(name).is_file()]
+    else:
+        root = fetch(dataset, revision, config)
+        commit = root.name
+    if root:
+        patterns = patterns_of(root, config) or [("", "**/*")]
+        found = {file: label for label, pattern in patterns for file in sorted(root.glob(pattern))}
+    elif not found:
+        raise StageError(f"dataset={dataset}: there is no such file (looked in {Path.cwd()}).")
+    else:
+        root, found = Path(os.path.commonpath([file.parent for file in found])), dict.fromkeys(found, "")
+    files = [
+        (label, file) for file, label in found.items() if kind_of(file) and "/." not in f"/{file.relative_to(root)}"
+    ]
+    if not files:
+        raise StageError(f"dataset={dataset}: no file of a kind that is read: {', '.join(READERS)}, each also .gz.")
+    return root, files, commit
+
+
+def patterns_of(folder, config):
+    """What a folder's README.md says belongs to its configuration: [(split or "", pattern), ...], or [].
+
+    Raises StageError if there are several and `config` names none of them.
+    """
+    from huggingface_hub import metadata_load
+
+    card = folder / "README.md"
+    entries = ((metadata_load(card) if card.is_file() else None) or {}).get("configs") or []
+    named = {str(entry.get("config_name", "default")): entry for entry in entries}
+    usual = [name for name, entry in named.items() if entry.get("default") or name == "default"] or list(named)
+    if named and config not in named and (config or len(usual) > 1):
+        raise StageError(f"dataset_config={config!r}: use one of {', '.join(named)}.{suggestion(config, named)}")
+    entry = named[config or usual[0]] if named else {}
+    files = entry.get("data_files") or (f"{entry['data_dir']}/**/*" if "data_dir" in entry else [])
+    items = [item if isinstance(item, dict) else {"path": item} for item in listed(files)]
+    patterns = [(item.get("split", ""), path) for item in items for path in listed(item["path"])]
+    return patterns or ([("", f"{config}/**/*")] if config and (folder / config).is_dir() else [])
+
+
+def listed(value):
+    """A list, or the list of one that is none."""
+    return value if isinstance(value, list) else [value]
+
+
+def fetch(name, revision, config):
+    """The folder of a Hub data set with the files of one configuration, named by its commit. Raises StageError."""
+    from huggingface_hub import snapshot_download
+
+    kinds = [f"*{kind}{packed}" for kind in READERS for packed in ("", ".gz")]
+    source = {"repo_type": "dataset", "revision": revision}
+    try:
+        card = Path(snapshot_download(name, **source, allow_patterns=["README.md"]))
+        patterns = [form for _, path in patterns_of(card, config) for form in (path, path.replace("**/", ""))]
+        return Path(snapshot_download(name, **source, allow_patterns=patterns or kinds))
+    except (OSError, ValueError) as error:
+        raise hub_error(f"dataset={name} (no such file in {Path.cwd()})", error) from None
+
+
+def split_of(name):
+    """The split that a name speaks of, "train", "validation" or "test"; "" if of none."""
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    return next((split for split in ("test", "validation", "train") if words & SPLITS[split]), "")
+
+
+def choose_splits(dataset, files, splits, root):
+    """The files to read, [(official split, or "" if all are ours to split, path), ...]. Raises StageError."""
+    own, named, chosen = {}, {}, {}
+    for label, path in files:
+        relative = path.relative_to(root)
+        own[path] = split_of(label or str(relative))
+        shards = [re.sub(r"(-\d+-of-\d+)?\..*", "", part) for part in relative.parts]
+        for name in {label, own[path], str(relative), *shards, path.name}:  # what `splits` may call it
+            named.setdefault(name, []).append(path)
+    for split, source in ((split, source) for split, sources in splits.items() for source in listed(sources)):
+        if split not in SPLITS:
+            raise StageError(f"splits: {split!r} is none of {', '.join(SPLITS)}.{suggestion(split, SPLITS)}")
+        other = [Path(file) for folder in (root, Path()) for file in sorted(glob(str(folder / str(source))))]
+        found = named.get(source) or [file for file in other if kind_of(file)]
+        if not found:
+            has = ", ".join(sorted(filter(None, named))[:20])
+            raise StageError(f"splits: {dataset} has no {source!r}. It has: {has}.{suggestion(source, named)}")
+        chosen |= dict.fromkeys(found, split)
+    held_out = not splits and {"test", "validation"} & set(own.values())
+    for label, path in files if "train" not in splits else []:
+        if (
+            path not in chosen
+            and (own[path] in ("", "train") or not splits)
+            and not (label and held_out and not own[path])
+        ):
+            chosen[path] = own[path] or "train"
+    if len(set(chosen.values())) == 1 or "train" not in chosen.values():
+        chosen = dict.fromkeys(chosen, "")
+    return [(split, path) for path, split in chosen.items()]
