@@ -25,7 +25,7 @@ INPUTS := $(filter $(addsuffix /config.json,$(USED)),$(BASE_MODELS)) \
 TIDY := --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True --ClearMetadataPreprocessor.enabled=True \
 	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",)}' \
 	--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{("language_info", "name"), ("kernelspec",)}'
-PAGE := $(PY) -m nbconvert --log-level=ERROR --to html --no-input --template report --TemplateExporter.extra_template_basedirs=templates
+PAGE := $(PY) -m nbconvert --log-level=ERROR --to html --no-input --template report --TemplateExporter.extra_template_basedirs=src/tabletune/templates
 named = $(if $(filter-out 1,$(words $(subst :, ,$($1)))),$(error $1="$($1)": make wants a name without spaces and colons))
 $(foreach name,RUN_DIR OUT SWEEP_DIR,$(call named,$(name)))
 export PYTHONUTF8 = 1
@@ -41,7 +41,7 @@ $(RUN_DIR)/02_finetune_qlora.ipynb: $(RUN_DIR)/01_format_dataset.ipynb
 $(RUN_DIR)/03_merge_adapter.ipynb: $(RUN_DIR)/02_finetune_qlora.ipynb
 $(RUN_DIR)/04_evaluate.ipynb: $(RUN_DIR)/03_merge_adapter.ipynb
 $(RUN_DIR)/0%.ipynb: notebooks/0%.ipynb $(RUN_DIR)/settings
-	@echo "0$*  (in $(RUN_DIR))" && exec $(PY) -m tabletune run $< $@ $(if $(filter 2% 4%,$*),--processes $(GPUS))
+	@echo "0$*  ($(PROFILE) profile, in $(RUN_DIR))" && exec $(PY) -m tabletune run $< $@ $(if $(filter 2% 4%,$*),--processes $(GPUS))
 $(RUN_DIR)/settings: FORCE | $(READY)
 	@$(PY) -m tabletune settings $(RUN_DIR) $(TOLD:%=-f %) $(ARGS)
 sweep: $(READY) ## run every combination of a grid of parameters: GRID=file.yaml SWEEP_DIR=folder, on top of PROFILE, MODEL, ARGS

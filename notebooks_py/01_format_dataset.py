@@ -27,7 +27,7 @@
 # |---|---|---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | is it safe? | GGUF, cards |
 #
-# - **In:** a table: a `.csv`, `.tsv`, `.xlsx`, `.json`, `.jsonl` or `.parquet` file, a folder of them, or a Hub data set.
+# - **In:** a table: a `.csv`, `.tsv`, `.xlsx`, `.json`, `.jsonl` or `.parquet` file, a folder, or a Hub data set.
 # - **Out:** `dataset/` in the run folder, with train, validation and test splits, and `dataset/report.json`.
 # - **Time:** under a minute anywhere, and seven for a million rows; no GPU is used.
 #
@@ -38,19 +38,25 @@
 # On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
 
 # %%
+import os
 import sys
 from importlib.util import find_spec
 
 from IPython import get_ipython
 
-if "google.colab" in sys.modules and not all(map(find_spec, ["trl", "bitsandbytes", "liger_kernel"])):
-    get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5")
+series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
+if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel"])):
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+    lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5"
+    get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
+    if find_spec("tabletune") is None:
+        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
 
 # %% [markdown]
 # ## Parameters
 #
-# For your own table, `dataset` may be all that you change: how its rows become conversations is recognized and said
-# below. First what few change, as the cell after it has the last word.
+# For your own table, `dataset` may be all that you change: how its rows become conversations is recognized, and said
+# below. What few change comes first, as the cell after it has the last word.
 
 # %%
 # rarely changed
@@ -97,14 +103,15 @@ run = stage.folder
 # %% [markdown]
 # ## The model's format
 #
-# Every chat model was trained on conversations in a format of its own. Its tokenizer knows it; nothing is invented here.
+# Every chat model was trained on conversations in a format of its own, which its tokenizer knows. Nothing is invented
+# here: the rows will be rendered as this model expects them.
 
 # %%
 from tabletune.bases import base_config, context_length
 from tabletune.chat_format import load_tokenizer
 from tabletune.chat_templates import describe_template
 
-config = base_config(base_model, base_model_revision)
+context = context_length(base_config(base_model, base_model_revision))
 tokenizer, stops = load_tokenizer(base_model, base_model_revision, thinking, template_date)
 describe_template(tokenizer, stops)
 
@@ -121,131 +128,138 @@ table = open_table(dataset, dataset_revision, dataset_config, splits, encoding, 
 print(*table.said, sep="\n")
 
 # %% [markdown]
-# How its rows become conversations is recognized by its columns, or set by `shape`, `columns` and the templates.
+# How its rows become conversations is recognized by the columns, or said by `shape`, `columns` and the templates.
 
 # %%
 from tabletune.shapes import recognize, with_example
 
 settings, example = with_example(table, stage.settings)
-shape_of_table = recognize(table, settings, example)
-print(f"shape: {shape_of_table.name}" + (f", settings of the example {example}" if example else ""))
-shape_of_table.columns
+table_shape = recognize(table, settings, example)
+print(f"shape: {table_shape.name}" + (f", with the settings of the example {example}" if example else ""))
+table_shape.columns
 
 # %% [markdown]
-# ## One row, by hand
+# ## One row
 #
 # As it came:
 
 # %%
-_, cells = next(table.rows(shape_of_table.columns.values()))
-row = dict(zip(shape_of_table.columns, cells, strict=True))
-row
+from tabletune.formatting import Formatting
+
+formatting = Formatting(table, table_shape, settings, tokenizer, stops)
+first = formatting.first()
+row = first["row"]
+{field: text[:500] for field, text in row.items()}
 
 # %% [markdown]
-# Cleaned: by default only Unicode is composed (é in one character), and line ends and white space around a text are made
-# the same. Indentation, addresses and tags are the reader's; what is to go is a parameter.
+# **Cleaned.** By default only Unicode is composed, so that é is one character, and line ends and the white space around
+# a text are made the same. Indentation, addresses and tags are yours.
 
 # %%
 import unicodedata
 
-from tabletune.formatting import Formatting
+from tabletune.cleaning import Cleaning
 
-by_hand = {field: unicodedata.normalize("NFC", text).strip() for field, text in row.items()}
-formatting = Formatting(table, shape_of_table, settings, tokenizer, stops)
-by_hand == {field: formatting.clean(text) for field, text in row.items()}, list(formatting.clean.changed)
+by_hand = {field: unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip() for field, text in row.items()}
+print("the same:", by_hand == {field: Cleaning()(text) for field, text in row.items()})
 
 # %% [markdown]
-# As a conversation: turns of `system`, `user` and `assistant`, which is TRL's `prompt` and `completion`.
+# What else is to go is a parameter. With those of this table:
 
 # %%
-first = next(formatting.cleaned())
-messages = first["prompt"] + first["completion"]
-messages
+{field: formatting.emptied(field, formatting.clean(text))[:500] for field, text in row.items()}
 
 # %% [markdown]
-# As the model's template renders it:
+# **As a conversation.** Turns of a user and the assistant, perhaps of a system: TRL's `prompt` and `completion`.
+
+# %%
+messages = first["prompt"] + first["completion"]
+[{"role": turn["role"], "content": turn["content"][:500]} for turn in messages]
+
+# %% [markdown]
+# **Rendered** by the model's own template:
 
 # %%
 rendered = tokenizer.apply_chat_template(messages, tokenize=False) if first["prompt"] else messages[0]["content"]
 print(rendered[:2000])
 
 # %% [markdown]
-# And as numbers. The loss will see the answer and the token that ends it, not the question. By hand that is the prompt
-# with a mask of zeros, then the answer with a mask of ones; `encode` does the same for any template and any number of
-# turns.
+# **As numbers.** Token ids, and a mask that is 1 where the loss looks: on the answer and on the token that ends it, not
+# on the question. By hand that is two renderings, without the answer and with it. `encode` does the same for any
+# template, and for conversations in which several answers are to be learned.
 
 # %%
 from tabletune.chat_format import encode, encode_prompt, show_tokens
 
 encoded = encode(first, tokenizer, stops)
-prompt = encode_prompt(first["prompt"], tokenizer)
-whole = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-mask = [0] * len(prompt) + [1] * (len(whole) - len(prompt))
+prompt, by_hand = encode_prompt(first["prompt"], tokenizer), tokenizer(rendered, add_special_tokens=False)["input_ids"]
+answer = by_hand[len(prompt) : len(encoded["input_ids"])]
 print(f"{len(encoded['input_ids'])} tokens, {sum(encoded['completion_mask'])} of them in the loss")
-print("by hand the same:", encoded["input_ids"] == whole[: len(encoded["input_ids"])] and encoded["completion_mask"] == mask)
+print("by hand the same:", encoded["input_ids"] == prompt + answer and all(encoded["completion_mask"][len(prompt) :]))
 
 # %% [markdown]
-# The same row, token by token. **Bold** tokens are special, grey ones are only read, and those on colour are in the
-# loss, the stop among them.
+# The same, token by token. **Bold** tokens are special, grey ones are only read, and those on colour are in the loss.
 
 # %%
-show_tokens(encoded, tokenizer)
+show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 
 # %% [markdown]
 # ## All rows
 #
-# Each row goes the same way. A row without a question or without an answer teaches nothing and is dropped; so is a copy
-# of another one, which would teach it twice and, in the test split, make the test dishonest. A row that is too long is
-# dropped whole: cut at `max_length` it would have no end, and a model that never sees one rambles on.
+# A row without a question or an answer teaches nothing and is dropped. So is a copy of another row: it would be learned
+# twice and, in the test split, make the test dishonest. A row that is too long is dropped whole: cut at `max_length` it
+# would have no end, and a model that sees no ends rambles on. Losing more than a tenth of the rows stops the notebook.
 #
-# All rows with one question go to the same split, by a hash of the question: a test question that was also a training
-# question measures memory. Losing more than a tenth of the rows stops here.
+# All rows with one question go to the same split, by a hash of the question: a test question that was also asked in
+# training measures memory.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 from tabletune.formatting import format_table
 from tabletune.run import hand_over, read_json, set_aside
 
 inputs = {"table": table.digest, "commit": table.commit}
 if not stage.is_done(inputs, ["dataset"]):
     set_aside(run, "dataset")
-    report = format_table(table, shape_of_table, settings, tokenizer, stops, run / "dataset", context_length(config))
+    report = format_table(table, table_shape, settings, tokenizer, stops, run / "dataset", context)
     hand_over(run_dir, run / "dataset")
     stage.record(report["fingerprint"], inputs)
 report = read_json(run / "dataset" / "report.json", "01_format_dataset")
 
 # %% [markdown]
-# ## What became of the rows
-#
-# In, changed by a rule, dropped for a reason, out:
+# What became of them:
 
 # %%
 import pandas as pd
 
-steps = [("in the table", report["rows_in"])]
-steps += [(f"changed: {rule}", change["rows"]) for rule, change in report["changed"].items()]
-steps += [(f"dropped: {reason}", -count) for reason, count in report["dropped"].items()]
-pd.DataFrame([*steps, ("out", report["rows_out"])], columns=["", "rows"]).set_index("")
+steps = {"in the table": report["rows_in"]}
+steps |= {f"changed: {rule}": change["rows"] for rule, change in report["changed"].items()}
+steps |= {f"dropped: {reason}": -rows for reason, rows in report["dropped"].items()}
+pd.Series({**steps, "out": report["rows_out"]}, name="rows").to_frame()
 
 # %% [markdown]
 # An example of each change, around the place where it happened:
 
 # %%
-pd.set_option("display.max_colwidth", 100)
-pd.DataFrame(report["changed"]).T
+pd.set_option("display.max_colwidth", 90)
+examples = {rule: [repr(change["before"]), repr(change["after"])] for rule, change in report["changed"].items()}
+pd.DataFrame.from_dict(examples, orient="index", columns=["before", "after"])
 
 # %% [markdown]
-# And the first rows that were dropped, as they are in the table:
+# The first rows that were dropped, as they are in the table:
 
 # %%
 pd.DataFrame(report["dropped_rows"])
 
+# %% [markdown]
+# What else there is to say about this table:
+
 # %%
-print("\n".join(report["notes"]) or "There is nothing else to say about this table.")
+print(*report["notes"] or ["nothing"], sep="\n")
 
 # %% [markdown]
 # ## Look at it
 #
-# Left, how long the examples are; right, how many rows ask the same question.
+# How long the examples are, and how many rows ask the same question:
 
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
@@ -260,7 +274,7 @@ right.set(xlabel="rows with the same question", ylabel="questions", title="Rows 
 plt.show()
 
 # %% [markdown]
-# ## What we have now
+# The splits:
 
 # %%
 pd.DataFrame({"rows": report["splits"], "questions": report["questions"]})
@@ -271,13 +285,18 @@ if push_dataset_to:
 
     datasets.load_from_disk(run / "dataset").push_to_hub(push_dataset_to)
 
+# %% [markdown]
+# ## What we have now
+
 # %%
-kept = report["rows_out"] / report["rows_in"]
-print(f"{kept:.0%} of {report['rows_in']:,} rows became examples of {report['tokens']['p50']} tokens, half of them longer;")
-print(f"the longest has {report['tokens']['max']}. {report['questions']['test']} questions are kept for the test.")
+rows_in, rows_out, tokens = report["rows_in"], report["rows_out"], report["tokens"]
+print(f"{rows_out:,} of {rows_in:,} rows became conversations, half of them longer than {tokens['p50']} tokens.")
+print(f"{report['questions']['test']} questions are kept for the test: no answer to them is in training.")
 
 # %% [markdown]
-# Two things to try: set `max_length` to the median above, and see what the notebook says; set `collapse_spaces` or
-# `strip_addresses`, and look at the examples of what they change.
+# Two things to try:
+#
+# - Set `max_length` to the number of tokens that half of the rows exceed, and read what the notebook says.
+# - Set `system_prompt` to a sentence of yours, and find it among the coloured tokens.
 #
 # Next: [2 · fine-tune](02_finetune_qlora.ipynb).

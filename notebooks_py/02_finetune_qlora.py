@@ -39,13 +39,19 @@
 # On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
 
 # %%
+import os
 import sys
 from importlib.util import find_spec
 
 from IPython import get_ipython
 
-if "google.colab" in sys.modules and not all(map(find_spec, ["trl", "bitsandbytes", "liger_kernel"])):
-    get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5")
+series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
+if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel"])):
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+    lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5"
+    get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
+    if find_spec("tabletune") is None:
+        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
 
 # %% [markdown]
 # ## Parameters
@@ -89,7 +95,7 @@ evaluations = 4  # how often the validation loss is taken and a checkpoint kept 
 early_stopping_patience = 0  # stop after so many evaluations without improvement; 0 never stops early
 
 # %%
-from tabletune import bases, chat_format, models, planning, sharding, training
+from tabletune import bases, chat_format, models, planning, training
 from tabletune.run import begin, read_json
 
 stage = begin("02_finetune_qlora", globals())
@@ -143,8 +149,7 @@ from trl.data_utils import pack_dataset
 
 packed = pack_dataset(encoded["train"], max_length)
 batch = training.Collator(tokenizer.pad_token_id, max_length)([packed[0]])
-print(f"{len(encoded['train']):,} examples fill {len(packed):,} rows; positions where the second one begins:")
-batch["position_ids"][0, packed[0]["seq_lengths"][0] - 3 :][:6].tolist()
+print("positions where the second example begins:", batch["position_ids"][0, packed[0]["seq_lengths"][0] - 3 :][:6])
 
 # %% [markdown]
 # ## Is there room?
@@ -175,8 +180,8 @@ quantization_config = BitsAndBytesConfig(
 # %% tags=["nbval-ignore-output"]
 model = trainer = None  # of an earlier pass
 training.free_memory()
-kept_as = quantization_config if quantization == "nf4" else quantization
-model = models.load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, kept_as)
+how = quantization_config if quantization == "nf4" else quantization
+model = models.load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, how)
 
 # %% [markdown]
 # Do packed examples see each other in this very model? Two are put into one row, the first is varied, and the logits of
@@ -203,7 +208,6 @@ chosen = dict(
     task_type="CAUSAL_LM",
 )
 model = get_peft_model(model, LoraConfig(**chosen | lora_options))
-model.print_trainable_parameters()
 
 # %% [markdown]
 # ## The trainer
@@ -225,15 +229,15 @@ chosen = dict(
     learning_rate=learning_rate,
     optim=optim,
     load_best_model_at_end=True,  # the best by the validation loss, which is taken several times
-    save_total_limit=2,
-    report_to="none" if done else report_to,
 )
-chosen |= planning.trainer_settings(stage, dtype, room, rows_at_once, steps, train is packed)
+chosen |= planning.trainer_settings(stage, done, dtype, room, rows_at_once, steps, train is packed)
 training_arguments = SFTConfig(**chosen | training_options)
 
 # %% [markdown]
-# TRL's `SFTTrainer` does the work. `TokenTrainer` is the same with a validation loss that counts each batch by its
-# tokens, not its rows: it chooses the checkpoint that is kept.
+# TRL's `SFTTrainer` does the work. `TokenTrainer` is the same but for two things. Its validation loss, which chooses the
+# checkpoint that is kept, counts each batch by its tokens, not its rows. And the adapter stays in fp32: TRL casts that of
+# a 4-bit model to bf16, with which a T4's fp16 gradient scaler fails at the first step
+# ([trl#4901](https://github.com/huggingface/trl/issues/4901)), and small updates are lost in bf16's eight bits anyway.
 
 # %%
 trainer = training.TokenTrainer(
@@ -245,18 +249,6 @@ trainer = training.TokenTrainer(
     processing_class=tokenizer,
     callbacks=training.callbacks(early_stopping_patience),
 )
-
-# %% [markdown]
-# TRL has cast the adapter of the 4-bit model to bf16. A T4's fp16 gradient scaler fails with that at the first step
-# ([trl#4901](https://github.com/huggingface/trl/issues/4901)), and small updates are lost in bf16's eight bits anyway,
-# so the adapter goes back to fp32.
-
-# %%
-for parameter in trainer.model.parameters():
-    if parameter.requires_grad:
-        parameter.data = parameter.data.float()
-if room.sharded:
-    sharding.shard(trainer, model, dtype, processes.device)
 
 # %% [markdown]
 # ## Train

@@ -29,7 +29,7 @@
 #
 # - **In:** `adapter/` in the run folder, from notebook 2, and the base model.
 # - **Out:** `merged/`, a plain model that needs neither PEFT nor bitsandbytes, and `merged/merge_report.json`.
-# - **Time:** about as long as copying the base model's files, then as long again to prove the result: one to two minutes
+# - **Time:** about as long as copying the base model's files, then as long again to prove the result: a minute or two
 #   for 7B on a T4, half a minute on a CPU with the small model of `profiles/cpu.yaml`.
 #
 # The usual way, `merge_and_unload`, holds the whole base model in memory: 13 GB for a 7B model, more than free Colab
@@ -39,13 +39,19 @@
 # On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
 
 # %%
+import os
 import sys
 from importlib.util import find_spec
 
 from IPython import get_ipython
 
-if "google.colab" in sys.modules and not all(map(find_spec, ["trl", "bitsandbytes", "liger_kernel"])):
-    get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5")
+series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
+if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel"])):
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+    lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5"
+    get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
+    if find_spec("tabletune") is None:
+        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
 
 # %% [markdown]
 # ## Parameters
@@ -77,8 +83,8 @@ print(f"{len(plan.adapted)} adapted layers, {len(plan.tensors)} tensors in the b
 # %% [markdown]
 # ## One matrix
 #
-# LoRA leaves a matrix $W$ as it is and learns two thin ones beside it, $A$ with $r$ rows and $B$ with $r$ columns. Here is
-# the first layer that has them:
+# LoRA leaves a matrix $W$ as it is and learns two thin ones beside it, $A$ with $r$ rows and $B$ with $r$ columns. Here
+# is the first layer that has them:
 
 # %%
 name, module = next((name, module) for name, module in plan.modules.items() if module in plan.adapted)
@@ -130,9 +136,9 @@ moved.map(lambda change: f"{(change.norm() / weight.norm()).item():.3%}").to_fra
 # Every tensor of the base model's files is copied as it is stored, and those with an adapter are merged on the way: so
 # vision layers, experts and buffers stay bit for bit what they were. The files appear under a temporary name.
 #
-# Then comes the proof: the merged model is read back from its files and must compute what base and adapter compute. Both
-# read two rows of the test split. With `"dequantized"` the comparison is with the adapter on the quantized model. What
-# differs by more than rounding is not kept.
+# Then comes the proof: the merged model is read back from its files and must compute what base and adapter compute.
+# Both read two rows of the test split. With `"dequantized"` the comparison is with the adapter on the quantized model.
+# What differs by more than rounding is not kept.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.merged_model import merge_adapter

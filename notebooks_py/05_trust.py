@@ -39,13 +39,19 @@
 # On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
 
 # %%
+import os
 import sys
 from importlib.util import find_spec
 
 from IPython import get_ipython
 
-if "google.colab" in sys.modules and not all(map(find_spec, ["trl", "bitsandbytes", "liger_kernel"])):
-    get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5")
+series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
+if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel"])):
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+    lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5"
+    get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
+    if find_spec("tabletune") is None:
+        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
 
 # %% [markdown]
 # ## Parameters
@@ -159,7 +165,7 @@ system = [turn for turn in splits["test"][0]["prompt"][:1] if turn["role"] == "s
 asked = [[*system, {"role": "user", "content": prompt}] for prompt in prompts["prompt"]]
 
 
-def examine(name, model):
+def put_to_the_test(name, model):
     """Read the texts and answer the prompts with one of the models."""
     scores[name] = part_of.join(scoring.score(model, texts, tokenizer.pad_token_id, eval_batch_size, window, stride))
     made, _ = scoring.generate(model, tokenizer, stops, asked, eval_batch_size, safety_tokens, seed)
@@ -175,8 +181,8 @@ compared = [row for row in texts if row["part"] == "test"][:fidelity_rows]
 if not done:
     adapted = inference.load_adapted(run / "adapter", *source)
     with adapted.disable_adapter():
-        examine("base", adapted)
-    examine("adapter", adapted)
+        put_to_the_test("base", adapted)
+    put_to_the_test("adapter", adapted)
     trained = scoring.response_logits(adapted, compared, tokenizer.pad_token_id, eval_batch_size)
     adapted = None
 
@@ -214,7 +220,7 @@ def compare_way(name, model):
 if not done:
     variants[as_trained] = scoring.divergence(trained, trained, compared)
     merged, evaluated_in = inference.load_merged(merged_folder, run / "adapter", *source)
-    examine("merged", merged)
+    put_to_the_test("merged", merged)
     if not evaluated_in:
         compare_way(f"merged, {made_from}", merged)
         merging.quantize_again(merged)

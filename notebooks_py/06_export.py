@@ -40,13 +40,19 @@
 # On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
 
 # %%
+import os
 import sys
 from importlib.util import find_spec
 
 from IPython import get_ipython
 
-if "google.colab" in sys.modules and not all(map(find_spec, ["trl", "bitsandbytes", "liger_kernel"])):
-    get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5")
+series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
+if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel"])):
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+    lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5"
+    get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
+    if find_spec("tabletune") is None:
+        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
 
 # %% [markdown]
 # ## Parameters
@@ -80,7 +86,7 @@ from tabletune import export, gguf_files
 from tabletune.run import begin
 
 stage = begin("06_export", globals())
-found = export.read_run(stage)
+found = export.open_finished(stage)
 print(f"{found.merged}, to be called {found.name}. {found.disclaimer}")
 
 # %% [markdown]
@@ -196,20 +202,20 @@ if files:
 # it.
 
 # %%
-lost = export.prove(found, files) if files else {}
+lost = export.prove_files(found, files) if files else {}
 
 # %%
 from tabletune.figures import with_interval
 
-lines = {}
-for kind, entry in lost.items():
-    perplexity = entry["perplexity"]
-    lines["merged, in transformers" if kind == "merged" else kind] = {
-        "MiB": f"{entry['mib']:,.1f}",
-        "response perplexity": with_interval(perplexity["response"], perplexity["response_ci95"], ",.3f"),
-        "of the merged model's": with_interval(entry["ratio_to_merged"], entry["ratio_to_merged_ci95"], ".2%"),
-        "same greedy answers": f"{entry['same_answers']} of {entry['questions']}",
+lines = {
+    kind: {
+        "MiB": f"{m['mib']:,.1f}",
+        "response perplexity": with_interval(m["perplexity"]["response"], m["perplexity"]["response_ci95"], ",.3f"),
+        "of the merged model's": with_interval(m["ratio_to_merged"], m["ratio_to_merged_ci95"], ".2%"),
+        "same greedy answers": f"{m['same_answers']} of {m['questions']}",
     }
+    for kind, m in lost.items()
+}
 pd.DataFrame(lines).T
 
 # %% [markdown]
@@ -228,7 +234,7 @@ pd.DataFrame(lines).T
 
 # %%
 if files:
-    print(gguf_files.write_modelfile(found, files[kinds[-1]], export.questions(found)))
+    print(gguf_files.write_modelfile(found, files[kinds[-1]], export.questions(found)) or "")
 
 # %% [markdown]
 # ## Save and upload
@@ -249,14 +255,12 @@ if push_to_hub:
 # In this run's numbers:
 
 # %%
-print(
-    f"Two model cards in {found.folder}" + ("." if push_to_hub else "; push_to_hub is empty, so nothing was uploaded.")
-)
-for kind, entry in list(lost.items())[1:]:
-    print(f"{kind}: {entry['mib']:,.0f} MiB, and {entry['ratio_to_merged']:.2%} of the merged model's perplexity")
+print(f"Two model cards in {found.folder}, and {len(files)} files that run without Python.")
+for kind in files:
+    print(f"{kind}: {lost[kind]['mib']:,.0f} MiB, {lost[kind]['ratio_to_merged']:.2%} of the merged model's perplexity")
 
 # %% [markdown]
-# And files that run without Python:
+# To run them:
 #
 # ```bash
 # llama-server -m export/gguf/NAME-Q8_0.gguf -c 1024     # then http://localhost:8080

@@ -34,13 +34,19 @@
 # On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
 
 # %%
+import os
 import sys
 from importlib.util import find_spec
 
 from IPython import get_ipython
 
-if "google.colab" in sys.modules and not all(map(find_spec, ["trl", "bitsandbytes", "liger_kernel"])):
-    get_ipython().run_line_magic("pip", "install -q trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5")
+series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
+if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel"])):
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+    lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5"
+    get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
+    if find_spec("tabletune") is None:
+        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
 
 # %% [markdown] tags=["not-in-report"]
 # ## Parameters

@@ -14,7 +14,9 @@ from urllib.request import Request, urlopen
 
 import nbformat
 import pytest
-from conftest import ROOT, profile_parameters
+from conftest import ROOT, make, profile_parameters
+
+from tabletune.parameters import PARAMETERS
 
 pytestmark = pytest.mark.browser
 SCREENSHOTS = ROOT / "runs" / "browser"
@@ -23,6 +25,7 @@ SHOWN = {  # what a reader of each notebook must get to see among the outputs, a
     "02_finetune_qlora": {"tables": 2, "plots": 1},
     "03_merge_adapter": {"tables": 1, "plots": 0},
     "04_evaluate": {"tables": 2, "plots": 1},
+    "05_trust": {"tables": 2, "plots": 0},
 }
 SETTINGS = {
     # by default JupyterLab takes cells that are off screen out of the page, where no test could see them
@@ -62,13 +65,13 @@ def wait_for(condition, what, seconds):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The four notebooks, each with the tiny profile's parameters in a cell of their own, as Papermill would do it."""
+    """The five notebooks, each with the tiny profile's parameters in a cell of their own, as Papermill would do it."""
     folder = tmp_path_factory.mktemp("lab")
     values = profile_parameters("tiny", folder / "run")
     for stage in SHOWN:
         notebook = nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4)
         known = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-        lines = [f"{name} = {value!r}" for name, value in values.items() if f"\n{name} = " in "\n" + known.source]
+        lines = [f"{name} = {value!r}" for name, value in values.items() if name in PARAMETERS[stage]]
         injected = nbformat.v4.new_code_cell("\n".join(lines))
         notebook.cells.insert(notebook.cells.index(known) + 1, injected)
         nbformat.write(notebook, folder / f"{stage}.ipynb")
@@ -257,12 +260,13 @@ def test_run_all_cells(folder, lab, browser, stage):
         assert page[what] >= least, f"{page[what]} {what} are shown, and there should be {least}"
 
 
-def test_the_report_fits_a_phone_and_paper(finished_run, tmp_path, browser):
+def test_the_report_fits_a_phone_and_paper(tmp_path, browser):
     """At 390 pixels nothing moves the page sideways, the disclaimer stays in view, and markup in answers stays text."""
-    from test_report import MARKUP, copy_of, page_of, with_all_figures
+    from test_report import MARKUP, a_run
 
-    run = with_all_figures(copy_of(finished_run, tmp_path / "run"))
-    page_of(run)
+    run = a_run(tmp_path / "run")
+    done = make("report", f"RUN_DIR={run}")
+    assert done.returncode == 0, done.stderr
     try:
         for name, width in (("desktop", 1300), ("phone", 390)):
             size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}

@@ -1,26 +1,118 @@
-"""The chat page, in Gradio, on the tiny model: `make test-export`."""
+"""The chat page: two answers of one model, and (`make test-export`) the page itself, in Gradio and a browser."""
 
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from urllib.request import Request, urlopen
 
+import base_models
 import pytest
 import torch
-from conftest import make, run_of_make, run_tiny
+from conftest import TINY, make, run_of_make, run_tiny
+from peft import LoraConfig, get_peft_model
 
-pytestmark = pytest.mark.export
+from tabletune import bases, demo
+from tabletune.chat_format import answer_text, encode_prompt, load_tokenizer
+from tabletune.models import load_model
+
 QUESTION = "I am suffering from Cold. Please suggest a home remedy."
+ASKED = [{"role": "user", "content": QUESTION}]
+
+
+def adapted(folder, **options):
+    """A base model with an adapter that changes it, its tokenizer and stops."""
+    torch.manual_seed(0)
+    base = load_model(str(folder), None, torch.float32)
+    targets = bases.lora_targets(base, "auto")
+    config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    tokenizer, stops = load_tokenizer(str(folder))
+    return SimpleNamespace(model=get_peft_model(base, config).eval(), tokenizer=tokenizer, stops=stops)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return adapted(TINY)
+
+
+def answers(there, most=24):
+    """All that `two_answers` yields."""
+    return list(demo.two_answers(there.model, there.tokenizer, there.stops, ASKED, most))
+
+
+def generated(there, most=24):
+    """The two answers as `generate` alone gives them."""
+    ids = torch.tensor([encode_prompt(ASKED, there.tokenizer)])
+    greedy = {"max_new_tokens": most, "do_sample": False, "eos_token_id": there.stops}
+    with there.model.disable_adapter():
+        base = there.model.generate(input_ids=ids, **greedy)
+    tuned = there.model.generate(input_ids=ids, **greedy)
+    return [answer_text(new[0, ids.shape[1] :].tolist(), there.tokenizer, there.stops)[0] for new in (base, tuned)]
+
+
+def test_one_model_gives_the_answers_of_two(tiny):
+    """Token by token those of the base model, and of the base model with the adapter, as `generate` gives them."""
+    shown = answers(tiny)
+    assert shown[-1] == generated(tiny) and shown[-1][0] != shown[-1][1]
+    assert len(shown) == 24, "one for each token"
+    assert all(len(now) <= len(then) for now, then in zip(shown[0], shown[-1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["granite_hybrid", "lfm2", "mamba2", "qwen3_moe"])
+def test_whatever_a_model_keeps_of_what_it_read(name):
+    """Hybrids and recurrent models have caches of their own kinds."""
+    there = adapted(base_models.cached(name))
+    assert answers(there, 8)[-1] == generated(there, 8)
+
+
+def test_adapters_that_cannot_share_a_batch_answer_one_after_the_other():
+    there = adapted(TINY, use_dora=True)
+    shown = answers(there)
+    assert len(shown) == 48 and shown[-1] == generated(there) and shown[23][1] == ""
+
+
+def test_greedy_whatever_the_base_prefers(tiny, monkeypatch):
+    expected = answers(tiny)[-1]
+    own = tiny.model.generation_config
+    monkeypatch.setattr(own, "repetition_penalty", 3.0)
+    monkeypatch.setattr(own, "do_sample", True)
+    assert answers(tiny)[-1] == expected
+
+
+def test_an_answer_that_stops_waits_for_the_other(tiny):
+    """What ends it is not shown."""
+    ids = encode_prompt(ASKED, tiny.tokenizer)
+    with tiny.model.disable_adapter():
+        new = tiny.model.generate(input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :]
+    place = next(k for k in range(3, 24) if new[k] not in new[:k])
+    there = SimpleNamespace(**{**vars(tiny), "stops": [*tiny.stops, int(new[place])]})
+    shown, before = answers(there), answers(tiny)
+    assert len(shown[-1][0]) < len(before[-1][0]) and shown[-1][0] == shown[place][0]
+    assert shown[-1] == generated(there)
+
+
+def test_nothing_goes_on_when_nobody_listens(tiny):
+    threads, steps = threading.active_count(), []
+    hook = tiny.model.get_base_model().register_forward_hook(lambda *_: steps.append(1))
+    answer = demo.two_answers(tiny.model, tiny.tokenizer, tiny.stops, ASKED, 400)
+    next(answer)
+    answer.close()
+    hook.remove()
+    assert threading.active_count() == threads and len(steps) < 100
+    assert answers(tiny)[-1] == generated(tiny)
+
+
+# --- the page
 
 
 @pytest.fixture(scope="module")
 def chat(finished_run):
-    """The notebook up to its page, on a free port. Closed at the end."""
+    """The notebook, its page on a free port. Closed at the end."""
     chat = run_tiny("chat", finished_run, max_new_tokens=48, window=160)
     yield chat
     chat.page.close()
@@ -30,33 +122,14 @@ def chat(finished_run):
 def client(chat):
     from gradio_client import Client
 
-    return Client(chat.address, verbose=False)
+    return Client(chat.page.local_url, verbose=False)
 
 
 def text(message):
     return message["content"][0]["text"]
 
 
-def test_one_model_gives_the_answers_of_two(chat):
-    """Token by token those of the base model, and of the base model with the adapter, as `generate` gives them."""
-    ids = torch.tensor([chat.encode_prompt([{"role": "user", "content": QUESTION}], chat.tokenizer)])
-    greedy = {"max_new_tokens": 48, "do_sample": False, "eos_token_id": chat.tokenizer.eos_token_id}
-    *_, answers = chat.two_answers(QUESTION)
-    with chat.adapted.disable_adapter():
-        base = chat.adapted.generate(input_ids=ids, **greedy)
-    tuned = chat.adapted.generate(input_ids=ids, **greedy)
-    expected = [chat.tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True) for new in (base, tuned)]
-    assert answers == expected and expected[0] != expected[1]
-
-
-def test_an_answer_that_stops_waits_for_the_other(chat, monkeypatch):
-    shown = list(chat.two_answers(QUESTION))
-    first = chat.tokenizer.convert_ids_to_tokens(chat.tokenizer(shown[3][0], add_special_tokens=False)["input_ids"][-1])
-    monkeypatch.setattr(chat.tokenizer, "eos_token", first)
-    again = list(chat.two_answers(QUESTION))
-    assert len(again[-1][0]) < len(shown[-1][0]) and again[-1][1] == shown[len(again) - 1][1]
-
-
+@pytest.mark.export
 def test_answers_stream_side_by_side(client):
     job = client.submit(QUESTION, [], [], api_name="/ask")
     box, base, tuned = job.result()
@@ -66,28 +139,44 @@ def test_answers_stream_side_by_side(client):
     assert [message["role"] for message in base] == ["user", "assistant"] * 2
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("question", ["", "  \n ", "cold " * 500], ids=["empty", "blank", "too long"])
 def test_what_cannot_be_asked_changes_nothing(client, question):
     assert client.predict(question, [], [], api_name="/ask") == (question.strip(), [], [])
 
 
+@pytest.mark.export
 def test_two_at_once_wait_for_each_other(chat, client):
     from gradio_client import Client
 
-    other = Client(chat.address, verbose=False)
+    other = Client(chat.page.local_url, verbose=False)
     jobs = [client.submit("First?", [], [], api_name="/ask"), other.submit("Second?", [], [], api_name="/ask")]
-    alone = [list(chat.two_answers(question))[-1] for question in ("First?", "Second?")]
-    for job, question, answers in zip(jobs, ("First?", "Second?"), alone, strict=True):
+    for job, question in zip(jobs, ("First?", "Second?"), strict=True):
         _, base, tuned = job.result()
-        assert text(base[0]) == question and [text(base[1]), text(tuned[1])] == answers
+        asked = [{"role": "user", "content": question}]
+        *_, alone = demo.two_answers(chat.adapted, chat.tokenizer, chat.stops, asked, 48)
+        assert text(base[0]) == question and [text(base[1]), text(tuned[1])] == [answer or "…" for answer in alone]
 
 
+@pytest.mark.export
 def test_stop(client):
     job = client.submit(QUESTION, [], [], api_name="/ask")
     while not job.outputs():
         time.sleep(0.01)
     assert job.cancel() and len(job.outputs()) < 48
     assert text(client.predict("Next?", [], [], api_name="/ask")[1][0]) == "Next?"
+
+
+@pytest.mark.export
+def test_a_tables_system_message_goes_before_each_question(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(demo, "two_answers", lambda *arguments: asked.append(arguments[3]) or iter([("a", "b")]))
+    system = {"role": "system", "content": "You are brief."}
+    rows = [{"prompt": [system, *ASKED]}, {"prompt": []}]
+    page = demo.chat_page(tiny.model, tiny.tokenizer, tiny.stops, rows, 'Do not "trust" <it>.', 400, 8)
+    list(next(f.fn for f in page.fns.values() if f.name == "ask")("Why?", [], []))
+    assert asked == [[system, {"role": "user", "content": "Why?"}]]
+    demo.chat_page(tiny.model, tiny.tokenizer, tiny.stops, [{"prompt": []}], "", 400, 8)
 
 
 @pytest.fixture
@@ -114,12 +203,13 @@ def ask_in(browser, address):
     return browser.find_element(By.CSS_SELECTOR, ".bot.message").text
 
 
+@pytest.mark.export
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)], ids=["desktop", "phone"])
 def test_the_disclaimer_is_always_in_view(chat, browser, width, height):
     """Before and after an answer, wherever one scrolls to."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    ask_in(browser, chat.address)
+    ask_in(browser, chat.page.local_url)
     for place in ("0", "document.body.scrollHeight"):
         browser.execute_script(f"window.scrollTo(0, {place})")
         time.sleep(0.5)
@@ -172,18 +262,20 @@ def colab_proxy(monkeypatch):
     server.shutdown()
 
 
-def test_in_colab_it_works_behind_the_proxy(chat, browser, colab_proxy, monkeypatch):
+@pytest.mark.export
+def test_in_colab_it_works_behind_the_proxy(tiny, browser, colab_proxy, monkeypatch):
     """And opens no tunnel to the world, which is what Gradio does in Colab if nobody says otherwise."""
     monkeypatch.setattr("gradio.networking.setup_tunnel", lambda **_: pytest.fail("a tunnel was opened"))
     monkeypatch.setattr("gradio.utils.colab_check", lambda: True)
-    page = chat.chat_page()
+    page = demo.chat_page(tiny.model, tiny.tokenizer, tiny.stops, [{"prompt": ASKED}], "Careful.", 160, 48)
     try:
-        assert chat.open_page(page) == colab_proxy
+        assert demo.open_page(page) == colab_proxy
         assert ask_in(browser, colab_proxy)
     finally:
         page.close()
 
 
+@pytest.mark.export
 def test_make_chat_serves_and_ctrl_c_ends_it(finished_run):
     """Started as a person would, it says where the page is, and ends without a traceback."""
     server = subprocess.Popen(
@@ -208,7 +300,15 @@ def test_make_chat_serves_and_ctrl_c_ends_it(finished_run):
             os.killpg(server.pid, signal.SIGKILL)
 
 
+def test_without_gradio_it_says_what_to_do(finished_run, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Exception, match=r"Gradio is missing here.*make chat") as caught:
+        run_tiny("chat", finished_run)
+    assert type(caught.value).__name__ == "StageError"
+
+
 def test_a_run_that_is_not_there(tmp_path):
-    done = make("chat", "PROFILE=tiny", f"RUN_DIR={tmp_path / 'none'}")
-    assert "is missing. Run 01_format_dataset first" in done.stdout + done.stderr
+    (tmp_path / "gradio-6.20.0").touch()
+    done = make("chat", f"EXTRAS={tmp_path}", f"RUN_DIR={tmp_path / 'none'}")
+    assert f"{tmp_path / 'none'} is no run folder" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr

@@ -131,9 +131,9 @@ def test_divergence_is_its_definition(model, rows):
     assert score(model, [row], 0, 1, 512, 256)["response_nll"][0] == pytest.approx(expected, rel=1e-5)
     text = {"input_ids": row["input_ids"], "completion_mask": [1] * len(row["input_ids"])}
     [logits] = response_logits(model, [text], 0, 1)
-    assert divergence([logits], [logits], [text])["response_tokens"][0] == len(text["input_ids"]) - 1, (
-        "all but the first"
-    )
+    line = divergence([logits], [logits], [text]).loc[0]
+    assert line["response_tokens"] == len(text["input_ids"]) - 1, "all but the first"
+    assert line["response_nll"] == pytest.approx(by_hand(model, text).sum(), rel=1e-4)
 
 
 # --- models at work
@@ -243,6 +243,11 @@ def test_an_answer_ends_at_the_first_of_all_stops(model, tokenizer):
     made, _ = generate(model, tokenizer, [tokenizer.eos_token_id, stop], prompts, 2, 8)
     assert made["stopped"].tolist() == [True, False]
     assert made["new_tokens"].tolist() == [ids[0].index(stop) + 1, 8]
+    steps = []
+    counting = model.register_forward_hook(lambda *_: steps.append(1))
+    generate(model, tokenizer, [tokenizer.eos_token_id, stop], prompts[:1], 1, 8)
+    counting.remove()
+    assert len(steps) == ids[0].index(stop) + 1, "nobody waits for what is not shown"
 
 
 def test_tools_of_a_row_reach_the_prompt(model, tokenizer, monkeypatch):
@@ -403,6 +408,9 @@ def test_figures_as_text():
     }  # fmt: skip
     line = figures.difference_line("stop_rate", {"difference": 0.5, "ci95": [0.25, 0.75], "significant": True})
     assert line == {"figure": "stop rate, points", "difference": "+50 (+25 – +75)", "is it one?": "yes"}
+    for name in ("stop_rate", "log_perplexity"):
+        line = figures.difference_line(name, {"difference": 0.5, "ci95": None, "significant": False})
+        assert "–" not in line["difference"] and line["is it one?"] == "cannot be told"
     shown = figures.side_by_side({"<b>": ["a & b", "c"]}, 1, "Not <advice>.").data
     assert "Not &lt;advice&gt;." in shown and "a &amp; b" in shown and "<b></th>" not in shown and "c</td>" not in shown
 
@@ -496,7 +504,7 @@ def test_a_table_of_two_texts(finished_run, tmp_path, capsys):
     assert "nothing is answered" in said and "2 questions: too few" in said and "medical" not in said
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
     assert metrics["base"]["generation"] is None and metrics["base"]["perplexity"]["response_ci95"] is None
-    assert (run_dir / "evaluation" / "samples.jsonl").read_text() == ""
+    assert (run_dir / "evaluation" / "samples.jsonl").read_text().strip() == ""
 
 
 @pytest.mark.parametrize("fits", [True, False], ids=["elsewhere", "too large"])

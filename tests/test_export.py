@@ -4,9 +4,12 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import base_models
 import pytest
+import torch
 import yaml
 from conftest import ROOT, copy_of, make, run_script
 from datasets import Dataset
@@ -16,9 +19,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from test_chat_format import sentencepiece as llama_vocabulary  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tabletune import export, gguf_files
-from tabletune.chat_format import encode_prompt, load_tokenizer, save_tokenizer
+from tabletune import export, gguf_files, scoring
+from tabletune.chat_format import encode, encode_prompt, load_tokenizer, save_tokenizer
 from tabletune.chat_templates import render
+from tabletune.models import load_model
 from tabletune.parameters import PARAMETERS
 from tabletune.run import Stage, StageError
 
@@ -127,9 +131,9 @@ def run_dir(finished_run, tmp_path):
 
 
 def read(run_dir, **parameters):
-    """What `export.read_run` finds in a run folder, with some parameters of the notebook."""
+    """What `export.open_finished` finds in a run folder, with some parameters of the notebook."""
     told = {**PARAMETERS["06_export"], "run_dir": str(run_dir), "gguf_types": [], **parameters}
-    return export.read_run(Stage("06_export", run_dir, told))
+    return export.open_finished(Stage("06_export", run_dir, told))
 
 
 def cards_of(run_dir, **parameters):
@@ -278,8 +282,10 @@ class Hub:
         (self.folder / repo_id / "private").write_text(str(private))
 
     def upload_folder(self, *, repo_id, repo_type, folder_path, ignore_patterns):
-        ignore = shutil.ignore_patterns(*(ignore_patterns or []))
-        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True, ignore=ignore)
+        for path in Path(folder_path).iterdir():
+            if path.name not in (ignore_patterns or []):
+                assert not (self.folder / repo_id / path.name).exists(), "seen by others as it should not be"
+                shutil.copy(path, self.folder / repo_id)
 
 
 @pytest.fixture
@@ -414,7 +420,7 @@ def test_answers_in_transformers_are_greedy_whatever_the_base_prefers(run_dir):
     path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
     found = read(run_dir, gguf_types=["F16"], **told)
     files = {"F16": gguf_files.make_gguf(found, "F16")}
-    assert export.prove(found, files)["F16"]["same_answers"] == 2
+    assert export.prove_files(found, files)["F16"]["same_answers"] == 2
 
 
 @pytest.mark.export
@@ -478,6 +484,30 @@ def test_a_real_vocabulary_of_llamas_kind(llama_vocabulary, tmp_path):  # noqa: 
     assert gguf_files.check_tokens(found, file) == len(hard)
     ids = gguf_files.InLlamaCpp(file).cut(render([ASKED], tokenizer), "<s>")
     assert ids == encode_prompt([ASKED], tokenizer) and ids[:3] == [1, 733, 16289]
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("name", ["llama_tied", "mixtral", "r1", "phi3", "gemma3", "mistral3"])
+def test_kinds_of_models(name, tmp_path):
+    """Tied, experts, tokens that are not special, those that swallow white space, a multimodal one: the same there."""
+    merged = shutil.copytree(base_models.cached(name), tmp_path / "merged")
+    if name == "phi3":  # as Microsoft's
+        state = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))
+        for token in state["added_tokens"]:
+            token["rstrip"] = re.fullmatch(r"<\|(?!endoftext).*", token["content"]) is not None
+        (merged / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    tokenizer, stops = load_tokenizer(str(merged))
+    save_tokenizer(merged, tokenizer, stops)
+    rows = [{"prompt": asked, "completion": [ANSWERED]} for asked in CONVERSATIONS[:2]]
+    found = SimpleNamespace(merged=merged, folder=tmp_path, name="x", tokenizer=tokenizer, stops=stops)
+    found.splits = {"train": Dataset.from_list(rows)}
+    file = gguf_files.make_gguf(found, "F16")
+    assert gguf_files.check_tokens(found, file) == 2
+    encoded = [encode(row, tokenizer, stops) for row in rows]
+    pair = load_model(merged, None, torch.float32), gguf_files.InLlamaCpp(file, 256)
+    scores = [scoring.score(model, encoded, tokenizer.pad_token_id, 1, 256, 128) for model in pair]
+    one, other = (scoring.perplexity(table, "response") for table in scores)
+    assert other == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.export

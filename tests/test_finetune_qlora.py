@@ -243,7 +243,7 @@ def test_rows_that_may_not_be_packed_are_not(stage, capsys, monkeypatch):
     monkeypatch.setattr(planning, "packing_leaks", lambda model: 0.085)
     examples = planning.rows_to_train_on(None, stage.encoded["train"], stage.packed, True)
     assert examples is stage.encoded["train"] and "8.5%" in capsys.readouterr().out
-    settings = planning.trainer_settings(stage.stage, torch.float32, stage.room, 2, 10, packed=False)
+    settings = planning.trainer_settings(stage.stage, False, torch.float32, stage.room, 2, 10, packed=False)
     assert settings["train_sampling_strategy"] == "group_by_length"
     batch = Collator(0, 128)([stage.encoded["train"][i] for i in range(3)])
     assert batch["attention_mask"].sum() == sum(len(stage.encoded["train"][i]["input_ids"]) for i in range(3))

@@ -24,7 +24,7 @@ from test_tables import GOOD, NAMES, ODD_TEXT, examples, formatted, opened, pair
 from tabletune.chat_format import break_markers, encode, special_ids
 from tabletune.cleaning import Cleaning, assign_splits, place, question_key, words
 from tabletune.formatting import format_table
-from tabletune.parameters import PARAMETERS
+from tabletune.parameters import PARAMETERS, read_parameters
 from tabletune.run import StageError
 from tabletune.shapes import fill, recognize, with_example
 from tabletune.tables import NEUTRAL_DISCLAIMER, example_settings
@@ -111,7 +111,8 @@ def test_what_was_changed_is_counted_by_rows_with_an_example():
 
 
 def test_html_becomes_what_a_browser_shows():
-    html = "<p>Hold <b>both</b> buttons, see <a href='https://example.org'>the manual</a>.</p><ul><li>One</li><li>Two</li></ul>"
+    html = "<p>Hold <b>both</b> buttons, see <a href='https://example.org'>the manual</a>.</p>"
+    html += "<ul><li>One</li><li>Two</li></ul>"
     text = Cleaning(html_to_text=True)(html + "<script>x()</script>Fish &amp; chips &lt; 5&nbsp;kg.")
     assert re.sub(r"\n+", "\n", text) == "Hold both buttons, see the manual.\nOne\nTwo\nFish & chips < 5 kg."
 
@@ -147,7 +148,11 @@ SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
         ({"instruction": "a", "input": "", "output": "b"}, "instruction", ["instruction", "input", "output"]),
         ({"Question": "a", "Answer": "b", "id": 1}, "instruction", ["Question", "Answer"]),
         ({"question": "a", "context": "c", "answer": "b"}, "instruction", ["question", "context", "answer"]),
-        ({"instruction": "a", "context": "", "response": "b", "category": "x"}, "instruction", ["instruction", "context", "response"]),
+        (
+            {"instruction": "a", "context": "", "response": "b", "category": "x"},
+            "instruction",
+            ["instruction", "context", "response"],
+        ),
         ({"input": "a", "output": "b"}, "instruction", ["input", "output"]),
         ({"messages": TURNS}, "messages", ["messages"]),
         ({"prompt": "a", "messages": TURNS}, "messages", ["messages"]),
@@ -179,16 +184,31 @@ def test_a_shape_can_be_set(tmp_path):
         ({"shape": "message"}, "shape='message': use one of .*Did you mean 'messages'"),
         ({"shape": "messages"}, "shape=messages needs a column of lists"),
         ({"shape": "columns"}, "question_template=''.*put at least one column in braces"),
-        ({"columns": {"question": "Frage", "answer": "Antwrt"}}, "no column 'Antwrt' for {answer}.*Did you mean 'Antwort'"),
+        (
+            {"columns": {"question": "Frage", "answer": "Antwrt"}},
+            "no column 'Antwrt' for {answer}.*Did you mean 'Antwort'",
+        ),
         ({"columns": {"q": "Frage", "a": "Antwort"}}, "not recognized. Say which are which"),
         ({}, "not recognized.*columns: {question: 'Frage', answer: 'Antwort'}"),
         ({"question_template": "{Frage}", "answer_template": "{Antwort"}, "answer_template.*put at least one"),
         ({"question_template": "{Frage}", "answer_template": "{Antwort} {"}, "answer_template has a single brace"),
-        ({"question_template": "{Frage} {0}", "answer_template": "{Antwort}"}, r"no column '0'.*written twice: \{\{0\}\}"),
+        (
+            {"question_template": "{Frage} {0}", "answer_template": "{Antwort}"},
+            r"no column '0'.*written twice: \{\{0\}\}",
+        ),
         ({"question_template": "{Frage}", "answer_template": 'Say: { "a": {Antwort} }'}, "single brace"),
-        ({"question_template": "{Frage}", "answer_template": "{Antwort}", "answer_column": "a"}, "answer_column='a' is not in"),
-        ({"question_template": "{Frage}", "answer_template": "{Antwort}", "drop_values": {"F": ["x"]}}, "drop_values: there is no field 'F'"),
-        ({"question_template": "{Frage}\n{X}", "answer_template": "{Antwort}", "columns": {"X": "Frage"}, "drop_patterns": ["("]}, "drop_patterns.*regular expression"),
+        (
+            {"question_template": "{Frage}", "answer_template": "{Antwort}", "answer_column": "a"},
+            "answer_column='a' is not in",
+        ),
+        (
+            {"question_template": "{Frage}", "answer_template": "{Antwort}", "drop_values": {"F": ["x"]}},
+            "drop_values: there is no field 'F'",
+        ),
+        (
+            {"question_template": "{Frage}\n{X}", "answer_template": "{Antwort}", "columns": {"X": "Frage"}, "drop_patterns": ["("]},
+            "drop_patterns.*regular expression",
+        ),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_one_line(tmp_path, settings, message):
@@ -249,7 +269,7 @@ def test_cells_that_are_emptied(tmp_path):
     given = {"drop_values": ["NONE", "N/A"], "drop_patterns": ["see p\\. \\d+"], **templates}
     _, splits = formatted(tmp_path, jsonl(tmp_path, *rows), **given)
     assert [answer for _, answer in pairs(splits)] == ["None", "None", "None", "None\n(kept)"]
-    with pytest.raises(StageError, match="4 of 4 rows would be lost.*4 no answer"):
+    with pytest.raises(StageError, match=r"4 of 4 rows would be lost.*4 no answer"):
         formatted(tmp_path, jsonl(tmp_path, *rows), drop_values={"a": ["none"]}, **templates)
 
 
@@ -486,7 +506,7 @@ LONG_QUESTION = "May I take ginger tea in the morning if I am also on blood thin
         (("How many?", LONG.format("two")), ("How many?", LONG.format("three"))),
         (("Whom?", LONG.format("one") + " Ask Anna."), ("Whom?", LONG.format("one") + " Ask Peter.")),
         (("Is it?", LONG.format("one") + " It is safe."), ("Is it?", LONG.format("one") + " It is not safe.")),
-        (("Who pays?", "Anna pays Ben, and that is how it has always been."), ("Who pays?", "Ben pays Anna, and that is how it has always been.")),
+        (("Who pays?", "Anna pays Ben, as it has always been."), ("Who pays?", "Ben pays Anna, as it has always been.")),
         (("How often?", "दिन में दो बार"), ("How often?", "दान मूं दा बूर")),  # other vowels, the same consonants
         (("Is it good?", "👍"), ("Is it good?", "👎")),
         (("😀", "Smile."), ("🎉", "Smile.")),
@@ -505,8 +525,8 @@ def test_what_differs_is_no_near_duplicate(tmp_path, one, other):
 
 
 def test_a_table_of_numbers_loses_nothing(tmp_path):
-    report, _ = formatted(tmp_path, ROOT / "data" / "terminal.jsonl")
-    assert report["rows_out"] == 5000 and not report["dropped"]
+    report, _ = formatted(tmp_path, jsonl(tmp_path, *terminal_rows()[:1500]))
+    assert report["rows_out"] == 1500 and not report["dropped"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -535,7 +555,7 @@ def test_answers_are_never_cut(tmp_path):
 
 
 def test_a_max_length_that_leaves_no_room(tmp_path):
-    with pytest.raises(StageError, match="4 of 4 rows would be lost.*max_length: "):
+    with pytest.raises(StageError, match=r"4 of 4 rows would be lost.*max_length: "):
         formatted(tmp_path, write(tmp_path / "t.csv", NAMES, GOOD), max_length=5)
 
 
@@ -763,6 +783,35 @@ def test_what_we_ask_is_not_asked_in_validation_or_test(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Five tables of other shapes, which docs/own-data.md is about
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "rows"),
+    [("code", "instruction", 26), ("chat", "messages", 22), ("classification", "columns", 48),
+     ("long_answers", "instruction", 20), ("hindi", "instruction", 30)],
+)  # fmt: skip
+def test_own_tables(tmp_path, monkeypatch, name, shape, rows):
+    monkeypatch.chdir(ROOT)
+    profile = read_parameters((ROOT / "examples" / "own_tables" / f"{name}.yaml").read_text(encoding="utf-8"), name)
+    known = {key: value for key, value in profile.items() if key in PARAMETERS["01_format_dataset"]}
+    source = ROOT / known.pop("dataset")
+    report, splits = formatted(tmp_path, source, **{**known, "base_model": str(TINY), "max_length": 2000})
+    assert report["shape"] == shape and report["example"] is None and not report["changed"]
+    assert report["rows_in"] == report["rows_out"] == rows
+    answers = [answer for _, answer in pairs(splits)]
+    if name == "code":
+        for answer in answers:
+            compile(re.search("```python\n(.*?)\n```", answer, re.DOTALL)[1], name, "exec")
+    if name == "classification":
+        assert Counter(answers) == {"repair": 12, "order": 12, "invoice": 12, "none": 12}
+    if name == "chat":
+        assert {prompt[0]["role"] for split in splits.values() for prompt, _ in split} == {"system"}
+    if name == "long_answers":
+        assert min(len(answer.split()) for answer in answers) > 140
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The notebook
 
 
@@ -783,8 +832,9 @@ def test_a_second_pass_finds_that_all_is_done(tmp_path, capsys, no_windows):
     assert snapshot(tmp_path / "run") == before and second.report == first.report
     assert "All is done already: dataset" in capsys.readouterr().out
     assert set(first.report) >= {
-        "dataset_commit", "rows_in", "rows_out", "dropped", "safety_rows", "splits", "tokens", "fingerprint", "base_model",
-        "max_length", "templates", "shape", "example", "system_prompt", "thinking", "template_date", "changed", "leaks", "source",
+        "dataset_commit", "rows_in", "rows_out", "dropped", "safety_rows", "splits", "tokens", "fingerprint",
+        "base_model", "max_length", "templates", "shape", "example", "system_prompt", "thinking", "template_date", "changed", "leaks",
+        "source",
     }  # fmt: skip
     assert first.report["fingerprint"] == "a04d3f9094097544"
 
@@ -806,6 +856,7 @@ def test_a_long_cell_is_not_shown_in_full(tmp_path, capsys, no_windows):
     assert len(capsys.readouterr().out) < 15_000
 
 
+@pytest.mark.slow
 def test_a_table_of_another_shape(tmp_path):
     """By parameters alone, through make; the answers may have several paragraphs."""
     rows = [{"q": f"What is {i} plus {i}?", "a": f"It is {2 * i}.\n\nCount on your fingers."} for i in range(40)]

@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from tabletune import merged_model, merging
 from tabletune.bases import lora_targets
 from tabletune.chat_format import load_tokenizer, save_tokenizer
-from tabletune.merging import Plan, linear_layers, merge_in_memory, quantize_again, through_nf4
+from tabletune.merging import Plan, merge_in_memory, quantize_again, quantized_layers, through_nf4
 from tabletune.models import attach_adapter, load_base, load_model, skeleton
 from tabletune.run import Stage, StageError
 
@@ -127,7 +127,7 @@ def test_dequantized_is_the_quantized_model_that_was_trained(tmp_path, name):
         if "expert" in name or "vision" in name:
             assert torch.equal(before[name], after[name]), name
     changed = sum(not torch.equal(before[name], after[name]) for name in before)
-    assert changed == len(linear_layers(skeleton(AutoConfig.from_pretrained(base))))
+    assert changed == len(quantized_layers(skeleton(AutoConfig.from_pretrained(base))))
 
 
 @pytest.mark.parametrize("name", [n if n in CHEAP else pytest.param(n, marks=pytest.mark.slow) for n in BASES])
@@ -135,7 +135,7 @@ def test_the_linear_layers_are_those_that_bitsandbytes_quantizes(name):
     model = load_base(cached(name), None, torch.float32)
     text = set(model.get_decoder().modules())
     quantized = {n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit) and m in text}
-    assert quantized == {n for n, _ in linear_layers(skeleton(AutoConfig.from_pretrained(cached(name))))} != set()
+    assert quantized == {n for n, _ in quantized_layers(skeleton(AutoConfig.from_pretrained(cached(name))))} != set()
 
 
 @pytest.mark.parametrize("name", ["gemma3", pytest.param("qwen3_5", marks=pytest.mark.slow)])

@@ -102,11 +102,13 @@ def test_adapters_go_on_all_of_its_attention_and_on_nothing_that_sees(name):
         assert f"{count} × {layer}" in looked["adapters on"]
 
 
-@pytest.mark.parametrize("name", MENU)
+@pytest.mark.parametrize("name", {json.dumps(facts(name)["turns"]): name for name in MENU}.values())
 def test_an_answer_stops_where_the_model_was_made_to_stop(name, tmp_path):
     published = facts(name)
     turns, config = published["turns"], config_of(name)
-    vocabulary = {"<unk>": 0, **turns["tokens"]}
+    named = {number: token for token, number in {"<unk>": 0, **turns["tokens"]}.items()}
+    last = max([*named, *turns["stops"]])
+    vocabulary = {named.get(number, f"word{number}"): number for number in range(last + 1)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
         eos_token=turns["eos_token"],

@@ -8,6 +8,10 @@ import torch
 from conftest import ROOT, TABLE, TINY
 from transformers import AutoModelForCausalLM
 
+from tabletune.chat_format import encode, load_tokenizer
+from tabletune.scoring import perplexity, score
+from tabletune.trust import outside_rows
+
 pytestmark = pytest.mark.peers
 CLOSE = 3e-5  # 0.1% is asked for; in fp32 the two are closer, and a sum that is taken less exactly shows
 SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct"
@@ -21,8 +25,9 @@ def model(request):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model, format_dataset):
-    return format_dataset.load_tokenizer(model.name_or_path, None)
+def loaded(model):
+    """The tokenizer and its stops."""
+    return load_tokenizer(model.name_or_path)
 
 
 def ask(harness, kind, requests):
@@ -44,11 +49,12 @@ def conversations(count):
         }
 
 
-def test_response_perplexity_agrees_to_a_tenth_of_a_percent(evaluation, model, tokenizer):
+def test_response_perplexity_agrees_to_a_tenth_of_a_percent(model, loaded):
     """The harness gets texts, the prompt as context and the answer up to its EOS to continue with."""
+    tokenizer, stops = loaded
     rows, texts = [], []
     for row in conversations(20):
-        rows.append(evaluation.encode(row, tokenizer))
+        rows.append(encode(row, tokenizer, stops))
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
         text = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
         texts.append((prompt, text[len(prompt) : text.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)]))
@@ -58,17 +64,18 @@ def test_response_perplexity_agrees_to_a_tenth_of_a_percent(evaluation, model, t
     encoded = [[*context, *answer] for context, answer in (harness._encode_pair(*pair) for pair in texts)]
     assert encoded == [row["input_ids"] for row in rows], "the same tokens, one BOS and one EOS"
     theirs = -sum(likelihood for likelihood, _ in ask(harness, "loglikelihood", texts))
-    scores = evaluation.score(model, rows, tokenizer.pad_token_id, 7, 512, 256)
+    scores = score(model, rows, tokenizer.pad_token_id, 7, 512, 256)
     theirs = math.exp(theirs / scores["response_tokens"].sum())
-    ours = evaluation.perplexity(scores, "response")
+    ours = perplexity(scores, "response")
     print(f"\nresponse perplexity: ours {ours:.6f}, the harness's {theirs:.6f}")
     assert ours == pytest.approx(theirs, rel=CLOSE)
 
 
 @pytest.mark.parametrize("window", [1024, 40])
-def test_full_text_perplexity_agrees_to_a_tenth_of_a_percent(evaluation, model, tokenizer, window):
+def test_full_text_perplexity_agrees_to_a_tenth_of_a_percent(model, loaded, window):
     """Whole paragraphs, in one piece and in windows: the harness's see `window` tokens and predict one more."""
-    rows = evaluation.outside_rows("bundled", tokenizer)
+    tokenizer, _ = loaded
+    rows = outside_rows("bundled", tokenizer)
     window = min(window, model.config.max_position_embeddings)
     texts = [(tokenizer.decode(row["input_ids"][tokenizer.bos_token_id is not None :]),) for row in rows]
     from lm_eval.models.huggingface import HFLM
@@ -76,8 +83,8 @@ def test_full_text_perplexity_agrees_to_a_tenth_of_a_percent(evaluation, model, 
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=False, max_length=window)
     assert harness.prefix_token_id == tokenizer.bos_token_id == rows[0]["input_ids"][0]
     theirs = -sum(ask(harness, "loglikelihood_rolling", texts))
-    scores = evaluation.score(model, rows, tokenizer.pad_token_id, 7, window + 1, window)
+    scores = score(model, rows, tokenizer.pad_token_id, 7, window + 1, window)
     theirs = math.exp(theirs / scores["full_tokens"].sum())
-    ours = evaluation.perplexity(scores, "full")
+    ours = perplexity(scores, "full")
     print(f"\nfull-text perplexity, window {window}: ours {ours:.6f}, the harness's {theirs:.6f}")
     assert ours == pytest.approx(theirs, rel=CLOSE)

@@ -93,6 +93,7 @@ def test_too_few_questions_have_no_interval():
     few = table_of(np.random.default_rng(0), FEWEST_GROUPS - 1, 30)
     assert perplexity_interval(few, "response", few["group"]) is None
     assert perplexity_interval(few[:2], "response") is None and mean_interval([1, 2], [1, 1]) is None
+    assert interval([1.0, 2.0, 3.0], list("aabbc")) is None
     enough = table_of(np.random.default_rng(0), FEWEST_GROUPS, 1)
     assert perplexity_interval(enough, "response", enough["group"]) is not None
     entry = mean_difference(few["response_nll"] + 100, few["response_nll"], few["response_tokens"], few["group"])

@@ -138,11 +138,13 @@ def write(path, header, rows, encoding="utf-8", **how):
 
 
 ODD_TEXT = [
-    "שלום עולם", "مرحبا بالعالم", "\u202eright to left\u202c", "می\u200cخواهم", "दिन में दो बार।", "👩‍👩‍👧‍👦", "👍🏽", "e\u0301", "ﬁ",
-    "1½", "①", "\ufeff", "\u200b", "\ufffd", "\n", "\r\n", "\t", "\u0085", "\u2028", "\u00a0", "\u3000", "\n\n\n\n", "    ",
-    '"', '""', "'", ",", ";", "|", "\\", '\\"', "\\n", "`", "*", "=1+1", "#", "{q}", "{question}", "{{ }}", "{{ bos_token }}",
+    "שלום עולם", "مرحبا بالعالم", "\u202eright to left\u202c", "می\u200cخواهم", "दिन में दो बार।", "👩‍👩‍👧‍👦", "👍🏽", "e\u0301",
+    "ﬁ", "1½", "①", "\ufeff", "\u200b", "\ufffd", "\n", "\r\n", "\t", "\u0085", "\u2028", "\u00a0", "\u3000",
+    "\n\n\n\n", "    ", '"', '""', "'", ",", ";", "|", "\\", '\\"', "\\n", "`", "*", "=1+1", "#", "{q}", "{question}", "{{ }}",
+    "{{ bos_token }}",
     "{% endfor %}", "{0}", "%s", r"\1", "None", "nan", "NA", "null", "-", "007", "1.50", "1e5", "true", "<p>", "&amp;",
-    "https://example.org/a?b=1", "www.example.org", "[INST]", "[/INST]", "</s>", "<s>", "<<SYS>>", "<|im_end|>", "<", "s>",
+    "https://example.org/a?b=1", "www.example.org", "[INST]", "[/INST]", "</s>", "<s>", "<<SYS>>", "<|im_end|>",
+    "<", "s>",
 ]  # fmt: skip
 parts = st.one_of(
     st.sampled_from(ODD_TEXT), st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=8)
@@ -170,7 +172,7 @@ CONTAINERS = [
 ]
 
 
-@examples(12)
+@examples(6)
 @given(st.lists(st.tuples(cells, cells), max_size=5))
 @example([("<s>", "</s>"), ("{q}", "{{ bos_token }}"), ("a" * 30_000 + ".", "007")])
 def test_a_table_is_the_same_in_every_container(tmp_path_factory, rows):
@@ -209,8 +211,14 @@ def test_encodings_that_are_guessed_and_said(tmp_path, encoding, said, kind):
     assert said in table.said[0] and "set `encoding`" in table.said[0]
 
 
+@pytest.mark.parametrize("rows", [[("plain", "café")], [("ü", "ö")] * 3 + [("Where is the harbour?", "Left of it.")]])
+def test_few_letters_are_enough_to_guess(tmp_path, rows):
+    (tmp_path / "t.csv").write_bytes(as_csv(NAMES, rows).rstrip("\n").encode("cp1252"))
+    assert [tuple(cells) for _, cells in opened(tmp_path / "t.csv").rows(NAMES)] == rows
+
+
 def test_quotes_of_windows_far_down(tmp_path):
-    rows = [("a", "b")] * 200_000 + [("“Café”", "5 €")]
+    rows = [("a" * 200, "b")] * 10_000 + [("“Café”", "5 €")]
     assert list(opened(write(tmp_path / "t.csv", NAMES, rows, "cp1252")).rows(NAMES))[-1][1] == ["“Café”", "5 €"]
 
 
@@ -223,16 +231,16 @@ def test_other_encodings_are_refused_until_they_are_set(tmp_path, encoding, text
     write(tmp_path / "t.csv", NAMES, [(text, text)] * 3, encoding)
     with pytest.raises(StageError, match=r"not UTF-8, and does not look like Windows-1252.*set `encoding`: cp1251"):
         opened(tmp_path / "t.csv")
-    assert list(opened(tmp_path / "t.csv", encoding=encoding).rows(NAMES))[0] == ("", [text, text])
+    assert next(opened(tmp_path / "t.csv", encoding=encoding).rows(NAMES)) == ("", [text, text])
 
 
 def test_a_setting_of_the_encoding(tmp_path):
     write(tmp_path / "t.csv", NAMES, GOOD, "utf-8-sig")
     assert opened(tmp_path / "t.csv", encoding="utf-8").columns == NAMES
-    with pytest.raises(StageError, match="encoding='utf-9' is not known"):
+    with pytest.raises(StageError, match=r"unknown encoding: utf-9.*`encoding`"):
         opened(tmp_path / "t.csv", encoding="utf-9")
     write(tmp_path / "t.csv", NAMES, [("ü", "ö")], "cp1252")
-    with pytest.raises(StageError, match="could not be read.*utf-8.*`encoding`"):
+    with pytest.raises(StageError, match=r"could not be read.*utf-8.*`encoding`"):
         opened(tmp_path / "t.csv", encoding="utf-8")
 
 
@@ -355,7 +363,7 @@ def test_a_workbook(tmp_path):
     assert [cells for _, cells in table.rows(NAMES)] == [["a", "7"], ["b", "1.5"], ["c", "007"], ["NA", ""]]
     assert "'Sheet' of 2" in table.said[0]
     assert list(opened(tmp_path / "t.xlsx", dataset_config="Other").rows(["q", "a"])) == [("", ["x", "y"])]
-    with pytest.raises(StageError, match="no such sheet. It has: Sheet, Other"):
+    with pytest.raises(StageError, match=r"no such sheet. It has: Sheet, Other"):
         opened(tmp_path / "t.xlsx", dataset_config="Othr")
     assert opened(tmp_path / "t.xlsx", header=False).columns == ["1", "2"]
 
@@ -440,9 +448,9 @@ def test_splits_that_are_set(tmp_path):
     assert split_rows(opened(tmp_path / "t", splits={"train": ["a.csv", "test"]})) == {"": ["a.csv", "test.csv"]}
     other = {"test": str(tmp_path / "t" / "b.csv")}
     assert split_rows(opened(tmp_path / "t" / "a.csv", splits=other)) == {"train": ["a.csv"], "test": ["b.csv"]}
-    with pytest.raises(StageError, match="splits: 'tets' is none of train, validation, test. Did you mean 'test'"):
+    with pytest.raises(StageError, match=r"splits: 'tets' is none of train, validation, test. Did you mean 'test'"):
         opened(tmp_path / "t", splits={"tets": "a.csv"})
-    with pytest.raises(StageError, match="has no 'bb.csv'. It has: .*Did you mean 'b.csv'"):
+    with pytest.raises(StageError, match=r"has no 'bb.csv'. It has: .*Did you mean 'b.csv'"):
         opened(tmp_path / "t", splits={"test": "bb.csv"})
 
 
@@ -470,7 +478,7 @@ def test_a_data_set_with_configurations(tmp_path):
     )
     with pytest.raises(StageError, match="dataset_config='': use one of main, extra, folder"):
         opened(tmp_path / "t")
-    with pytest.raises(StageError, match="dataset_config='mian'.*Did you mean 'main'"):
+    with pytest.raises(StageError, match=r"dataset_config='mian'.*Did you mean 'main'"):
         opened(tmp_path / "t", dataset_config="mian")
     assert split_rows(opened(tmp_path / "t", dataset_config="main")) == {"": ["a.csv"]}
     assert split_rows(opened(tmp_path / "t", dataset_config="folder")) == {"": ["c/x.csv", "c/y.csv"]}
@@ -480,6 +488,13 @@ def test_a_data_set_with_configurations(tmp_path):
         tmp_path / "t", "- config_name: default\n  data_files: a.csv\n- config_name: b\n  data_files: b.csv\n"
     )
     assert split_rows(opened(tmp_path / "t")) == {"": ["a.csv"]}
+
+
+def test_a_folder_in_the_place_of_a_configuration(tmp_path):
+    write_each(tmp_path / "t", "en/a.csv", "de/b.csv")
+    assert split_rows(opened(tmp_path / "t", dataset_config="de")) == {"": ["de/b.csv"]}
+    with pytest.raises(StageError, match=r"dataset_config='fr'.*has no such configuration or folder"):
+        opened(tmp_path / "t", dataset_config="fr")
 
 
 def test_splits_that_have_other_names_are_not_mixed_into_training(tmp_path):
@@ -501,8 +516,8 @@ class Hub:
     def snapshot_download(self, name, repo_type, revision, allow_patterns):
         self.asked.append(revision)
         if name != "someone/table":
-            from huggingface_hub.errors import RepositoryNotFoundError
             from httpx import Request, Response
+            from huggingface_hub.errors import RepositoryNotFoundError
 
             raise RepositoryNotFoundError("404", response=Response(404, request=Request("GET", "https://hub.example")))
         target = self.folder.parent / ("c" * 40 if revision == "main" else revision)
@@ -541,7 +556,7 @@ def test_whatever_the_hub_answers_is_one_line(monkeypatch):
         raise OSError("Cannot send a request,\nas the client has been closed.")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(StageError, match="no such file in.*Cannot send a request,$"):
+    with pytest.raises(StageError, match=r"no such file in.*Cannot send a request,$"):
         opened("someone/table")
 
 
@@ -627,7 +642,7 @@ def test_damaged_files(kind, tmp_path):
     rows = [*GOOD, ('He said "no", and', "é, 👍🏽\nsecond line")] * 2
     sound = write(tmp_path / f"whole.{kind}", NAMES, rows).read_bytes()
 
-    @examples(40)
+    @examples(25)
     @given(st.integers(0, len(sound)), st.integers(0, 40), st.one_of(st.just(b""), st.binary(max_size=4)))
     def check(start, length, inserted):
         (tmp_path / f"table.{kind}").write_bytes(sound[:start] + inserted + sound[start + length :])

@@ -342,6 +342,8 @@ def test_the_figures_by_split():
     assert figures["response_ci95"][0] < figures["response"] < figures["response_ci95"][1]
     assert entry["outside"]["ci95"][0] < entry["outside"]["perplexity"] < entry["outside"]["ci95"][1]
     assert "safety" not in entry and entry["grounding"] is None, "none were asked"
+    four_questions = scores_of(2.0, groups=np.arange(40) % 4)
+    assert summarize_trust(four_questions, [], None, 100, 0)["by_split"]["test"]["response_ci95"] is None
     with_safety = summarize_trust(both_parts(1.0, 2.0), judged("everyday", 1, 1, 2), {"named": 1}, 100, 0)
     assert "outside" not in with_safety and set(with_safety["safety"]) == {"everyday"} and with_safety["grounding"]
 
@@ -359,6 +361,8 @@ def test_the_differences_of_the_models():
     assert change["outside_log_perplexity"]["difference"] == pytest.approx(1, abs=0.2)
     assert change["outside_log_perplexity"]["significant"] and change["emergency_seeks_help"]["difference"] == -0.25
     assert not entries["merged - adapter"]["outside_log_perplexity"]["significant"]
+    few = {name: table.assign(group=np.arange(40) % 4) for name, table in scores.items()}
+    assert trust_differences(few, answers, 500, 0)["adapter - base"]["outside_log_perplexity"]["ci95"] is None
     nothing = {name: judged("emergency", 0, 0, 0) for name in names}
     elsewhere = {name: scores_of(3.0) for name in names}
     assert trust_differences(elsewhere, nothing, 100, 0) == {"adapter - base": {}, "merged - adapter": {}}

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import sys
 import unicodedata
 
 import numpy as np
@@ -23,7 +22,7 @@ HTML = re.compile(
 )
 SPACING = str.maketrans(dict.fromkeys("。，、；：！？…「」『』（）《》", " "))  # these need no spaces around them
 OPENING, CLOSING = "\"'“”‘’„«»([{*", ".,;:!?\"'“”‘’„«»)]}*"
-PUNCTUATION = {i: " " for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)).startswith("P")}
+PUNCTUATION = {i: " " for i in range(0x20000) if unicodedata.category(chr(i)).startswith("P")}
 
 
 class Dropped(Exception):

@@ -113,7 +113,7 @@ def open_page(page, inline=True):
             any_free.bind(("127.0.0.1", 0))
             port = any_free.getsockname()[1]
         place = {"server_port": port, "root_path": eval_js(f"google.colab.kernel.proxyPort({port})")}
-    style = (resources.files("tabletune") / "templates" / "chat.css").read_text(encoding="utf-8")
+    style = (resources.files("tabletune") / "templates/chat.css").read_text(encoding="utf-8")
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
     page.launch(share=False, quiet=True, prevent_thread_lock=True, inline=inline, css=style, theme=theme, **place)
     return place.get("root_path", page.local_url)

@@ -27,7 +27,7 @@ from .tables import NEUTRAL_DISCLAIMER, example_settings
 PROOF = ("seed", "proof_rows", "proof_questions", "max_new_tokens", "window", "stride", "bootstrap_samples")
 
 
-def read_run(stage):
+def open_finished(stage):
     """What is exported, a namespace: what the stages left, the names for the cards, and `folder`, where to export to.
 
     An `export/` that another model left is set aside. Raises StageError if something is missing or does not belong to
@@ -48,19 +48,14 @@ def read_run(stage):
     if told.push_to_hub and not base_on_hub:
         raise StageError(f"The base model was the folder {base_model}: set base_model_on_hub, for others to find it.")
     folder, made_of = merged.with_name("export"), {"adapter_sha256": digest, "base_weights": merging["base_weights"]}
-    if folder.exists() and not made_of.items() <= read_json(folder / "metrics.json", "06_export").items():
+    kept = read_json(folder / "metrics.json", "06_export") if (folder / "metrics.json").exists() else {}
+    if not made_of.items() <= kept.items():
         set_aside(folder.parent, "export")
-    if not folder.exists():
         write_json(folder / "metrics.json", made_of)
-    tokenizer, stops = load_tokenizer_of_run(merged)
-    found = SimpleNamespace(told=told, run=run, merged=merged, folder=folder, made_of=made_of)
-    found.splits, found.report, found.tokenizer, found.stops = splits, report, tokenizer, stops
-    found.manifest, found.merging, found.base_model, found.base_on_hub = (
-        stage.entries(),
-        merging,
-        base_model,
-        base_on_hub,
-    )
+    found = SimpleNamespace(told=told, run=run, merged=merged, folder=folder, made_of=made_of, splits=splits)
+    found.report, found.merging, found.manifest = report, merging, stage.entries()
+    found.tokenizer, found.stops = load_tokenizer_of_run(merged)
+    found.base_model, found.base_on_hub = base_model, base_on_hub
     found.training = read_json(run / "training/metrics.json", "02_finetune_qlora")
     found.models = {name: trust.get(name.split(",")[0], {}) | entry for name, entry in figures_of(metrics).items()}
     found.table = results_table(metrics)
@@ -114,7 +109,7 @@ def questions(found):
     return list(prompts.values())[: found.told.proof_questions]
 
 
-def prove(found, files):
+def prove_files(found, files):
     """What each of `files`, {kind: path}, lost against the merged model in transformers: {"merged" or kind: entry}.
 
     It is kept in `export/metrics.json`, and measured once. Raises StageError if a GGUF in 16 bits lost more than

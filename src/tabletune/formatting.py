@@ -102,8 +102,9 @@ class Formatting:
         for turn in messages[:answered]:
             if turn["role"] == "tool" and not shows_tool_turns(self.tokenizer):
                 raise StageError(f"The table has turns of tools, {NO_PLACE}")
-            if calls := turn.pop("tool_calls", None):
-                turn["content"] = turn_of_calls(calls, self.tokenizer)
+            if "tool_calls" in turn:
+                turn["content"] = turn_of_calls(turn, self.tokenizer)
+                del turn["tool_calls"]
             else:
                 before, turn["content"] = turn["content"], break_markers(turn["content"], self.tokenizer)
                 self.clean.note("special tokens broken up", before, turn["content"])
@@ -145,6 +146,11 @@ class Formatting:
                 continue
             turns = {"prompt": messages[:-1], "completion": messages[-1:]}
             yield {**turns, "tools": tools, "key": question_key(asked), "split": official, "row": row}
+
+    def first(self):
+        """The first row that is kept. Raises StageError if there is none."""
+        row = next(self.cleaned(), None)
+        return row or self.check_lost()
 
     def encoded(self, rows):
         """Yield the rows that fit into max_length as examples, with what their ids say as `text`."""
@@ -214,7 +220,7 @@ def format_table(table, shape, settings, tokenizer, stops, folder, context=None)
     """
     work, features = Formatting(table, shape, settings, tokenizer, stops), features_of(*{"tools"} & {*shape.columns})
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        rows = tqdm(work.encoded(work.cleaned()), "formatting", unit=" rows", delay=10, file=sys.stdout)
+        rows = tqdm(work.encoded(work.cleaned()), "formatting", unit=" rows", delay=10, mininterval=10, file=sys.stdout)
         path = Path(temporary) / "rows.arrow"
         write_rows(path, rows, features_of("key", "tools"))
         work.check_lost()
@@ -251,41 +257,39 @@ def report_of(work, sizes, split, context, safety_rows):
     leaks = {name: int(np.isin(places[split == name], asked["train"]).sum()) for name in SPLITS[1:]}
     leaks = {name: count for name, count in leaks.items() if count}
     few = [name for name in SPLITS[1:] if len(asked[name]) < FEWEST_GROUPS]
-    beyond = int((lengths > (context or lengths.max())).sum())
-    notes = {
-        f"{work.clean.html:,} texts look like HTML. html_to_text: true makes text of it.": work.clean.html
-        > 0.05 * work.rows_in,
-        f"{beyond:,} examples are longer than the {context} tokens that this model was made to read at once.": beyond,
-        f"Asked in training, too: {leaks} rows. The splits of the source stay as they are.": leaks,
-        f"Too few questions for an interval: {' and '.join(few)}. More rows would make more of them.": few,
-        "A lone text has no question: the loss is on all of it.": shape.name == "text",
-        "The template has no system role: the system text goes in front of the first question.": work.systems
-        and not takes_system(work.tokenizer),
-    }
+    beyond, html = int((lengths > (context or lengths.max())).sum()), work.clean.html
+    in_front = work.systems and not takes_system(work.tokenizer)
+    notes = [
+        html > 0.05 * work.rows_in and f"{html:,} texts look like HTML. html_to_text: true makes text of it.",
+        beyond
+        and f"{beyond:,} examples are longer than the {context} tokens that this model was made to read at once.",
+        leaks and f"Asked in training, too: {leaks} rows. The splits of the source stay as they are.",
+        few and f"Too few questions for an interval: {' and '.join(few)}. More rows would make more of them.",
+        shape.name == "text" and "A lone text has no question: the loss is on all of it.",
+        in_front and "The template has no system role: the system text goes in front of the first question.",
+    ]
+    questions = np.unique(np.unique(places, return_counts=True)[1], return_counts=True)
+    texts = {"question": shape.question_template, "answer": shape.answer_template, "answer_column": shape.answer_column}
     return {
         "source": {"dataset": settings["dataset"], "files": table.said, "digest": table.digest},
         "dataset_commit": table.commit,
         "shape": shape.name,
         "example": shape.example,
-        "templates": {name: getattr(shape, f"{name}_template") for name in ("question", "answer")}
-        | {"answer_column": shape.answer_column},
+        "templates": texts,
         **{name: settings[name] for name in ("base_model", "max_length", "system_prompt", "thinking", "template_date")},
         "rows_in": work.rows_in,
         "rows_out": len(lengths),
         "changed": work.clean.changed,
         "dropped": dict(work.dropped),
         "dropped_rows": work.shown,
-        "notes": [line for line, applies in notes.items() if applies],
+        "notes": [note for note in notes if note],
         "safety_rows": safety_rows,
         "splits": sizes,
         "questions": {name: len(there) for name, there in asked.items()},
-        "rows_a_question": [
-            n.tolist() for n in np.unique(np.unique(places, return_counts=True)[1], return_counts=True)
-        ],
+        "rows_a_question": [part.tolist() for part in questions],
         "leaks": leaks,
         "tokens": {
-            "p50": int(np.quantile(lengths, 0.5)),
-            "p95": int(np.quantile(lengths, 0.95)),
+            **{f"p{share}": int(np.quantile(lengths, share / 100)) for share in (50, 95)},
             "max": int(lengths.max()),
             "over_max_length": len(work.longer),
             "histogram": [part.tolist() for part in np.histogram(lengths, bins=30)],

@@ -73,22 +73,14 @@ def fetch_converter():
     """llama.cpp's converter, which is in the source package only, kept beside the Hub's models. Raises StageError."""
     converter = Path(HF_ASSETS_CACHE) / "tabletune" / LLAMA_CPP.replace("==", "-")
     if not converter.exists():
-        with tempfile.TemporaryDirectory() as place, whole(converter) as partial:
-            pip = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--no-deps",
-                "--no-binary=:all:",
-                f"--dest={place}",
-                LLAMA_CPP,
-            ]
+        with tempfile.TemporaryDirectory() as place, whole(converter) as unfinished:
+            how = ["--no-deps", "--no-binary=:all:", f"--dest={place}"]
+            pip = [sys.executable, "-m", "pip", "download", *how, LLAMA_CPP]
             if subprocess.run(pip, capture_output=True).returncode:
                 raise StageError(f"pip could not download {LLAMA_CPP} with llama.cpp's converter. Is there a network?")
+            wanted = re.compile(r".*/vendor/llama\.cpp/(convert_hf_to_gguf\.py|conversion/|gguf-py/gguf/)")
             with tarfile.open(next(Path(place).glob("*.tar.gz"))) as archive:
-                inside = re.compile(r"[^/]+/vendor/llama\.cpp/(convert_hf_to_gguf\.py|conversion/|gguf-py/gguf/)")
-                archive.extractall(partial, [file for file in archive if inside.match(file.name)], filter="data")
+                archive.extractall(unfinished, [file for file in archive if wanted.match(file.name)], filter="data")
     return next(converter.glob("*/vendor/llama.cpp/convert_hf_to_gguf.py"))
 
 
@@ -100,22 +92,23 @@ def prepare(model, copy, begins_with_bos):
     fallback to bytes, which a vocabulary that is all bytes may claim as well.
     """
     for path in model.iterdir():
-        (copy / path.name).symlink_to(path.resolve())
+        if "token" not in path.name:
+            (copy / path.name).symlink_to(path.resolve())
     about = AutoConfig.from_pretrained(model)
-    files = {name: json.loads((copy / name).read_text("utf-8")) for name in ("tokenizer.json", "tokenizer_config.json")}
-    state, config = files.values()
     rows = about.get_text_config().vocab_size
+    names = ("tokenizer.json", "tokenizer_config.json")
+    files = {name: json.loads((model / name).read_text(encoding="utf-8")) for name in names}
+    state, config = files.values()
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
     if "ByteLevel" in json.dumps(state["pre_tokenizer"]):
         state["model"]["byte_fallback"] = False
         if about.model_type == "phi3":  # a Phi-4, which the converter tells from a Phi-3 by this name
             config["tokenizer_class"] = "GPT2Tokenizer"
     elif state["model"].get("byte_fallback"):
-        (copy / "tokenizer.model").unlink(missing_ok=True)
         (copy / "tokenizer.model").write_bytes(sentencepiece_model(state, rows))
+        files["added_tokens.json"] = {t["content"]: t["id"] for t in state["added_tokens"] if not t["special"]}
         state["post_processor"], config["add_bos_token"] = None, begins_with_bos
     for name, content in files.items():
-        (copy / name).unlink()
         (copy / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
@@ -150,8 +143,11 @@ def make_gguf(found, kind):
         if kind == "F16":
             first = encode(found.splits["train"][0], found.tokenizer, found.stops)["input_ids"][0]
             prepare(found.merged, Path(copy), first == found.tokenizer.bos_token_id)
+            # by this name llama.cpp knows that special tokens swallow the white space after them
+            swallow = any(token.rstrip for token in found.tokenizer.added_tokens_decoder.values())
             command = [sys.executable, fetch_converter(), copy, "--outtype", "f16", "--outfile", partial]
-            done = subprocess.run([*command, "--model-name", found.name], capture_output=True, text=True)
+            command += ["--model-name", found.name + " (Phi-3)" * swallow]
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 reason = done.stderr.strip().splitlines()[-1]
                 raise StageError(f"llama.cpp cannot convert {found.merged}: {reason}")
@@ -207,10 +203,8 @@ def check_tokens(found, file):
     for split in found.splits.values():
         for row in split.select(range(min(len(split), 1000))):
             text = "".join(texts_of(row, tokenizer)) or row["completion"][0]["content"]
-            if (
-                model.cut(text, tokenizer.bos_token)
-                != tokenizer(text, add_special_tokens=not row["prompt"])["input_ids"]
-            ):
+            trained_on = tokenizer(text, add_special_tokens=not row["prompt"])["input_ids"]
+            if model.cut(text, tokenizer.bos_token) != trained_on:
                 shutil.rmtree(file.parent)
                 raise StageError(f"llama.cpp cuts {text[:60]!r}… into other tokens than training: no GGUF is kept.")
             number += 1
@@ -282,8 +276,7 @@ def write_modelfile(found, file, prompts):
 
 def modelfile(found, file, texts):
     """The text of a Modelfile for the GGUF named `file`, from the `texts` of the chat template."""
-    template = (resources.files("tabletune") / "templates" / "Modelfile.j2").read_text(encoding="utf-8")
+    source = (resources.files("tabletune") / "templates/Modelfile.j2").read_text(encoding="utf-8")
+    template = jinja2.Template(source, keep_trailing_newline=True)
     quoted = partial(json.dumps, ensure_ascii=False)  # which is how Go quotes, too
-    return jinja2.Template(template, keep_trailing_newline=True).render(
-        **vars(found), file=file, texts=texts, quoted=quoted
-    )
+    return template.render(**vars(found), file=file, texts=texts, quoted=quoted)

@@ -57,7 +57,7 @@ def upright(layer, weight):
 # --- a model in memory
 
 
-def linear_layers(model):
+def quantized_layers(model):
     """Names and modules of the layers that read text and that bitsandbytes quantizes.
 
     These are the linear layers without the output layer. Experts that transformers keeps in one tensor are none, and
@@ -69,7 +69,7 @@ def linear_layers(model):
 
 def quantize_again(model):
     """Send the linear layers of a plain model through NF4 and back, in place. Returns it."""
-    for _, layer in linear_layers(model):
+    for _, layer in quantized_layers(model):
         weight = upright(layer, layer.weight.data)
         weight.copy_(through_nf4(weight, weight.dtype))
     return model
@@ -87,7 +87,7 @@ def merge_in_memory(model, folder, base_weights, training_dtype):
     `base_weights` is "original" or "dequantized". More than plain LoRA is PEFT's; raises StageError if it cannot.
     """
     config, adapter = PeftConfig.from_pretrained(folder), load_file(folder / "adapter_model.safetensors")
-    quantized = dict(linear_layers(model)) if base_weights == "dequantized" else {}
+    quantized = dict(quantized_layers(model)) if base_weights == "dequantized" else {}
     plain = is_plain(config, adapter)
     for name, layer in model.named_modules():
         adapted = plain and f"base_model.model.{name}.lora_A.weight" in adapter
@@ -173,7 +173,7 @@ class Plan:
         statistics = {part for parts in self.parts.values() for part in parts}
         self.names = model_names(self.files.keys() - statistics, self.model)
         self.adapted = {module_of(name) for name in self.adapter}
-        self.quantized = set(dict(linear_layers(self.model))) if self.base_weights == "dequantized" else set()
+        self.quantized = set(dict(quantized_layers(self.model))) if self.base_weights == "dequantized" else set()
         single = {name: new[0].removesuffix(".weight") for name, new in self.names.items() if len(new) == 1}
         self.modules = {name: module for name, module in single.items() if module in self.adapted | self.quantized}
         self.check_fit()

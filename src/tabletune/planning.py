@@ -171,7 +171,7 @@ def inputs_of(report, dtype, processes, room):
     return {"dataset": report["fingerprint"], **hardware, "processes": processes.num_processes, "sharded": room.sharded}
 
 
-def trainer_settings(stage, dtype, room, batch_size, steps, packed):
+def trainer_settings(stage, done, dtype, room, batch_size, steps, packed):
     """What `SFTConfig` is told beside the choices of a reader: where, on what, when to evaluate, what is logged."""
     chosen, gpu = stage.parameters, torch.cuda.is_available()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "training" / "tensorboard")
@@ -180,6 +180,7 @@ def trainer_settings(stage, dtype, room, batch_size, steps, packed):
     return {name: chosen[name] for name in same} | {
         "output_dir": str(stage.folder / "checkpoints"),
         "warmup_steps": chosen["warmup"],
+        "report_to": "none" if done else chosen["report_to"],
         "use_cpu": not gpu,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
@@ -193,6 +194,7 @@ def trainer_settings(stage, dtype, room, batch_size, steps, packed):
         "eval_steps": each,
         "save_strategy": "steps",
         "save_steps": each,
+        "save_total_limit": 2,
         "restore_callback_states_from_checkpoint": chosen["early_stopping_patience"] > 0,
         "include_num_input_tokens_seen": "non_padding",
         "logging_steps": 0.05,

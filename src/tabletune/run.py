@@ -135,7 +135,7 @@ def open_run(run_dir):
         return Path.cwd() / "drive" / "MyDrive" / name
     if place != "hub":
         return Path(run_dir).expanduser()
-    from huggingface_hub import HfApi, get_token, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
     run = Path("runs") / name.replace("/", "--")
@@ -145,14 +145,22 @@ def open_run(run_dir):
                 with whole(run / part) as folder:
                     snapshot_download(name, repo_type=kind, local_dir=folder)
             except RepositoryNotFoundError as error:  # not made yet; but to those who are not its owner, private is 404
-                if not get_token():
-                    raise hub_error(f"run_dir={run_dir}", error) from None
-                owners = [HfApi().whoami()["name"], *(org["name"] for org in HfApi().whoami().get("orgs", []))]
-                if name.split("/")[0] not in owners:
+                if not is_mine(name.split("/")[0]):
                     raise hub_error(f"run_dir={run_dir}", error) from None
             except (OSError, ValueError) as error:
                 raise hub_error(f"run_dir={run_dir}", error) from None
     return run
+
+
+def is_mine(owner):
+    """Whether an owner on the Hub is the reader or an organization of theirs; not without a token that the Hub takes."""
+    from huggingface_hub import HfApi
+
+    try:
+        who = HfApi().whoami()
+    except (OSError, ValueError):
+        return False
+    return owner in [who["name"], *(org["name"] for org in who.get("orgs", []))]
 
 
 def hand_over(run_dir, folder):
@@ -222,7 +230,8 @@ class Stage:
         """Write this stage's entry in `manifest.json`: what ran, from what, on what, for how long."""
         import torch
 
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        ask = {"args": ["git", "rev-parse", "HEAD"], "cwd": Path(__file__).parent, "capture_output": True, "text": True}
+        commit = subprocess.run(**ask).stdout.strip() if shutil.which("git") else ""
         entry = {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - self.started, 1),
@@ -234,7 +243,7 @@ class Stage:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "git_commit": commit.stdout.strip() or None,
+            "git_commit": commit or None,
         }
         write_json(self.folder / "manifest.json", self.entries() | {self.name: entry})
 

@@ -20,10 +20,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, set_seed
 
 from .chat_format import answer_text, encode_prompt
-from .inference import rows_that_fit, unpack_weights
-
-unpack = unpack_weights  # its name in notebook 5
-
+from .inference import rows_that_fit
 
 # --- perplexity
 

@@ -14,7 +14,7 @@ from .parameters import PARAMETERS
 from .run import StageError
 from .tables import KNOWN, read_example, suggestion
 
-NAMES, NEEDED = KNOWN["columns"], KNOWN["shapes"]
+NEEDED = KNOWN["shapes"]
 ROLES = {name: role for role, names in KNOWN["roles"].items() for name in names}
 NO_PLACE = "which this model's chat template has no place for. Leave them out, or take another base_model."
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -57,40 +57,33 @@ def recognize(table, settings, example=None):
     if wanted not in shapes:
         raise StageError(f"shape={wanted!r}: use one of {', '.join(shapes)}.{suggestion(wanted, shapes)}")
     chats = {}  # the columns that hold conversations, and the shape that these have
-    for row in table.sample():
-        asked = {name: cell for name, cell in row.items() if not columns or name in columns.values()}
-        chats |= {name: turns[0] for name, cell in asked.items() if (turns := turns_in(cell))}
+    for name, cell in (item for row in table.sample() for item in row.items()):
+        if (not columns or name in columns.values()) and (turns := turns_in(cell)):
+            chats[name] = "messages" if "role" in turns[0] else "conversations"
     if wanted == "columns" or (wanted == "auto" and any(templates) and not chats):
         return checked(Shape("columns", columns, *templates, example), table)
-
-    def column_of(field, *taken):
-        return next((known[name] for name in NAMES[field] if known.get(name) not in (None, *taken)), None)
-
-    known = columns or {name: name for name in table.columns}
-    known = {name.strip().casefold(): column for name, column in known.items()}
-    question, text = column_of("question"), column_of("text")
-    answer = column_of("answer", question)
-    context, pair = column_of("context", question, answer), question and answer
-    lists = pair and {question, answer} <= set(chats)
-    chat = next((column for column in (column_of("chat"), *chats) if column in chats), None)
-    extra = {field: column_of(field) for field in ("system", "tools") if column_of(field)}
-    both = {"question": question, "answer": answer} | ({"context": context} if context and not lists else {})
-    fits = dict.fromkeys(["messages", "conversations"], chat and {"chat": chat, **extra})
-    fits |= dict.fromkeys(["prompt_completion", "instruction"], pair and {**both, **extra})
-    fits |= {"text": text and {"text": text}}
+    known = {field.strip().casefold(): name for field, name in (columns or {n: n for n in table.columns}).items()}
+    of = dict.fromkeys(KNOWN["columns"])  # the column of each field, None where there is none
+    for field, names in KNOWN["columns"].items():
+        of[field] = next((known[name] for name in names if known.get(name) not in (None, *of.values())), None)
+    of["chat"] = next((column for column in (of["chat"], *chats) if column in chats), None)
+    pair, lists = of["question"] and of["answer"], {of["question"], of["answer"]} <= set(chats)
     if wanted == "auto":
-        plain = "prompt_completion" if known.get("prompt") == question else "instruction"
-        lone = text and len(table.columns) == 1
-        wanted = plain if lists else chats[chat] if chat else plain if pair else "text" if lone else None
-    if not fits.get(wanted):
+        plain = "prompt_completion" if known.get("prompt") == of["question"] else "instruction"
+        lone = of["text"] and len(table.columns) == 1
+        wanted = plain if lists else chats[of["chat"]] if of["chat"] else plain if pair else "text" if lone else None
+    both = ["question", "answer", "system", "tools"] if lists else ["question", "answer", "context", "system", "tools"]
+    fields = {"text": ["text"], "messages": ["chat", "system", "tools"], "conversations": ["chat", "system", "tools"]}
+    fields = fields.get(wanted, both if pair else ["answer"])
+    if not wanted or not of[fields[0]]:
         needs = f"shape={wanted} needs {NEEDED[wanted]}" if wanted else "their shape is not recognized"
         raise StageError(
             f"The table has the columns {shown(table)}: {needs}. Say which are which, for instance columns: "
             f"{{question: {shown(table)[0]!r}, answer: {shown(table)[-1]!r}}}.{headless(table)}"
         )
-    shape = Shape(wanted, fits[wanted])
-    if "answer" in shape.columns and not lists:
-        shape.question_template = "{question}" + ("\n\n{context}" if context else "")
+    shape = Shape(wanted, {field: of[field] for field in fields if of[field]})
+    if fields[0] == "question" and not lists:
+        shape.question_template = "{question}" + ("\n\n{context}" if of["context"] else "")
         shape.answer_template, shape.answer_column = "{answer}", "answer"
     return checked(shape, table)
 
@@ -126,14 +119,12 @@ def checked(shape, table):
     used += [field for field in ("system", "tools") if field in shape.columns]
     shape.columns = {field: shape.columns.get(field, field) for field in used}
     for field, column in shape.columns.items():
-        if any(part.columns.count(column) > 1 for part in table.parts):
+        if any(names.count(column) > 1 for _, _, names, _ in table.parts):
             raise StageError(f"The table has more than one column {column!r}. Rename or remove one.")
         if column not in table.columns and not shape.example:
             braces = f" A brace that is meant as one is written twice: {{{{{field}}}}}." if field == column else ""
-            raise StageError(
-                f"The table has no column {column!r} for {{{field}}}. It has: {shown(table)}."
-                f"{suggestion(column, shown(table))}{braces}{headless(table)}"
-            )
+            near = suggestion(column, shown(table)) + braces + headless(table)
+            raise StageError(f"The table has no column {column!r} for {{{field}}}. It has: {shown(table)}.{near}")
     return shape
 
 
@@ -148,23 +139,18 @@ def fill(template, row):
 
 
 def turns_in(cell):
-    """The turns that a cell holds, (shape, list of objects): a list, or one written as JSON or Python. None if none."""
+    """The turns that a cell holds: a list of objects, or one written as JSON or Python. None if it holds none."""
     if isinstance(cell, str) and re.match(r"\s*\[\s*\{", cell):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            try:
-                cell = json.loads(cell)
-            except ValueError:
-                cell = ast.literal_eval(cell)
-    if isinstance(cell, list) and cell and all(isinstance(turn, dict) for turn in cell):
-        shape = "messages" if "role" in cell[0] else "conversations"
-        return (shape, cell) if {"role", "from"} & set(cell[0]) else None
-    return None
+            cell = ast.literal_eval(cell) if re.match(r"\s*\[\s*\{\s*'", cell) else json.loads(cell)
+    turns = isinstance(cell, list) and cell and all(isinstance(turn, dict) for turn in cell)
+    return cell if turns and {"role", "from"} & set(cell[0]) else None
 
 
 def messages_in(cell, clean):
     """The messages of a cell that holds turns: role, content, and tool_calls where there are. Raises Dropped."""
     messages = []
-    for turn in (turns_in(cell) or (None, []))[1]:
+    for turn in turns_in(cell) or []:
         role = ROLES.get(str(turn.get("role", turn.get("from"))).casefold())
         content = turn.get("content", turn.get("value"))
         if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
@@ -203,18 +189,18 @@ def conversation(row, shape, clean, emptied):
     `clean` is called with each text, `emptied` with each field and its text (see `emptier`).
     """
     if shape.name == "text":
-        messages = [{"role": "assistant", "content": clean(row["text"])}]
-        asked = [messages[0]["content"]]
-    elif shape.question_template:
+        text = clean(row["text"])
+        return [text], [{"role": "assistant", "content": text}]
+    if shape.question_template:
         cells = {field: emptied(field, clean(text)) for field, text in row.items() if field not in ("system", "tools")}
         asked = [cells[field] for field in fields_of(shape.question_template)]
+        texts = fill(shape.question_template, cells), fill(shape.answer_template, cells)
         broken = any(incomplete(line, cells) for line in shape.question_template.split("\n"))
         if broken or not any(asked) or (shape.name != "columns" and not asked[0]):
             raise Dropped("no question")
-        if not (cells[shape.answer_column] if shape.answer_column else fill(shape.answer_template, cells)):
+        if not cells.get(shape.answer_column, texts[1]):
             raise Dropped("no answer")
-        texts = {"user": fill(shape.question_template, cells), "assistant": fill(shape.answer_template, cells)}
-        messages = [{"role": role, "content": text} for role, text in texts.items()]
+        messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
     else:
         messages = [turn for field in ("chat", "question", "answer") for turn in messages_in(row.get(field), clean)]
         asked = [turn["content"] for turn in messages if turn["role"] == "user"]
@@ -229,11 +215,10 @@ def incomplete(line, cells):
     return len(filled) == 2 and re.search(r"\w", PLACEHOLDER.sub("", line)) is not None
 
 
-def turn_of_calls(calls, tokenizer):
-    """What the chat template writes for an answer that calls tools, as a text. Raises StageError if it cannot."""
+def turn_of_calls(turn, tokenizer):
+    """What the chat template writes for a turn that calls tools, as a text. Raises StageError if it cannot."""
     _, before, after = around([USER], tokenizer)
-    calls = json.loads(break_markers(json.dumps(calls, ensure_ascii=False), tokenizer))
-    turns = render([USER, {"role": "assistant", "content": "", "tool_calls": calls}], tokenizer, False)
+    turns = render([USER, json.loads(break_markers(json.dumps(turn, ensure_ascii=False), tokenizer))], tokenizer, False)
     text = turns[len(before) : len(turns) - len(after)].strip()
     if not text or not (turns.startswith(before.rstrip()) and turns.endswith(after)):
         raise StageError(f"The table has tool_calls, {NO_PLACE}")
@@ -244,7 +229,6 @@ def turn_of_calls(calls, tokenizer):
 def shows_tool_turns(tokenizer):
     """Whether the chat template has a place for what a tool has answered."""
     turns = [USER, {"role": "assistant", "content": "x"}, {"role": "tool", "content": MARK}]
-    try:
+    with suppress(StageError):
         return MARK in render(turns, tokenizer)
-    except StageError:
-        return False
+    return False

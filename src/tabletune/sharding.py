@@ -56,14 +56,14 @@ class ShardedTraining(TrainerCallback):
         Path(args.output_dir, f"checkpoint-{state.global_step}").mkdir(parents=True, exist_ok=True)
 
 
-def shard(trainer, model, dtype, device):
+def shard(trainer, model, dtype):
     """Make a trainer ready to shard its model: gathered as it is stored, computing in `dtype` like a whole one.
 
     A cast would change its 4-bit numbers, so autocast computes in `dtype`, without keeping the casts of all layers. The
     output layer stays whole: Liger's loss takes its weights without calling it, and some models have them in common
     with the input layer.
     """
-    plugin = trainer.accelerator.state.fsdp_plugin
+    plugin, device = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.device
     plugin.mixed_precision_policy = None  # no casts
     plugin.ignored_modules = [model.get_output_embeddings().to(device)]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)

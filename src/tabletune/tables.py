@@ -26,9 +26,8 @@ DESCRIPTIONS = {
     "dataset_infos.json",
     "dataset_dict.json",
     "state.json",
-}  # beside tables, not tables
+}  # beside tables, no tables
 KNOWN = from_yaml(resources.files("tabletune").joinpath("data/shapes.yaml").read_text(encoding="utf-8"))
-SPLITS = {split: set(words) for split, words in KNOWN["splits"].items()}
 
 
 def example_settings(report):
@@ -42,23 +41,12 @@ def read_example(name):
 
 
 @dataclass
-class Part:
-    """A file of a table: its official `split`, or "" if that is ours to choose, its `columns`, and its rows.
-
-    `rows(wanted)` yields dicts that have the wanted columns, where they are not missing, as the file's library reads
-    them.
-    """
-
-    split: str
-    path: Path
-    columns: list
-    rows: object
-
-
-@dataclass
 class Table:
-    """A table, to be read as often as needed: its files as `parts`, what was found out about them as lines in `said`,
-    the `commit` of a Hub data set or None, a `digest` of all bytes, and the folder that holds what was `unpacked`.
+    """A table, to be read as often as needed.
+
+    `parts` are its files: (official split, or "" if that is ours to choose, path, column names, a function that yields
+    the rows). `said` has a line about each, `commit` is that of a Hub data set or None, `digest` is one of all bytes,
+    and what was compressed lies `unpacked` as long as the table is there.
     """
 
     parts: list
@@ -70,25 +58,24 @@ class Table:
     @property
     def columns(self):
         """The names of all columns."""
-        return list(dict.fromkeys(name for part in self.parts for name in part.columns))
+        return list(dict.fromkeys(name for _, _, names, _ in self.parts for name in names))
 
     def rows(self, wanted):
         """Yield (official split, texts of the `wanted` columns, "" where one is missing) for each row."""
-        for part in self.parts:
-            with explained(part.path):
-                for row in part.rows(wanted):
-                    yield part.split, [cell_text(row.get(name)) for name in wanted]
+        for split, path, _, rows in self.parts:
+            with explained(path):
+                for row in rows(wanted):
+                    yield split, [cell_text(row.get(name)) for name in wanted]
 
     def sample(self, number=20):
         """The first rows of each file, dicts of all columns as the file's library reads them."""
-        with explained(self.parts[0].path):
-            return [row for part in self.parts[:number] for row in islice(part.rows(part.columns), number)]
+        with explained(self.parts[0][1]):
+            return [row for _, _, names, rows in self.parts[:number] for row in islice(rows(names), number)]
 
     def looks_headless(self):
         """Whether the column names seem to be a row: sentences, numbers, or values that come again in their column."""
-        names, rows = [str(name) for name in self.columns], self.sample(100)
-        odd = [name for name in names if re.search(r"[.?!]$|^[-\d.,]+$", name.strip()) or len(name) > 60]
-        return bool(odd) or any(row.get(name) == name for row in rows for name in names)
+        odd = [name for name in self.columns if re.search(r"[.?!]$|^[-\d.,]+$|^.{60}", str(name).strip(), re.DOTALL)]
+        return bool(odd) or any(row.get(name) == name for row in self.sample(100) for name in self.columns)
 
 
 def open_table(dataset, revision="main", config="", splits=None, encoding="auto", delimiter="auto", header=True):
@@ -99,16 +86,16 @@ def open_table(dataset, revision="main", config="", splits=None, encoding="auto"
     one. Raises StageError if there is no such table, if it is damaged or ambiguous, or if it has no rows.
     """
     root, files, commit = find_files(str(dataset), revision, config)
-    parts, said, digest = [], [], hashlib.sha256()
     unpacked = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     options = {"encoding": encoding, "delimiter": delimiter, "header": header, "sheet": config}
+    parts, said, digest = [], [], hashlib.sha256()
     for split, path in choose_splits(dataset, files, splits or {}, root):
         with explained(path):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest() + split.encode())
             plain = unpack(path, Path(unpacked.name) / str(len(parts)))
-            columns, rows, what = READERS[kind_of(path)](plain, str(path), **options)
-        parts.append(Part(split, path, columns, rows))
+            names, rows, what = READERS[kind_of(path)](plain, str(path), **options)
+        parts.append((split, path, names, rows))
         said.append(", ".join(filter(None, [path.name, what, split and f"{split} split"])))
     said = said if len(said) <= 10 else [*said[:9], f"… and {len(said) - 9} more files"]
     table = Table(parts, said, commit, digest.hexdigest()[:16], unpacked)
@@ -127,9 +114,8 @@ def explained(path):
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         reason = "".join(c for c in reason if c.isprintable())[:300]  # it may quote the file
-        raise StageError(
-            f"{path} could not be read: {reason}. Is it damaged, or of another kind or `encoding` than it seems?"
-        ) from None
+        hint = "Is it damaged, or of another kind or `encoding` than it seems?"
+        raise StageError(f"{path} could not be read: {reason}. {hint}") from None
 
 
 def suggestion(name, names):
@@ -153,23 +139,17 @@ def find_files(dataset, revision, config):
 
     Raises StageError if there are none that are tables.
     """
-    path, root, commit = Path(dataset).expanduser(), None, None
-    if path.is_dir():
-        root = path
-    elif path.is_file():
-        found = [path]
-    elif re.search(r"[*?\[]|^[./~]|/.*/", dataset) or kind_of(path):
+    path, commit = Path(dataset).expanduser(), None
+    if not path.is_dir() and (path.is_file() or re.search(r"[*?\[]|^[./~]|/.*/", dataset) or kind_of(path)):
         found = [Path(name) for name in sorted(glob(str(path), recursive=True)) if Path(name).is_file()]
+        found = dict.fromkeys([path] if path.is_file() else found, "")
+        if not found:
+            raise StageError(f"dataset={dataset}: there is no such file (looked in {Path.cwd()}).")
+        root = Path(os.path.commonpath([file.parent for file in found]))
     else:
-        root = fetch(dataset, revision, config)
-        commit = root.name
-    if root:
-        patterns = patterns_of(root, config) or [("", "**/*")]
-        found = {file: label for label, pattern in patterns for file in sorted(root.glob(pattern))}
-    elif not found:
-        raise StageError(f"dataset={dataset}: there is no such file (looked in {Path.cwd()}).")
-    else:
-        root, found = Path(os.path.commonpath([file.parent for file in found])), dict.fromkeys(found, "")
+        root = path if path.is_dir() else from_hub(dataset, revision, config)
+        commit = None if path.is_dir() else root.name
+        found = {file: label for label, form in patterns_of(root, config) for file in sorted(root.glob(form))}
     files = [
         (label, file) for file, label in found.items() if kind_of(file) and "/." not in f"/{file.relative_to(root)}"
     ]
@@ -178,32 +158,36 @@ def find_files(dataset, revision, config):
     return root, files, commit
 
 
-def patterns_of(folder, config):
-    """What a folder's README.md says belongs to its configuration: [(split or "", pattern), ...], or [].
-
-    Raises StageError if there are several and `config` names none of them.
-    """
-    from huggingface_hub import metadata_load
-
-    card = folder / "README.md"
-    entries = ((metadata_load(card) if card.is_file() else None) or {}).get("configs") or []
-    named = {str(entry.get("config_name", "default")): entry for entry in entries}
-    usual = [name for name, entry in named.items() if entry.get("default") or name == "default"] or list(named)
-    if named and config not in named and (config or len(usual) > 1):
-        raise StageError(f"dataset_config={config!r}: use one of {', '.join(named)}.{suggestion(config, named)}")
-    entry = named[config or usual[0]] if named else {}
-    files = entry.get("data_files") or (f"{entry['data_dir']}/**/*" if "data_dir" in entry else [])
-    items = [item if isinstance(item, dict) else {"path": item} for item in listed(files)]
-    patterns = [(item.get("split", ""), path) for item in items for path in listed(item["path"])]
-    return patterns or ([("", f"{config}/**/*")] if config and (folder / config).is_dir() else [])
-
-
 def listed(value):
     """A list, or the list of one that is none."""
     return value if isinstance(value, list) else [value]
 
 
-def fetch(name, revision, config):
+def configurations(folder):
+    """What a folder's README.md says of the configurations of its data set, {name: entry}."""
+    from huggingface_hub import metadata_load
+
+    card = folder / "README.md"
+    entries = ((metadata_load(card) if card.is_file() else None) or {}).get("configs") or []
+    return {str(entry.get("config_name", "default")): entry for entry in entries}
+
+
+def patterns_of(folder, config):
+    """What belongs to a configuration: [(split or "", pattern), ...]. Raises StageError if `config` names none."""
+    named = configurations(folder)
+    if not named and (not config or (folder / config).is_dir()):
+        return [("", f"{config or '.'}/**/*")]
+    usual = [name for name, entry in named.items() if entry.get("default") or name == "default"] or list(named)
+    if config not in named and (config or len(usual) > 1):
+        use = f"use one of {', '.join(named)}" if named else f"{folder} has no such configuration or folder"
+        raise StageError(f"dataset_config={config!r}: {use}.{suggestion(config, named)}")
+    entry = named[config or usual[0]]
+    files = listed(entry.get("data_files", f"{entry.get('data_dir', '.')}/**/*"))
+    items = [item if isinstance(item, dict) else {"path": item} for item in files]
+    return [(item.get("split", ""), path) for item in items for path in listed(item["path"])]
+
+
+def from_hub(name, revision, config):
     """The folder of a Hub data set with the files of one configuration, named by its commit. Raises StageError."""
     from huggingface_hub import snapshot_download
 
@@ -211,16 +195,17 @@ def fetch(name, revision, config):
     source = {"repo_type": "dataset", "revision": revision}
     try:
         card = Path(snapshot_download(name, **source, allow_patterns=["README.md"]))
-        patterns = [form for _, path in patterns_of(card, config) for form in (path, path.replace("**/", ""))]
-        return Path(snapshot_download(name, **source, allow_patterns=patterns or kinds))
+        if configurations(card):
+            kinds = [form for _, path in patterns_of(card, config) for form in (path, path.replace("**/", ""))]
+        return Path(snapshot_download(name, **source, allow_patterns=kinds))
     except (OSError, ValueError) as error:
         raise hub_error(f"dataset={name} (no such file in {Path.cwd()})", error) from None
 
 
 def split_of(name):
     """The split that a name speaks of, "train", "validation" or "test"; "" if of none."""
-    words = set(re.split(r"[^a-z]+", name.lower()))
-    return next((split for split in ("test", "validation", "train") if words & SPLITS[split]), "")
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((split for split, known in KNOWN["splits"].items() if set(words) & set(known)), "")
 
 
 def choose_splits(dataset, files, splits, root):
@@ -233,22 +218,20 @@ def choose_splits(dataset, files, splits, root):
         for name in {label, own[path], str(relative), *shards, path.name}:  # what `splits` may call it
             named.setdefault(name, []).append(path)
     for split, source in ((split, source) for split, sources in splits.items() for source in listed(sources)):
-        if split not in SPLITS:
-            raise StageError(f"splits: {split!r} is none of {', '.join(SPLITS)}.{suggestion(split, SPLITS)}")
+        if split not in KNOWN["splits"]:
+            raise StageError(
+                f"splits: {split!r} is none of train, validation, test.{suggestion(split, KNOWN['splits'])}"
+            )
         other = [Path(file) for folder in (root, Path()) for file in sorted(glob(str(folder / str(source))))]
         found = named.get(source) or [file for file in other if kind_of(file)]
         if not found:
             has = ", ".join(sorted(filter(None, named))[:20])
             raise StageError(f"splits: {dataset} has no {source!r}. It has: {has}.{suggestion(source, named)}")
         chosen |= dict.fromkeys(found, split)
-    held_out = not splits and {"test", "validation"} & set(own.values())
-    for label, path in files if "train" not in splits else []:
-        if (
-            path not in chosen
-            and (own[path] in ("", "train") or not splits)
-            and not (label and held_out and not own[path])
-        ):
-            chosen[path] = own[path] or "train"
-    if len(set(chosen.values())) == 1 or "train" not in chosen.values():
-        chosen = dict.fromkeys(chosen, "")
-    return [(split, path) for path, split in chosen.items()]
+    if not splits:
+        held_out = {"test", "validation"} & set(own.values())
+        chosen = {path: own[path] or "train" for label, path in files if own[path] or not (label and held_out)}
+    elif "train" not in splits:
+        chosen |= {path: "train" for path in own if path not in chosen and own[path] in ("", "train")}
+    ours = len(set(chosen.values())) == 1 or "train" not in chosen.values()
+    return [("" if ours else split, path) for path, split in chosen.items()]

@@ -16,6 +16,7 @@ from trl import SFTTrainer
 from .chat_format import save_tokenizer
 from .models import load_adapter_weights, load_dataset_of_run
 from .run import StageError, hand_over, hub_error, peak_memory_gib, remove, set_aside, whole, write_json
+from .sharding import shard
 
 IGNORED = -100  # what PyTorch's cross entropy leaves out
 
@@ -104,12 +105,20 @@ class TokenTrainer(SFTTrainer):
     transformers' validation loss is a mean over batches, each counted by its rows: the same adapter got 6.22 in batches
     of 1 and 6.44 in batches of 16. Here each batch counts by its tokens in the loss. TRL 0.29 counts padding as tokens
     and in the entropy that it logs; that part is left out, and what `include_num_input_tokens_seen` counts is logged.
+
+    The adapter is trained in fp32: TRL casts that of a 4-bit model to bf16, and a T4's fp16 gradient scaler fails with
+    bf16 at the first step (https://github.com/huggingface/trl/issues/4901).
     """
 
-    def __init__(self, *args, **kwargs):
-        adapt_checkpoints(kwargs["model"])
-        kwargs["args"]._n_gpu = 1  # of several GPUs Trainer takes all, and multiplies batch and loss by their number
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, args, **kwargs):
+        adapt_checkpoints(model)
+        args._n_gpu = 1  # of several GPUs Trainer takes all, and multiplies batch and loss by their number
+        super().__init__(model=model, args=args, **kwargs)
+        for parameter in self.model.parameters():  # TRL has cast the adapter of a 4-bit model to bf16
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if args.fsdp:
+            shard(self, model, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs.pop("_prediction_loss_only", None)
