@@ -234,9 +234,9 @@ chosen |= planning.trainer_settings(stage, done, dtype, room, rows_at_once, step
 training_arguments = SFTConfig(**chosen | training_options)
 
 # %% [markdown]
-# TRL's `SFTTrainer` does the work. `TokenTrainer` is the same but for two things. Its validation loss, which chooses the
-# checkpoint that is kept, counts each batch by its tokens, not its rows. And the adapter stays in fp32: TRL casts that of
-# a 4-bit model to bf16, with which a T4's fp16 gradient scaler fails at the first step
+# TRL's `SFTTrainer` does the work. `TokenTrainer` is the same but for two things. Its validation loss, which chooses
+# the checkpoint that is kept, counts each batch by its tokens, not its rows. And the adapter stays in fp32: TRL casts
+# that of a 4-bit model to bf16, with which a T4's fp16 gradient scaler fails at the first step
 # ([trl#4901](https://github.com/huggingface/trl/issues/4901)), and small updates are lost in bf16's eight bits anyway.
 
 # %%

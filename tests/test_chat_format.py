@@ -52,8 +52,8 @@ TEMPLATES = {
     "{% if m.role == 'assistant' %}<|START_ANSWER|>{% endif %}{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><|START_THINKING|><|END_THINKING|>{% endif %}",
     "no system message": "{% for m in messages %}"
-    "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>\n{% endfor %}"
-    + OPEN,
+    "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content | trim }}<|end|>\n{% endfor %}" + OPEN,
     "today's date": "Today is {{ strftime_now('%d %b %Y') }}.\n" + LOOP + OPEN,
     "a last turn of its own": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
     "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}" + OPEN,

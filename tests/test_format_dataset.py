@@ -206,7 +206,7 @@ def test_a_shape_can_be_set(tmp_path):
             "drop_values: there is no field 'F'",
         ),
         (
-            {"question_template": "{Frage}\n{X}", "answer_template": "{Antwort}", "columns": {"X": "Frage"}, "drop_patterns": ["("]},
+            {"question_template": "{Frage}\n{Antwort}", "answer_template": "{Antwort}", "drop_patterns": ["("]},
             "drop_patterns.*regular expression",
         ),
     ],
@@ -506,7 +506,7 @@ LONG_QUESTION = "May I take ginger tea in the morning if I am also on blood thin
         (("How many?", LONG.format("two")), ("How many?", LONG.format("three"))),
         (("Whom?", LONG.format("one") + " Ask Anna."), ("Whom?", LONG.format("one") + " Ask Peter.")),
         (("Is it?", LONG.format("one") + " It is safe."), ("Is it?", LONG.format("one") + " It is not safe.")),
-        (("Who pays?", "Anna pays Ben, as it has always been."), ("Who pays?", "Ben pays Anna, as it has always been.")),
+        (("Who pays?", "Anna pays Ben, as she always did."), ("Who pays?", "Ben pays Anna, as she always did.")),
         (("How often?", "दिन में दो बार"), ("How often?", "दान मूं दा बूर")),  # other vowels, the same consonants
         (("Is it good?", "👍"), ("Is it good?", "👎")),
         (("😀", "Smile."), ("🎉", "Smile.")),
@@ -833,8 +833,8 @@ def test_a_second_pass_finds_that_all_is_done(tmp_path, capsys, no_windows):
     assert "All is done already: dataset" in capsys.readouterr().out
     assert set(first.report) >= {
         "dataset_commit", "rows_in", "rows_out", "dropped", "safety_rows", "splits", "tokens", "fingerprint",
-        "base_model", "max_length", "templates", "shape", "example", "system_prompt", "thinking", "template_date", "changed", "leaks",
-        "source",
+        "base_model", "max_length", "templates", "shape", "example", "system_prompt", "thinking", "template_date",
+        "changed", "leaks", "source",
     }  # fmt: skip
     assert first.report["fingerprint"] == "a04d3f9094097544"
 

@@ -153,7 +153,7 @@ def open_run(run_dir):
 
 
 def is_mine(owner):
-    """Whether an owner on the Hub is the reader or an organization of theirs; not without a token that the Hub takes."""
+    """Whether an owner on the Hub is the reader or an organization of theirs; no without a token that the Hub takes."""
     from huggingface_hub import HfApi
 
     try:
@@ -214,8 +214,7 @@ class Stage:
         `inputs` is a dict of what identifies them (fingerprints, digests). Says so in a line if it is done.
         """
         entry = self.entries().get(self.name, {})
-        before = {name: value for name, value in entry.get("parameters", {}).items() if name not in NOT_IN_RESULTS}
-        same = entry.get("inputs") == inputs and before == json.loads(json.dumps(self.settings))
+        same = entry.get("inputs") == inputs and settled(entry.get("parameters", {})) == settled(self.parameters)
         done = same and all((self.folder / name).exists() for name in outputs)
         if done:
             print(f"All is done already: {', '.join(outputs)}, made on {entry['finished'][:16].replace('T', ' ')}.")
@@ -246,6 +245,13 @@ class Stage:
             "git_commit": commit or None,
         }
         write_json(self.folder / "manifest.json", self.entries() | {self.name: entry})
+
+
+def settled(parameters):
+    """The parameters that a result depends on, as JSON has them, a file or folder of this machine by its full path."""
+    kept = json.loads(json.dumps({name: value for name, value in parameters.items() if name not in NOT_IN_RESULTS}))
+    here = {name: Path(kept[name]) for name in ("base_model", "dataset") if isinstance(kept.get(name), str)}
+    return kept | {name: str(path.resolve()) for name, path in here.items() if path.exists()}
 
 
 def installed(package):
