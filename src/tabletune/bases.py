@@ -81,15 +81,13 @@ def lora_targets(model, wanted="auto"):
     """
     layers, parents = linear_layers(model), dict(model.named_modules())
     owner = {name: type(parents[name.rpartition(".")[0]]).__name__ for name in layers}
+    # the fused kernels of Mamba read the weight of out_proj and pass by its adapter
+    usable = [n for n in layers if not (re.search("Mamba|Mixer", owner[n]) and n.endswith("out_proj"))]
     if wanted == "auto":
-        # the fused kernels of Mamba read the weight of out_proj and pass by its adapter
-        found = [
-            n for n in layers if ATTENTION.search(owner[n]) and not ("Mamba" in owner[n] and n.endswith("out_proj"))
-        ]
-        return found or list(layers)
+        return [n for n in usable if ATTENTION.search(owner[n])] or usable
     mixture = any(parameter.dim() == 3 for name, parameter in text_part(model).named_parameters() if "conv" not in name)
     if wanted == "all-linear":
-        return [n for n in layers if not (mixture and n.rpartition(".")[2] in EXPERTS)]
+        return [n for n in usable if not (mixture and n.rpartition(".")[2] in EXPERTS)]
     if isinstance(wanted, str):
         return [n for n in layers if re.fullmatch(wanted, n)] or no_such(wanted, layers)
     found = {}
