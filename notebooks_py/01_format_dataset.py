@@ -29,7 +29,7 @@
 #
 # - **In:** a table: a `.csv`, `.tsv`, `.xlsx`, `.json`, `.jsonl` or `.parquet` file, a folder, or a Hub data set.
 # - **Out:** `dataset/` in the run folder, with train, validation and test splits, and `dataset/report.json`.
-# - **Time:** under a minute anywhere, and seven for a million rows; no GPU is used.
+# - **Time:** under a minute anywhere for a table of some ten thousand rows; no GPU is used.
 #
 # The worked example is a small table of traditional home remedies. It is **educational**: nothing in it, and nothing
 # that a model trained on it says, is medical advice.

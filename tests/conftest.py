@@ -87,8 +87,10 @@ def finished_run(tmp_path_factory):
             assert done.returncode == 0, done.stderr
             (partial / "where").write_text(f"LC_ALL={place['LC_ALL']}, HF_HOME={place['HF_HOME']}")
             partial.rename(made)
-        run_dir = tmp_path_factory.mktemp("finished") / "run"
-        return copy_of(made, run_dir)
+        run_dir = copy_of(made, tmp_path_factory.mktemp("finished") / "run")
+    for name in ["settings", *(f"{stage}.ipynb" for stage in STAGES)]:
+        (run_dir / name).touch()  # newer than notebooks that were written again since, with the same content
+    return run_dir
 
 
 def copy_of(run_dir, target, *names):

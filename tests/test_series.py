@@ -88,7 +88,19 @@ def test_the_notebooks_print_what_the_references_show(tmp_path):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_only_times_and_pictures_are_ignored(name):
     """A cell that nbval does not compare works, and shows a bar, or shows a time, memory or a picture."""
-    words = ("plt.", "plot_", "if not", "train(", "merge_adapter(", "tqdm(", "memory", "seconds", "room")
+    words = (
+        "plt.",
+        "plot_",
+        "if not",
+        "train(",
+        "merge_adapter(",
+        "tqdm(",
+        "memory",
+        "seconds",
+        "room",
+        "score(",
+        "pipeline(",
+    )
     for cell in notebook_of(name).cells:
         if "nbval-ignore-output" in cell.metadata.get("tags", []):
             assert any(word in cell.source for word in words) or "load_" in cell.source, cell.source

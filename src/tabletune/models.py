@@ -238,8 +238,9 @@ def load_adapter_weights(adapted, folder, *_, **__):
     """
     own, weights = adapted.state_dict(), {}
     for name, tensor in load_file(Path(folder) / "adapter_model.safetensors").items():
-        stem = name.removesuffix(".weight")
-        called = [f"{stem}.default.weight", f"{stem}.default", f"{stem}.modules_to_save.default.weight"]
+        stem, _, last = name.rpartition(".")
+        called = [f"{stem}.default.{last}", f"{name}.default.weight", f"{name}.default"]
+        called.append(f"{stem}.modules_to_save.default.{last}")
         weights[next((place for place in called if place in own), name)] = tensor
     result = adapted.load_state_dict(weights, strict=False)
     lacking = [name for name in result.missing_keys if "lora_" in name]
