@@ -66,6 +66,7 @@ def test_references_have_the_code_of_the_notebooks(name):
     assert executed == cells(notebook_of(name)), "run `make reference` and review what changed"
 
 
+@pytest.mark.slow
 def test_the_notebooks_print_what_the_references_show(tmp_path):
     """nbval, strict, in a kernel a notebook, without make and without a locale: what each cell prints is as stored."""
     for name in ("data", ".cache"):
@@ -100,6 +101,7 @@ def test_only_times_and_pictures_are_ignored(name):
         "room",
         "score(",
         "pipeline(",
+        "through_nf4(",  # whose last digits differ between processors
     )
     for cell in notebook_of(name).cells:
         if "nbval-ignore-output" in cell.metadata.get("tags", []):
