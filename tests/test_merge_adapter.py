@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from base_models import BASES, CHEAP, cached
+from base_models import BASES, cached
 from conftest import TINY, run_script
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
@@ -26,6 +26,14 @@ from tabletune.merging import Plan, merge_in_memory, quantize_again, quantized_l
 from tabletune.models import attach_adapter, load_base, load_model, skeleton
 from tabletune.run import Stage, StageError
 
+QUICK = ["llama_tied", "qwen2", "phi3", "gpt_neox", "qwen3_moe", "gemma3", "granite_hybrid"]  # each another structure
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+EVERY = [name if name in QUICK else slow(name) for name in BASES if name != "beyond"]
 STORED_IN_4_BITS = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
@@ -94,7 +102,7 @@ def run(tmp_path):
 # --- every architecture
 
 
-@pytest.mark.parametrize("name", [n if n in CHEAP else pytest.param(n, marks=pytest.mark.slow) for n in BASES])
+@pytest.mark.parametrize("name", EVERY)
 def test_every_architecture_merges_as_peft_does(tmp_path, name):
     """Tensor by tensor; what the adapter does not change stays bit for bit, whatever transformers makes of it."""
     base = cached(name)
@@ -115,7 +123,7 @@ def test_every_architecture_merges_as_peft_does(tmp_path, name):
     assert merged == original
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gemma3", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gemma3", slow("gpt2")])
 def test_dequantized_is_the_quantized_model_that_was_trained(tmp_path, name):
     """Experts and vision layers keep their weights: bitsandbytes quantizes no experts, and training sees no images."""
     base = cached(name)
@@ -130,7 +138,7 @@ def test_dequantized_is_the_quantized_model_that_was_trained(tmp_path, name):
     assert changed == len(quantized_layers(skeleton(AutoConfig.from_pretrained(base))))
 
 
-@pytest.mark.parametrize("name", [n if n in CHEAP else pytest.param(n, marks=pytest.mark.slow) for n in BASES])
+@pytest.mark.parametrize("name", EVERY)
 def test_the_linear_layers_are_those_that_bitsandbytes_quantizes(name):
     model = load_base(cached(name), None, torch.float32)
     text = set(model.get_decoder().modules())
@@ -138,7 +146,7 @@ def test_the_linear_layers_are_those_that_bitsandbytes_quantizes(name):
     assert quantized == {n for n, _ in quantized_layers(skeleton(AutoConfig.from_pretrained(cached(name))))} != set()
 
 
-@pytest.mark.parametrize("name", ["gemma3", pytest.param("qwen3_5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["gemma3", slow("qwen3_5")])
 def test_a_model_that_reads_images_is_whole_again(tmp_path, name):
     base = cached(name)
     merge(make_run(tmp_path, base), base)
@@ -162,13 +170,13 @@ def test_a_model_that_reads_images_is_whole_again(tmp_path, name):
         {"lora_alpha": 4, "targets": "all-linear", "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 9}},
         {"targets": ["q_proj", "lm_head"]},
         {"use_dora": True},
-        {"targets": ["q_proj", "v_proj"], "lora_bias": True},
-        {"bias": "all"},
         {"modules_to_save": ["lm_head", "norm"]},
-        {"targets": ["q_proj", "embed_tokens"]},
-        {"targets": "all-linear", "init_lora_weights": "olora"},
+        slow({"targets": ["q_proj", "v_proj"], "lora_bias": True}),
+        slow({"bias": "all"}),
+        slow({"targets": ["q_proj", "embed_tokens"]}),
+        slow({"targets": "all-linear", "init_lora_weights": "olora"}),
     ],
-    ids=["plain", "rslora", "patterns", "head", "dora", "lora_bias", "bias", "modules", "embeddings", "olora"],
+    ids=["plain", "rslora", "patterns", "head", "dora", "modules", "lora_bias", "bias", "embeddings", "olora"],
 )
 def test_original_equals_peft(tmp_path, capsys, request, config):
     base = cached("qwen2") if {"bias", "lora_bias"} & config.keys() else TINY  # qwen2 has biases
@@ -181,6 +189,7 @@ def test_original_equals_peft(tmp_path, capsys, request, config):
     assert ("PEFT merges it with the whole model in memory" in capsys.readouterr().out) != one_by_one
 
 
+@pytest.mark.slow
 def test_experts_with_adapters_are_merged_by_peft(tmp_path):
     base = cached("gpt_oss")
     run = make_run(tmp_path, base, r=2, target_parameters=["mlp.experts.down_proj"])
@@ -200,6 +209,7 @@ def test_dequantized_equals_the_model_that_was_trained(run):
     assert not torch.allclose(logits_of(run / "merged"), logits(trained), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_dequantized_dora(tmp_path):
     run = make_run(tmp_path, TINY, use_dora=True)
     merge(run, base_weights="dequantized")
@@ -208,7 +218,7 @@ def test_dequantized_dora(tmp_path):
 
 
 @pytest.mark.parametrize("base_weights", ["original", "dequantized"])
-@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["plain", "dora"])
+@pytest.mark.parametrize("config", [{}, slow({"use_dora": True})], ids=["plain", "dora"])
 def test_merging_in_memory_gives_what_is_written(tmp_path, base_weights, config):
     run = make_run(tmp_path, TINY, **config)
     merge(run, base_weights=base_weights)
@@ -223,8 +233,14 @@ def test_quantize_again_is_keeping_it_in_4_bits():
     assert not torch.allclose(again, logits_of(TINY), atol=1e-3)
 
 
-@pytest.mark.parametrize(("stored_as", "trained_in", "merged_in"), [("float32", "float32", "float32"),
-                         ("bfloat16", "float16", "float16"), ("bfloat16", "float32", "bfloat16")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stored_as", "trained_in", "merged_in"),
+    [
+        ("bfloat16", "float16", "float16"),
+        slow("float32", "float32", "float32"),
+        slow("bfloat16", "float32", "bfloat16"),
+    ],
+)
 def test_a_base_that_is_stored_in_4_bits(tmp_path, stored_as, trained_in, merged_in):
     """Stored as bf16 and trained in fp16, it merges in fp16: at 7B, bf16's rounding came to 6% of the logits' range."""
     base, dtype = tmp_path / "stored", getattr(torch, stored_as)

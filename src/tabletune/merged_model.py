@@ -136,7 +136,7 @@ def prove(plan, folder, rows):
     torch.cuda.empty_cache()
     actual = logits_of(models.load_model(folder, None, dtype), rows)
     difference, span = (actual - expected).abs().max().item(), (expected.max() - expected.min()).item()
-    if not difference < (0.1 if dtype == torch.bfloat16 else 0.05) * span:
+    if not difference < (0.1 if plan.dtype == torch.bfloat16 else 0.05) * span:
         raise StageError(f"The merged model differs by {difference:.3g} in logits that span {span:.3g}: not kept.")
     same = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
     return dict(zip(keys, (difference, span, same), strict=True))
