@@ -95,7 +95,7 @@ evaluations = 4  # how often the validation loss is taken and a checkpoint kept 
 early_stopping_patience = 0  # stop after so many evaluations without improvement; 0 never stops early
 
 # %%
-from tabletune import bases, chat_format, models, planning, training
+from tabletune import bases, chat_format, inference, models, planning, training
 from tabletune.run import begin, read_json
 
 stage = begin("02_finetune_qlora", globals())
@@ -182,6 +182,8 @@ model = trainer = None  # of an earlier pass
 training.free_memory()
 how = quantization_config if quantization == "nf4" else quantization
 model = models.load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, how)
+if not torch.cuda.is_available():
+    inference.unpack_weights(model)  # a CPU would do it in every step; the numbers are the same
 
 # %% [markdown]
 # Do packed examples see each other in this very model? Two are put into one row, the first is varied, and the logits of

@@ -5,6 +5,7 @@ those have other names in every family, or are missing.
 """
 
 import inspect
+import math
 import re
 
 import pandas as pd
@@ -15,7 +16,7 @@ from torch.nn import Embedding, Linear
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from .models import attention_of, model_class, skeleton
+from .models import attention_of, model_class, room_gib, skeleton
 from .run import StageError, hub_error
 
 ATTENTION = re.compile("Attention|DeltaNet|Mamba|Mixer|ShortConv")
@@ -167,12 +168,13 @@ def expected_gib(config, dtype, tokens, gpu, targets="auto", lora_r=64, lora_dro
     Liger's kernels keep less of the MLP, and compute the logits in pieces. Paged optimizer states may move to RAM. Over
     `shards` GPUs, each keeps its share of all weights, the statistics beside the 4-bit ones and the output layer, and
     gathers the layer at work and the next; with what FSDP has in flight and what its streams do not give back at once,
-    that was six layers on an H100.
+    that was six layers on an H100. On a CPU, NF4 is unpacked once if there is room (`inference.unpack_weights`).
     """
     model, text, size = skeleton(config), config.get_text_config(), dtype.itemsize
     layers, every = text.num_hidden_layers, linear_layers(model)
-    bits = {"nf4": 0.5, "8bit": 1}.get(quantization, size)
     numbers = sum(layer.weight.numel() for layer in every.values())
+    unpacked = not gpu and quantization == "nf4" and 2 * numbers * size / 2**30 <= room_gib()
+    bits = size if unpacked else {"nf4": 0.5, "8bit": 1}.get(quantization, size)
     adapted = [sizes(model.get_submodule(name)) for name in lora_targets(model, targets)]
     adapter = sum(lora_r * (taken + given) for taken, given in adapted)
     hidden, intermediate = (7, 2) if use_liger_kernel else (10, 4)
@@ -180,13 +182,15 @@ def expected_gib(config, dtype, tokens, gpu, targets="auto", lora_r=64, lora_dro
     layer += sum(taken for taken, _ in adapted) / layers * (size + 1) if lora_dropout else 0
     activations = layers * text.hidden_size * size + layer if gradient_checkpointing else layers * layer
     logits = text.vocab_size * (size + 4 * 4)  # as computed; in fp32: shifted, softmax, gradient, entropy
+    if use_liger_kernel:  # of so many tokens at once, as in liger_kernel.ops.fused_linear_cross_entropy
+        piece = 1 << (math.ceil(tokens / math.ceil(text.vocab_size / text.hidden_size)) - 1).bit_length()
     states = 0 if "paged" in optim else 2 if "8bit" in optim else 8
     parts = {
         "base model": numbers * (bits / shards + (8.25 / 8 / 64 if quantization == "nf4" else 0))
         + (model.num_parameters() - numbers) * size / shards,
         "adapter, gradients, optimizer": adapter * (4 + 4 + states) / shards,
         "activations": tokens * activations,
-        "logits": tokens * logits / (8 if use_liger_kernel else 1),
+        "logits": (piece if use_liger_kernel else tokens) * logits,
     }
     if shards > 1:
         output_layer = model.get_output_embeddings().weight.numel() * size

@@ -171,7 +171,7 @@ def encode_all(examples, tokenizer, stops):
         ids, prompt = wholes["input_ids"][i], prompts[i]
         joined = ids[: len(prompt)] == prompt
         answer = ids[len(prompt) :] if joined else continuation(texts[i][1], tokenizer)
-        end = next((k for k, token in enumerate(answer) if token in stops), None)
+        end = min((answer.index(stop) for stop in stops if stop in answer), default=None)
         answer = [*answer, tokenizer.eos_token_id] if end is None else answer[: end + 1]
         mask = [0] * len(prompt)
         if any(message["role"] == "assistant" for message in example["prompt"]):
@@ -179,6 +179,12 @@ def encode_all(examples, tokenizer, stops):
             mask = mask_of_turns(example["prompt"], texts[i][0], prompt, offsets, stops)
         encoded.append({"input_ids": prompt + answer, "completion_mask": mask + [1] * len(answer)})
     return encoded
+
+
+def decode_all(rows, tokenizer):
+    """The texts of rows of ids, special tokens included, all at once where the tokenizer can do that."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.decode_batch(rows, skip_special_tokens=False) if backend else tokenizer.decode(rows)
 
 
 def encode_text(text, tokenizer, stops):

@@ -11,7 +11,7 @@ import tempfile
 from array import array
 from collections import Counter
 from importlib import resources
-from itertools import chain, compress, islice
+from itertools import chain, islice
 from pathlib import Path
 
 import datasets
@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from .chat_format import break_markers, encode_all
+from .chat_format import break_markers, decode_all, encode_all
 from .chat_templates import takes_system, takes_tools
 from .cleaning import Cleaning, Copies, Dropped, assign_splits, place, question_key
 from .run import StageError, whole
@@ -50,21 +50,31 @@ def batches(rows, size=1000):
         yield batch
 
 
-def write_rows(path, rows, features):
-    """Write rows, dicts, as an Arrow stream. Returns how many. Raises StageError if the disk is full."""
+def in_arrow(rows, features):
+    """Yield rows, dicts, as Arrow batches of a thousand."""
+    return (pa.RecordBatch.from_pylist(batch, features.arrow_schema) for batch in batches(rows))
+
+
+def write_arrow(path, arrow, features):
+    """Write Arrow batches as a stream. Returns how many rows. Raises StageError if the disk is full."""
     written, schema = 0, features.arrow_schema
     with whole(path) as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in batches(rows):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+        for batch in arrow:
+            writer.write_batch(batch)
             written += len(batch)
     return written
 
 
-def read_rows(path):
-    """Yield the rows of an Arrow stream; mapped into memory it would be counted as memory."""
+def read_arrow(path, kept, columns):
+    """Yield the batches of an Arrow stream, of each the rows for which `kept`, one truth value a row, is true.
+
+    It is read, as what is mapped into memory would be counted as memory.
+    """
+    start = 0
     with pa.OSFile(str(path)) as file:
         for batch in pa.ipc.open_stream(file):
-            yield from batch.to_pylist()
+            yield batch.filter(pa.array(kept[start : start + len(batch)])).select(list(columns))
+            start += len(batch)
 
 
 def group_of(key):
@@ -155,7 +165,8 @@ class Formatting:
     def encoded(self, rows):
         """Yield the rows that fit into max_length as examples, with what their ids say as `text`."""
         for batch in batches(rows):
-            for row, ids in zip(batch, self.ids_of(batch), strict=True):
+            encoded = self.ids_of(batch)
+            for row, ids, text in zip(batch, encoded, decode_all(encoded, self.tokenizer), strict=True):
                 if not ids or len(ids) > self.settings["max_length"]:
                     self.drop("too long" if ids else "refused by the chat template", row["row"])
                     self.longer.extend([len(ids)] if ids else [])
@@ -163,7 +174,7 @@ class Formatting:
                 self.lengths.append(len(ids))
                 self.places.append(place(row["key"], self.settings["seed"]))
                 self.official.append(row["split"])
-                yield {**row, "text": self.tokenizer.decode(ids), "group": group_of(row["key"])}
+                yield {**row, "text": text, "group": group_of(row["key"])}
 
     def ids_of(self, rows):
         """The ids of each row, [] where the chat template refuses it."""
@@ -222,31 +233,31 @@ def format_table(table, shape, settings, tokenizer, stops, folder, context=None)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         rows = tqdm(work.encoded(work.cleaned()), "formatting", unit=" rows", delay=10, mininterval=10, file=sys.stdout)
         path = Path(temporary) / "rows.arrow"
-        write_rows(path, rows, features_of("key", "tools"))
+        write_arrow(path, in_arrow(rows, features_of("key", "tools")), features_of("key", "tools"))
         work.check_lost()
         fractions = settings["validation_fraction"], settings["test_fraction"]
         split = assign_splits(work.places, *fractions, work.official)
-        held_out = settings["safety_rows"] and {row["key"] for row in compress(read_rows(path), split != "train")}
-        safety = work.safety_rows(held_out or set())
+        held_out = read_arrow(path, split != "train", ["key"]) if settings["safety_rows"] else []
+        safety = work.safety_rows({key for batch in held_out for key in batch["key"].to_pylist()})
         sizes, digest = {}, hashlib.sha256()
         with whole(folder) as partial:
             empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
             datasets.DatasetDict(dict.fromkeys(SPLITS, empty)).save_to_disk(partial)
             for name in sorted(SPLITS):  # save_to_disk would map the whole table into memory
                 (file,) = (partial / name).glob("*.arrow")
-                there = chain(compress(read_rows(path), split == name), safety if name == "train" else [])
-                sizes[name] = write_rows(file, with_digest(there, name, digest), features)
+                there = chain(read_arrow(path, split == name, features), in_arrow(safety * (name == "train"), features))
+                sizes[name] = write_arrow(file, with_digest(there, name, digest), features)
             report = report_of(work, {name: sizes[name] for name in SPLITS}, split, context, len(safety))
             report["fingerprint"] = digest.hexdigest()[:16]
             (partial / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
     return report
 
 
-def with_digest(rows, split, digest):
-    """Yield the rows of a split, each added to the digest on its way."""
-    for row in rows:
-        digest.update(f"{split}\0{row['text']}\0".encode())
-        yield row
+def with_digest(arrow, split, digest):
+    """Yield the batches of a split, the text of each row added to the digest on its way."""
+    for batch in arrow:
+        digest.update("".join(f"{split}\0{text}\0" for text in batch["text"].to_pylist()).encode())
+        yield batch
 
 
 def report_of(work, sizes, split, context, safety_rows):

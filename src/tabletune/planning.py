@@ -23,10 +23,13 @@ LEAK = 1e-5  # of the range of the logits: what is masked contributes exactly 0,
 def encode_splits(splits, tokenizer, stops, max_length):
     """All splits as token ids, a DatasetDict, and a table of how many examples and tokens they have.
 
-    Raises StageError if an example is longer than `max_length`: it would lose its end.
+    The validation split is sorted by length, so that its batches have little padding. Raises StageError if an example
+    is longer than `max_length`: it would lose its end.
     """
     options = {"tokenizer": tokenizer, "stops": stops}
     encoded = splits.map(encode, fn_kwargs=options, remove_columns=splits["train"].column_names)
+    lengths = [len(ids) for ids in encoded["validation"]["input_ids"]]
+    encoded["validation"] = encoded["validation"].select(sorted(range(len(lengths)), key=lengths.__getitem__))
     longest = max(len(ids) for split in encoded.values() for ids in split["input_ids"])
     if longest > max_length:
         raise StageError(
@@ -99,25 +102,29 @@ def plan_steps(chosen, rows, examples, room, processes):
 
 @dataclass
 class Room:
-    """What a training will take: GiB by part, how many rows of a batch fit, and whether the model must be sharded."""
+    """What a training will take: GiB by part, how many rows of a batch fit, whether the model must be sharded, and
+    whether activations are recomputed."""
 
     expected: pd.Series
     fits: int
     sharded: bool
+    recomputed: bool
 
 
 def room_for_training(chosen, config, dtype, targets, rows, processes):
     """The Room of a training on so many full rows with the parameters of notebook 2, `chosen`; prints the sum.
 
-    The validation takes less than the training: its batches are no larger, and it keeps no activations. Raises
-    StageError if the weights alone do not fit, unless `ignore_memory`; that the rest may not fit is only said.
+    With `gradient_checkpointing`, nothing is recomputed where a GPU has room for all of it. The validation takes less
+    than the training: its batches have room, and it keeps no activations. Raises StageError if the weights alone do not
+    fit, unless `ignore_memory`; that the rest may not fit is only said.
     """
-    options = {name: chosen[name] for name in ("lora_r", "lora_dropout", "optim", "gradient_checkpointing")}
-    options |= {"use_liger_kernel": chosen["use_liger_kernel"], "quantization": chosen["quantization"]}
+    gpu, recomputed = torch.cuda.is_available(), chosen["gradient_checkpointing"]
+    names = ("lora_r", "lora_dropout", "optim", "use_liger_kernel", "quantization")
+    options = {name: chosen[name] for name in names}
 
-    def memory(batch, shards=1):
-        tokens = batch * chosen["max_length"]
-        return expected_gib(config, dtype, tokens, torch.cuda.is_available(), targets, **options, shards=shards)
+    def memory(batch, shards=1, recomputed=recomputed):
+        tokens, how = batch * chosen["max_length"], {"shards": shards, "gradient_checkpointing": recomputed}
+        return expected_gib(config, dtype, tokens, gpu, targets, **options, **how)
 
     def most_that_fit(shards=1):
         one, two = (memory(batch, shards).sum() for batch in (1, 2))  # what each row adds is the same
@@ -139,6 +146,11 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
         expected = memory(batch_size, processes.num_processes)
     elif processes.num_processes > 1:
         print(f"each of {processes.num_processes} processes has the whole model, and its share of the rows (DDP)")
+    if recomputed and gpu and not sharded:
+        kept = memory(batch_size, recomputed=False)
+        if kept.sum() < 0.9 * room:
+            expected, recomputed = kept, False
+            print("there is room to keep all activations: nothing is recomputed in the backward pass")
     print(f"expected peak memory: {expected.sum():.1f} GiB; there is room for {room:.1f} GiB")
     if expected["base model"] > room and not chosen["ignore_memory"]:
         raise StageError(
@@ -148,7 +160,7 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
     if expected.sum() > room:
         checkpointing = "" if chosen["gradient_checkpointing"] else ", or set gradient_checkpointing"
         print(f"If it does not fit: lower batch_size and raise gradient_accumulation_steps by as much{checkpointing}.")
-    return Room(expected, max(1, fits), sharded)
+    return Room(expected, max(1, fits), sharded, recomputed)
 
 
 def rows_to_train_on(model, examples, packed, packing):
@@ -176,7 +188,7 @@ def trainer_settings(stage, done, dtype, room, batch_size, steps, packed):
     chosen, gpu = stage.parameters, torch.cuda.is_available()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "training" / "tensorboard")
     each = math.ceil(steps / chosen["evaluations"])
-    same = ("seed", "gradient_checkpointing", "use_liger_kernel", "max_length", "lr_scheduler_type", "max_grad_norm")
+    same = ("seed", "use_liger_kernel", "max_length", "lr_scheduler_type", "max_grad_norm")
     return {name: chosen[name] for name in same} | {
         "output_dir": str(stage.folder / "checkpoints"),
         "warmup_steps": chosen["warmup"],
@@ -184,8 +196,9 @@ def trainer_settings(stage, done, dtype, room, batch_size, steps, packed):
         "use_cpu": not gpu,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
-        "per_device_eval_batch_size": batch_size,
+        "per_device_eval_batch_size": max(batch_size, min(8, room.fits)) if gpu else batch_size,
         "train_sampling_strategy": "random" if packed else "group_by_length",
+        "gradient_checkpointing": room.recomputed,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "fsdp": room.sharded,
         "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},

@@ -282,5 +282,5 @@ def begin(name, variables):
         except (TypeError, ValueError):
             raise StageError(f"{key}={value!r}: use a text, a number, a truth value, a list or a dictionary.") from None
     variables.update(parameters)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, as it warns at each fork otherwise
     return Stage(name, open_run(parameters["run_dir"]), parameters)

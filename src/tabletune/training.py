@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from .chat_format import save_tokenizer
 from .models import load_adapter_weights, load_dataset_of_run
+from .recording import RecordedLayers
 from .run import StageError, hand_over, hub_error, peak_memory_gib, remove, set_aside, whole, write_json
 from .sharding import shard
 
@@ -71,10 +72,10 @@ def take_published(name, folder):
 class Collator:
     """Makes a batch of rows, {name: tensor [rows, length]}.
 
-    A packed row has `seq_lengths`, the lengths of its examples, and is padded to `max_length`. Its `position_ids` begin
-    anew with each example, which is how transformers knows that they must not see each other; padding has the position
-    0 throughout, so that nothing sees it. Other rows are padded to the longest of the batch, with an `attention_mask`.
-    `labels` are the ids in the loss, and -100 elsewhere.
+    A packed row has `seq_lengths`, the lengths of its examples. Its `position_ids` begin anew with each example, which
+    is how transformers knows that they must not see each other; padding has the position 0 throughout, so that nothing
+    sees it. Other rows have an `attention_mask`. `labels` are the ids in the loss, and -100 elsewhere. Rows are padded
+    to the longest of the batch; packed ones on a GPU, whose kernels are compiled for one shape, to `max_length`.
     """
 
     def __init__(self, pad_token_id, max_length):
@@ -82,7 +83,8 @@ class Collator:
 
     def __call__(self, examples):
         packed = "seq_lengths" in examples[0]
-        length = self.max_length if packed else max(len(example["input_ids"]) for example in examples)
+        longest = max(len(example["input_ids"]) for example in examples)
+        length = self.max_length if packed and torch.cuda.is_available() else longest
         shape = (len(examples), length)
         batch = {"input_ids": torch.full(shape, self.pad_token_id), "labels": torch.full(shape, IGNORED)}
         seen = "position_ids" if packed else "attention_mask"
@@ -151,8 +153,10 @@ class Stopwatch(TrainerCallback):
 
 
 def callbacks(early_stopping_patience):
-    """The callbacks of a training: a stopwatch, and early stopping if so many evaluations of patience are given."""
-    return [Stopwatch(), *([EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else [])]
+    """The callbacks of a training: a stopwatch, recorded steps where a step is small, and early stopping if so many
+    evaluations of patience are given."""
+    stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
+    return [Stopwatch(), RecordedLayers(), *stopping]
 
 
 def adapt_checkpoints(model):
