@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from conftest import TINY
+from conftest import ROOT, TINY
 from huggingface_hub.errors import DryRunError
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
@@ -385,6 +385,8 @@ MEASURED = [
     ({"rows": 16, "dtype": torch.bfloat16, "shards": 2}, 28.77),
     ({"rows": 5, "dtype": torch.bfloat16, "shards": 2, "name": "70B"}, 68.1),
 ]
+# the same of other published shapes, 16 rows in fp16 with the settings of the profile t4
+MEASURED_OTHERS = [("llama-3.1-8b-instruct", 9.74), ("qwen3-4b", 6.02), ("gemma-3-4b-it", 5.79)]
 SHAPES = {"7B": (4096, 11008, 32, 32), "70B": (8192, 28672, 80, 8)}
 
 
@@ -396,6 +398,14 @@ def test_the_expected_memory_is_near_the_measured(settings, measured):
     shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
     config = LlamaConfig(**shape, num_attention_heads=hidden // 128, num_key_value_heads=heads)
     expected = expected_gib(config, dtype, rows * 512, gpu=True, **settings)
+    assert expected.sum() == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "measured"), MEASURED_OTHERS)
+def test_the_expected_memory_of_other_shapes_is_near_the_measured(name, measured):
+    published = json.loads((ROOT / "tests" / "model_configs" / f"{name}.json").read_text(encoding="utf-8"))
+    config = AutoConfig.for_model(**published["config"])
+    expected = expected_gib(config, torch.float16, 16 * 512, gpu=True, optim="paged_adamw_32bit")
     assert expected.sum() == pytest.approx(measured, rel=0.15)
 
 

@@ -1,5 +1,6 @@
 """The models of a run, ready to be asked: base and adapter as one, the merged one, and how much they take at once."""
 
+import gc
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -7,8 +8,10 @@ import torch
 from accelerate.utils import gather_object
 from bitsandbytes.functional import dequantize_4bit
 from transformers import AutoConfig
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from .models import attach_adapter, load_base, load_model, room_gib, skeleton
+from .recording import can_be_recorded, recorded
 from .run import StageError, read_json
 
 
@@ -72,6 +75,8 @@ def load_merged(folder, adapter, base_model, revision, dtype, attn_implementatio
     Without its `folder` it is merged again, in memory, from the base model and the folder of the `adapter`. Raises
     StageError if it does not fit, and cannot be loaded in 4 bits, as those are made from files.
     """
+    gc.collect()  # what was let go of, in circles, is still there
+    torch.cuda.empty_cache()
     size = skeleton(AutoConfig.from_pretrained(folder or base_model, revision=None if folder else revision))
     size, room = size.num_parameters() * dtype.itemsize / 2**30, min(gather_object([room_gib()]))
     if folder and size <= room:
@@ -89,7 +94,7 @@ def load_merged(folder, adapter, base_model, revision, dtype, attn_implementatio
 
 
 @torch.no_grad()
-def bytes_a_token(model):
+def bytes_a_token(model, with_logits=True):
     """What a token takes while it is read: what the cache keeps of it, and logits, as computed and twice in fp32.
 
     Measured, as caches differ: keys and values of some layers, or states that do not grow.
@@ -103,15 +108,68 @@ def bytes_a_token(model):
         return sum(tensor.nbytes for tensor in kept), output.logits
 
     (few, _), (more, logits) = read(8), read(16)
-    return (more - few) // 8 + logits.shape[-1] * (logits.element_size() + 4 + 4)
+    return (more - few) // 8 + with_logits * logits.shape[-1] * (logits.element_size() + 4 + 4)
 
 
-def rows_that_fit(model, length, most):
+def rows_that_fit(model, length, most, with_logits=True):
     """How many rows of `length` tokens, up to `most`, have room in memory beside `model`.
 
-    A fifth of the free memory is left alone. Of several processes, the one with the least room decides.
+    A fifth of the free memory is left alone. An answer needs no logits but the last. Of several processes, the one with
+    the least room decides.
     """
     if most <= 1:
         return 1
     model.eval()
-    return min(gather_object([max(1, min(most, int(0.8 * room_gib() * 2**30 / (length * bytes_a_token(model)))))]))
+    room = 0.8 * room_gib() * 2**30 / (length * max(1, bytes_a_token(model, with_logits)))
+    return min(gather_object([max(1, min(most, int(room)))]))
+
+
+# --- answers, a token at a time
+
+
+def fixed_cache(model, length):
+    """A cache with room for `length` tokens, or None where the model takes no such cache, or there is no GPU.
+
+    It is made of the layers that the model's own cache has: keys and values of every token. That of a sliding window
+    may keep them all, since the mask leaves out what is too far back.
+    """
+    if not can_be_recorded(model):
+        return None
+    with torch.no_grad():
+        own = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+    layers = getattr(own.get("past_key_values"), "layers", [])
+    usual = layers and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return Cache(layers=[StaticLayer(length) for _ in layers]) if usual else None
+
+
+def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
+    """The loop of `generate` over a `fixed_cache`, for its argument `custom_generate`: same tokens, recorded steps.
+
+    `input_ids` are [rows, tokens], padded on the left; `prepared` is what else `generate` has for the model. Returns
+    them with the answers, [rows, tokens and new ones].
+    """
+    begin, end, pad = input_ids.shape[1], generation_config.max_length, generation_config.pad_token_id
+    ids = torch.nn.functional.pad(input_ids, (0, end - begin), value=pad)
+    positions, seen = prepared.pop("position_ids"), prepared["attention_mask"]
+    prepared["attention_mask"] = torch.nn.functional.pad(seen, (0, end - begin), value=1)  # what comes later is masked
+    logits = model(input_ids=input_ids, position_ids=positions, **prepared).logits[:, -1].float()
+    token, position = input_ids[:, -1:].clone(), positions[:, -1:] + 1
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    def step():
+        logits = model(input_ids=token, position_ids=position, **prepared).logits[:, -1].float()
+        position.add_(1)
+        return logits
+
+    for now in range(begin, end):
+        scores = logits_processor(ids[:, :now], logits)
+        new = scores.softmax(-1).multinomial(1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
+        ids[:, now] = new.masked_fill(done, pad)
+        done |= stopping_criteria(ids[:, : now + 1], None)
+        if done.all():
+            break
+        token.copy_(ids[:, now : now + 1])
+        if now == begin + 1:
+            step = recorded(step)
+        logits = step()
+    return ids[:, : now + 1]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, set_seed
 
 from .chat_format import answer_text, encode_prompt
-from .inference import rows_that_fit
+from .inference import decode, fixed_cache, rows_that_fit
 
 # --- perplexity
 
@@ -149,7 +149,8 @@ def generate(model, tokenizer, stops, prompts, batch_size, max_new_tokens, seed=
     tools = [json.loads(row["tools"]) if row.get("tools") else None for row in rows]
     ids = [encode_prompt(row["prompt"], tokenizer, known) for row, known in zip(rows, tools, strict=True)]
     most = min(batch_size, math.ceil(len(ids) / processes.num_processes))
-    batch_size = rows_that_fit(model, max(map(len, ids), default=1) + max_new_tokens, max(1, most))
+    longest = max(map(len, ids), default=1) + max_new_tokens
+    batch_size = rows_that_fit(model, longest, max(1, most), with_logits=False)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
     with without_settings(model):
@@ -158,7 +159,9 @@ def generate(model, tokenizer, stops, prompts, batch_size, max_new_tokens, seed=
             set_seed(seed + batch[0])
             # on the left, so that each answer follows its prompt directly
             padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt")
-            output = model.generate(**padded.to(model.device), generation_config=settings)
+            cache = fixed_cache(model, padded["input_ids"].shape[1] + max_new_tokens)
+            loop = {"custom_generate": decode, "past_key_values": cache} if cache else {}
+            output = model.generate(**padded.to(model.device), generation_config=settings, **loop)
             for i, new in zip(batch, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
                 answers[i] = answer_text(new, tokenizer, stops)
     answers = {i: answer for part in gather_object([answers]) for i, answer in part.items()}
