@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
+# a thread that waits leaves its core to the other worker: before PyTorch is imported, also in what tests start
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / ".cache" / "tiny-llama"
 TABLE = ROOT / "data" / "home_remedies.csv"

@@ -55,10 +55,11 @@ def stage(tmp_path_factory):
 
 
 def test_the_loss_covers_the_response_and_its_stop_and_nothing_else(stage):
-    """Also in packed rows, which are taken apart here by their positions."""
+    """Also in packed rows, which are taken apart here by their positions; a CPU computes no padding for nothing."""
     tokenizer, answers = stage.tokenizer, []
     for batch in stage.trainer.get_train_dataloader():
-        assert {tuple(tensor.shape) for tensor in batch.values()} == {(len(batch["labels"]), stage.max_length)}
+        [(rows, length)] = {tuple(tensor.shape) for tensor in batch.values()}
+        assert rows == len(batch["labels"]) and batch["position_ids"][:, -1].any() and length <= stage.max_length
         parts = (batch[k].tolist() for k in ("input_ids", "labels", "position_ids"))
         for ids, labels, positions in zip(*parts, strict=True):
             starts = [i for i, position in enumerate(positions) if position == 0]
@@ -284,6 +285,26 @@ def test_only_weights_that_do_not_fit_are_refused(monkeypatch, capsys):
     with pytest.raises(StageError, match=r"The weights alone take 0\.0 GiB of memory, and there are 0\.0 GiB"):
         ask(1e-4)
     assert ask(1e-4, ignore_memory=True)
+
+
+def test_nothing_is_recomputed_where_a_gpu_has_room_for_all(monkeypatch, capsys):
+    chosen = {"lora_r": 8, "lora_dropout": 0.0, "optim": "adamw_torch", "gradient_checkpointing": True}
+    chosen |= {"use_liger_kernel": True, "quantization": "nf4", "max_length": 256, "epochs": 1, "batch_size": 8}
+    chosen |= {"min_steps": 1, "gradient_accumulation_steps": 1, "base_model": "b", "ignore_memory": False}
+    config, processes = AutoConfig.from_pretrained(TINY), PartialState(cpu=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def ask(room, **change):
+        monkeypatch.setattr(planning, "room_gib", lambda: room)
+        return room_for_training({**chosen, **change}, config, torch.float32, "auto", 40, processes)
+
+    kept = ask(64)
+    assert not kept.recomputed and "nothing is recomputed" in capsys.readouterr().out
+    assert kept.expected["recorded steps"] == pytest.approx(0.1 * kept.expected.drop("recorded steps").sum())
+    tight = ask(kept.expected.sum())
+    assert tight.recomputed and tight.expected.sum() < kept.expected.sum() and "recorded steps" not in tight.expected
+    assert "recorded steps" not in ask(64, batch_size=16, gradient_accumulation_steps=2).expected
+    assert not ask(1e-3, gradient_checkpointing=False, ignore_memory=True).recomputed
 
 
 def test_a_published_data_set_is_as_good_as_notebook_1s_folder(stage, tmp_path, monkeypatch):

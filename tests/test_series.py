@@ -66,7 +66,6 @@ def test_references_have_the_code_of_the_notebooks(name):
     assert executed == cells(notebook_of(name)), "run `make reference` and review what changed"
 
 
-@pytest.mark.slow
 def test_the_notebooks_print_what_the_references_show(tmp_path):
     """nbval, strict, in a kernel a notebook, without make and without a locale: what each cell prints is as stored."""
     for name in ("data", ".cache"):

@@ -134,6 +134,9 @@ class TokenTrainer(SFTTrainer):
         loss, logits, labels = super().prediction_step(model, inputs, True, ignore_keys)
         return loss * tokens / rows / self.tokens_a_row, logits, labels
 
+    def create_model_card(self, *args, **kwargs):
+        """None for checkpoints: TRL reads its template in the locale's encoding, and stops where that is ASCII."""
+
     def evaluate(self, *args, **kwargs):
         masks = self.eval_dataset["completion_mask"]
         self.tokens_a_row = sum(sum(mask[1:]) for mask in masks) / len(masks)
