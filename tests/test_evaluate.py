@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, TINY, copy_of, run_tiny
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.cache_utils import Cache, StaticLayer
 
 from tabletune import figures, inference
 from tabletune.chat_format import encode_prompt
@@ -25,8 +26,9 @@ from tabletune.evaluation import (
     summarize,
     summarize_all,
 )
-from tabletune.inference import bytes_a_token, find_merged, rows_that_fit, unpack_weights
+from tabletune.inference import bytes_a_token, decode, find_merged, fixed_cache, rows_that_fit, unpack_weights
 from tabletune.models import load_base
+from tabletune.recording import recorded
 from tabletune.run import StageError
 from tabletune.scoring import divergence, generate, perplexity, response_logits, score, spans
 
@@ -171,8 +173,32 @@ def test_how_many_rows_fit_is_measured(model, monkeypatch):
     assert bytes_a_token(model) == token
     monkeypatch.setattr(inference, "room_gib", lambda: 10.2 * 100 * token / 0.8 / 2**30)
     assert [rows_that_fit(model, 100, most) for most in (4, 16)] == [4, 10]
+    assert rows_that_fit(model, 100, 999, with_logits=False) == int(10.2 * token / keys_and_values)
     assert rows_that_fit(model, 10_000_000, 16) == 1
     assert rows_that_fit(object(), 100, 1) == 1, "where one is asked for, nothing is measured"
+
+
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}])
+@pytest.mark.parametrize("stops", [[2], [2, *range(100, 1000)]])
+def test_answers_of_the_own_loop_are_those_of_generate(model, sampling, stops):
+    """Where a GPU records the steps; here they are only made. Rows of unlike length, some of which stop early."""
+    ids = torch.randint(3, 2000, (4, 12), generator=torch.Generator().manual_seed(0))
+    seen = (torch.arange(12) >= torch.tensor([5, 0, 3, 0])[:, None]).long()
+    settings = GenerationConfig(**sampling, max_new_tokens=20, eos_token_id=stops, pad_token_id=0)
+    cache = Cache(layers=[StaticLayer(32) for _ in model.model.layers])
+    made = []
+    for loop in ({}, {"custom_generate": decode, "past_key_values": cache}):
+        torch.manual_seed(0)
+        made.append(model.generate(input_ids=ids, attention_mask=seen, generation_config=settings, **loop))
+    assert torch.equal(*made)
+
+
+def test_without_a_gpu_nothing_is_recorded(model):
+    def step():
+        return 1
+
+    assert recorded(step) is step
+    assert fixed_cache(model, 10) is None
 
 
 def test_where_the_merged_model_is(tmp_path, monkeypatch):

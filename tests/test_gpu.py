@@ -7,9 +7,15 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, make, profile_parameters, run_script
+from datasets import load_from_disk
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+
+from tabletune import inference, recording, scoring
+from tabletune.chat_format import load_tokenizer
+from tabletune.models import load_base
+from tabletune.recording import recorded
 
 pytestmark = [
     pytest.mark.gpu,
@@ -203,3 +209,25 @@ def test_copies_of_fsdp_keep_numbers_stored_in_32_bits_and_change_some_in_16(dty
     twice, once = every << 16 | every, every.short()
     assert torch.equal(copied(twice, torch.float32), twice)
     assert not torch.equal(copied(once, dtype), once)
+
+
+def test_recorded_steps_write_the_same_answers(run_dir, monkeypatch):
+    """Greedy, in fp32, by the loop of `generate` and by ours, whose steps are a CUDA graph."""
+    model = load_base(str(SMOLLM2), None, torch.float32)
+    tokenizer, stops = load_tokenizer(str(SMOLLM2))
+    prompts = load_from_disk(run_dir / "dataset")["test"]["prompt"][:6]
+    graphs = []
+    monkeypatch.setattr(inference, "recorded", lambda step: graphs.append(recorded(step)) or graphs[-1])
+    ours = scoring.generate(model, tokenizer, stops, prompts, 4, 24)[0]
+    assert [graph.__name__ for graph in graphs] == ["replay", "replay"]
+    monkeypatch.setattr(scoring, "fixed_cache", lambda *_: None)
+    assert scoring.generate(model, tokenizer, stops, prompts, 4, 24)[0].equals(ours)
+
+
+def test_recorded_layers_train_as_others_do(run_dir, monkeypatch):
+    one_row = {"precision": "bf16", "batch_size": 1, "epochs": 0.2}
+    _, after, _, stage = train(run_dir, **one_row)
+    decoder = stage.trainer.model.get_base_model().model
+    assert "record_layers" in decoder.forward.__qualname__
+    monkeypatch.setattr(recording, "MOST_TOKENS", 0)
+    assert train(run_dir, **one_row)[1] == pytest.approx(after, abs=NOISE)

@@ -385,8 +385,16 @@ MEASURED = [
     ({"rows": 16, "dtype": torch.bfloat16, "shards": 2}, 28.77),
     ({"rows": 5, "dtype": torch.bfloat16, "shards": 2, "name": "70B"}, 68.1),
 ]
-# the same of other published shapes, 16 rows in fp16 with the settings of the profile t4
-MEASURED_OTHERS = [("llama-3.1-8b-instruct", 9.74), ("qwen3-4b", 6.02), ("gemma-3-4b-it", 5.79)]
+# the same of other published shapes, 16 rows with the settings of the profiles t4, in fp16, and a100, in bf16
+T4 = {"dtype": torch.float16, "optim": "paged_adamw_32bit"}
+A100 = {"dtype": torch.bfloat16, "optim": "adamw_torch_fused", "gradient_checkpointing": False}
+MEASURED_OTHERS = [
+    ("llama-3.1-8b-instruct", T4, 9.74),
+    ("llama-3.1-8b-instruct", A100, 37.38),
+    ("qwen3-4b", T4, 6.02),
+    ("qwen3-4b", A100, 31.29),
+    ("gemma-3-4b-it", T4, 5.79),
+]
 SHAPES = {"7B": (4096, 11008, 32, 32), "70B": (8192, 28672, 80, 8)}
 
 
@@ -401,11 +409,11 @@ def test_the_expected_memory_is_near_the_measured(settings, measured):
     assert expected.sum() == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize(("name", "measured"), MEASURED_OTHERS)
-def test_the_expected_memory_of_other_shapes_is_near_the_measured(name, measured):
+@pytest.mark.parametrize(("name", "settings", "measured"), MEASURED_OTHERS)
+def test_the_expected_memory_of_other_shapes_is_near_the_measured(name, settings, measured):
     published = json.loads((ROOT / "tests" / "model_configs" / f"{name}.json").read_text(encoding="utf-8"))
     config = AutoConfig.for_model(**published["config"])
-    expected = expected_gib(config, torch.float16, 16 * 512, gpu=True, optim="paged_adamw_32bit")
+    expected = expected_gib(config, tokens=16 * 512, gpu=True, **settings)
     assert expected.sum() == pytest.approx(measured, rel=0.15)
 
 

@@ -162,13 +162,13 @@ def expected_gib(config, dtype, tokens, gpu, targets="auto", lora_r=64, lora_dro
     """What training on batches of `tokens` tokens takes at its peak, in GiB on each GPU, by part: a Series.
 
     NF4 with double quantization takes 4 bits a weight and 8.25 bits for each 64 of them, in all linear layers but the
-    output layer; experts of a mixture stay in 16 bits. Activations: those of a Llama layer without the attention
-    matrix, which SDPA does not keep, after Korthikanti et al., 2022 (https://arxiv.org/abs/2205.05198), and each
-    adapter's input after dropout with its mask. With checkpointing, one hidden state a layer and one layer in full.
-    Liger's kernels keep less of the MLP, and compute the logits in pieces. Paged optimizer states may move to RAM. Over
-    `shards` GPUs, each keeps its share of all weights, the statistics beside the 4-bit ones and the output layer, and
-    gathers the layer at work and the next; with what FSDP has in flight and what its streams do not give back at once,
-    that was six layers on an H100. On a CPU, NF4 is unpacked once if there is room (`inference.unpack_weights`).
+    output layer; experts of a mixture stay in 16 bits. Activations: what each norm takes and the adapters after it, the
+    attention without its matrix, which SDPA does not keep, the two halves of the MLP (after Korthikanti et al., 2022,
+    https://arxiv.org/abs/2205.05198), and each adapter's input after dropout with its mask. With checkpointing, one
+    hidden state a layer and one layer in full. Liger's kernels keep less of the MLP, and compute the logits in pieces.
+    Paged optimizer states may move to RAM. Over `shards` GPUs, each keeps its share of all weights, the statistics
+    beside the 4-bit ones and the output layer, and gathers the layer at work and the next; with what FSDP has in flight
+    and what its streams do not give back at once, that was six layers on an H100.
     """
     model, text, size = skeleton(config), config.get_text_config(), dtype.itemsize
     layers, every = text.num_hidden_layers, linear_layers(model)
@@ -177,8 +177,13 @@ def expected_gib(config, dtype, tokens, gpu, targets="auto", lora_r=64, lora_dro
     bits = size if unpacked else {"nf4": 0.5, "8bit": 1}.get(quantization, size)
     adapted = [sizes(model.get_submodule(name)) for name in lora_targets(model, targets)]
     adapter = sum(lora_r * (taken + given) for taken, given in adapted)
-    hidden, intermediate = (7, 2) if use_liger_kernel else (10, 4)
-    layer = (hidden * text.hidden_size + intermediate * intermediate_size(text)) * size
+    norms = [p.numel() for name, p in text_part(model).named_parameters() if "norm" in name and name.endswith("weight")]
+    heads = getattr(text, "num_attention_heads", None) or 1
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    # keys, values and results are as wide as queries once they meet; queries and keys also before a norm of their own
+    queries = heads * head * (5 if head in norms else 4)
+    residual = (norms.count(text.hidden_size) // layers + (1 if use_liger_kernel else 4)) * text.hidden_size
+    layer = (residual + queries + (2 if use_liger_kernel else 4) * intermediate_size(text)) * size
     layer += sum(taken for taken, _ in adapted) / layers * (size + 1) if lora_dropout else 0
     activations = layers * text.hidden_size * size + layer if gradient_checkpointing else layers * layer
     logits = text.vocab_size * (size + 4 * 4)  # as computed; in fp32: shifted, softmax, gradient, entropy

@@ -133,7 +133,7 @@ def fixed_cache(model, length):
     It is made of the layers that the model's own cache has: keys and values of every token. That of a sliding window
     may keep them all, since the mask leaves out what is too far back.
     """
-    if not can_be_recorded(model):
+    if model.device.type != "cuda" or not can_be_recorded(model):
         return None
     with torch.no_grad():
         own = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
