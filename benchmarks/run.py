@@ -1,4 +1,5 @@
-"""Training throughput of the profiles, of the notebook this series grew out of, and of TRL's and Unsloth's notebooks.
+"""Training throughput of the profiles, of the notebook this series grew out of, and of TRL's and Unsloth's notebooks;
+and the seconds of the whole job, from a table to a merged model and its answers, by stage.
 
     python benchmarks/run.py [--peer-python PYTHON] [--base-model FOLDER] [--only ROW]... [--out FOLDER]
 
@@ -11,16 +12,21 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
 WARM_UP, STEPS = 5, 20
 # tokens of the 115 rows of medss19/home_remedies_dataset, prompt and template included
 LENGTHS = [int(n) for n in (HERE / "lengths.txt").read_text().split()]
@@ -69,18 +75,52 @@ ROWS = {
     ),
     "70b profile, 2 GPUs, 79 GiB": ("notebook", 79, {"profile": "70b", "gpus": 2, "model": "70b", "room": 72}),
 }
+# two more base models, each in the shape of its entry in models/
+for title, model in {"Llama 3.1 8B": "llama-3.1-8b-instruct", "Qwen3 4B": "qwen3-4b"}.items():
+    peer = {**UNSLOTH, "model": model, "batch": 8}
+    ROWS |= {
+        f"{title}, t4 profile, 14.5 GiB, fp16": (
+            "notebook",
+            14.5,
+            {"profile": "t4", "precision": "fp16", "model": model},
+        ),
+        f"{title}, Unsloth 8 x 512, 14.5 GiB, fp16, its checkpointing": (
+            "unsloth",
+            14.5,
+            {**peer, "checkpointing": True, "fp16": True},
+        ),
+        f"{title}, a100 profile, 39 GiB": ("notebook", 39, {"profile": "a100", "model": model}),
+        f"{title}, Unsloth 8 x 512, 39 GiB": ("unsloth", 39, {**peer, "checkpointing": False}),
+    }
+ROWS["a100 profile, a row a step"] = ("notebook", None, {"profile": "a100", "batch_size": 1})
+
+STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate"]
+# The whole job: who does it, the limit in GiB, and the settings. Unsloth's begins with the data set that ours made.
+JOBS = {
+    "whole job, a100 profile, 39 GiB": ("notebooks", 39, {"profile": "a100"}),
+    "whole job, Unsloth, 39 GiB": ("unsloth", 39, {"fp16": False}),
+    "whole job, t4 profile, 14.5 GiB, fp16": ("notebooks", 14.5, {"profile": "t4", "precision": "fp16"}),
+    "whole job, Unsloth, 14.5 GiB, fp16": ("unsloth", 14.5, {"fp16": True}),
+}
 
 
 def make_base_model(folder, size):
-    """Make a Llama-2 of random weights, "7b" or "70b", with the tokenizer of the tiny profile, on the GPU.
+    """Make a base model of random weights, with the tokenizer of the tiny profile, on the GPU.
 
-    7B is stored in fp16. 70B would take 128 GiB on disk, so it is stored in 4 bits, in the way that FSDP can shard, and
-    made one layer at a time.
+    `size` is "7b" or "70b" for a Llama-2, or an entry of models/. They are stored in 16 bits. 70B would take 128 GiB on
+    disk, so it is stored in 4 bits, in the way that FSDP can shard, and made one layer at a time.
     """
     import torch
     from bitsandbytes.functional import quantize_4bit
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
     shapes = {
         "7b": {"intermediate_size": 11008, "num_hidden_layers": 32},
@@ -92,13 +132,17 @@ def make_base_model(folder, size):
             "num_key_value_heads": 8,
         },
     }
-    config = LlamaConfig(**shapes[size], max_position_embeddings=4096, dtype="float16")
     torch.manual_seed(0)
     AutoTokenizer.from_pretrained(ROOT / ".cache" / "tiny-llama").save_pretrained(folder)
-    if size == "7b":
-        torch.set_default_dtype(torch.float16)
+    if size in shapes:
+        config = LlamaConfig(**shapes[size], max_position_embeddings=4096, dtype="float16")
+    else:
+        published = json.loads((ROOT / "tests" / "model_configs" / f"{size}.json").read_text(encoding="utf-8"))
+        config = AutoConfig.for_model(**published["config"])
+    if size != "70b":
+        torch.set_default_dtype(torch.float16 if size in shapes else torch.bfloat16)
         with torch.device("cuda"):
-            model = LlamaForCausalLM(config)
+            model = AutoModelForCausalLM.from_config(config)
         model.save_pretrained(folder, max_shard_size="5GB")
         return
     with torch.device("meta"):
@@ -159,8 +203,11 @@ def make_dataset(run_dir, base_model, steps):
     (Path(run_dir) / "dataset" / "report.json").write_text('{"fingerprint": "benchmark"}')
 
 
-def notebook_trainer(settings, base_model, run_dir):
-    """The trainer of notebook 2, made by its own cells, with a profile and settings on top."""
+def notebook_trainer(settings, base_model, run_dir, limit=None):
+    """The trainer of notebook 2, made by its own cells, with a profile and settings on top.
+
+    It plans with the memory that it will have, unless the settings tell it of less `room`.
+    """
     import yaml
 
     sys.path.insert(0, str(ROOT / "tests"))
@@ -168,7 +215,7 @@ def notebook_trainer(settings, base_model, run_dir):
 
     profile = yaml.safe_load((ROOT / "profiles" / f"{settings['profile']}.yaml").read_text())
     profile |= {"min_steps": WARM_UP + STEPS, **settings, "base_model": str(base_model), "run_dir": str(run_dir)}
-    limit_memory(settings.get("room"))
+    limit_memory(settings.get("room", limit))
     trainer = run_script("02_finetune_qlora", before="## Train", **profile).trainer
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     return trainer
@@ -289,9 +336,10 @@ def measure(row, base_model, run_dir):
     engine, limit, settings = ROWS[row]
     if settings.get("gpus", 1) > 1:  # as make does; PyTorch reads it when it is imported
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    trainer = {"notebook": notebook_trainer, "trl": trl_trainer, "unsloth": unsloth_trainer}[engine](
-        settings, base_model, run_dir
-    )
+    if engine == "notebook":
+        trainer = notebook_trainer(settings, base_model, run_dir, limit)
+    else:
+        trainer = {"trl": trl_trainer, "unsloth": unsloth_trainer}[engine](settings, base_model, run_dir)
     import torch
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -325,7 +373,6 @@ def measure(row, base_model, run_dir):
     steps = [start.elapsed_time(end) / 1e3 for start, end in pairwise(ends)][WARM_UP - 1 :]
     losses = [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
     rates = [count / seconds for count, seconds in zip(tokens[WARM_UP:], steps, strict=False)]
-    packages = ["torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "unsloth", "xformers"]
     peaks = gather_object([(torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated())])
     reserved, allocated = map(max, zip(*peaks, strict=True))
     PartialState().destroy_process_group()
@@ -338,16 +385,31 @@ def measure(row, base_model, run_dir):
         "steps": len(steps),
         "skipped_steps": sum(skipped),
         "loss": losses,
-        "packages": {name: found for name in packages if (found := installed(name))},
+        "measured": now(),
+        "packages": installed_packages(),
     }
 
 
-def installed(name):
-    """The version of a package, or None."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def installed_packages():
+    """The versions of the packages that make a difference, of those that are there."""
+    names = ["torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "unsloth", "xformers"]
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def now():
+    """The date and the minute, as results of several runs can stand in one file."""
+    return datetime.now(UTC).isoformat(timespec="minutes")
+
+
+def peak_gib():
+    """What PyTorch has reserved on the GPU at most."""
+    import torch
+
+    return round(torch.cuda.max_memory_reserved() / 2**30, 2)
 
 
 def matrix_speed():
@@ -381,6 +443,53 @@ def operations_per_token(base_model):
     return 4 * sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
+def child(command, folder):
+    """What a process of a row or a stage found, or {"error": why it found nothing}; `log.txt` has all that it said."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        print(*command, done.stdout, done.stderr, sep="\n", file=log)
+    found = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if found:
+        return json.loads(found[0])
+    return {"error": "out of memory" if "OutOfMemoryError" in done.stderr else f"failed: {done.stderr.strip()[-300:]}"}
+
+
+def do_job(command, folder, stages):
+    """The whole job in a folder: the seconds of each part, and the peak GiB.
+
+    What starts a process, Python and imports, counts for its first part, and so does what ends it. Merged models are
+    deleted at the end, since those of all jobs would fill a disk.
+    """
+    folder.mkdir(exist_ok=True)
+    seconds, peak = {}, 0
+    for stage in stages:
+        begun = time.perf_counter()
+        found = child([*command, "--run-dir", str(folder / "run"), "--stage", stage], folder)
+        if "error" in found:
+            return found
+        parts = found.pop("seconds", {stage: 0})
+        parts[next(iter(parts))] += time.perf_counter() - begun - sum(parts.values())
+        seconds |= {part: round(value, 1) for part, value in parts.items()}
+        peak = max(peak, found["peak_gib"])
+    for merged in (folder / "run").glob("**/merged"):
+        shutil.rmtree(merged)
+    return {"seconds": seconds, "all": round(sum(seconds.values()), 1), **found, "peak_gib": peak, "measured": now()}
+
+
+def table_of_jobs(jobs):
+    """The whole jobs as a Markdown table, in seconds."""
+    lines = ["| the whole job, seconds | format | fine-tune | merge | evaluate | all | peak GiB |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    for job, result in jobs.items():
+        if "error" in result:
+            lines.append(f"| {job} | {result['error']} | | | | | |")
+        else:
+            parts = [f"{result['seconds'][stage]:.0f}" if stage in result["seconds"] else "" for stage in STAGES]
+            name = job.removeprefix("whole job, ")
+            lines.append(f"| {name} | {' | '.join(parts)} | {result['all']:.0f} | {result['peak_gib']:.1f} |")
+    return "\n".join(lines)
+
+
 def table(results):
     """The results as a Markdown table."""
     lines = [
@@ -408,6 +517,7 @@ def plot(results, path):
 
     rows = {row: r["tokens_per_second"] for row, r in results.items() if "tokens_per_second" in r}
     rows = {row: rate for row, rate in rows.items() if ROWS[row][2].get("gpus", 1) == 1}
+    rows = {row: rate for row, rate in rows.items() if "model" not in ROWS[row][2]}
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(rows) + 1), layout="constrained")
     colours = ["0.35" if "profile" in row else "0.8" for row in rows]
     bars = axes.barh(list(rows), list(rows.values()), color=colours, edgecolor="black")
@@ -418,8 +528,31 @@ def plot(results, path):
     figure.savefig(path, dpi=110)
 
 
+def plot_jobs(jobs, path):
+    """Stacked horizontal bars of the seconds of each part of the whole job."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    done = {job.removeprefix("whole job, "): r["seconds"] for job, r in jobs.items() if "seconds" in r}
+    figure, axes = plt.subplots(figsize=(9, 0.5 * len(done) + 1.4), layout="constrained")
+    left = dict.fromkeys(done, 0)
+    for stage, colour in zip(STAGES, ["0.95", "0.4", "0.8", "0.6"], strict=True):
+        widths = [parts.get(stage, 0) for parts in done.values()]
+        axes.barh(list(done), widths, left=list(left.values()), color=colour, edgecolor="black", label=stage)
+        left = {job: left[job] + width for job, width in zip(done, widths, strict=True)}
+    for row, total in enumerate(left.values()):
+        axes.text(total, row, f" {total:.0f} s", va="center")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel="seconds", title="The whole job with a 7B model on one GPU")
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.3), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 def main():
-    """Run every row in a process of its own, print the table as it grows, write results.json and throughput.png."""
+    """Run every row in a process of its own, print the tables as they grow, write results.json and the two plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     absolute = {"type": lambda path: str(Path(path).absolute())}  # the rows run in a folder of their own
     parser.add_argument(
@@ -428,11 +561,20 @@ def main():
     parser.add_argument(
         "--peer-python", **absolute, help="Python of an environment with Unsloth; its rows are left out without"
     )
-    parser.add_argument("--only", action="append", choices=ROWS, metavar="ROW", help="a row to run; may be repeated")
+    parser.add_argument("--only", action="append", metavar="ROW", choices=[*ROWS, *JOBS],
+                        help="a row to run; may be repeated. What results.json has of others stays")  # fmt: skip
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--row", help=argparse.SUPPRESS)
-    parser.add_argument("--run-dir", help=argparse.SUPPRESS)
+    for name in ("--row", "--run-dir", "--stage"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.row in JOBS:
+        import whole_job
+
+        doer, limit, settings = JOBS[options.row]
+        limit_memory(limit)
+        part = whole_job.unsloth if doer == "unsloth" else whole_job.notebook
+        print("RESULT", json.dumps(part(options.stage, settings, options.base_model, options.run_dir)), flush=True)
+        os._exit(0)
     if options.row:
         result = measure(options.row, options.base_model, options.run_dir)
         if os.environ.get("RANK", "0") == "0":
@@ -443,12 +585,12 @@ def main():
     if not torch.cuda.is_available():
         sys.exit("The benchmark needs an NVIDIA GPU; there is none here.")
     scratch = Path(tempfile.mkdtemp(prefix="benchmark-"))
-    base_models = {"7b": options.base_model, "70b": None}
+    base_models = {"7b": options.base_model}
 
     def base_model_of(size):
         """The folder of a base model, made when it is first asked for, by a process that leaves the GPU as it was."""
-        if not base_models[size]:
-            base_models[size] = str(scratch / f"llama-2-{size}-random")
+        if not base_models.get(size):
+            base_models[size] = str(scratch / f"random-{size}")
             context = multiprocessing.get_context("spawn")
             maker = context.Process(target=make_base_model, args=(base_models[size], size))
             maker.start()
@@ -457,36 +599,52 @@ def main():
                 sys.exit(f"The base model {size} could not be made.")
         return base_models[size]
 
-    make_dataset(scratch, base_model_of("7b"), WARM_UP + STEPS)
+    wanted = options.only or [*ROWS, *JOBS]
+    if not set(wanted) <= JOBS.keys():
+        make_dataset(scratch, base_model_of("7b"), WARM_UP + STEPS)
     machine = {"gpu": torch.cuda.get_device_name(), "bf16_flops": matrix_speed()}
     torch.cuda.empty_cache()
     print(f"{machine['gpu']}: {machine['bf16_flops'] / 1e12:,.0f} TFLOP/s in bf16\n", flush=True)
-    results = {}
-    for row in options.only or ROWS:
-        engine, _, settings = ROWS[row]
+    file = options.out / "results.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if options.only and file.exists() else {}
+    results, jobs = kept.get("rows", {}), kept.get("jobs", {})
+
+    def keep():
+        ordered = {row: results[row] for row in ROWS if row in results}
+        in_order = {job: jobs[job] for job in JOBS if job in jobs}
+        file.write_text(json.dumps({**machine, "rows": ordered, "jobs": in_order}, indent=2) + "\n")
+        return ordered, in_order
+
+    for row in wanted:
+        engine, _, settings = (ROWS | JOBS)[row]
         gpus = settings.get("gpus", 1)
         python = options.peer_python if engine == "unsloth" else sys.executable
         if python is None or gpus > torch.cuda.device_count():
             continue
         base_model = base_model_of(settings.get("model", "7b"))
-        command = [python, __file__, "--row", row, "--base-model", base_model, "--run-dir", str(scratch)]
+        command = [python, __file__, "--row", row, "--base-model", base_model]
+        if row in JOBS:
+            jobs[row] = do_job(command, scratch / str(JOBS[row][1]), STAGES if engine == "notebooks" else [engine])
+            keep()
+            print(table_of_jobs({row: jobs[row]}).splitlines()[-1], flush=True)
+            continue
+        command += ["--run-dir", str(scratch)]
         if gpus > 1:
             launch = [python, "-m", "accelerate.commands.launch", "--num_processes", str(gpus)]
             command = [*launch, "--config_file", str(ROOT / "profiles" / "accelerate" / "gpus.yaml"), *command[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
-        found = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        failed = "out of memory" if "OutOfMemoryError" in done.stderr else f"failed: {done.stderr.strip()[-300:]}"
-        results[row] = json.loads(found[0]) if found else {"error": failed}
-        if found:
+        results[row] = child(command, scratch)
+        if "error" not in results[row]:
             arithmetic = results[row]["tokens_per_second"] * operations_per_token(base_model)
             results[row]["of_limit"] = round(arithmetic / machine["bf16_flops"] / gpus, 4)
-        (options.out / "results.json").write_text(json.dumps({**machine, "rows": results}, indent=2) + "\n")
+        keep()
         print(table({row: results[row]}).splitlines()[-1], flush=True)
-    print("\n" + table(results))
-    versions = {row: r["packages"] for row, r in results.items() if "packages" in r}
+    results, jobs = keep()
+    print("\n" + table(results) + "\n\n" + table_of_jobs(jobs))
+    versions = {row: r["packages"] for row, r in (results | jobs).items() if "packages" in r}
     for packages in {json.dumps(p): p for p in versions.values()}.values():
         print("\n" + ", ".join(f"{name} {number}" for name, number in packages.items()))
     plot(results, options.out / "throughput.png")
+    plot_jobs(jobs, options.out / "whole_job.png")
 
 
 if __name__ == "__main__":
