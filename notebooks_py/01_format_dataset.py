@@ -110,10 +110,11 @@ run = stage.folder
 from tabletune.bases import base_config, context_length
 from tabletune.chat_format import load_tokenizer
 from tabletune.chat_templates import describe_template
+from tabletune.reporting import show_table
 
 context = context_length(base_config(base_model, base_model_revision))
 tokenizer, stops = load_tokenizer(base_model, base_model_revision, thinking, template_date)
-describe_template(tokenizer, stops)
+show_table(describe_template(tokenizer, stops))
 
 # %% [markdown]
 # ## The table
@@ -271,6 +272,7 @@ left.set(xlabel="tokens in an example", ylabel="examples", title="Length")
 left.legend()
 right.bar(*report["rows_a_question"], color="0.55", edgecolor="black")
 right.set(xlabel="rows with the same question", ylabel="questions", title="Rows a question")
+right.xaxis.get_major_locator().set_params(integer=True)
 plt.show()
 
 # %% [markdown]

@@ -29,7 +29,7 @@
 #
 # - **In:** `dataset/` in the run folder, from notebook 1.
 # - **Out:** `adapter/`, a LoRA adapter of some hundred megabytes or less, `training/metrics.json` and the loss curves.
-# - **Time:** minutes for a table of some hundred rows on a GPU; three minutes on a CPU with the small model of
+# - **Time:** minutes for a table of some hundred rows on a GPU; four minutes on a CPU with the small model of
 #   `profiles/cpu.yaml`.
 #
 # QLoRA ([Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)) keeps the base model frozen in 4 bits and trains a
@@ -95,7 +95,7 @@ evaluations = 4  # how often the validation loss is taken and a checkpoint kept 
 early_stopping_patience = 0  # stop after so many evaluations without improvement; 0 never stops early
 
 # %%
-from tabletune import bases, chat_format, inference, models, planning, training
+from tabletune import bases, chat_format, models, planning, reporting, training
 from tabletune.run import begin, read_json
 
 stage = begin("02_finetune_qlora", globals())
@@ -135,7 +135,7 @@ counts
 # %%
 config, dtype = bases.base_config(base_model, base_model_revision), models.compute_dtype(precision)
 targets, look = planning.look_and_check(stage.parameters, config, dtype, tokenizer, stops)
-look
+reporting.show_table(look)
 
 # %% [markdown]
 # ## Rows without padding
@@ -182,8 +182,6 @@ model = trainer = None  # of an earlier pass
 training.free_memory()
 how = quantization_config if quantization == "nf4" else quantization
 model = models.load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, how)
-if not torch.cuda.is_available():
-    inference.unpack_weights(model)  # a CPU would do it in every step; the numbers are the same
 
 # %% [markdown]
 # Do packed examples see each other in this very model? Two are put into one row, the first is varied, and the logits of
@@ -236,10 +234,12 @@ chosen |= planning.trainer_settings(stage, done, dtype, room, rows_at_once, step
 training_arguments = SFTConfig(**chosen | training_options)
 
 # %% [markdown]
-# TRL's `SFTTrainer` does the work. `TokenTrainer` is the same but for two things. Its validation loss, which chooses
-# the checkpoint that is kept, counts each batch by its tokens, not its rows. And the adapter stays in fp32: TRL casts
-# that of a 4-bit model to bf16, with which a T4's fp16 gradient scaler fails at the first step
+# TRL's `SFTTrainer` does the work. `TokenTrainer` is the same but for three things. Its validation loss, which chooses
+# the checkpoint that is kept, counts each batch by its tokens, not its rows. The adapter stays in fp32: TRL casts that
+# of a 4-bit model to bf16, with which a T4's fp16 gradient scaler fails at the first step
 # ([trl#4901](https://github.com/huggingface/trl/issues/4901)), and small updates are lost in bf16's eight bits anyway.
+# And where the weights are in RAM, with room to spare, they are unpacked once and not in every step: the same numbers,
+# a sixth sooner.
 
 # %%
 trainer = training.TokenTrainer(

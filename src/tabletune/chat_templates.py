@@ -117,7 +117,7 @@ def describe_template(tokenizer, stops):
     thinks = re.search(r"<think>|thinking|analysis", tokenizer.chat_template)
     off = "off: the prompt closes it" if thinks else "none"
     return {
-        "an answer follows": repr(opened[-60:]),
+        "an answer follows": repr("…" * (len(opened) > 60) + opened[-60:]),
         "an answer stops at": ", ".join(tokenizer.convert_ids_to_tokens(stops)),
         "system message": "has a place" if takes_system(tokenizer) else "no place: it goes before the first question",
         "thinking": "on: the answer begins with it" if thinking_is_on(tokenizer) else off,

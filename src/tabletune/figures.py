@@ -75,10 +75,9 @@ def differences_table(differences):
 def plot_figures(axes, figures, label, form=",.2f"):
     """Bars of figures {name: (value, ci95)} on matplotlib axes, with their intervals; `label` says what they are."""
     figures = {name: figure for name, figure in figures.items() if figure[0] is not None}
-    axes.bar(list(figures), [value for value, _ in figures.values()], color=GREYS, edgecolor="black")
-    at_the_foot = {"transform": axes.get_xaxis_transform(), "ha": "center", "backgroundcolor": "white"}
+    names = [f"{name}\n{value:{form}}" for name, (value, _) in figures.items()]
+    axes.bar(names, [value for value, _ in figures.values()], color=GREYS, edgecolor="black")
     for k, (value, ci95) in enumerate(figures.values()):
-        axes.text(k, 0.06, f"{value:{form}}", **at_the_foot)
         if ci95 is not None:
             axes.errorbar(k, value, [[value - ci95[0]], [ci95[1] - value]], color="black", capsize=6)
     axes.set_ylabel(label)

@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from .chat_format import save_tokenizer
+from .inference import unpack_weights
 from .models import load_adapter_weights, load_dataset_of_run
 from .recording import RecordedLayers
 from .run import StageError, hand_over, hub_error, peak_memory_gib, remove, set_aside, whole, write_json
@@ -109,11 +110,14 @@ class TokenTrainer(SFTTrainer):
     and in the entropy that it logs; that part is left out, and what `include_num_input_tokens_seen` counts is logged.
 
     The adapter is trained in fp32: TRL casts that of a 4-bit model to bf16, and a T4's fp16 gradient scaler fails with
-    bf16 at the first step (https://github.com/huggingface/trl/issues/4901).
+    bf16 at the first step (https://github.com/huggingface/trl/issues/4901). On a CPU the 4-bit weights are unpacked
+    once, if there is room: every step would do that again, with the same numbers.
     """
 
     def __init__(self, model, args, **kwargs):
         adapt_checkpoints(model)
+        if not torch.cuda.is_available():
+            unpack_weights(model)
         args._n_gpu = 1  # of several GPUs Trainer takes all, and multiplies batch and loss by their number
         super().__init__(model=model, args=args, **kwargs)
         for parameter in self.model.parameters():  # TRL has cast the adapter of a 4-bit model to bf16
