@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import time
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import psutil
@@ -107,22 +108,54 @@ def write_settings(plan, folder, tokenizer, stops):
     generation.save_pretrained(folder)
 
 
+@contextmanager
+def in_fp32(model):
+    """Compute with a model in fp32 whose weights stay in memory as they are: a layer's are cast while it works."""
+    stored = {}
+
+    def cast(module, _):
+        weights = [weight for weight in module.parameters() if weight.is_floating_point()]
+        stored[module] = [(weight, weight.data) for weight in weights]
+        for weight in weights:
+            weight.data = weight.data.float()
+
+    def restore(module, *_):
+        for weight, data in stored.pop(module):
+            weight.data = data
+
+    layers = [layer for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
+    alone = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    hooks = [module.register_forward_pre_hook(cast) for module in dict.fromkeys([*layers, *alone])]
+    hooks += [module.register_forward_hook(restore) for module in dict.fromkeys([*layers, *alone])]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in reversed(list(stored)):  # of a forward pass that ended with an error
+            restore(module)
+
+
 def logits_of(model, rows):
-    """The logits of `model` at every token of `rows`, lists of token ids, in fp32 on the CPU: [tokens, vocabulary]."""
-    with torch.no_grad():
-        ids = [torch.tensor([row], device=model.device) for row in rows]
-        return torch.cat([model.eval()(row).logits[0].float().cpu() for row in ids])
+    """The logits of `model` at every token of `rows`, lists of token ids, on the CPU: fp32, [tokens, vocabulary].
+
+    Computed in fp32, but for a model with kernels that know no fp32.
+    """
+    ids = [torch.tensor([row], device=model.device) for row in rows]
+    for how in (in_fp32(model), nullcontext()):
+        with suppress(RuntimeError), torch.no_grad(), how:
+            return torch.cat([model.eval()(row).logits[0].float().cpu() for row in ids])
+    raise StageError(f"{type(model).__name__} cannot compute the logits to be compared: is there memory for them?")
 
 
 def prove(plan, folder, rows):
     """Compare the logits of the model in `folder` with those of base and adapter, on `rows` of token ids.
 
-    On a CPU in fp32, so that only the rounding of the weights is left. The figures are None if memory does not suffice.
+    Computed in fp32, so that only the rounding of the weights is left. The figures are None if memory does not suffice.
     Raises StageError if they differ by more than rounding explains.
     """
-    keys, room = ("max_logit_difference", "logit_range", "same_next_token"), models.room_gib()
-    dtype = plan.dtype if torch.cuda.is_available() else torch.float32
-    needed = 1.05 * plan.size * dtype.itemsize / plan.dtype.itemsize / 2**30
+    keys, room, dtype = ("max_logit_difference", "logit_range", "same_next_token"), models.room_gib(), plan.dtype
+    needed = 1.05 * plan.size / 2**30
     if room < needed:
         print(f"UNPROVEN: comparing takes {needed:.1f} GiB of memory, and there are {room:.1f} GiB.")
         return dict.fromkeys(keys)
@@ -136,7 +169,7 @@ def prove(plan, folder, rows):
     torch.cuda.empty_cache()
     actual = logits_of(models.load_model(folder, None, dtype), rows)
     difference, span = (actual - expected).abs().max().item(), (expected.max() - expected.min()).item()
-    if not difference < (0.1 if plan.dtype == torch.bfloat16 else 0.05) * span:
+    if not difference < (0.1 if dtype == torch.bfloat16 else 0.05) * span:
         raise StageError(f"The merged model differs by {difference:.3g} in logits that span {span:.3g}: not kept.")
     same = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
     return dict(zip(keys, (difference, span, same), strict=True))
