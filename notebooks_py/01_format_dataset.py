@@ -216,11 +216,10 @@ show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.formatting import format_table
-from tabletune.run import hand_over, read_json, set_aside
+from tabletune.run import hand_over, read_json
 
 inputs = {"table": table.digest, "commit": table.commit}
 if not stage.is_done(inputs, ["dataset"]):
-    set_aside(run, "dataset")
     report = format_table(table, table_shape, settings, tokenizer, stops, run / "dataset", context)
     hand_over(run_dir, run / "dataset")
     stage.record(report["fingerprint"], inputs)

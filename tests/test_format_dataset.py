@@ -847,6 +847,9 @@ def test_other_settings_or_data_set_the_finished_aside(tmp_path, no_windows):
         run_tiny("01_format_dataset", tmp_path / "run", dataset=str(table), **changed)
     earlier = sorted((tmp_path / "run" / "earlier").glob("*/dataset/report.json"))
     assert len(earlier) == 2 and (tmp_path / "run" / "dataset" / "report.json").exists()
+    with pytest.raises(StageError, match="would be lost"):
+        run_tiny("01_format_dataset", tmp_path / "run", dataset=str(table), max_length=3)
+    assert (tmp_path / "run" / "dataset" / "report.json").exists(), "what cannot be made makes no room for itself"
 
 
 def test_a_long_cell_is_not_shown_in_full(tmp_path, capsys, no_windows):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .chat_format import break_markers, decode_all, encode_all
 from .chat_templates import takes_system, takes_tools
 from .cleaning import Cleaning, Copies, Dropped, assign_splits, place, question_key
-from .run import StageError, whole
+from .run import StageError, set_aside, whole
 from .shapes import NO_PLACE, conversation, emptier, fields_of, fill, shows_tool_turns, turn_of_calls
 from .statistics import FEWEST_GROUPS
 
@@ -226,8 +226,9 @@ class Formatting:
 def format_table(table, shape, settings, tokenizer, stops, folder, context=None):
     """Put a table through all steps and save it as `folder`: a DatasetDict, and report.json, which is returned.
 
-    The fingerprint is a SHA-256 of the text of all splits: two data sets with the same one train the same. `context` is
-    how many tokens the model reads at once. Raises StageError if too many rows are lost, or too few questions are left.
+    An earlier one moves aside once the new one is whole. The fingerprint is a SHA-256 of the text of all splits: two
+    data sets with the same one train the same. `context` is how many tokens the model reads at once. Raises StageError
+    if too many rows are lost, or too few questions are left.
     """
     work, features = Formatting(table, shape, settings, tokenizer, stops), features_of(*{"tools"} & {*shape.columns})
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
@@ -250,6 +251,7 @@ def format_table(table, shape, settings, tokenizer, stops, folder, context=None)
             report = report_of(work, {name: sizes[name] for name in SPLITS}, split, context, len(safety))
             report["fingerprint"] = digest.hexdigest()[:16]
             (partial / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+            set_aside(folder.parent, folder.name)
     return report
 
 
