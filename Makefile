@@ -81,7 +81,7 @@ test: $(READY) $(lastword $(BASE_MODELS)) ## the tests that a change must pass, 
 	@$(PY) -m pytest -n 2 -m "not (slow or gpu or browser or export or peers)" tests
 test-all: test test-slow ## and what is slow by nature: kills, two processes, real kernels, all kinds of base models
 test-slow: $(READY) $(BASE_MODELS)
-	@$(PY) -m pytest -n 2 -m slow --durations=10 tests
+	@$(PY) -m pytest -n 2 -m "slow and not export" --durations=10 tests
 test-export: $(EXTRAS)/llama-cpp-python-0.3.36 $(EXTRAS)/gradio-6.20.0 $(BASE_MODELS) ## export and chat with llama.cpp, Gradio, chromium
 	@$(EXTRAS)/bin/python $(PIP) go-template==0.0.3 selenium==4.51.0
 	@$(EXTRAS)/bin/python -m pytest -m export -vv --durations=0 tests
@@ -90,7 +90,7 @@ test-gpu: $(READY) base-models ## what needs an NVIDIA GPU; skipped without one
 test-browser: $(READY) $(BASE_MODELS) ## press Run All in JupyterLab; needs chromium and chromedriver
 	@$(PY) $(PIP) jupyterlab==4.6.6 selenium==4.36.0 && $(PY) -m pytest -m browser -x -vv --durations=0 tests
 test-peers: $(READY) base-models ## perplexity beside lm-evaluation-harness, which it installs, on both base models
-	@$(PY) $(PIP) -c requirements.txt lm_eval==0.4.13 && HF_HUB_OFFLINE=1 $(PY) -m pytest -m peers -vv tests
+	@grep -v ^-e requirements.txt | $(PY) $(PIP) -c /dev/stdin lm_eval==0.4.13 && HF_HUB_OFFLINE=1 $(PY) -m pytest -m peers -vv tests
 reference: ## remake tests/reference after a change of a notebook
 	@rm -rf runs/reference && $(MAKE) --no-print-directory 04_evaluate PROFILE=tiny RUN_DIR=runs/reference
 	@cp runs/reference/0*.ipynb tests/reference && $(PY) -m nbconvert --log-level=ERROR $(TIDY) tests/reference/*.ipynb

@@ -532,4 +532,4 @@ def test_a_misspelt_parameter_of_make(target, tmp_path):
         (tmp_path / name).touch()
     done = make(target, f"EXTRAS={tmp_path}", f"RUN_DIR={tmp_path}", "ARGS=-p max_new_token 8")
     assert done.returncode != 0
-    assert "No notebook has a parameter 'max_new_token'. Did you mean 'max_new_tokens'?" in done.stderr
+    assert "parameter 'max_new_token'. Did you mean 'max_new_tokens'?" in done.stderr

@@ -103,7 +103,8 @@ def check_names(names, notebooks):
     known = {name for notebook in notebooks for name in PARAMETERS[notebook]}
     for name in sorted(set(names) - known, key=str):
         near = get_close_matches(str(name), known, n=1)
-        raise ValueError(f"No notebook has a parameter {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+        who = f"{notebooks[0]} has no" if len(notebooks) == 1 else "No notebook has a"
+        raise ValueError(f"{who} parameter {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
 
 
 def injected_names(cells):
