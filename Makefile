@@ -81,7 +81,7 @@ test: $(READY) $(lastword $(BASE_MODELS)) ## the tests that a change must pass, 
 	@$(PY) -m pytest -n 2 -m "not (slow or gpu or browser or export or peers)" tests
 test-all: test test-slow ## and what is slow by nature: kills, two processes, real kernels, all kinds of base models
 test-slow: $(READY) $(BASE_MODELS)
-	@$(PY) -m pytest -n 2 -m "slow and not export" --durations=10 tests
+	@$(PY) -m pytest -n 2 -m "slow and not export" --durations=10 $(ARGS) tests
 test-export: $(EXTRAS)/llama-cpp-python-0.3.36 $(EXTRAS)/gradio-6.20.0 $(BASE_MODELS) ## export and chat with llama.cpp, Gradio, chromium
 	@$(EXTRAS)/bin/python $(PIP) go-template==0.0.3 selenium==4.51.0
 	@$(EXTRAS)/bin/python -m pytest -m export -vv --durations=0 tests
