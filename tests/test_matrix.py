@@ -49,11 +49,29 @@ def go_through(name, table, run, **changed):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in CHEAP[:6] else pytest.mark.slow) for name in BASES if name != "beyond"],
+    [pytest.param(name, marks=[] if name in CHEAP else pytest.mark.slow) for name in BASES if name != "beyond"],
 )
 def test_a_base_goes_through_the_series(name, table, tmp_path):
     """It learns, the merged model is proven, and three models are scored."""
-    metrics = go_through(name, table, tmp_path)
+    check(go_through(name, table, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"lora_options": {"use_rslora": True}},
+        {"lora_options": {"use_dora": True}},
+        {"quantization": "none", "training_options": {"neftune_noise_alpha": 5, "max_steps": 6}},
+        {"base_weights": "dequantized", "lora_target_modules": "all-linear"},
+    ],
+    ids=["rslora", "dora", "plain lora, neftune", "dequantized"],
+)
+def test_options_go_through_the_series(chosen, table, tmp_path):
+    check(go_through("llama_tied", table, tmp_path, **chosen), tmp_path)
+
+
+def check(metrics, tmp_path):
+    """A run learned something, its merged model was proven, and the three models were scored."""
     trained = json.loads((tmp_path / "training" / "metrics.json").read_text())
     assert trained["eval_loss_after"] < trained["eval_loss_before"]
     merged = json.loads((tmp_path / "merged" / "merge_report.json").read_text())

@@ -391,4 +391,4 @@ def test_a_disclaimer_with_markup_stays_text(shown):
 def test_the_longer_side_of_a_table_goes_down_the_page(shown):
     reporting.show_table(pd.DataFrame({f"run {number}": ["x"] for number in range(9)}, index=["figure"]))
     reporting.show_table(pd.DataFrame([["x"] * 9]))
-    assert [styled.to_html().count("<tr>") for styled in shown] == [10, 2], "but rows that have no names stay rows"
+    assert [table.data.count("<tr>") for table in shown] == [10, 2], "but rows that have no names stay rows"

@@ -11,12 +11,11 @@ import tempfile
 from array import array
 from collections import Counter
 from importlib import resources
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 
 from .chat_format import break_markers, decode_all, encode_all
@@ -25,6 +24,7 @@ from .cleaning import Cleaning, Copies, Dropped, assign_splits, place, question_
 from .run import StageError, set_aside, whole
 from .shapes import NO_PLACE, conversation, emptier, fields_of, fill, shows_tool_turns, turn_of_calls
 from .statistics import FEWEST_GROUPS
+from .streams import batches, features_of, in_arrow, read_rows, write_arrow
 
 datasets.disable_progress_bars()
 RANGES = {"max_length": (1, 10**9), "max_dropped": (0, 1), "validation_fraction": (0, 0.5), "test_fraction": (0, 0.5)}
@@ -34,47 +34,6 @@ ADVICE = {
     "near duplicate": "near_duplicate_threshold: 1.01 keeps what differs in capitals or punctuation",
 }
 SPLITS = ("train", "validation", "test")
-
-
-def features_of(*texts):
-    """The features of examples, with more columns of `texts`."""
-    text = datasets.Value("string")
-    turns = [{"content": text, "role": text}]
-    return datasets.Features({"prompt": turns, "completion": turns, **dict.fromkeys(["text", "group", *texts], text)})
-
-
-def batches(rows, size=1000):
-    """Yield the rows in lists of `size`."""
-    rows = iter(rows)
-    while batch := list(islice(rows, size)):
-        yield batch
-
-
-def in_arrow(rows, features):
-    """Yield rows, dicts, as Arrow batches of a thousand."""
-    return (pa.RecordBatch.from_pylist(batch, features.arrow_schema) for batch in batches(rows))
-
-
-def write_arrow(path, arrow, features):
-    """Write Arrow batches as a stream. Returns how many rows. Raises StageError if the disk is full."""
-    written, schema = 0, features.arrow_schema
-    with whole(path) as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in arrow:
-            writer.write_batch(batch)
-            written += len(batch)
-    return written
-
-
-def read_arrow(path, kept, columns):
-    """Yield the batches of an Arrow stream, of each the rows for which `kept`, one truth value a row, is true.
-
-    It is read, as what is mapped into memory would be counted as memory.
-    """
-    start = 0
-    with pa.OSFile(str(path)) as file:
-        for batch in pa.ipc.open_stream(file):
-            yield batch.filter(pa.array(kept[start : start + len(batch)])).select(list(columns))
-            start += len(batch)
 
 
 def group_of(key):
@@ -238,7 +197,7 @@ def format_table(table, shape, settings, tokenizer, stops, folder, context=None)
         work.check_lost()
         fractions = settings["validation_fraction"], settings["test_fraction"]
         split = assign_splits(work.places, *fractions, work.official)
-        held_out = read_arrow(path, split != "train", ["key"]) if settings["safety_rows"] else []
+        held_out = read_rows(path, split != "train", ["key"]) if settings["safety_rows"] else []
         safety = work.safety_rows({key for batch in held_out for key in batch["key"].to_pylist()})
         sizes, digest = {}, hashlib.sha256()
         with whole(folder) as partial:
@@ -246,7 +205,7 @@ def format_table(table, shape, settings, tokenizer, stops, folder, context=None)
             datasets.DatasetDict(dict.fromkeys(SPLITS, empty)).save_to_disk(partial)
             for name in sorted(SPLITS):  # save_to_disk would map the whole table into memory
                 (file,) = (partial / name).glob("*.arrow")
-                there = chain(read_arrow(path, split == name, features), in_arrow(safety * (name == "train"), features))
+                there = chain(read_rows(path, split == name, features), in_arrow(safety * (name == "train"), features))
                 sizes[name] = write_arrow(file, with_digest(there, name, digest), features)
             report = report_of(work, {name: sizes[name] for name in SPLITS}, split, context, len(safety))
             report["fingerprint"] = digest.hexdigest()[:16]

@@ -103,8 +103,8 @@ def check_names(names, notebooks):
     known = {name for notebook in notebooks for name in PARAMETERS[notebook]}
     for name in sorted(set(names) - known, key=str):
         near = get_close_matches(str(name), known, n=1)
-        who = f"{notebooks[0]} has no" if len(notebooks) == 1 else "No notebook has a"
-        raise ValueError(f"{who} parameter {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+        said = "No notebook has a parameter" if len(notebooks) > 1 else f"{notebooks[0]} has no parameter"
+        raise ValueError(f"{said} {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
 
 
 def injected_names(cells):

@@ -189,7 +189,8 @@ def show_table(texts, without="Not measured in this run."):
     frame = frame if numbered or len(frame) >= frame.shape[1] else frame.T
     style = frame.astype(str).style.set_uuid("table").format(escape="html").set_table_attributes(f'class="{PLAIN}"')
     style = style.format_index(escape="html").format_index(escape="html", axis="columns")
-    display(style.hide(axis="columns" if facts else "index") if facts or numbered else style)
+    style = style.hide(axis="columns" if facts else "index") if facts or numbered else style
+    display(HTML(style.to_html()))
 
 
 def say(*sentences, kind=""):
