@@ -179,7 +179,9 @@ def test_a_base_without_bos_and_template(base):
     tokenizer.bos_token = None
     tokenizer.save_pretrained(folder)
     tokenizer, stops = load_tokenizer(folder)
-    assert render(ONE["prompt"], tokenizer).startswith("[INST] What helps?")
+    assert render(ONE["prompt"], tokenizer) == f"[INST] {ONE['prompt'][0]['content']} [/INST]"
+    answered = f"[INST] {ONE['prompt'][0]['content']} [/INST] {ONE['completion'][0]['content']} {tokenizer.eos_token}"
+    assert render(ONE["prompt"] + ONE["completion"], tokenizer, False) == answered, "Llama 2's turns"
     assert encode(ONE, tokenizer, stops)["input_ids"][-1] in stops
 
 
