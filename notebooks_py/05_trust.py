@@ -116,7 +116,7 @@ part_of["part"].value_counts(sort=False).to_frame("texts")
 
 # %%
 prompts = safety.safety_table(safety_prompts or example.get("safety_prompts", "none"), safety_samples)
-prompts.groupby("kind").head(2) if len(prompts) else print("No prompts on safety: safety_prompts would ask for some.")
+reporting.show_table(prompts.groupby("kind").head(2), "No prompts on safety: safety_prompts would ask for some.")
 
 # %% [markdown]
 # Two rules read the answers, both simple enough to be checked by eye:
