@@ -190,10 +190,11 @@ def format_table(table, shape, settings, tokenizer, stops, folder, context=None)
     if too many rows are lost, or too few questions are left.
     """
     work, features = Formatting(table, shape, settings, tokenizer, stops), features_of(*{"tools"} & {*shape.columns})
+    waiting = features_of("key", "tools")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         rows = tqdm(work.encoded(work.cleaned()), "formatting", unit=" rows", delay=10, mininterval=10, file=sys.stdout)
         path = Path(temporary) / "rows.arrow"
-        write_arrow(path, in_arrow(rows, features_of("key", "tools")), features_of("key", "tools"))
+        write_arrow(path, in_arrow(rows, waiting), waiting)
         work.check_lost()
         fractions = settings["validation_fraction"], settings["test_fraction"]
         split = assign_splits(work.places, *fractions, work.official)
@@ -205,7 +206,9 @@ def format_table(table, shape, settings, tokenizer, stops, folder, context=None)
             datasets.DatasetDict(dict.fromkeys(SPLITS, empty)).save_to_disk(partial)
             for name in sorted(SPLITS):  # save_to_disk would map the whole table into memory
                 (file,) = (partial / name).glob("*.arrow")
-                there = chain(read_rows(path, split == name, features), in_arrow(safety * (name == "train"), features))
+                there = chain(
+                    read_rows(path, split == name, features), in_arrow(safety if name == "train" else [], features)
+                )
                 sizes[name] = write_arrow(file, with_digest(there, name, digest), features)
             report = report_of(work, {name: sizes[name] for name in SPLITS}, split, context, len(safety))
             report["fingerprint"] = digest.hexdigest()[:16]

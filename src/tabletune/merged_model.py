@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -125,8 +125,9 @@ def in_fp32(model):
 
     layers = [layer for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
     alone = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
-    hooks = [module.register_forward_pre_hook(cast) for module in dict.fromkeys([*layers, *alone])]
-    hooks += [module.register_forward_hook(restore) for module in dict.fromkeys([*layers, *alone])]
+    modules = dict.fromkeys([*layers, *alone])
+    hooks = [module.register_forward_pre_hook(cast) for module in modules]
+    hooks += [module.register_forward_hook(restore) for module in modules]
     try:
         yield
     finally:
@@ -141,11 +142,15 @@ def logits_of(model, rows):
 
     Computed in fp32, but for a model with kernels that know no fp32.
     """
-    ids = [torch.tensor([row], device=model.device) for row in rows]
-    for how in (in_fp32(model), nullcontext()):
-        with suppress(RuntimeError), torch.no_grad(), how:
-            return torch.cat([model.eval()(row).logits[0].float().cpu() for row in ids])
-    raise StageError(f"{type(model).__name__} cannot compute the logits to be compared: is there memory for them?")
+
+    @torch.no_grad()
+    def compute():
+        ids = [torch.tensor([row], device=model.device) for row in rows]
+        return torch.cat([model.eval()(row).logits[0].float().cpu() for row in ids])
+
+    with suppress(RuntimeError), in_fp32(model):
+        return compute()
+    return compute()
 
 
 def prove(plan, folder, rows):

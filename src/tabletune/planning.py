@@ -14,7 +14,7 @@ from .bases import context_length, expected_gib, look_at_base, lora_targets, pac
 from .chat_format import encode
 from .chat_templates import describe_template
 from .models import room_gib, skeleton
-from .recording import MOST_TOKENS, can_be_recorded
+from .recording import can_be_recorded, is_small
 from .run import StageError
 from .sharding import check_sharding
 
@@ -152,8 +152,8 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
         if kept.sum() < 0.8 * room:  # the sum may be 15% too low
             expected, recomputed = kept, False
             print("there is room to keep all activations: nothing is recomputed in the backward pass")
-    small = batch_size * chosen["max_length"] <= MOST_TOKENS and chosen["gradient_accumulation_steps"] == 1
-    if gpu and small and processes.num_processes == 1 and not recomputed and can_be_recorded(skeleton(config)):
+    small = is_small(batch_size, chosen["max_length"], chosen["gradient_accumulation_steps"], processes.num_processes)
+    if gpu and small and not recomputed and can_be_recorded(skeleton(config)):
         # what is recorded keeps its memory to itself, and the validation takes other: 0.5 to 0.6 GiB more of a 7B
         expected = pd.concat([expected, pd.Series({"recorded steps": 0.1 * expected.sum()}, name=expected.name)])
     print(f"expected peak memory: {expected.sum():.1f} GiB; there is room for {room:.1f} GiB")

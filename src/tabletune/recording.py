@@ -19,6 +19,16 @@ from .bases import text_part
 MOST_TOKENS = 2048  # of a batch: with more, the GPU is the slower one
 
 
+def is_small(batch_size, max_length, accumulation, processes):
+    """Whether a step of training is one that recording makes faster: one small batch, in one process."""
+    return batch_size * max_length <= MOST_TOKENS and accumulation == processes == 1
+
+
+def dtype_of(args):
+    """The dtype that a Trainer with these arguments computes in."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
 def can_be_recorded(model):
     """Whether a model asks for nothing on its way that depends on what it computes.
 
@@ -61,15 +71,15 @@ class RecordedLayers(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
-        small = args.per_device_train_batch_size * args.max_length <= MOST_TOKENS
-        alone = args.world_size == 1 and args.gradient_accumulation_steps == 1
+        shape = (args.per_device_train_batch_size, args.max_length)
         packed = "seq_lengths" in getattr(train_dataloader.dataset, "column_names", [])
         drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-        fit = small and alone and packed and not drops and not args.gradient_checkpointing
+        small = is_small(*shape, args.gradient_accumulation_steps, args.world_size)
+        fit = small and packed and not drops and not args.gradient_checkpointing
         if fit and model.device.type == "cuda" and can_be_recorded(model):
-            dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+            dtype = dtype_of(args)
             with suppress(RuntimeError), torch.autocast("cuda", dtype, dtype != torch.float32, cache_enabled=False):
-                record_layers(text_part(model.get_base_model()), (args.per_device_train_batch_size, args.max_length))
+                record_layers(text_part(model.get_base_model()), shape)
 
 
 class Layers(torch.nn.Module):

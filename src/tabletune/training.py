@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from .chat_format import save_tokenizer
 from .inference import unpack_weights
 from .models import load_adapter_weights, load_dataset_of_run
-from .recording import RecordedLayers
+from .recording import RecordedLayers, dtype_of
 from .run import StageError, hand_over, hub_error, peak_memory_gib, remove, set_aside, whole, write_json
 from .sharding import shard
 
@@ -124,7 +124,7 @@ class TokenTrainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         if args.fsdp:
-            shard(self, model, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32)
+            shard(self, model, dtype_of(args))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs.pop("_prediction_loss_only", None)
