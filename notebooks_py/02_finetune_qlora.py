@@ -84,7 +84,7 @@ lora_dropout = 0.0  # 0.1 costs a quarter more memory and gained nothing in one 
 lora_target_modules = "auto"  # the layers of attention; or "all-linear", or a list of names
 epochs = 1
 packing = True  # several examples in one row of max_length tokens, kept apart: no padding
-batch_size = "auto"  # rows that a GPU takes at once; "auto" leaves min_steps steps, or 16 rows on a larger table
+batch_size = "auto"  # rows that a GPU takes at once; "auto": so few that min_steps steps remain, at most 16 a step
 min_steps = 300  # only with batch_size "auto"
 gradient_accumulation_steps = 1
 learning_rate = 3e-4
@@ -189,7 +189,7 @@ model = models.load_base(base_model, base_model_revision, dtype, attn_implementa
 
 # %%
 train = planning.rows_to_train_on(model, encoded["train"], packed, packing)
-rows_at_once, steps = planning.plan_steps(stage.parameters, len(train), len(encoded["train"]), room, processes)
+rows_at_once, accumulated, steps = planning.plan_steps(stage.parameters, train, encoded["train"], room, processes)
 
 # %% [markdown]
 # ## The adapter
@@ -225,7 +225,7 @@ from trl import SFTConfig
 chosen = dict(
     num_train_epochs=epochs,
     per_device_train_batch_size=rows_at_once,
-    gradient_accumulation_steps=gradient_accumulation_steps,
+    gradient_accumulation_steps=accumulated,
     learning_rate=learning_rate,
     optim=optim,
     load_best_model_at_end=True,  # the best by the validation loss, which is taken several times

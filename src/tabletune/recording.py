@@ -19,9 +19,9 @@ from .bases import text_part
 MOST_TOKENS = 2048  # of a batch: with more, the GPU is the slower one
 
 
-def is_small(batch_size, max_length, accumulation, processes):
-    """Whether a step of training is one that recording makes faster: one small batch, in one process."""
-    return batch_size * max_length <= MOST_TOKENS and accumulation == processes == 1
+def is_small(batch_size, max_length, processes):
+    """Whether a batch of a training is one that recording makes faster: a small one, in one process."""
+    return batch_size * max_length <= MOST_TOKENS and processes == 1
 
 
 def dtype_of(args):
@@ -74,8 +74,7 @@ class RecordedLayers(TrainerCallback):
         shape = (args.per_device_train_batch_size, args.max_length)
         packed = "seq_lengths" in getattr(train_dataloader.dataset, "column_names", [])
         drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-        small = is_small(*shape, args.gradient_accumulation_steps, args.world_size)
-        fit = small and packed and not drops and not args.gradient_checkpointing
+        fit = is_small(*shape, args.world_size) and packed and not drops and not args.gradient_checkpointing
         if fit and model.device.type == "cuda" and can_be_recorded(model):
             dtype = dtype_of(args)
             with suppress(RuntimeError), torch.autocast("cuda", dtype, dtype != torch.float32, cache_enabled=False):
@@ -98,10 +97,14 @@ def record_layers(decoder, shape):
     layers = Layers(decoder).train()
     decoder.train()
     ids = torch.zeros(shape, dtype=torch.long, device=decoder.device)
-    positions = torch.arange(shape[1], device=decoder.device).repeat(shape[0], 1)
+    # two examples a row: what is alone in its row is masked in another way
+    positions = torch.arange(shape[1], device=decoder.device).remainder(shape[1] // 2 + 1).repeat(shape[0], 1)
     # the adapter's gradients come from the stream that recorded them, which is no mistake here
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     replay = torch.cuda.make_graphed_callables(layers, (ids, positions))
+    for parameter in layers.parameters():
+        if parameter.requires_grad:  # the graph's own gradient would be kept, and overwritten by the next batch's
+            parameter.register_hook(torch.clone)
 
     def forward(input_ids=None, attention_mask=None, position_ids=None, **others):
         same = input_ids is not None and input_ids.shape == shape and position_ids is not None

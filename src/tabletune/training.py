@@ -106,8 +106,8 @@ class TokenTrainer(SFTTrainer):
     """SFTTrainer whose losses are those of a token.
 
     transformers' validation loss is a mean over batches, each counted by its rows: the same adapter got 6.22 in batches
-    of 1 and 6.44 in batches of 16. Here each batch counts by its tokens in the loss. TRL 0.29 counts padding as tokens
-    and in the entropy that it logs; that part is left out, and what `include_num_input_tokens_seen` counts is logged.
+    of 1 and 6.44 in batches of 16. Here each batch counts by its tokens in the loss. What TRL 0.29 logs beside the loss
+    is left out: it counts padding, and waits for the GPU.
 
     The adapter is trained in fp32: TRL casts that of a 4-bit model to bf16, and a T4's fp16 gradient scaler fails with
     bf16 at the first step (https://github.com/huggingface/trl/issues/4901). On a CPU the 4-bit weights are unpacked
