@@ -159,7 +159,8 @@ def causal(family, head="ForCausalLM", **settings):
     """What makes a model of a family of transformers' from the ids of its tokens."""
 
     def make(**ids):
-        config = getattr(transformers, f"{family}Config")(**{**SMALL, **settings, **ids})
+        kind = family + ("Text" if family == "Gemma3n" else "")
+        config = getattr(transformers, f"{kind}Config")(**{**SMALL, **settings, **ids})
         return getattr(transformers, family + head)(config)
 
     return make
@@ -315,6 +316,20 @@ BASES = {
         multimodal("Gemma3", {"head_dim": 16, "query_pre_attn_scalar": 16}, {}, mm_tokens_per_image=4),
         ["</s>", "<end_of_turn>"],
     ),
+    "gemma3n": (  # a root in its layers, which has no gradient where the embedding of padding is all zeros
+        partial(gemma, GEMMA, special=["<start_of_turn>", "<end_of_turn>", "<pad>"]),
+        causal(
+            "Gemma3n",
+            head_dim=16,
+            layer_types=["sliding_attention", "full_attention"],
+            activation_sparsity_pattern=[0.0, 0.0],
+            num_kv_shared_layers=0,
+            hidden_size_per_layer_input=16,
+            vocab_size_per_layer_input=512,
+            laurel_rank=8,
+        ),
+        ["</s>", "<end_of_turn>"],
+    ),
     "gemma4": (  # layers have a persistent buffer, `layer_scalar`
         partial(gemma, GEMMA4, special=["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<pad>"]),
         multimodal(
@@ -345,6 +360,16 @@ BASES = {
         partial(make_tokenizer, QWEN3, special=IM, plain=THINK, eos="<|im_end|>", pad="<|endoftext|>"),
         multimodal(
             "Qwen3_5", HYBRID, {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}
+        ),
+        ["<|im_end|>", "<|endoftext|>"],
+    ),
+    "qwen3_vl": (  # a text config without tie_word_embeddings
+        partial(make_tokenizer, CHATML, special=IM, eos="<|im_end|>", pad="<|endoftext|>"),
+        multimodal(
+            "Qwen3VL",
+            {"head_dim": 16},
+            {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}
+            | {"deepstack_visual_indexes": [0]},
         ),
         ["<|im_end|>", "<|endoftext|>"],
     ),

@@ -247,12 +247,29 @@ def test_the_step_is_said_in_one_line(capsys):
 
 def test_rows_that_may_not_be_packed_are_not(stage, capsys, monkeypatch):
     monkeypatch.setattr(planning, "packing_leaks", lambda model: 0.085)
-    examples = planning.rows_to_train_on(None, stage.encoded["train"], stage.packed, True)
+    examples = planning.rows_to_train_on(stage.trainer.model, stage.encoded["train"], stage.packed, True)
     assert examples is stage.encoded["train"] and "8.5%" in capsys.readouterr().out
     settings = planning.trainer_settings(stage.stage, False, torch.float32, stage.room, 2, 10, packed=False)
     assert settings["train_sampling_strategy"] == "group_by_length"
     batch = Collator(0, 128)([stage.encoded["train"][i] for i in range(3)])
     assert batch["attention_mask"].sum() == sum(len(stage.encoded["train"][i]["input_ids"]) for i in range(3))
+
+
+def test_a_base_that_computes_no_numbers_is_refused(stage):
+    """As Gemma 3 in fp16, whose largest number is 65,504."""
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    model.model.layers[0].mlp.down_proj.weight.data *= 1e7
+    planning.rows_to_train_on(model, stage.encoded["train"], stage.packed, False)
+    with pytest.raises(StageError, match=r'infinity or NaN in float16. Set precision to "fp32"'):
+        planning.rows_to_train_on(model.half(), stage.encoded["train"], stage.packed, False)
+
+
+def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
+    """At its first validation, and before that step's checkpoint; notebook 3 takes no adapter without numbers."""
+    run = write_dataset(tmp_path / "run")
+    with pytest.raises(StageError, match=r"training has diverged\. Lower learning_rate, 1e\+35 now"):
+        run_tiny("02_finetune_qlora", run, **FAST, learning_rate=1e35, max_grad_norm=1e30, warmup=0)
+    assert not (run / "adapter").exists() and newest_checkpoint(run / "checkpoints") is None
 
 
 @pytest.mark.parametrize(

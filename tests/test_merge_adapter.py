@@ -454,6 +454,15 @@ def test_an_adapter_of_another_base_is_refused(run, tmp_path):
         Plan(run, str(other))
 
 
+def test_an_adapter_without_numbers_is_refused(run):
+    file = run / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values()))[0, 0] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(StageError, match="holds infinity or NaN: its training diverged"):
+        Plan(run, str(TINY))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "garbage config", "no adapter"])
 def test_a_damaged_adapter_is_named(run, damage):
     weights = run / "adapter" / "adapter_model.safetensors"

@@ -14,6 +14,7 @@ from huggingface_hub.errors import DryRunError
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import (
+    AfmoeConfig,
     AutoConfig,
     AutoModelForCausalLM,
     FalconConfig,
@@ -26,6 +27,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3MoeConfig,
+    Qwen3VLConfig,
 )
 
 from tabletune import models
@@ -68,6 +70,13 @@ KINDS = {
     "qwen3_moe": Qwen3MoeConfig(
         **SMALL, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     ),
+    "afmoe": AfmoeConfig(  # its attention has a gate_proj, a name that PEFT takes for its experts'
+        **SMALL, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+    "qwen3_vl": Qwen3VLConfig(  # no tie_word_embeddings for its text part
+        text_config={**SMALL, "num_key_value_heads": 1, "head_dim": 16},
+        vision_config={"depth": 1, "num_heads": 2, "hidden_size": 32, "deepstack_visual_indexes": [0]},
+    ),
     "lfm2": Lfm2Config(**SMALL, num_key_value_heads=1, layer_types=["conv", "full_attention"]),
     "mamba2": Mamba2Config(
         hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, vocab_size=128, n_groups=1, state_size=8
@@ -81,6 +90,8 @@ TARGETS = {
     "gpt2": ["attn.c_attn", "attn.c_proj"],
     "falcon": ["dense", "query_key_value"],
     "qwen3_moe": ["k_proj", "o_proj", "q_proj", "v_proj"],
+    "afmoe": ["k_proj", "o_proj", "q_proj", "v_proj"],
+    "qwen3_vl": ["k_proj", "o_proj", "q_proj", "v_proj"],
     "lfm2": ["in_proj", "k_proj", "out_proj", "q_proj", "v_proj"],
     "mamba2": ["in_proj"],
 }
@@ -98,7 +109,7 @@ def test_auto_adapts_the_attention_of_every_kind(kind):
     adapted = get_peft_model(model, LoraConfig(target_modules=short, r=2, fan_in_fan_out=kind == "gpt2"))
     names = {name.rpartition(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
     assert {name.removeprefix("base_model.model.") for name in names} == set(targets)
-    assert expected_gib(KINDS[kind], torch.float32, 64, gpu=False).sum() > 0
+    assert expected_gib(KINDS[kind], torch.float32, 64, False, targets).sum() > 0
     assert "million parameters" in look_at_base(KINDS[kind])["architecture"]
 
 

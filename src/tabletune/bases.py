@@ -84,11 +84,10 @@ def lora_targets(model, wanted="auto"):
     owner = {name: type(parents[name.rpartition(".")[0]]).__name__ for name in layers}
     # the fused kernels of Mamba read the weight of out_proj and pass by its adapter
     usable = [n for n in layers if not (re.search("Mamba|Mixer", owner[n]) and n.endswith("out_proj"))]
-    if wanted == "auto":
-        return [n for n in usable if ATTENTION.search(owner[n])] or usable
     mixture = any(parameter.dim() == 3 for name, parameter in text_part(model).named_parameters() if "conv" not in name)
-    if wanted == "all-linear":
-        return [n for n in usable if not (mixture and n.rpartition(".")[2] in EXPERTS)]
+    usable = [n for n in usable if not (mixture and n.rpartition(".")[2] in EXPERTS)]
+    if wanted in ("auto", "all-linear"):
+        return [n for n in usable if wanted != "auto" or ATTENTION.search(owner[n])] or usable
     if isinstance(wanted, str):
         return [n for n in layers if re.fullmatch(wanted, n)] or no_such(wanted, layers)
     found = {}
@@ -99,8 +98,8 @@ def lora_targets(model, wanted="auto"):
             )
         ends = [n for n in parents if n == name or n.endswith(f".{name}")]
         refused = [n for n in ends if isinstance(parents[n], Embedding)]
-        tied = model.config.get_text_config().tie_word_embeddings and parents.get(name) is model.get_output_embeddings()
-        if refused or tied:
+        output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if refused or (parents.get(name) is output and output.weight is embedding.weight):
             raise StageError(
                 f'lora_target_modules: "{name}" is an embedding or tied to one, and an adapter on it cannot be merged. '
                 'Leave it out; "all-linear" takes every layer that can have one.'

@@ -19,7 +19,6 @@ from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import load_state_dict
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from . import bases, models
@@ -63,7 +62,10 @@ def quantized_layers(model):
     These are the linear layers without the output layer. Experts that transformers keeps in one tensor are none, and
     stay as they are.
     """
-    layers, skipped = bases.linear_layers(model).items(), get_keys_to_not_convert(model)
+    tied = model.all_tied_weights_keys  # as transformers' get_keys_to_not_convert, which sees them before they are tied
+    last = list(model.named_parameters(remove_duplicate=False))[-1][0]
+    skipped = [name.removesuffix(".weight") for name in (*tied, *tied.values(), last)]
+    layers = bases.linear_layers(model).items()
     return [(n, m) for n, m in layers if type(m) in (torch.nn.Linear, Conv1D) and should_convert_module(n, skipped)]
 
 
@@ -109,7 +111,7 @@ def merge_in_memory(model, folder, base_weights, training_dtype):
 def load_adapter(folder, base_model):
     """The config, the provenance and the weights of the adapter in `folder`, trained on `base_model`.
 
-    Raises StageError if it is missing, damaged, or trained on another base.
+    Raises StageError if it is missing, damaged, no numbers, or trained on another base.
     """
     provenance = read_json(folder / "provenance.json", "02_finetune_qlora")
     try:
@@ -119,6 +121,8 @@ def load_adapter(folder, base_model):
     trained_on = config.base_model_name_or_path
     if not models.same_model(trained_on, base_model):
         raise StageError(f"The adapter in {folder} was trained on {trained_on}, but base_model is {base_model}.")
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise StageError(f"The adapter in {folder} holds infinity or NaN: its training diverged. Train it again.")
     return config, provenance, weights
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import sys
 import time
 from functools import partial
@@ -115,11 +116,15 @@ class TokenTrainer(SFTTrainer):
     """
 
     def __init__(self, model, args, **kwargs):
-        adapt_checkpoints(model)
+        model.load_adapter = partial(load_adapter_weights, model)  # peft's fails, see `models.attach_adapter`
         if not torch.cuda.is_available():
             unpack_weights(model)
         args._n_gpu = 1  # of several GPUs Trainer takes all, and multiplies batch and loss by their number
         super().__init__(model=model, args=args, **kwargs)
+        altup = any("AltUp" in type(module).__name__ for module in model.modules())
+        if altup and not model.get_input_embeddings().weight[self.data_collator.pad_token_id].any():
+            # Gemma 3n takes a root, whose gradient at 0 is NaN, also of padding that counts for nothing
+            self.data_collator.pad_token_id = self.processing_class.eos_token_id
         for parameter in self.model.parameters():  # TRL has cast the adapter of a 4-bit model to bf16
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -144,7 +149,13 @@ class TokenTrainer(SFTTrainer):
     def evaluate(self, *args, **kwargs):
         masks = self.eval_dataset["completion_mask"]
         self.tokens_a_row = sum(sum(mask[1:]) for mask in masks) / len(masks)
-        return super().evaluate(*args, **kwargs)
+        metrics = super().evaluate(*args, **kwargs)
+        if not math.isfinite(metrics["eval_loss"]):
+            raise StageError(
+                f"The validation loss is {metrics['eval_loss']} at step {self.state.global_step}: the training has "
+                f"diverged. Lower learning_rate, {self.args.learning_rate:g} now, or raise warmup."
+            )
+        return metrics
 
 
 class Stopwatch(TrainerCallback):
@@ -164,12 +175,6 @@ def callbacks(early_stopping_patience):
     evaluations of patience are given."""
     stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
     return [Stopwatch(), RecordedLayers(), *stopping]
-
-
-def adapt_checkpoints(model):
-    """Have a PeftModel read checkpoints by `load_adapter_weights`, as peft 0.19.1's own way fails for every mixture of
-    experts at the end of the training (see `models.attach_adapter`)."""
-    model.load_adapter = partial(load_adapter_weights, model)
 
 
 # --- checkpoints
