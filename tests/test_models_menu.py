@@ -21,6 +21,7 @@ from tabletune.bases import expected_gib, look_at_base, lora_targets, packing_le
 from tabletune.chat_format import stop_ids
 from tabletune.models import model_class
 from tabletune.parameters import DEFAULTS
+from tabletune.recording import can_be_recorded, layers_can_be_recorded
 
 ROOT = Path(__file__).parent.parent
 MENU = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("models/*.yaml"))}
@@ -163,6 +164,20 @@ def test_examples_are_packed_only_where_they_do_not_see_each_other(name):
     config = AutoConfig.for_model(**small(published["config"]))
     leak = packing_leaks(model_class(config)._from_config(config).eval())
     assert (leak < 1e-4) == published["packed"], leak
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "layers"),
+    [
+        ("llama-2-7b-chat", True, True),
+        ("qwen3-4b", True, True),
+        ("gemma-3-4b-it", True, False),  # layers that are recorded and get embeddings cost memory, and do nothing
+        ("gpt-oss-20b", False, False),
+    ],
+)
+def test_layers_are_recorded_where_they_get_token_ids(name, model, layers):
+    skeleton = bases.skeleton(config_of(name))
+    assert (can_be_recorded(skeleton), layers_can_be_recorded(skeleton)) == (model, layers)
 
 
 def settings_of(name, profile):

@@ -6,7 +6,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-import bitsandbytes as bnb
 import datasets
 import psutil
 import torch
@@ -14,7 +13,6 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import DryRunError
-from peft import PeftConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -207,6 +205,8 @@ def load_base(base_model, revision, dtype, attn_implementation="auto", sharded=F
     (`Linear4bit.forward` in bitsandbytes 0.50). The attribute that asks for the repacking is switched off here.
     Raises StageError for any other `quantization`.
     """
+    import bitsandbytes as bnb  # loads PyTorch's compiler: seconds that notebook 1 can do without
+
     configs = {"nf4": nf4(dtype, sharded), "8bit": BitsAndBytesConfig(load_in_8bit=True), "none": None}
     if isinstance(quantization, str) and quantization not in configs:
         raise StageError(f'quantization="{quantization}": use nf4, 8bit or none.')
@@ -225,6 +225,8 @@ def attach_adapter(model, folder):
     Not by `PeftModel.from_pretrained`: peft 0.19.1 with transformers 5.13.1 fails in it for every mixture of experts
     (`WeightConverter.__init__() got an unexpected keyword argument 'distributed_operation'`; peft 0.20 has it mended).
     """
+    from peft import PeftConfig, get_peft_model
+
     adapted = get_peft_model(model, PeftConfig.from_pretrained(folder))
     load_adapter_weights(adapted, folder)
     adapted.peft_config["default"].inference_mode = True

@@ -14,7 +14,7 @@ from .bases import context_length, expected_gib, look_at_base, lora_targets, pac
 from .chat_format import encode
 from .chat_templates import describe_template
 from .models import room_gib, skeleton
-from .recording import can_be_recorded, is_small
+from .recording import is_small, layers_can_be_recorded
 from .run import StageError
 from .sharding import check_sharding
 
@@ -161,7 +161,7 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
     if checkpointing and batch_size <= kept:
         print("there is room to keep all activations: nothing is recomputed in the backward pass")
     small = is_small(batch_size, chosen["max_length"], processes.num_processes)
-    if gpu and small and batch_size <= kept and can_be_recorded(skeleton(config)):
+    if gpu and small and batch_size <= kept and layers_can_be_recorded(skeleton(config)):
         # what is recorded keeps its memory to itself, and the validation takes other: 0.5 to 0.6 GiB more of a 7B
         expected = pd.concat([expected, pd.Series({"recorded steps": 0.1 * expected.sum()}, name=expected.name)])
     print(f"expected peak memory: {expected.sum():.1f} GiB; there is room for {room:.1f} GiB")

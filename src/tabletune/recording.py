@@ -42,6 +42,12 @@ def can_be_recorded(model):
     )
 
 
+def layers_can_be_recorded(model):
+    """Whether a model can be recorded and hands its layers the token ids; a multimodal one hands them embeddings."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    return can_be_recorded(plain) and plain.base_model is text_part(plain)
+
+
 def recorded(step):
     """A function that has run before, to be run again and again: its CUDA graph, or itself if there can be none.
 
@@ -75,7 +81,7 @@ class RecordedLayers(TrainerCallback):
         packed = "seq_lengths" in getattr(train_dataloader.dataset, "column_names", [])
         drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
         fit = is_small(*shape, args.world_size) and packed and not drops and not args.gradient_checkpointing
-        if fit and model.device.type == "cuda" and can_be_recorded(model):
+        if fit and model.device.type == "cuda" and layers_can_be_recorded(model):
             dtype = dtype_of(args)
             with suppress(RuntimeError), torch.autocast("cuda", dtype, dtype != torch.float32, cache_enabled=False):
                 record_layers(text_part(model.get_base_model()), shape)
