@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tabletune import planning, training
+from tabletune import planning, recording, training
 from tabletune.chat_format import load_tokenizer_of_run
 from tabletune.models import load_base
 from tabletune.planning import room_for_training, rows_and_steps
@@ -350,6 +350,51 @@ def test_rows_of_a_step_are_taken_in_parts_of_which_nothing_is_recomputed(monkey
     for room, recomputed in ((1.001 * needed, False), (0.999 * needed, True)):
         told = planning.trainer_settings(stage.stage, False, torch.float32, ask(room)[0], 16, 10, packed=True)
         assert told["gradient_checkpointing"] == recomputed
+
+
+def test_recorded_layers_accumulate_and_take_fewer_rows(monkeypatch):
+    """As the usual ones; a graph here is a function that leaves its gradients in the same memory each time."""
+    replayed = []
+
+    def graphed(layers, inputs):
+        parameters = [p for p in layers.parameters() if p.requires_grad]
+        left = [torch.zeros_like(p) for p in parameters]
+
+        class Graph(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, ids, positions, *_):
+                replayed.append((ids.shape, positions.shape))
+                with torch.enable_grad():
+                    ctx.output = layers(ids, positions)
+                return ctx.output.detach()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                for memory, new in zip(left, torch.autograd.grad(ctx.output, parameters, gradient), strict=True):
+                    memory.copy_(new)
+                return None, None, *(memory.detach() for memory in left)
+
+        return lambda ids, positions: Graph.apply(ids, positions, *parameters)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    ids, positions = torch.arange(3, 227).view(7, 32), torch.arange(32).remainder(20).repeat(7, 1)
+
+    def gradients():
+        model.zero_grad()
+        losses = []
+        for part in (slice(4), slice(4, 7)):
+            batch = {"input_ids": ids[part], "labels": ids[part], "position_ids": positions[part]}
+            losses.append(model(**batch, use_cache=False).loss)
+            losses[-1].backward()
+        return [loss.item() for loss in losses], torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    losses, usual = gradients()
+    recording.record_layers(model.model, (4, 32))
+    losses_recorded, recorded = gradients()
+    assert replayed == [((4, 32), (4, 32))] * 2
+    assert losses_recorded == pytest.approx(losses, abs=1e-6)
+    assert (recorded - usual).norm() < 1e-5 * usual.norm()
 
 
 def test_a_published_data_set_is_as_good_as_notebook_1s_folder(stage, tmp_path, monkeypatch):

@@ -72,15 +72,15 @@ def recorded(step):
 class RecordedLayers(TrainerCallback):
     """Record the layers of a model, forward and backward, before a training on small batches of packed rows begins.
 
-    Embedding to last hidden state, that is: the loss waits for the GPU. Whatever comes in another shape, as the last
-    batch of an epoch may, and all that needs no gradient goes the usual way.
+    Embedding to last hidden state, that is: the loss waits for the GPU. What has more rows or another length, and what
+    needs no gradient, goes the usual way.
     """
 
     def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
         shape = (args.per_device_train_batch_size, args.max_length)
         packed = "seq_lengths" in getattr(train_dataloader.dataset, "column_names", [])
         drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-        fit = is_small(*shape, args.world_size) and packed and not drops and not args.gradient_checkpointing
+        fit = is_small(*shape, args.world_size) and packed and not (drops or args.gradient_checkpointing)
         if fit and model.device.type == "cuda" and layers_can_be_recorded(model):
             dtype = dtype_of(args)
             with suppress(RuntimeError), torch.autocast("cuda", dtype, dtype != torch.float32, cache_enabled=False):
@@ -99,7 +99,7 @@ class Layers(torch.nn.Module):
 
 
 def record_layers(decoder, shape):
-    """Replace the forward of `decoder` for ids of this shape, [rows, tokens], where gradients are wanted."""
+    """Replace the forward of `decoder` for ids of this shape, [rows, tokens], or fewer rows, with gradients."""
     layers = Layers(decoder).train()
     decoder.train()
     ids = torch.zeros(shape, dtype=torch.long, device=decoder.device)
@@ -113,9 +113,11 @@ def record_layers(decoder, shape):
             parameter.register_hook(torch.clone)
 
     def forward(input_ids=None, attention_mask=None, position_ids=None, **others):
-        same = input_ids is not None and input_ids.shape == shape and position_ids is not None
-        if same and attention_mask is None and torch.is_grad_enabled():
-            return BaseModelOutputWithPast(last_hidden_state=replay(input_ids, position_ids))
+        like = input_ids is not None and position_ids is not None and input_ids.shape[1] == shape[1]
+        if like and len(input_ids) <= shape[0] and attention_mask is None and torch.is_grad_enabled():
+            lacking = (0, 0, 0, shape[0] - len(input_ids))  # of the last batch: as much memory again would be taken
+            full = (torch.nn.functional.pad(tensor, lacking) for tensor in (input_ids, position_ids))
+            return BaseModelOutputWithPast(last_hidden_state=replay(*full)[: len(input_ids)])
         return layers.usual(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **others)
 
     decoder.forward = forward
