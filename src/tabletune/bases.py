@@ -57,13 +57,16 @@ def text_part(model):
 
 
 def linear_layers(model):
-    """{name: module} of the linear layers that read text, GPT-2's kind included, without the output layer."""
+    """{name: module} of the linear layers that read text, GPT-2's kind included, without output layer and routers."""
     inside = {id(module) for module in text_part(model).modules()}
     output = model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (Linear, Conv1D)) and id(module) in inside and module is not output
+        if isinstance(module, (Linear, Conv1D))
+        and id(module) in inside
+        and module is not output
+        and "Router" not in type(module).__name__  # of a mixture; some are linear layers that give two results
     }
 
 
