@@ -23,6 +23,7 @@ from tabletune.choices import targets_to_adapt, when_to_evaluate
 from tabletune.models import load_base
 from tabletune.planning import room_for_training, rows_and_steps
 from tabletune.run import StageError
+from tabletune.scoring import score
 from tabletune.sharding import ShardedTraining, check_sharding
 from tabletune.training import Collator, newest_checkpoint
 
@@ -270,6 +271,8 @@ def test_a_base_that_computes_no_numbers_is_refused(stage):
     planning.rows_to_train_on(model, stage.encoded["train"], stage.packed, False)
     with pytest.raises(StageError, match=r'infinity or NaN in float16. Set precision to "fp32"'):
         planning.rows_to_train_on(model.half(), stage.encoded["train"], stage.packed, False)
+    with pytest.raises(StageError, match="infinity or NaN in float16"):  # and no perplexity of it is shown
+        score(model, stage.encoded["test"], 0, 2, 128, 64)
 
 
 def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):

@@ -151,6 +151,17 @@ def packing_leaks(model):
     return ((first - second).abs().max() / (first.max() - first.min())).item()
 
 
+def check_numbers(results, model):
+    """Raise StageError if there is infinity or NaN in what `model` computed, a tensor, as with Gemma 3 in fp16.
+
+    fp16 ends at 65,504, and some models' activations do not (https://unsloth.ai/blog/gemma3).
+    """
+    if not results.isfinite().all():
+        dtype = str(model.dtype).removeprefix("torch.")
+        remedy = 'Set precision to "fp32".' if dtype == "float16" else "Its files may be damaged."
+        raise StageError(f"This model computes infinity or NaN in {dtype}. {remedy}")
+
+
 def intermediate_size(config):
     """The width of a layer between its two halves, of all experts at work; what a config lacks is taken as usual."""
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size

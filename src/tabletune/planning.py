@@ -10,7 +10,7 @@ import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
 
-from .bases import expected_gib, look_at_base, packing_leaks, text_part
+from .bases import check_numbers, expected_gib, look_at_base, packing_leaks, text_part
 from .chat_format import encode
 from .chat_templates import describe_template
 from .choices import check_choices, targets_to_adapt, when_to_evaluate
@@ -197,25 +197,15 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
     return Room(expected, max(1, min(16, fits)), kept, sharded)
 
 
-@torch.no_grad()
-def check_numbers(model, ids):
-    """Raise StageError if `model` computes infinity or NaN for token `ids`, as Gemma 3 is known to do in fp16.
-
-    fp16 ends at 65,504, and some models' activations do not (https://unsloth.ai/blog/gemma3).
-    """
-    dtype = str(model.dtype).removeprefix("torch.")
-    if not text_part(model)(input_ids=torch.tensor([ids], device=model.device))[0].isfinite().all():
-        remedy = 'Set precision to "fp32".' if dtype == "float16" else "Its files may be damaged."
-        raise StageError(f"This base model computes infinity or NaN in {dtype}. {remedy}")
-
-
 def rows_to_train_on(model, examples, packed, packing):
     """The packed rows where they may be packed, else the examples by themselves; says which, and why.
 
     Whether they may be is measured on the model at hand: what the second of two packed examples sees of the first.
     Raises StageError if this model computes no numbers.
     """
-    check_numbers(model, examples[0]["input_ids"][:64])
+    with torch.no_grad():
+        ids = torch.tensor([examples[0]["input_ids"][:64]], device=model.device)
+        check_numbers(text_part(model)(input_ids=ids)[0], model)
     leak = 0 if not packing else packing_leaks(model)
     if packing and leak <= LEAK:
         print(f"{len(examples):,} examples packed into {len(packed):,} rows; they do not see each other ({leak:.1%})")
