@@ -344,6 +344,15 @@ def test_a_word_on_evaluation_is_one_on_checkpoints(options, strategy, every):
     SFTConfig(**told | options, load_best_model_at_end=True, use_cpu=True, bf16=False)
 
 
+def test_more_than_plain_lora_on_a_base_stored_in_4_bits_is_refused_before_training():
+    chosen = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": "auto"}
+    config = AutoConfig.from_pretrained(TINY)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    assert targets_to_adapt(chosen | {"lora_options": {"use_rslora": True}}, config)
+    with pytest.raises(StageError, match="stored in 4 bits, and only plain LoRA"):
+        targets_to_adapt(chosen | {"lora_options": {"use_dora": True}}, config)
+
+
 def test_options_that_leave_out_logs_and_the_choice_of_a_checkpoint(tmp_path):
     """The notebook ends all the same: with the loss of all steps, and with a validation at the end."""
     options = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "logging_steps": 500}

@@ -90,6 +90,9 @@ def targets_to_adapt(chosen, config):
         adapted.merge_and_unload()
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise StageError(f"lora_options: {error}") from None
+    plain = all(re.search(r"\.lora_[AB]\.", name) for name in trained)
+    if getattr(config, "quantization_config", None) and not plain:
+        raise StageError("lora_options: this base is stored in 4 bits, and only plain LoRA can be merged into that.")
     for name in trained:
         module = re.split(r"\.(?:lora_|modules_to_save|token_adapter|base_layer)", name)[0]
         module = module.removeprefix("base_model.model.")
