@@ -116,7 +116,7 @@ from transformers import BitsAndBytesConfig, set_seed
 
 set_seed(seed)
 processes = PartialState(cpu=not torch.cuda.is_available())  # under `accelerate launch` one of several
-splits, report = training.load_examples(run, published_dataset, processes)
+splits, report = planning.load_examples(run, published_dataset, processes)
 
 # %% [markdown]
 # `encode` is what notebook 1 showed: token ids, and a mask of the answers, which is all that the loss will see.
@@ -287,7 +287,8 @@ print(f"validation loss {metrics['eval_loss_before']:.2f} → {metrics['eval_los
 import matplotlib.pyplot as plt
 import pandas as pd
 
-history = pd.DataFrame(read_json(run / "training" / "log_history.json", stage.name))
+logged = read_json(run / "training" / "log_history.json", stage.name)
+history = pd.DataFrame(logged, columns=["step", "loss", "eval_loss"])
 training_loss = history.dropna(subset="loss").set_index("step")["loss"]
 validation_loss = history.dropna(subset="eval_loss").groupby("step")["eval_loss"].first()
 figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")

@@ -87,7 +87,8 @@ print(f"{len(plan.adapted)} adapted layers, {len(plan.tensors)} tensors in the b
 # is the first layer that has them:
 
 # %%
-name, module = next((name, module) for name, module in plan.modules.items() if module in plan.adapted)
+with_lora = [name for name, m in plan.modules.items() if f"base_model.model.{m}.lora_A.weight" in plan.adapter]
+name, module = with_lora[0], plan.modules[with_lora[0]]
 weight = plan.read(name)
 a, b = (plan.adapter[f"base_model.model.{module}.lora_{matrix}.weight"].float() for matrix in "AB")
 print(f"{module}\nW {tuple(weight.shape)}, A {tuple(a.shape)}, B {tuple(b.shape)}")

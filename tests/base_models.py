@@ -40,6 +40,7 @@ VISION = {
     "patch_size": 14,
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
 
 # Templates: each keeps one trait. `bos_token` is written by the template where its family's is.
@@ -243,11 +244,7 @@ BASES = {
             n_group=1,
             topk_group=1,
             first_k_dense_replace=1,
-            q_lora_rank=16,
-            kv_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
-            v_head_dim=16,
+            **LATENT,
             **EXPERTS,
         ),
         None,
@@ -383,6 +380,31 @@ BASES = {
     "bare": (partial(make_tokenizer, None, eos="<|endoftext|>"), causal("Llama"), None),  # no BOS, no template, no pad
     "beyond": (partial(llama, CHATML, special=IM), causal("Llama"), None),  # more tokens than rows of the embeddings
 }
+OTHERS = {  # more families, each with a trait of its own modules; all with one tokenizer
+    "deepseek_v2": causal("DeepseekV2", **{**LATENT, "num_key_value_heads": 4}, n_routed_experts=4, **EXPERTS),
+    "glm4_moe": causal("Glm4Moe", n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1, **EXPERTS),
+    "afmoe": causal("Afmoe", head_dim=16, num_experts=4, num_dense_layers=1, **EXPERTS),  # attention with a gate_proj
+    "phimoe": causal("Phimoe", num_local_experts=4, num_experts_per_tok=2),  # a router that is a linear layer
+    "qwen3_next": causal("Qwen3Next", num_experts=4, shared_expert_intermediate_size=32, **HYBRID, **EXPERTS),
+    "nemotron_h": causal(  # stored under other names
+        "NemotronH",
+        hybrid_override_pattern="M-*-",
+        num_hidden_layers=4,
+        head_dim=16,
+        ssm_state_size=16,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=1,
+        chunk_size=32,
+    ),
+    "llama4": multimodal(  # its text part has the output layer
+        "Llama4",
+        {"num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 96},
+        {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
+    ),
+}
+chatml = partial(make_tokenizer, CHATML, special=IM, eos="<|im_end|>", pad="<|endoftext|>")
+BASES |= {name: (chatml, model, None) for name, model in OTHERS.items()}
 """Those that stand for what people fine-tune most, and fail in different ways: for tests that have little time."""
 CHEAP = [
     "llama_tied",

@@ -14,13 +14,16 @@ from conftest import TINY, run_tiny
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from trl import SFTConfig
 
 from tabletune import planning, recording, training
 from tabletune.chat_format import load_tokenizer_of_run
+from tabletune.choices import targets_to_adapt, when_to_evaluate
 from tabletune.models import load_base
 from tabletune.planning import room_for_training, rows_and_steps
 from tabletune.run import StageError
+from tabletune.scoring import score
 from tabletune.sharding import ShardedTraining, check_sharding
 from tabletune.training import Collator, newest_checkpoint
 
@@ -160,6 +163,12 @@ def test_the_validation_loss_is_a_tokens_whatever_the_batch(stage):
         del stage.trainer.state.log_history[logged:]
 
 
+def test_tokens_seen_count_no_padding(stage):
+    history = json.loads((stage.run / "training" / "log_history.json").read_text())
+    seen = [entry["num_input_tokens_seen"] for entry in history if "num_input_tokens_seen" in entry]
+    assert seen[-1] == stage.metrics["tokens"] and seen == sorted(seen) and seen[0] < seen[-1]
+
+
 def test_the_training_cell_twice_in_a_row_trains_once(stage):
     before = {name: p.clone() for name, p in stage.trainer.model.named_parameters() if p.requires_grad}
     checkpoint = training.checkpoint_to_resume(stage.trainer)
@@ -262,6 +271,8 @@ def test_a_base_that_computes_no_numbers_is_refused(stage):
     planning.rows_to_train_on(model, stage.encoded["train"], stage.packed, False)
     with pytest.raises(StageError, match=r'infinity or NaN in float16. Set precision to "fp32"'):
         planning.rows_to_train_on(model.half(), stage.encoded["train"], stage.packed, False)
+    with pytest.raises(StageError, match="infinity or NaN in float16"):  # and no perplexity of it is shown
+        score(model, stage.encoded["test"], 0, 2, 128, 64)
 
 
 def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
@@ -282,6 +293,19 @@ def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
         ({"lora_target_modules": ["no_such"]}, 'no layer is called "no_such"'),
         ({"quantization": "2bit"}, 'quantization="2bit": use nf4, 8bit or none'),
         ({"attn_implementation": "no_such"}, "attn_implementation"),
+        ({"attn_implementation": "flash_attention_2"}, 'attn_implementation="flash_attention_2" needs a GPU'),
+        ({"attn_implementation": "flex_attention"}, 'attn_implementation="flex_attention" needs a GPU'),
+        ({"report_to": "wandb"}, "report_to=wandb: there is no such package here"),
+        ({"training_options": {"report_to": ["trackio"]}}, "report_to=trackio: there is no such package here"),
+        ({"training_options": {"weight_decai": 1}}, r"SFTConfig has no 'weight_decai'\. Did you mean 'weight_decay'"),
+        ({"training_options": {"completion_only_loss": False}}, "'completion_only_loss' would do nothing"),
+        ({"lora_options": {"use_rlora": True}}, r"LoraConfig has no 'use_rlora'\. Did you mean 'use_rslora'"),
+        ({"lora_options": {"init_lora_weights": "pissa_niter_16"}}, '"pissa_niter_16" changes the base'),
+        ({"lora_options": {"lora_bias": True}}, "lora_options: Impossible to merge LoRA with `lora_bias=True`"),
+        ({"lora_options": {"layer_replication": [[0, 2], [1, 2]]}}, "which the base does not have: that has no merge"),
+        ({"training_options": {"metric_for_best_model": "accuracy"}}, "can only be the validation loss"),
+        ({"training_options": {"eval_strategy": "sometimes"}}, "training_options: sometimes is not a valid"),
+        ({"training_options": {"use_liger_kernel": True}}, "use_liger_kernel needs a GPU"),
         ({"max_length": 20}, "max_length=20, but the longest example has"),
         ({"batch_size": "few"}, "batch_size='few'"),
     ],
@@ -290,6 +314,60 @@ def test_what_cannot_work_stops_before_the_model_is_loaded(stage, monkeypatch, p
     monkeypatch.setattr("tabletune.models.load_base", None)
     with pytest.raises(StageError, match=message):
         run_tiny("02_finetune_qlora", stage.run, **{**FAST, **parameters})
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [5]}])
+def test_what_changes_a_tied_layer_is_refused_before_training(options):
+    """It could be trained, but not merged; where nothing is tied, it can."""
+    chosen = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": "auto", "lora_options": options}
+    config = AutoConfig.from_pretrained(TINY, tie_word_embeddings=False)
+    assert len(targets_to_adapt(chosen, config)) == 4 * config.num_hidden_layers
+    config = AutoConfig.from_pretrained(TINY, tie_word_embeddings=True)
+    with pytest.raises(StageError, match=r"would change model\.embed_tokens, which is tied to another layer"):
+        targets_to_adapt(chosen, config)
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy", "every"),
+    [
+        ({}, "steps", 7),
+        ({"save_steps": 3}, "steps", 3),
+        ({"eval_steps": 2, "save_steps": 4}, "steps", 2),
+        ({"eval_strategy": "epoch"}, "epoch", 7),
+        ({"save_strategy": "no"}, "no", 7),
+        ({"save_strategy": "best"}, "steps", 7),
+    ],
+)
+def test_a_word_on_evaluation_is_one_on_checkpoints(options, strategy, every):
+    told = when_to_evaluate(options, 7)
+    assert told == dict(eval_strategy=strategy, save_strategy=strategy, eval_steps=every, save_steps=every)
+    SFTConfig(**told | options, load_best_model_at_end=True, use_cpu=True, bf16=False)
+
+
+def test_more_than_plain_lora_on_a_base_stored_in_4_bits_is_refused_before_training():
+    chosen = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": "auto"}
+    config = AutoConfig.from_pretrained(TINY)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    assert targets_to_adapt(chosen | {"lora_options": {"use_rslora": True}}, config)
+    with pytest.raises(StageError, match="stored in 4 bits, and only plain LoRA"):
+        targets_to_adapt(chosen | {"lora_options": {"use_dora": True}}, config)
+
+
+def test_options_that_leave_out_logs_and_the_choice_of_a_checkpoint(tmp_path):
+    """The notebook ends all the same: with the loss of all steps, and with a validation at the end."""
+    options = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "logging_steps": 500}
+    run_tiny("02_finetune_qlora", write_dataset(tmp_path / "run"), **FAST, training_options=options)
+    metrics = json.loads((tmp_path / "run" / "training" / "metrics.json").read_text())
+    assert metrics["eval_loss_after"] < metrics["eval_loss_before"] and metrics["loss_first"] == metrics["loss_last"]
+
+
+def test_activations_are_kept_where_a_model_cannot_recompute_them(stage, monkeypatch, capsys):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    room = room_for_training({**stage.stage.parameters, "gradient_checkpointing": True}, stage.config, torch.float32,
+                             "auto", 40, stage.processes)  # fmt: skip
+    assert "LlamaForCausalLM knows no gradient_checkpointing" in capsys.readouterr().out
+    settings = planning.trainer_settings(stage.stage, False, torch.float32, room, 2, 10, packed=True)
+    assert settings["gradient_checkpointing"] is False
 
 
 def test_only_weights_that_do_not_fit_are_refused(monkeypatch, capsys):
@@ -400,14 +478,14 @@ def test_recorded_layers_accumulate_and_take_fewer_rows(monkeypatch):
 def test_a_published_data_set_is_as_good_as_notebook_1s_folder(stage, tmp_path, monkeypatch):
     published = datasets.load_from_disk(stage.run / "dataset")
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"some-one/set": published}[name])
-    splits, report = training.load_examples(tmp_path, "some-one/set", PartialState(cpu=True))
+    splits, report = planning.load_examples(tmp_path, "some-one/set", PartialState(cpu=True))
     assert splits["train"].to_list() == published["train"].to_list()
     assert report["published"] == "some-one/set" and report["fingerprint"]
     assert report["splits"] == {name: len(rows) for name, rows in published.items()}
     for other in (published.rename_column("prompt", "question"), DatasetDict(train=published["train"])):
         monkeypatch.setattr(datasets, "load_dataset", lambda name, other=other: other)
         with pytest.raises(StageError, match="published_dataset=some-one/set lacks"):
-            training.load_examples(tmp_path / "other", "some-one/set", PartialState(cpu=True))
+            planning.load_examples(tmp_path / "other", "some-one/set", PartialState(cpu=True))
     assert not (tmp_path / "other" / "dataset").exists()
 
 

@@ -37,6 +37,21 @@ def test_what_was_whole_stays_until_its_successor_is(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_one_parameter_takes_another_base_model(tmp_path, capsys):
+    """The default commit is one of the default base model, so it goes with it; a commit that was given stays."""
+    commit = PARAMETERS[STAGE]["base_model_revision"]
+
+    def revision(**chosen):
+        variables = {**PARAMETERS[STAGE], "run_dir": str(tmp_path), **chosen}
+        stage = begin(STAGE, variables)
+        assert variables["base_model_revision"] == stage.parameters["base_model_revision"]
+        return variables["base_model_revision"]
+
+    assert revision() == revision(base_model=str(tmp_path)) == commit and not capsys.readouterr().out
+    assert revision(base_model="Qwen/Qwen3-4B") == "main" and "main of Qwen/Qwen3-4B" in capsys.readouterr().out
+    assert revision(base_model="Qwen/Qwen3-4B", base_model_revision="abc") == "abc"
+
+
 def test_a_finished_folder_is_never_written_over(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "weights").write_text("a night of training")

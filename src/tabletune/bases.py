@@ -57,13 +57,16 @@ def text_part(model):
 
 
 def linear_layers(model):
-    """{name: module} of the linear layers that read text, GPT-2's kind included, without the output layer."""
+    """{name: module} of the linear layers that read text, GPT-2's kind included, without output layer and routers."""
     inside = {id(module) for module in text_part(model).modules()}
     output = model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (Linear, Conv1D)) and id(module) in inside and module is not output
+        if isinstance(module, (Linear, Conv1D))
+        and id(module) in inside
+        and module is not output
+        and "Router" not in type(module).__name__  # of a mixture; some are linear layers that give two results
     }
 
 
@@ -146,6 +149,17 @@ def packing_leaks(model):
         for rows in (one, other)
     )
     return ((first - second).abs().max() / (first.max() - first.min())).item()
+
+
+def check_numbers(results, model):
+    """Raise StageError if there is infinity or NaN in what `model` computed, a tensor, as with Gemma 3 in fp16.
+
+    fp16 ends at 65,504, and some models' activations do not (https://unsloth.ai/blog/gemma3).
+    """
+    if not results.isfinite().all():
+        dtype = str(model.dtype).removeprefix("torch.")
+        remedy = 'Set precision to "fp32".' if dtype == "float16" else "Its files may be damaged."
+        raise StageError(f"This model computes infinity or NaN in {dtype}. {remedy}")
 
 
 def intermediate_size(config):

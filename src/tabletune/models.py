@@ -23,6 +23,7 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from .run import StageError, hub_error, read_json
 
@@ -137,6 +138,9 @@ def attention_of(config, wanted="auto"):
     if not has.get(wanted):
         there = ", ".join(name for name, supported in has.items() if supported)
         raise StageError(f'attn_implementation="{wanted}": {kind.__name__} has no such attention. It has: {there}.')
+    here = {"flash_attention_2": is_flash_attn_2_available(), "flex_attention": torch.cuda.is_available()}
+    if not here.get(wanted, True):
+        raise StageError(f'attn_implementation="{wanted}" needs a GPU, or a package, that is not here. Use "auto".')
     return wanted
 
 

@@ -3,23 +3,57 @@
 import math
 import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 
+import datasets
 import pandas as pd
 import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
 
-from .bases import context_length, expected_gib, look_at_base, lora_targets, packing_leaks, text_part
+from .bases import check_numbers, expected_gib, look_at_base, packing_leaks, text_part
 from .chat_format import encode
 from .chat_templates import describe_template
-from .models import room_gib, skeleton
+from .choices import check_choices, targets_to_adapt, when_to_evaluate
+from .models import load_dataset_of_run, room_gib, skeleton
 from .recording import is_small, layers_can_be_recorded
-from .run import StageError
+from .run import StageError, hub_error, whole, write_json
 from .sharding import check_sharding
 
 LEAST_TOKENS = 2048  # to take at once: every batch unpacks all weights, which takes as long as some hundred tokens
 LEAK = 1e-5  # of the range of the logits: what is masked contributes exactly 0, so anything more is a leak
+
+
+def load_examples(run, published_dataset, processes):
+    """The DatasetDict and the report that notebook 1 left in the run, or published on the Hub.
+
+    Raises StageError if there is neither.
+    """
+    with processes.main_process_first():
+        if published_dataset and not (run / "dataset").exists():
+            take_published(published_dataset, run / "dataset")
+    return load_dataset_of_run(run, " Or set published_dataset to one that notebook 1 has published.")
+
+
+def take_published(name, folder):
+    """Save a data set of the Hub as notebook 1 would have: train, validation and test of conversations, and a report.
+
+    Raises StageError if it cannot be had, or is not of that kind.
+    """
+    try:
+        splits = datasets.load_dataset(name)
+    except (OSError, ValueError) as error:
+        raise hub_error(f"published_dataset={name}", error) from None
+    columns = {column for split in splits.values() for column in split.column_names}
+    if not {"train", "validation", "test"} <= splits.keys() or not {"prompt", "completion"} <= columns:
+        raise StageError(
+            f"published_dataset={name} lacks the splits train, validation and test or the columns prompt and "
+            "completion. Give it to notebook 1 as its dataset instead."
+        )
+    report = {"published": name, "splits": {split: len(rows) for split, rows in splits.items()}}
+    report["fingerprint"] = "-".join(rows._fingerprint for rows in splits.values())
+    with whole(folder) as partial_folder:
+        splits.save_to_disk(partial_folder)
+        write_json(partial_folder / "report.json", report)
 
 
 def encode_splits(splits, tokenizer, stops, max_length):
@@ -46,22 +80,6 @@ def encode_splits(splits, tokenizer, stops, max_length):
     return encoded, pd.DataFrame(counts)
 
 
-def check_choices(chosen, config, dtype):
-    """Raise StageError for parameters of notebook 2, {name: value}, that cannot work here or with this base."""
-    gpu = torch.cuda.is_available()
-    if chosen["quantization"] not in ("nf4", "8bit", "none"):
-        raise StageError(f'quantization="{chosen["quantization"]}": use nf4, 8bit or none.')
-    if dtype != torch.float32 and not gpu:
-        raise StageError(f"precision={chosen['precision']}: training in half precision needs a GPU. Use auto or fp32.")
-    if chosen["use_liger_kernel"] and not (gpu and find_spec("liger_kernel")):
-        raise StageError("use_liger_kernel needs a GPU and the package liger-kernel. Install it, or set it to false.")
-    if chosen["optim"].startswith("paged") and not gpu:
-        raise StageError(f"optim={chosen['optim']}: the paged optimizers of bitsandbytes need a GPU. Use adamw_torch.")
-    most = context_length(config)
-    if most and chosen["max_length"] > most:
-        print(f"max_length={chosen['max_length']}, but this base was made to read {most:,} tokens at once.")
-
-
 def look_and_check(chosen, config, dtype, tokenizer, stops):
     """The names of the layers that get an adapter, and a table of what this base is and how it will be treated.
 
@@ -70,7 +88,7 @@ def look_and_check(chosen, config, dtype, tokenizer, stops):
     check_choices(chosen, config, dtype)
     look = look_at_base(config, *(chosen[n] for n in ("lora_target_modules", "attn_implementation", "quantization")))
     look = pd.Series(look | describe_template(tokenizer, stops), name="this base").to_frame()
-    return lora_targets(skeleton(config), chosen["lora_target_modules"]), look
+    return targets_to_adapt(chosen, config), look
 
 
 def rows_and_steps(rows, epochs, batch_size, min_steps, accumulation=1, processes=1, fits=16, kept=math.inf, least=1):
@@ -129,7 +147,10 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
     than the training: its batches have room, and it keeps no activations. Raises StageError if the weights alone do not
     fit, unless `ignore_memory`; that the rest may not fit is only said.
     """
-    gpu, checkpointing = torch.cuda.is_available(), chosen["gradient_checkpointing"]
+    gpu, model = torch.cuda.is_available(), skeleton(config)
+    checkpointing = chosen["gradient_checkpointing"] and model.supports_gradient_checkpointing
+    if checkpointing != chosen["gradient_checkpointing"]:
+        print(f"{type(model).__name__} knows no gradient_checkpointing: all activations are kept")
     names = ("lora_r", "lora_dropout", "optim", "use_liger_kernel", "quantization")
     options = {name: chosen[name] for name in names}
 
@@ -161,7 +182,7 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
     if checkpointing and batch_size <= kept:
         print("there is room to keep all activations: nothing is recomputed in the backward pass")
     small = is_small(batch_size, chosen["max_length"], processes.num_processes)
-    if gpu and small and batch_size <= kept and layers_can_be_recorded(skeleton(config)):
+    if gpu and small and batch_size <= kept and layers_can_be_recorded(model):
         # what is recorded keeps its memory to itself, and the validation takes other: 0.5 to 0.6 GiB more of a 7B
         expected = pd.concat([expected, pd.Series({"recorded steps": 0.1 * expected.sum()}, name=expected.name)])
     print(f"expected peak memory: {expected.sum():.1f} GiB; there is room for {room:.1f} GiB")
@@ -176,25 +197,15 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
     return Room(expected, max(1, min(16, fits)), kept, sharded)
 
 
-@torch.no_grad()
-def check_numbers(model, ids):
-    """Raise StageError if `model` computes infinity or NaN for token `ids`, as Gemma 3 is known to do in fp16.
-
-    fp16 ends at 65,504, and some models' activations do not (https://unsloth.ai/blog/gemma3).
-    """
-    dtype = str(model.dtype).removeprefix("torch.")
-    if not text_part(model)(input_ids=torch.tensor([ids], device=model.device))[0].isfinite().all():
-        remedy = 'Set precision to "fp32".' if dtype == "float16" else "Its files may be damaged."
-        raise StageError(f"This base model computes infinity or NaN in {dtype}. {remedy}")
-
-
 def rows_to_train_on(model, examples, packed, packing):
     """The packed rows where they may be packed, else the examples by themselves; says which, and why.
 
     Whether they may be is measured on the model at hand: what the second of two packed examples sees of the first.
     Raises StageError if this model computes no numbers.
     """
-    check_numbers(model, examples[0]["input_ids"][:64])
+    with torch.no_grad():
+        ids = torch.tensor([examples[0]["input_ids"][:64]], device=model.device)
+        check_numbers(text_part(model)(input_ids=ids)[0], model)
     leak = 0 if not packing else packing_leaks(model)
     if packing and leak <= LEAK:
         print(f"{len(examples):,} examples packed into {len(packed):,} rows; they do not see each other ({leak:.1%})")
@@ -233,10 +244,7 @@ def trainer_settings(stage, done, dtype, room, batch_size, steps, packed):
         "fsdp": room.sharded,
         "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
         "ddp_find_unused_parameters": False,
-        "eval_strategy": "steps",
-        "eval_steps": each,
-        "save_strategy": "steps",
-        "save_steps": each,
+        **when_to_evaluate(chosen["training_options"], each),
         "save_total_limit": 2,
         "restore_callback_states_from_checkpoint": chosen["early_stopping_patience"] > 0,
         "logging_steps": 0.05,

@@ -266,7 +266,8 @@ def begin(name, variables):
     """Begin the notebook `name`, whose `variables` are its globals(): opens the run. Returns a Stage.
 
     The parameters are those of the notebook's parameter cell, by name (`parameters.json`, which `make sync` writes), so
-    that whatever else the kernel holds is none; their values take the types of the defaults. Raises StageError if a
+    that whatever else the kernel holds is none; their values take the types of the defaults. The default of
+    `base_model_revision` is a commit of the default `base_model`: with another one it is "main". Raises StageError if a
     value cannot be stored or is of another type, or if papermill was given a name that is none.
     """
     try:
@@ -281,6 +282,11 @@ def begin(name, variables):
             json.dumps(value)
         except (TypeError, ValueError):
             raise StageError(f"{key}={value!r}: use a text, a number, a truth value, a list or a dictionary.") from None
+    model, usual = parameters.get("base_model"), PARAMETERS[name].get("base_model_revision")
+    same = model == PARAMETERS[name].get("base_model") or parameters["base_model_revision"] != usual
+    if not same and not Path(model).is_dir():
+        print(f"base_model_revision: main of {model}. Set it to a commit to get the same model tomorrow.")
+        parameters["base_model_revision"] = "main"
     variables.update(parameters)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, as it warns at each fork otherwise
     return Stage(name, open_run(parameters["run_dir"]), parameters)

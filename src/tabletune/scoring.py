@@ -19,6 +19,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import GenerationConfig, set_seed
 
+from .bases import check_numbers
 from .chat_format import answer_text, encode_prompt
 from .inference import decode, fixed_cache, rows_that_fit
 
@@ -55,7 +56,8 @@ def score(model, rows, pad_token_id, batch_size, window, stride):
     """Negative log-likelihoods, in nats, of each row's response and of all of its text.
 
     `rows` have `input_ids` and `completion_mask`; at most `batch_size` are read at once, where memory allows. Returns a
-    DataFrame with a line a row: `response_nll`, `response_tokens`, `full_nll`, `full_tokens`.
+    DataFrame with a line a row: `response_nll`, `response_tokens`, `full_nll`, `full_tokens`. Raises StageError if the
+    model computes no numbers.
     """
     model.eval()
     processes, totals = PartialState(), np.zeros((len(rows), 4))
@@ -77,8 +79,9 @@ def score(model, rows, pad_token_id, batch_size, window, stride):
             scored = row_nll[first - start - 1 : end - start - 1]
             mask = np.array(rows[i]["completion_mask"][first:end])
             totals[i] += [scored @ mask, mask.sum(), scored.sum(), len(scored)]
-    totals = reduce(torch.tensor(totals, device=processes.device), "sum").cpu().numpy()
-    return pd.DataFrame(totals, columns=["response_nll", "response_tokens", "full_nll", "full_tokens"])
+    totals = reduce(torch.tensor(totals, device=processes.device), "sum").cpu()
+    check_numbers(totals, model)
+    return pd.DataFrame(totals.numpy(), columns=["response_nll", "response_tokens", "full_nll", "full_tokens"])
 
 
 def perplexity(scores, part):

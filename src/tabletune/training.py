@@ -8,7 +8,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import datasets
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -16,9 +15,9 @@ from trl import SFTTrainer
 
 from .chat_format import save_tokenizer
 from .inference import unpack_weights
-from .models import load_adapter_weights, load_dataset_of_run
+from .models import load_adapter_weights
 from .recording import RecordedLayers, dtype_of
-from .run import StageError, hand_over, hub_error, peak_memory_gib, remove, set_aside, whole, write_json
+from .run import StageError, hand_over, peak_memory_gib, remove, set_aside, whole, write_json
 from .sharding import shard
 
 IGNORED = -100  # what PyTorch's cross entropy leaves out
@@ -33,39 +32,6 @@ def free_memory():
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def load_examples(run, published_dataset, processes):
-    """The DatasetDict and the report that notebook 1 left in the run, or published on the Hub.
-
-    Raises StageError if there is neither.
-    """
-    with processes.main_process_first():
-        if published_dataset and not (run / "dataset").exists():
-            take_published(published_dataset, run / "dataset")
-    return load_dataset_of_run(run, " Or set published_dataset to one that notebook 1 has published.")
-
-
-def take_published(name, folder):
-    """Save a data set of the Hub as notebook 1 would have: train, validation and test of conversations, and a report.
-
-    Raises StageError if it cannot be had, or is not of that kind.
-    """
-    try:
-        splits = datasets.load_dataset(name)
-    except (OSError, ValueError) as error:
-        raise hub_error(f"published_dataset={name}", error) from None
-    columns = {column for split in splits.values() for column in split.column_names}
-    if not {"train", "validation", "test"} <= splits.keys() or not {"prompt", "completion"} <= columns:
-        raise StageError(
-            f"published_dataset={name} lacks the splits train, validation and test or the columns prompt and "
-            "completion. Give it to notebook 1 as its dataset instead."
-        )
-    report = {"published": name, "splits": {split: len(rows) for split, rows in splits.items()}}
-    report["fingerprint"] = "-".join(rows._fingerprint for rows in splits.values())
-    with whole(folder) as partial_folder:
-        splits.save_to_disk(partial_folder)
-        write_json(partial_folder / "report.json", report)
 
 
 # --- batches
@@ -108,7 +74,8 @@ class TokenTrainer(SFTTrainer):
 
     transformers' validation loss is a mean over batches, each counted by its rows: the same adapter got 6.22 in batches
     of 1 and 6.44 in batches of 16. Here each batch counts by its tokens in the loss. What TRL 0.29 logs beside the loss
-    is left out: it counts padding, and waits for the GPU.
+    is left out: it counts padding. So does `num_input_tokens_seen` here not, and waits for the GPU only when it is
+    logged: Trainer's own does so after each batch, which took a tenth of the time.
 
     The adapter is trained in fp32: TRL casts that of a 4-bit model to bf16, and a T4's fp16 gradient scaler fails with
     bf16 at the first step (https://github.com/huggingface/trl/issues/4901). On a CPU the 4-bit weights are unpacked
@@ -121,6 +88,7 @@ class TokenTrainer(SFTTrainer):
             unpack_weights(model)
         args._n_gpu = 1  # of several GPUs Trainer takes all, and multiplies batch and loss by their number
         super().__init__(model=model, args=args, **kwargs)
+        self.tokens_seen = torch.zeros((), dtype=torch.long, device=args.device)  # since the last log
         altup = any("AltUp" in type(module).__name__ for module in model.modules())
         if altup and not model.get_input_embeddings().weight[self.data_collator.pad_token_id].any():
             # Gemma 3n takes a root, whose gradient at 0 is NaN, also of padding that counts for nothing
@@ -133,6 +101,9 @@ class TokenTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs.pop("_prediction_loss_only", None)
+        if model.training:
+            tokens = inputs.get("attention_mask", inputs["input_ids"] != self.data_collator.pad_token_id)
+            self.tokens_seen += tokens.sum()
         inputs["use_cache"] = False
         if self.args.use_liger_kernel:
             inputs["skip_logits"] = True  # in the evaluation, too: whole logits take more memory than training
@@ -142,6 +113,11 @@ class TokenTrainer(SFTTrainer):
         tokens, rows = (inputs["labels"][:, 1:] != IGNORED).sum(), len(inputs["labels"])
         loss, logits, labels = super().prediction_step(model, inputs, True, ignore_keys)
         return loss * tokens / rows / self.tokens_a_row, logits, labels
+
+    def log(self, logs, *args, **kwargs):
+        self.state.num_input_tokens_seen += self.accelerator.gather(self.tokens_seen).sum().item()
+        self.tokens_seen.zero_()
+        super().log(logs | {"num_input_tokens_seen": self.state.num_input_tokens_seen}, *args, **kwargs)
 
     def create_model_card(self, *args, **kwargs):
         """None for checkpoints: TRL reads its template in the locale's encoding, and stops where that is ASCII."""
@@ -249,10 +225,12 @@ def loss_of_base(trainer):
 def training_metrics(trainer, tokens_an_epoch, examples, before):
     """The content of `training/metrics.json`: steps, tokens without padding, seconds, losses in nats a token."""
     history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
+    losses = [entry["loss"] for entry in history if "loss" in entry] or [trainer.state.log_history[-1]["train_loss"]]
     seconds = next(entry["seconds"] for entry in history[::-1] if "seconds" in entry and "eval_loss" not in entry)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     tokens, peak = round(tokens_an_epoch * trainer.state.epoch), peak_memory_gib()
+    best = trainer.state.best_metric  # there is none if training_options leave out the choice of a checkpoint
+    after = trainer.evaluate()["eval_loss"] if best is None else best
     return {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
@@ -266,7 +244,7 @@ def training_metrics(trainer, tokens_an_epoch, examples, before):
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "eval_loss_before": before,
-        "eval_loss_after": trainer.state.best_metric,
+        "eval_loss_after": after,
     }
 
 
