@@ -209,15 +209,13 @@ def load_base(base_model, revision, dtype, attn_implementation="auto", sharded=F
     (`Linear4bit.forward` in bitsandbytes 0.50). The attribute that asks for the repacking is switched off here.
     Raises StageError for any other `quantization`.
     """
-    import bitsandbytes as bnb  # loads PyTorch's compiler: seconds that notebook 1 can do without
-
     configs = {"nf4": nf4(dtype, sharded), "8bit": BitsAndBytesConfig(load_in_8bit=True), "none": None}
     if isinstance(quantization, str) and quantization not in configs:
         raise StageError(f'quantization="{quantization}": use nf4, 8bit or none.')
     config = configs[quantization] if isinstance(quantization, str) else quantization
     model = load_model(base_model, revision, dtype, attn_implementation, config, "cpu" if sharded else None)
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # a Linear4bit; bitsandbytes takes seconds to import
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = dtype  # a base stored in 4 bits brings the dtype of whoever stored it
     return model
@@ -229,7 +227,7 @@ def attach_adapter(model, folder):
     Not by `PeftModel.from_pretrained`: peft 0.19.1 with transformers 5.13.1 fails in it for every mixture of experts
     (`WeightConverter.__init__() got an unexpected keyword argument 'distributed_operation'`; peft 0.20 has it mended).
     """
-    from peft import PeftConfig, get_peft_model
+    from peft import PeftConfig, get_peft_model  # here, as notebook 1 starts sooner without it
 
     adapted = get_peft_model(model, PeftConfig.from_pretrained(folder))
     load_adapter_weights(adapted, folder)
