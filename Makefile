@@ -76,7 +76,7 @@ environment:
 		bitsandbytes papermill tabletune || { echo "This environment lacks a package: $(PY) -m pip install -r requirements.txt" >&2; exit 1; }
 base-models: $(BASE_MODELS) ## make the base models of the cpu and tiny profiles in .cache
 .cache/%/config.json: profiles/base_models.py | $(READY)
-	@echo "making the base model $(@D)" && rm -rf $(@D) && mkdir -p .cache && TQDM_DISABLE=1 $(PY) $< $(if $(filter tiny%,$*),tiny,smollm2) $(@D)
+	@echo "making the base model $(@D)" && rm -rf $(@D).new && mkdir -p .cache && TQDM_DISABLE=1 $(PY) $< $(if $(filter tiny%,$*),tiny,smollm2) $(@D).new && rm -rf $(@D) && mv $(@D).new $(@D)
 test: $(READY) $(lastword $(BASE_MODELS)) ## the tests that a change must pass, in some minutes
 	@$(PY) -m pytest -n 2 -m "not (slow or gpu or browser or export or peers)" tests
 test-all: test test-slow ## and what is slow by nature: kills, two processes, real kernels, all kinds of base models

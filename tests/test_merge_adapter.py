@@ -111,8 +111,9 @@ def test_the_proof_computes_in_fp32_with_weights_of_16_bits(name):
     for weight in exact.parameters():
         weight.data = weight.data.bfloat16().float()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert torch.equal(merged_model.logits_of(model, [list(range(3, 67))]), logits(exact)[0])
-    assert not torch.equal(logits(model).float(), logits(exact))
+    in_fp32, in_bf16 = merged_model.logits_of(model, [list(range(3, 67))])
+    assert torch.equal(in_fp32, logits(exact)[0]) and torch.equal(in_bf16, logits(model)[0].float())
+    assert not torch.equal(in_fp32, in_bf16)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), (
         "the weights are as before"
     )
@@ -376,6 +377,20 @@ def test_a_merge_that_is_not_proven_is_not_kept(run, monkeypatch):
     with pytest.raises(StageError, match=r"differs by .* in logits that span .*: not kept"):
         merge(run)
     assert not list(run.glob("merged*"))
+
+
+@pytest.mark.parametrize(("rounding_makes", "kept"), [(4.0, True), (2.0, False)])
+def test_what_rounding_does_to_a_model_is_no_mistake_of_the_merge(run, monkeypatch, rounding_makes, kept):
+    """A mixture of random weights differs by 16% of its range, as its router picks other experts after any rounding."""
+    first, second, third = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3)
+    first[0, 0], second[0, 0], third[0, 0] = 30.0, 30.0 - rounding_makes, 25.0
+    given = iter([(first, second), (third, third)])
+    monkeypatch.setattr(merged_model, "logits_of", lambda model, rows: next(given))
+    if kept:
+        assert merge(run)["max_logit_difference"] == 5
+    else:
+        with pytest.raises(StageError, match="differs by 5 in logits that span 30: not kept"):
+            merge(run)
 
 
 def test_without_memory_for_the_proof_the_report_says_so(run, monkeypatch, capsys):
