@@ -138,7 +138,7 @@ def in_fp32(model):
 
 
 def logits_of(model, rows):
-    """The logits of `model` at every token of `rows`, lists of token ids, twice: [tokens, vocabulary], fp32, on the CPU.
+    """The logits of `model` at every token of `rows`, lists of ids, twice: [tokens, vocabulary], fp32, on the CPU.
 
     The first ones are computed in fp32, but for a model with kernels that know no fp32, the others in its own dtype.
     """
