@@ -137,10 +137,10 @@ def in_fp32(model):
             restore(module)
 
 
-def logits_of(model, rows):
-    """The logits of `model` at every token of `rows`, lists of ids, twice: [tokens, vocabulary], fp32, on the CPU.
+def logits_of(model, rows, exactly=True):
+    """The logits of `model` at every token of `rows`, lists of token ids, on the CPU: fp32, [tokens, vocabulary].
 
-    The first ones are computed in fp32, but for a model with kernels that know no fp32, the others in its own dtype.
+    Computed in fp32, but for a model with kernels that know no fp32; or, if not `exactly`, in the model's own dtype.
     """
 
     @torch.no_grad()
@@ -148,10 +148,10 @@ def logits_of(model, rows):
         ids = [torch.tensor([row], device=model.device) for row in rows]
         return torch.cat([model.eval()(row).logits[0].float().cpu() for row in ids])
 
-    plain = exact = compute()
-    with suppress(RuntimeError), in_fp32(model):
-        exact = compute()
-    return exact, plain
+    if exactly:
+        with suppress(RuntimeError), in_fp32(model):
+            return compute()
+    return compute()
 
 
 def prove(plan, folder, rows):
@@ -166,18 +166,22 @@ def prove(plan, folder, rows):
     if room < needed:
         print(f"UNPROVEN: comparing takes {needed:.1f} GiB of memory, and there are {room:.1f} GiB.")
         return dict.fromkeys(keys)
-    if plan.base_weights == "original":
-        base = models.load_model(plan.base, None, dtype)
-    else:
-        base = models.load_base(plan.base, None, plan.training_dtype)
-    expected, rounded = logits_of(models.attach_adapter(base, plan.folder), rows)
-    del base
-    gc.collect()
-    torch.cuda.empty_cache()
-    actual, _ = logits_of(models.load_model(folder, None, dtype), rows)
+
+    def logits(merged=False, exactly=True):
+        gc.collect()
+        torch.cuda.empty_cache()
+        if merged:
+            return logits_of(models.load_model(folder, None, dtype), rows)
+        original = plan.base_weights == "original"
+        load, its_dtype = (models.load_model, dtype) if original else (models.load_base, plan.training_dtype)
+        return logits_of(models.attach_adapter(load(plan.base, None, its_dtype), plan.folder), rows, exactly)
+
+    expected, actual = logits(), logits(merged=True)
     difference, span = (actual - expected).abs().max().item(), (expected.max() - expected.min()).item()
-    by_rounding = max((0.1 if dtype == torch.bfloat16 else 0.05) * span, 2 * (rounded - expected).abs().max().item())
-    if not difference < by_rounding:
+    limit = (0.1 if dtype == torch.bfloat16 else 0.05) * span
+    if not difference < limit:
+        limit = 2 * (logits(exactly=False) - expected).abs().max().item()
+    if not difference < limit:
         raise StageError(f"The merged model differs by {difference:.3g} in logits that span {span:.3g}: not kept.")
     same = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
     return dict(zip(keys, (difference, span, same), strict=True))
