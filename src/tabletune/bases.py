@@ -20,15 +20,8 @@ from .models import attention_of, model_class, room_gib, skeleton
 from .run import StageError, hub_error
 
 ATTENTION = re.compile("Attention|DeltaNet|Mamba|Mixer|ShortConv")
-EXPERTS = {
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "w1",
-    "w2",
-    "w3",
-    "gate",
-}  # names that PEFT takes for a mixture's experts
+# names that PEFT takes for a mixture's experts
+EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}
 
 
 def base_config(base_model, revision=None):
