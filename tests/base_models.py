@@ -160,9 +160,8 @@ def causal(family, head="ForCausalLM", **settings):
     """What makes a model of a family of transformers' from the ids of its tokens."""
 
     def make(**ids):
-        kind = family + ("Text" if family == "Gemma3n" else "")
-        config = getattr(transformers, f"{kind}Config")(**{**SMALL, **settings, **ids})
-        return getattr(transformers, family + head)(config)
+        model = getattr(transformers, family + head)
+        return model(model.config_class(**{**SMALL, **settings, **ids}))
 
     return make
 
@@ -182,6 +181,7 @@ def multimodal(family, text, vision, **settings):
 llama = partial(make_tokenizer, kind="llama", bos="<s>", eos="</s>")
 gemma = partial(make_tokenizer, kind="gemma", bos="<s>", eos="</s>", pad="<pad>")
 IM = ["<|im_start|>", "<|im_end|>"]
+chatml = partial(make_tokenizer, CHATML, special=IM, eos="<|im_end|>", pad="<|endoftext|>")
 HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
 THINK = ["<think>", "</think>"]
 HYBRID = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "linear_num_key_heads": 2}
@@ -294,17 +294,17 @@ BASES = {
         None,
     ),
     "mamba2": (
-        partial(make_tokenizer, CHATML, special=IM, eos="<|im_end|>", pad="<|endoftext|>"),
+        chatml,
         causal("Mamba2", num_heads=8, head_dim=16, state_size=16, n_groups=1, chunk_size=32),
         None,
     ),
     "falcon_h1": (
-        partial(make_tokenizer, CHATML, special=IM, eos="<|im_end|>", pad="<|endoftext|>"),
+        chatml,
         causal("FalconH1", head_dim=16, mamba_d_ssm=128, mamba_chunk_size=32, **MAMBA),
         None,
     ),
     "apertus": (  # its activation has persistent buffers and parameters
-        partial(make_tokenizer, CHATML, special=IM, eos="<|im_end|>", pad="<|endoftext|>"),
+        chatml,
         causal("Apertus"),
         None,
     ),
@@ -361,7 +361,7 @@ BASES = {
         ["<|im_end|>", "<|endoftext|>"],
     ),
     "qwen3_vl": (  # a text config without tie_word_embeddings
-        partial(make_tokenizer, CHATML, special=IM, eos="<|im_end|>", pad="<|endoftext|>"),
+        chatml,
         multimodal(
             "Qwen3VL",
             {"head_dim": 16},
@@ -403,7 +403,6 @@ OTHERS = {  # more families, each with a trait of its own modules; all with one 
         {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
     ),
 }
-chatml = partial(make_tokenizer, CHATML, special=IM, eos="<|im_end|>", pad="<|endoftext|>")
 BASES |= {name: (chatml, model, None) for name, model in OTHERS.items()}
 """Those that stand for what people fine-tune most, and fail in different ways: for tests that have little time."""
 CHEAP = [

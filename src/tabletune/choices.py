@@ -1,16 +1,15 @@
 """What a reader chose for notebook 2, checked before anything long: what cannot work here, or with this base."""
 
 import dataclasses
-import re
 from importlib.util import find_spec
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from trl import SFTConfig
 
 from .bases import context_length, lora_targets, short_names
-from .merging import OWN_BASE
+from .merging import OWN_BASE, is_plain, module_of
 from .models import skeleton
 from .run import StageError
 from .tables import suggestion
@@ -86,18 +85,15 @@ def targets_to_adapt(chosen, config):
     try:
         with torch.random.fork_rng(devices=[]):  # the real adapter begins with the same numbers
             adapted = get_peft_model(model, LoraConfig(**options))
-        trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+        saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         adapted.merge_and_unload()
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise StageError(f"lora_options: {error}") from None
-    plain = all(re.search(r"\.lora_[AB]\.", name) for name in trained)
-    if getattr(config, "quantization_config", None) and not plain:
+    if getattr(config, "quantization_config", None) and not is_plain(adapted.peft_config["default"], saved):
         raise StageError("lora_options: this base is stored in 4 bits, and only plain LoRA can be merged into that.")
-    for name in trained:
-        module = re.split(r"\.(?:lora_|modules_to_save|token_adapter|base_layer)", name)[0]
-        module = module.removeprefix("base_model.model.")
+    for module in map(module_of, saved):
         if f"{module}.weight" in {*tied, *tied.values()}:
             raise StageError(f"lora_options would change {module}, which is tied to another layer: that has no merge.")
-        if not {module, module.rpartition(".")[0]} & layers:
+        if module not in layers:
             raise StageError(f"lora_options would make {module}, which the base does not have: that has no merge.")
     return targets

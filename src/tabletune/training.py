@@ -74,8 +74,8 @@ class TokenTrainer(SFTTrainer):
 
     transformers' validation loss is a mean over batches, each counted by its rows: the same adapter got 6.22 in batches
     of 1 and 6.44 in batches of 16. Here each batch counts by its tokens in the loss. What TRL 0.29 logs beside the loss
-    is left out: it counts padding. So does `num_input_tokens_seen` here not, and waits for the GPU only when it is
-    logged: Trainer's own does so after each batch, which took a tenth of the time.
+    counts padding, and is left out. `num_input_tokens_seen` counts none, and waits for the GPU only when it is logged:
+    Trainer's own way waits after each batch, which took a tenth of the time.
 
     The adapter is trained in fp32: TRL casts that of a 4-bit model to bf16, and a T4's fp16 gradient scaler fails with
     bf16 at the first step (https://github.com/huggingface/trl/issues/4901). On a CPU the 4-bit weights are unpacked
@@ -225,12 +225,13 @@ def loss_of_base(trainer):
 def training_metrics(trainer, tokens_an_epoch, examples, before):
     """The content of `training/metrics.json`: steps, tokens without padding, seconds, losses in nats a token."""
     history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry] or [trainer.state.log_history[-1]["train_loss"]]
+    losses = [entry["loss"] for entry in history if "loss" in entry] or [history[-1]["train_loss"]]
     seconds = next(entry["seconds"] for entry in history[::-1] if "seconds" in entry and "eval_loss" not in entry)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     tokens, peak = round(tokens_an_epoch * trainer.state.epoch), peak_memory_gib()
-    best = trainer.state.best_metric  # there is none if training_options leave out the choice of a checkpoint
-    after = trainer.evaluate()["eval_loss"] if best is None else best
+    after = trainer.state.best_metric
+    if after is None:  # training_options have left out the choice of a checkpoint
+        after = trainer.evaluate()["eval_loss"]
     return {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
