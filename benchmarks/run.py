@@ -20,6 +20,7 @@ import tempfile
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -356,6 +357,7 @@ def measure(row, base_model, run_dir):
 
     collate = trainer.data_collator
 
+    @wraps(collate)  # its attributes, too: ours is asked for the id of padding
     def counting(examples):
         tokens.append(sum(len(example["input_ids"]) for example in examples))
         return collate(examples)

@@ -277,10 +277,17 @@ def test_a_port_that_two_kernels_picked_is_tried_again(tmp_path, monkeypatch):
     assert len(attempts) == 2 and (tmp_path / "run" / notebook.name).exists()
 
 
+def test_a_parameter_that_few_change_is_not_called_unknown(tmp_path):
+    """Papermill says so of what stands in another cell than the tagged one."""
+    done = tabletune(
+        "run", f"notebooks/{STAGE}.ipynb", tmp_path / f"{STAGE}.ipynb", "--prepare-only", "-p", "report_to", "none"
+    )
+    assert done.returncode == 0 and "report_to = " in (tmp_path / f"{STAGE}.ipynb").read_text()
+    assert "unknown" not in done.stderr
+
+
 @pytest.mark.parametrize("notebook", ["05_trust", "06_export", "report", "chat"])
 def test_what_needs_a_finished_run_says_so(tmp_path, notebook):
-    if notebook not in PARAMETERS:
-        pytest.skip(f"{notebook} is to come")
     done = tabletune("run", f"notebooks/{notebook}.ipynb", tmp_path / "none" / f"{notebook}.ipynb")
     assert f"{tmp_path / 'none'} is no run folder. Make one with: make run-all RUN_DIR=" in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "none").exists()

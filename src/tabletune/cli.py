@@ -8,6 +8,7 @@ import ast
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import signal
@@ -89,6 +90,7 @@ def execute(source, target, values, options):
     os.environ.update(quiet, PYTHONUTF8="1", JUPYTER_PREFER_ENV_PATH="1")  # the kernel's
     from papermill import execute_notebook
 
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # to it, parameters of other cells are unknown
     rank = int(os.environ.get("RANK", 0))
     mark = f".process{rank}" if rank else ""
     partial = target.with_suffix(f"{mark}.partial.ipynb")
