@@ -96,12 +96,13 @@ for title, model in {"Llama 3.1 8B": "llama-3.1-8b-instruct", "Qwen3 4B": "qwen3
 ROWS["a100 profile, a row a step"] = ("notebook", None, {"profile": "a100", "batch_size": 1})
 
 STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate"]
-# The whole job: who does it, the limit in GiB, and the settings. Unsloth's begins with the data set that ours made.
+# The whole job: who does it, the limit in GiB, and the settings. Others' begin with the data set that ours made.
 JOBS = {
     "whole job, a100 profile, 39 GiB": ("notebooks", 39, {"profile": "a100"}),
     "whole job, Unsloth, 39 GiB": ("unsloth", 39, {"fp16": False}),
     "whole job, t4 profile, 14.5 GiB, fp16": ("notebooks", 14.5, {"profile": "t4", "precision": "fp16"}),
     "whole job, Unsloth, 14.5 GiB, fp16": ("unsloth", 14.5, {"fp16": True}),
+    "whole job, TRL, 14.5 GiB": ("trl", 14.5, {}),
 }
 
 
@@ -463,7 +464,7 @@ def do_job(command, folder, stages):
     deleted at the end, since those of all jobs would fill a disk.
     """
     folder.mkdir(exist_ok=True)
-    if STAGES[0] in stages:  # Unsloth's goes on from the data set that ours made
+    if STAGES[0] in stages:  # others' go on from the data set that ours made
         shutil.rmtree(folder / "run", ignore_errors=True)
     seconds, peak = {}, 0
     for stage in stages:
@@ -584,7 +585,7 @@ def main():
 
         doer, limit, settings = JOBS[options.row]
         limit_memory(limit)
-        part = whole_job.unsloth if doer == "unsloth" else whole_job.notebook
+        part = {"notebooks": whole_job.notebook, "unsloth": whole_job.unsloth, "trl": whole_job.trl}[doer]
         print("RESULT", json.dumps(part(options.stage, settings, options.base_model, options.run_dir)), flush=True)
         os._exit(0)
     if options.row:

@@ -1,10 +1,11 @@
-"""The whole job, a part in a process of its own: a notebook of ours, or all that Unsloth does in one.
+"""The whole job, a part in a process of its own: a notebook of ours, or all that Unsloth or TRL does in one.
 
 What goes in is the bundled table and a base model, what comes out an adapter trained for one epoch, the answers to the
 questions of the test split by base and adapter, and a merged model in 16 bits. `run.py` starts the parts and takes the
 time, Python's start and imports included.
 """
 
+import gc
 import os
 import sys
 import time
@@ -29,17 +30,69 @@ def notebook(stage, settings, base_model, run_dir):
     return {"peak_gib": peak_gib(), "packages": installed_packages()}
 
 
+def answer(model, tokenizer, run_dir):
+    """Answers of at most 256 tokens to the questions of the test split, each once, by the adapter and by the base."""
+    import datasets
+
+    tokenizer.padding_side = "left"
+    rows = datasets.load_from_disk(Path(run_dir) / "dataset")["test"]
+    prompts = {row["prompt"][-1]["content"]: row["prompt"] for row in rows}
+    texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts.values()]
+    asked = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to("cuda")
+    asked.pop("token_type_ids", None)
+    model.generate(**asked, max_new_tokens=256)
+    with model.disable_adapter():
+        model.generate(**asked, max_new_tokens=256)
+
+
+def measured(marks):
+    """The seconds of each part, under the name of our notebook for it, from the moments {part: its end}."""
+    from run import installed_packages, peak_gib
+
+    seconds = {part: end - begun for (_, begun), (part, end) in pairwise(marks.items())}
+    return {"seconds": seconds, "peak_gib": peak_gib(), "packages": installed_packages()}
+
+
+def trl(_, settings, base_model, run_dir):
+    """The same by TRL, trained as its QLoRA notebook has it, and merged by PEFT. Returns what `measured` gives."""
+    marks = {"start": time.perf_counter()}
+    import torch
+    from peft import PeftModel
+    from run import trl_trainer
+    from transformers import AutoModelForCausalLM
+
+    trainer = trl_trainer(settings, base_model, run_dir)
+    trainer.args.num_train_epochs = 1
+    trainer.train()
+    adapter = f"{run_dir}/trl/adapter"
+    trainer.save_model(adapter)
+    marks["02_finetune_qlora"] = time.perf_counter()
+
+    answer(trainer.model.eval(), trainer.processing_class, run_dir)
+    marks["04_evaluate"] = time.perf_counter()
+
+    tokenizer = trainer.processing_class
+    del trainer
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float16, device_map={"": 0})
+    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model.save_pretrained(f"{run_dir}/trl/merged")
+    tokenizer.save_pretrained(f"{run_dir}/trl/merged")
+    marks["03_merge_adapter"] = time.perf_counter()
+    return measured(marks)
+
+
 def unsloth(_, settings, base_model, run_dir):
     """The same by Unsloth, as its Alpaca notebook has it, with our adapter (r 64 on q, k, v, o) and our data set.
 
-    Returns the seconds of each part under the name of our notebook for it, and the peak GiB.
+    Returns what `measured` gives.
     """
     marks = {"start": time.perf_counter()}
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     from unsloth import FastLanguageModel  # isort: skip, it patches what comes after
-    import datasets
     import torch
-    from run import ATTENTION, installed_packages, peak_gib
+    from run import ATTENTION, token_ids
     from trl import SFTConfig, SFTTrainer
 
     model, tokenizer = FastLanguageModel.from_pretrained(
@@ -58,11 +111,6 @@ def unsloth(_, settings, base_model, run_dir):
         use_gradient_checkpointing="unsloth",
         random_state=3407,
     )
-    splits = datasets.load_from_disk(Path(run_dir) / "dataset")
-    train = splits["train"].map(
-        lambda row: {"input_ids": tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)},
-        remove_columns=splits["train"].column_names,
-    )
     arguments = SFTConfig(
         output_dir=f"{run_dir}/unsloth",
         max_length=512,
@@ -79,22 +127,15 @@ def unsloth(_, settings, base_model, run_dir):
         save_strategy="no",
         report_to="none",
     )
-    SFTTrainer(model=model, processing_class=tokenizer, train_dataset=train, args=arguments).train()
+    examples = token_ids(run_dir, base_model)
+    SFTTrainer(model=model, processing_class=tokenizer, train_dataset=examples, args=arguments).train()
     model.save_pretrained(f"{run_dir}/unsloth/adapter")
     marks["02_finetune_qlora"] = time.perf_counter()
 
     FastLanguageModel.for_inference(model)
-    tokenizer.padding_side = "left"
-    prompts = {row["prompt"][-1]["content"]: row["prompt"] for row in splits["test"]}  # each question once
-    texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts.values()]
-    asked = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to("cuda")
-    asked.pop("token_type_ids", None)
-    model.generate(**asked, max_new_tokens=256)
-    with model.disable_adapter():
-        model.generate(**asked, max_new_tokens=256)
+    answer(model, tokenizer, run_dir)
     marks["04_evaluate"] = time.perf_counter()
 
     model.save_pretrained_merged(f"{run_dir}/unsloth/merged", tokenizer, save_method="merged_16bit")
     marks["03_merge_adapter"] = time.perf_counter()
-    seconds = {part: end - begun for (_, begun), (part, end) in pairwise(marks.items())}
-    return {"seconds": seconds, "peak_gib": peak_gib(), "packages": installed_packages()}
+    return measured(marks)

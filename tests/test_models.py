@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import threading
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import bitsandbytes as bnb
 import psutil
@@ -30,7 +32,7 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from tabletune import models
+from tabletune import models, weights
 from tabletune.bases import (
     base_config,
     expected_gib,
@@ -48,10 +50,10 @@ from tabletune.models import (
     load_model,
     model_class,
     skeleton,
-    weight_files,
 )
 from tabletune.planning import LEAK
 from tabletune.run import StageError
+from tabletune.weights import AHEAD, read_ahead, weight_files
 
 SMALL = {
     "hidden_size": 32,
@@ -284,7 +286,7 @@ def test_the_base_is_read_one_tensor_at_a_time(tmp_path, monkeypatch):
             opened[0] -= 1
             return self.file.__exit__(*error)
 
-    monkeypatch.setattr(models, "safe_open", Counted)
+    monkeypatch.setattr(weights, "safe_open", Counted)
     monkeypatch.setattr(transformers.modeling_utils, "safe_open", None)  # it would keep all files mapped
     model = load_model(tmp_path, None, torch.float32)
     assert opened == [0] and 1 <= most[0] <= 4
@@ -293,6 +295,40 @@ def test_the_base_is_read_one_tensor_at_a_time(tmp_path, monkeypatch):
     ids = torch.arange(3, 35)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+def test_the_next_tensors_are_read_while_one_is_quantized_and_no_more(monkeypatch):
+    """Each once, also where they are asked for in another order, as of a mixture's experts, or some are not."""
+    names = [f"layers.{layer}.experts.{expert}.{part}" for layer in range(12) for expert in "01" for part in "abc"]
+    read = []
+
+    class Tensor:
+        def __init__(self, place):
+            self.place = place
+
+        def __getitem__(self, index):
+            read.append(threading.current_thread())
+            return torch.tensor(self.place)[index]
+
+    def read_here(order):
+        """How many were read by who asks, and not ahead."""
+        read.clear()
+        tensors = read_ahead({name: Tensor(place) for place, name in reversed(list(enumerate(names)))})
+        for asked, name in enumerate(order, 1):
+            assert tensors[name][...] == names.index(name)
+            assert len(read) <= asked + AHEAD
+        return read.count(threading.current_thread())
+
+    assert read_here(names) == 1 and len(read) == len(names)
+    assert read_here(sorted(names, key=lambda name: name[-1])) < len(names) and len(read) == len(names)
+    assert read_here(names[5::3]) > 1 and len(read) <= len(names)
+
+
+def test_what_cannot_be_read_ahead_is_an_error_where_it_is_asked_for(tmp_path, monkeypatch):
+    AutoModelForCausalLM.from_pretrained(TINY).save_pretrained(tmp_path)
+    monkeypatch.setattr(weights.OnDisk, "__getitem__", Mock(side_effect=OSError("the disk is gone")))
+    with pytest.raises(OSError, match="the disk is gone"):
+        load_base(str(tmp_path), None, torch.float32)
 
 
 def test_a_damaged_or_missing_file_is_named(tmp_path):

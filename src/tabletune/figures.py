@@ -3,7 +3,6 @@
 import math
 from html import escape
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import HTML
@@ -86,6 +85,8 @@ def plot_figures(axes, figures, label, form=",.2f"):
 
 def plot_results(metrics):
     """A figure with a panel for each of the figures that were measured, of those that most depends on; shown once."""
+    import matplotlib.pyplot as plt  # half a second, which notebook 2 needs only at its end
+
     models = figures_of(metrics)
     wanted = ("response perplexity", "answers right word for word", "answers that stop", "mean new tokens")
     wanted = [column for column in wanted if all(stored(entry, column)[0] is not None for entry in models.values())]

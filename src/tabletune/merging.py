@@ -23,6 +23,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from . import bases, models
 from .run import StageError, read_json
+from .weights import OnDisk, weight_files
 
 OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that change the base's weights, too
 
@@ -163,7 +164,7 @@ class Plan:
         self.config, self.provenance, self.adapter = load_adapter(self.folder, base_model)
         self.training_dtype = getattr(torch, self.provenance["dtype"])
         self.base = models.fetch(base_model, revision)
-        self.files = models.weight_files(self.base)
+        self.files = weight_files(self.base)
         in_4_bits = [name for name in self.files if f"{name}.quant_state.bitsandbytes__nf4" in self.files]
         self.parts = {name: [part for part in self.files if part.startswith(f"{name}.")] for name in in_4_bits}
         if self.parts and base_weights == "original":
@@ -217,7 +218,7 @@ class Plan:
     def stored(self, name):
         """A tensor as it is stored, on the CPU; dequantized to fp32 if that is in 4 bits."""
         parts = [name, *self.parts.get(name, [])]
-        tensor, *rest = (models.OnDisk(self.files[part], part, "cpu")[...] for part in parts)
+        tensor, *rest = (OnDisk(self.files[part], part, "cpu")[...] for part in parts)
         state = {part.removeprefix(f"{name}."): value for part, value in zip(parts[1:], rest, strict=True)}
         return dequantize_4bit(tensor, QuantState.from_dict(state, torch.device("cpu"))).float() if state else tensor
 

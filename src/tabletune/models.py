@@ -1,7 +1,6 @@
 """Models: finding, reading, quantizing them, and what of a run belongs together."""
 
 import hashlib
-import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,6 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import DryRunError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -26,6 +24,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from .run import StageError, hub_error, read_json
+from .weights import OnDisk, read_ahead, weight_files
 
 datasets.disable_progress_bars()
 datasets.disable_caching()
@@ -76,27 +75,6 @@ def fetch(model, revision=None):
         raise hub_error(model, error) from None
 
 
-def weight_files(folder):
-    """Map each tensor of the model in a folder to its safetensors file: {name: path}.
-
-    Raises StageError if a file is damaged, if one that the index names is missing, or if there is none.
-    """
-    index = folder / "model.safetensors.index.json"
-    wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.exists() else None
-    paths = sorted({folder / file for file in wanted.values()} if wanted else folder.glob("*.safetensors"))
-    missing = [path.name for path in paths if not path.exists()]
-    if missing or not paths:
-        raise StageError(f"The model in {folder} lacks {', '.join(missing) or 'weights in safetensors format'}.")
-    files = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
-        except (SafetensorError, OSError) as error:
-            raise StageError(f"{path} is damaged ({error}). Delete it and run again.") from None
-    return files
-
-
 # --- reading a model
 
 
@@ -144,17 +122,6 @@ def attention_of(config, wanted="auto"):
     return wanted
 
 
-class OnDisk:
-    """A tensor in a safetensors file, read each time it is asked for with `[...]`."""
-
-    def __init__(self, file, name, device):
-        self.file, self.name, self.device = file, name, device
-
-    def __getitem__(self, index):
-        with safe_open(self.file, framework="pt", device=self.device) as file:
-            return file.get_tensor(self.name)[index]
-
-
 def load_model(model, revision, dtype, attn_implementation="auto", quantization_config=None, device=None):
     """A language model, a folder or a name on the Hub, with its generation config; on the GPU if there is one.
 
@@ -174,6 +141,7 @@ def load_model(model, revision, dtype, attn_implementation="auto", quantization_
     if hasattr(config, "quantization_config"):
         return kind.from_pretrained(folder, use_safetensors=True, **options)
     weights = {name: OnDisk(file, name, device) for name, file in weight_files(folder).items()}
+    weights = read_ahead(weights) if quantization_config else weights  # without one, transformers does so itself
     loaded = kind.from_pretrained(
         None, config=config, state_dict=weights, quantization_config=quantization_config, **options
     )

@@ -9,7 +9,6 @@ import json
 import math
 from html import escape
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML, display
 
@@ -209,5 +208,7 @@ def show_answers(columns, rows, disclaimer):
 
 def show(figure, alt):
     """Show a figure in print quality, with a text for those who cannot see it."""
+    import matplotlib.pyplot as plt  # as in figures.py
+
     display(figure, metadata={"image/png": {"alt": alt, "width": round(figure.get_figwidth() * 100)}})
     plt.close(figure)
