@@ -34,7 +34,7 @@ def answer(model, tokenizer, run_dir):
     """Answers of at most 256 tokens to the questions of the test split, each once, by the adapter and by the base."""
     import datasets
 
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     rows = datasets.load_from_disk(Path(run_dir) / "dataset")["test"]
     prompts = {row["prompt"][-1]["content"]: row["prompt"] for row in rows}
     texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts.values()]
