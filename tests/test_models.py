@@ -15,6 +15,7 @@ from conftest import ROOT, TINY
 from huggingface_hub.errors import DryRunError
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import (
     AfmoeConfig,
     AutoConfig,
@@ -35,6 +36,7 @@ from transformers import (
 from tabletune import models, weights
 from tabletune.bases import (
     base_config,
+    check_forward,
     expected_gib,
     look_at_base,
     lora_targets,
@@ -166,18 +168,31 @@ def test_packing_is_tried_on_the_model_itself(kind, leaks):
         ({"quantization_config": {"quant_method": "mxfp4"}}, "is stored in mxfp4"),
         ({"quantization_config": {"quant_method": "fp8"}}, "is stored in fp8"),
         ({"model_type": "t5", "architectures": None}, "an encoder and a decoder"),
-        ({"model_type": "bert", "architectures": None}, "no causal language model|encoder"),
-        ({"model_type": "no_such_kind"}, "not to be had"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "A LlamaForSequenceClassification writes no text"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "A BertForMaskedLM writes no text"),
+        ({"model_type": "no_such_kind"}, r"base_model=[^:]*: The checkpoint .* `no_such_kind`"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "wants to run code of its own"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_by_its_config(tmp_path, change, message):
     config = json.loads((TINY / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    if change.get("model_type") == "bert":
-        assert base_config(str(tmp_path))  # transformers has a causal BERT
-        return
     with pytest.raises(StageError, match=message):
         base_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bert decoder", "bert"])
+def test_a_model_that_sees_what_is_to_come_is_refused(kind):
+    """transformers trains BERT as a causal language model, with `is_decoder` and without."""
+    torch.manual_seed(0)
+    bert = transformers.BertConfig(**SMALL, is_decoder=kind == "bert decoder", architectures=["BertLMHeadModel"])
+    config = KINDS.get(kind, bert)
+    model, ids = model_class(config)(config), torch.arange(3, 19)[None]
+    if kind != "bert":
+        assert check_forward(model, ids) is None
+    else:
+        with pytest.raises(StageError, match="sees the words that are still to come"):
+            check_forward(model, ids)
 
 
 def test_a_multimodal_model_is_read_whole_and_adapted_in_its_text():
@@ -329,6 +344,19 @@ def test_what_cannot_be_read_ahead_is_an_error_where_it_is_asked_for(tmp_path, m
     monkeypatch.setattr(weights.OnDisk, "__getitem__", Mock(side_effect=OSError("the disk is gone")))
     with pytest.raises(OSError, match="the disk is gone"):
         load_base(str(tmp_path), None, torch.float32)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "8bit", "none"])
+@pytest.mark.parametrize("lacks", [True, False])
+def test_weights_that_are_not_there_or_of_another_shape_are_not_made_up(tmp_path, quantization, lacks):
+    model, name = AutoModelForCausalLM.from_pretrained(TINY), "model.layers.1.self_attn.q_proj.weight"
+    weights = {key: value for key, value in model.state_dict().items() if not (lacks and key == name)}
+    if not lacks:
+        weights[name] = weights[name][:64].clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(StageError, match=f"lacks {name}" if lacks else f"{name} in .* has another shape"):
+        load_base(str(tmp_path), None, torch.float32, quantization=quantization)
 
 
 def test_a_damaged_or_missing_file_is_named(tmp_path):

@@ -131,6 +131,11 @@ class Response:
         (LocalEntryNotFoundError("a"), "the Hub cannot be reached"),
         (OSError("first line\nsecond line"), "not to be had from the Hub: first line"),
         (ValueError(""), "not to be had from the Hub: ValueError"),
+        (
+            ValueError("Repo id must be in the form"),
+            "there is no such folder here, and on the Hub names are OWNER/NAME",
+        ),
+        (OSError("a/b does not appear to have a file named config.json."), "Perhaps it is an adapter, or GGUF files."),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(error, said):

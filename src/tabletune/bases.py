@@ -155,6 +155,31 @@ def check_numbers(results, model):
         raise StageError(f"This model computes infinity or NaN in {dtype}. {remedy}")
 
 
+def check_forward(model, ids):
+    """Raise StageError if what `model` computes for these ids, [1, tokens], is no number, or sees what comes later.
+
+    An encoder does, such as BERT, which transformers would train as a causal language model: it would learn to copy. In
+    a causal one, the gradient of the first token's result by later tokens is exactly 0.
+    """
+    embedded = []
+
+    def keep(module, inputs, output):
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    hidden = text_part(model)(input_ids=ids.to(model.device))[0].float()
+    hook.remove()
+    check_numbers(hidden, model)
+    weights = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device)  # a plain sum is constant behind a norm
+    (gradient,) = torch.autograd.grad((hidden[0, 0] * weights).sum(), embedded[:1])
+    if gradient[0, 1:].nan_to_num().any():
+        raise StageError(
+            "This model sees the words that are still to come, so it would learn none. Take a chat model. If it is one, "
+            'set attn_implementation to "eager".'
+        )
+
+
 def intermediate_size(config):
     """The width of a layer between its two halves, of all experts at work; what a config lacks is taken as usual."""
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size

@@ -39,10 +39,9 @@ def load_tokenizer(base_model, revision=None, thinking=False, date="2026-01-01")
         if isinstance(cause, (GatedRepoError, RepositoryNotFoundError)):
             raise hub_error(f"base_model={base_model}", cause) from None
         reason = " ".join(str(error).split())[:160]
-        raise StageError(
-            f"base_model={base_model}: not a model folder here (looked in {Path.cwd()}) nor on the Hub: "
-            f"check the name, the network, and `hf auth login` for a gated model ({reason})."
-        ) from None
+        why = f"not a model folder here (looked in {Path.cwd()}) nor on the Hub: check the name, the network, and "
+        why = "its tokenizer cannot be read" if Path(base_model).is_dir() else f"{why}`hf auth login` for a gated model"
+        raise StageError(f"base_model={base_model}: {why} ({reason}).") from None
     rows = config.get_text_config().vocab_size
     if tokenizer.eos_token is None:
         raise StageError(f"base_model={base_model}: its tokenizer has no EOS token, so no answer could end.")

@@ -81,12 +81,16 @@ def fetch(model, revision=None):
 def model_class(config):
     """The class that a model was made with, where it can generate; else transformers' choice for its kind.
 
-    Raises StageError if transformers knows no causal language model of this kind.
+    Raises StageError if transformers knows no causal language model of this kind, or the class is one of another use:
+    the files of a classifier, say, have no output layer.
     """
-    for name in config.architectures or []:
-        made_with = getattr(transformers, name, None)
-        if isinstance(made_with, type) and issubclass(made_with, GenerationMixin):
+    named = (getattr(transformers, name, None) for name in config.architectures or [])
+    named = [kind for kind in named if isinstance(kind, type)]
+    for made_with in named:
+        if issubclass(made_with, GenerationMixin):
             return made_with
+    if named:
+        raise StageError(f"A {named[0].__name__} writes no text, so it cannot be fine-tuned here. Take a chat model.")
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
@@ -127,7 +131,8 @@ def load_model(model, revision, dtype, attn_implementation="auto", quantization_
 
     It is read one tensor at a time, or a few. `from_pretrained` alone keeps all files mapped until the last tensor is
     read, so that a 7B model in fp16 takes 13.7 GiB of resident memory on its way to the GPU; this way it takes 1.4 GiB.
-    A model stored in 4 bits is small enough, and needs the statistics beside its tensors.
+    A model stored in 4 bits is small enough, and needs the statistics beside its tensors. Raises StageError if the
+    files lack a tensor, or have one of another shape: transformers would make random ones up.
     """
     device = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     folder = fetch(model, revision)
@@ -137,18 +142,33 @@ def load_model(model, revision, dtype, attn_implementation="auto", quantization_
         "dtype": dtype,
         "device_map": {"": device},
         "attn_implementation": attention_of(config, attn_implementation),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are in what it outputs
     }
     if hasattr(config, "quantization_config"):
-        return kind.from_pretrained(folder, use_safetensors=True, **options)
+        return checked(folder, *kind.from_pretrained(folder, use_safetensors=True, **options))
     weights = {name: OnDisk(file, name, device) for name, file in weight_files(folder).items()}
     weights = read_ahead(weights) if quantization_config else weights  # without one, transformers does so itself
-    loaded = kind.from_pretrained(
-        None, config=config, state_dict=weights, quantization_config=quantization_config, **options
-    )
+    options |= {"config": config, "state_dict": weights, "quantization_config": quantization_config}
+    loaded = checked(folder, *kind.from_pretrained(None, **options))
     loaded.name_or_path = loaded.config.name_or_path = str(model)  # what an adapter will say it was trained on
     if (folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(folder)
     return loaded
+
+
+def checked(folder, model, report):
+    """The model, if its files have all of its weights, in its shapes, by transformers' `report`; else StageError."""
+    for name in sorted(report["missing_keys"]):
+        raise StageError(f"The model in {folder} lacks {name}. Get its files again, or take another model.")
+    wrong = {name for name, *_ in report["mismatched_keys"]}
+    for name, layer in model.named_modules():  # of quantized layers it reports none
+        if isinstance(layer, torch.nn.Linear):
+            stored = getattr(layer.weight, "quant_state", None) or layer.weight
+            wrong |= {f"{name}.weight"} if stored.shape != (layer.out_features, layer.in_features) else set()
+    for name in sorted(wrong):
+        raise StageError(f"{name} in {folder} has another shape than config.json says. Get the files again.")
+    return model
 
 
 def nf4(dtype, sharded=False):

@@ -10,7 +10,7 @@ import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
 
-from .bases import check_numbers, expected_gib, look_at_base, packing_leaks, text_part
+from .bases import check_forward, expected_gib, look_at_base, packing_leaks
 from .chat_format import encode
 from .chat_templates import describe_template
 from .choices import check_choices, targets_to_adapt, when_to_evaluate
@@ -201,11 +201,9 @@ def rows_to_train_on(model, examples, packed, packing):
     """The packed rows where they may be packed, else the examples by themselves; says which, and why.
 
     Whether they may be is measured on the model at hand: what the second of two packed examples sees of the first.
-    Raises StageError if this model computes no numbers.
+    Raises StageError if this model computes no numbers, or is no causal one.
     """
-    with torch.no_grad():
-        ids = torch.tensor([examples[0]["input_ids"][:64]], device=model.device)
-        check_numbers(text_part(model)(input_ids=ids)[0], model)
+    check_forward(model, torch.tensor([examples[0]["input_ids"][:64]]))
     leak = 0 if not packing else packing_leaks(model)
     if packing and leak <= LEAK:
         print(f"{len(examples):,} examples packed into {len(packed):,} rows; they do not see each other ({leak:.1%})")

@@ -117,7 +117,14 @@ def hub_error(what, error):
         )
     if isinstance(error, (TransportError, LocalEntryNotFoundError)):
         return StageError(f"{what}: not on this machine, and the Hub cannot be reached. Is there a network?")
-    return StageError(f"{what}: not to be had from the Hub: {(str(error).splitlines() or [type(error).__name__])[0]}")
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    if "custom code" in said:
+        return StageError(f"{what} wants to run code of its own, which is not done here. Take another model.")
+    if "Repo id must" in said:
+        return StageError(f"{what}: there is no such folder here, and on the Hub names are OWNER/NAME.")
+    other = " Perhaps it is an adapter, or GGUF files." if "model_type" in said or "file named config" in said else ""
+    where = "" if Path(what.rpartition("=")[2]).exists() else " not to be had from the Hub:"
+    return StageError(f"{what}:{where} {said}{other}")
 
 
 def open_run(run_dir):
