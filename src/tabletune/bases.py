@@ -168,7 +168,7 @@ def check_forward(model, ids):
         return embedded[-1]
 
     hook = model.get_input_embeddings().register_forward_hook(keep)
-    hidden = text_part(model)(input_ids=ids.to(model.device))[0].float()
+    hidden = text_part(model)(input_ids=ids.to(model.device), use_cache=False)[0].float()
     hook.remove()
     check_numbers(hidden, model)
     weights = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device)  # a plain sum is constant behind a norm

@@ -203,7 +203,7 @@ def rows_to_train_on(model, examples, packed, packing):
     Whether they may be is measured on the model at hand: what the second of two packed examples sees of the first.
     Raises StageError if this model computes no numbers, or is no causal one.
     """
-    check_forward(model, torch.tensor([examples[0]["input_ids"][:64]]))
+    check_forward(model, torch.tensor([examples[0]["input_ids"][:32]]))
     leak = 0 if not packing else packing_leaks(model)
     if packing and leak <= LEAK:
         print(f"{len(examples):,} examples packed into {len(packed):,} rows; they do not see each other ({leak:.1%})")
