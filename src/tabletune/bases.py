@@ -172,11 +172,11 @@ def check_forward(model, ids):
     hook.remove()
     check_numbers(hidden, model)
     weights = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device)  # a plain sum is constant behind a norm
-    (gradient,) = torch.autograd.grad((hidden[0, 0] * weights).sum(), embedded[:1])
-    if gradient[0, 1:].nan_to_num().any():
+    gradients = torch.autograd.grad((hidden[0, 0] * weights).sum(), embedded[:1]) if embedded else []
+    if any(gradient[0, 1:].nan_to_num().any() for gradient in gradients):
         raise StageError(
-            "This model sees the words that are still to come, so it would learn none. Take a chat model. If it is one, "
-            'set attn_implementation to "eager".'
+            "This model sees the words that are still to come, so it would learn none. Take a chat model. If this is "
+            'one, set attn_implementation to "eager".'
         )
 
 
