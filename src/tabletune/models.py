@@ -146,18 +146,18 @@ def load_model(model, revision, dtype, attn_implementation="auto", quantization_
         "ignore_mismatched_sizes": True,  # they are in what it outputs
     }
     if hasattr(config, "quantization_config"):
-        return checked(folder, *kind.from_pretrained(folder, use_safetensors=True, **options))
+        return complete(folder, *kind.from_pretrained(folder, use_safetensors=True, **options))
     weights = {name: OnDisk(file, name, device) for name, file in weight_files(folder).items()}
     weights = read_ahead(weights) if quantization_config else weights  # without one, transformers does so itself
     options |= {"config": config, "state_dict": weights, "quantization_config": quantization_config}
-    loaded = checked(folder, *kind.from_pretrained(None, **options))
+    loaded = complete(folder, *kind.from_pretrained(None, **options))
     loaded.name_or_path = loaded.config.name_or_path = str(model)  # what an adapter will say it was trained on
     if (folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(folder)
     return loaded
 
 
-def checked(folder, model, report):
+def complete(folder, model, report):
     """The model, if its files have all of its weights, in its shapes, by transformers' `report`; else StageError."""
     for name in sorted(report["missing_keys"]):
         raise StageError(f"The model in {folder} lacks {name}. Get its files again, or take another model.")
