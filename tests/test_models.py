@@ -312,7 +312,7 @@ def test_the_base_is_read_one_tensor_at_a_time(tmp_path, monkeypatch):
         assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
-def test_the_next_tensors_are_read_while_one_is_quantized_and_no_more(monkeypatch):
+def test_the_next_tensors_are_read_while_one_is_quantized_and_no_more():
     """Each once, also where they are asked for in another order, as of a mixture's experts, or some are not."""
     names = [f"layers.{layer}.experts.{expert}.{part}" for layer in range(12) for expert in "01" for part in "abc"]
     read = []

@@ -167,9 +167,8 @@ def check_forward(model, ids):
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
-    hook = model.get_input_embeddings().register_forward_hook(keep)
-    hidden = text_part(model)(input_ids=ids.to(model.device), use_cache=False)[0].float()
-    hook.remove()
+    with model.get_input_embeddings().register_forward_hook(keep):
+        hidden = text_part(model)(input_ids=ids.to(model.device), use_cache=False)[0].float()
     check_numbers(hidden, model)
     weights = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device)  # a plain sum is constant behind a norm
     gradients = torch.autograd.grad((hidden[0, 0] * weights).sum(), embedded[:1]) if embedded else []
