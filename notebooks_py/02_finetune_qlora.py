@@ -207,7 +207,8 @@ chosen = dict(
     target_modules=bases.short_names(model, targets),
     task_type="CAUSAL_LM",
 )
-model = get_peft_model(model, LoraConfig(**chosen | lora_options))
+with model.device:  # where the adapter is made
+    model = get_peft_model(model, LoraConfig(**chosen | lora_options))
 
 # %% [markdown]
 # ## The trainer
@@ -259,8 +260,7 @@ trainer = training.TokenTrainer(
 
 # %% tags=["nbval-ignore-output"]
 if not done:
-    checkpoint = training.checkpoint_to_resume(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=training.checkpoint_to_resume(trainer))
 
 # %% [markdown]
 # The best checkpoint is loaded again at the end. With its adapter switched off, the model is the untouched base: that

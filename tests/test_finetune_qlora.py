@@ -20,7 +20,7 @@ from trl import SFTConfig
 from tabletune import planning, recording, training
 from tabletune.chat_format import load_tokenizer_of_run
 from tabletune.choices import targets_to_adapt, when_to_evaluate
-from tabletune.models import load_base
+from tabletune.models import load_base, skeleton
 from tabletune.planning import room_for_training, rows_and_steps
 from tabletune.run import StageError
 from tabletune.scoring import score
@@ -288,6 +288,9 @@ def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
     [
         ({"precision": "bf16"}, "precision=bf16: training in half precision needs a GPU"),
         ({"use_liger_kernel": True}, "use_liger_kernel needs a GPU"),
+        ({"optim": "adam"}, "optim=adam: adam is not a valid"),
+        ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type=cosin: cosin is not a valid"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "training_options: One of min_lr or min_lr_rate"),
         ({"optim": "paged_adamw_32bit"}, "optim=paged_adamw_32bit: the paged optimizers"),
         ({"lora_target_modules": ["q_proj", "embed_tokens"]}, '"embed_tokens" is an embedding'),
         ({"lora_target_modules": ["no_such"]}, 'no layer is called "no_such"'),
@@ -305,6 +308,17 @@ def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
         ({"lora_options": {"layer_replication": [[0, 2], [1, 2]]}}, "which the base does not have: that has no merge"),
         ({"training_options": {"metric_for_best_model": "accuracy"}}, "can only be the validation loss"),
         ({"training_options": {"eval_strategy": "sometimes"}}, "training_options: sometimes is not a valid"),
+        (
+            {
+                "early_stopping_patience": 2,
+                "training_options": {"eval_strategy": "no", "load_best_model_at_end": False},
+            },
+            "early_stopping_patience needs evaluations",
+        ),
+        (
+            {"early_stopping_patience": 2, "training_options": {"load_best_model_at_end": False}},
+            "early_stopping_patience needs a metric_for_best_model",
+        ),
         ({"training_options": {"use_liger_kernel": True}}, "use_liger_kernel needs a GPU"),
         ({"max_length": 20}, "max_length=20, but the longest example has"),
         ({"batch_size": "few"}, "batch_size='few'"),
@@ -321,10 +335,10 @@ def test_what_changes_a_tied_layer_is_refused_before_training(options):
     """It could be trained, but not merged; where nothing is tied, it can."""
     chosen = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": "auto", "lora_options": options}
     config = AutoConfig.from_pretrained(TINY, tie_word_embeddings=False)
-    assert len(targets_to_adapt(chosen, config)) == 4 * config.num_hidden_layers
+    assert len(targets_to_adapt(chosen, skeleton(config))) == 4 * config.num_hidden_layers
     config = AutoConfig.from_pretrained(TINY, tie_word_embeddings=True)
     with pytest.raises(StageError, match=r"would change model\.embed_tokens, which is tied to another layer"):
-        targets_to_adapt(chosen, config)
+        targets_to_adapt(chosen, skeleton(config))
 
 
 @pytest.mark.parametrize(
@@ -348,9 +362,9 @@ def test_more_than_plain_lora_on_a_base_stored_in_4_bits_is_refused_before_train
     chosen = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": "auto"}
     config = AutoConfig.from_pretrained(TINY)
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    assert targets_to_adapt(chosen | {"lora_options": {"use_rslora": True}}, config)
+    assert targets_to_adapt(chosen | {"lora_options": {"use_rslora": True}}, skeleton(config))
     with pytest.raises(StageError, match="stored in 4 bits, and only plain LoRA"):
-        targets_to_adapt(chosen | {"lora_options": {"use_dora": True}}, config)
+        targets_to_adapt(chosen | {"lora_options": {"use_dora": True}}, skeleton(config))
 
 
 def test_options_that_leave_out_logs_and_the_choice_of_a_checkpoint(tmp_path):
@@ -434,7 +448,7 @@ def test_recorded_layers_accumulate_and_take_fewer_rows(monkeypatch):
     """As the usual ones; a graph here is a function that leaves its gradients in the same memory each time."""
     replayed = []
 
-    def graphed(layers, inputs):
+    def graphed(layers, inputs, num_warmup_iters):
         parameters = [p for p in layers.parameters() if p.requires_grad]
         left = [torch.zeros_like(p) for p in parameters]
 

@@ -16,10 +16,9 @@ import yaml
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
-from tabletune import bases
 from tabletune.bases import expected_gib, look_at_base, lora_targets, packing_leaks, short_names
 from tabletune.chat_format import stop_ids
-from tabletune.models import model_class
+from tabletune.models import model_class, skeleton
 from tabletune.parameters import DEFAULTS
 from tabletune.recording import can_be_recorded, layers_can_be_recorded
 
@@ -42,21 +41,6 @@ TEMPLATES = {
 }
 
 
-BUILT = {}
-
-
-def skeleton(config, build=bases.skeleton):
-    """That of a config, built once."""
-    if id(config) not in BUILT:
-        BUILT[id(config)] = build(config)
-    return BUILT[id(config)]
-
-
-@pytest.fixture(autouse=True)
-def skeletons_are_built_once(monkeypatch):
-    monkeypatch.setattr(bases, "skeleton", skeleton)
-
-
 @cache
 def facts(name):
     """What is published of an entry's model. One that is stored in 4 bits has the shape of the other."""
@@ -65,9 +49,9 @@ def facts(name):
 
 
 @cache
-def config_of(name):
-    """The published config; the same object each time."""
-    return AutoConfig.for_model(**facts(name)["config"])
+def shape_of(name):
+    """The model of the published config on `meta`, built once."""
+    return skeleton(AutoConfig.for_model(**facts(name)["config"]))
 
 
 @pytest.mark.parametrize("name", MENU)
@@ -82,23 +66,22 @@ def test_an_entry_is_a_parameter_file(name):
 
 @pytest.mark.parametrize("name", MENU)
 def test_its_skeleton_is_as_large_as_published(name):
-    published = facts(name)
-    config = config_of(name)
-    assert model_class(config).__name__ in config.architectures
-    assert skeleton(config).num_parameters() / 1e9 == pytest.approx(published["billion_parameters"], rel=0.01)
+    published, shape = facts(name), shape_of(name)
+    assert type(shape).__name__ in published["config"]["architectures"]
+    assert shape.num_parameters() / 1e9 == pytest.approx(published["billion_parameters"], rel=0.01)
 
 
 @pytest.mark.parametrize("name", MENU)
 def test_adapters_go_on_all_of_its_attention_and_on_nothing_that_sees(name):
     published = facts(name)
-    model = skeleton(config_of(name))
+    model = shape_of(name)
     found = lora_targets(model)
     assert Counter(layer.rpartition(".")[2] for layer in found) == published["adapters_on"]
     assert not re.search("vision|visual", " ".join(found))
     named = [layer for layer, _ in model.named_modules()]
     ends = short_names(model, found)
     assert {layer for layer in named if any(layer == end or layer.endswith(f".{end}") for end in ends)} == set(found)
-    looked = look_at_base(model.config)
+    looked = look_at_base(model)
     for layer, count in published["adapters_on"].items():
         assert f"{count} × {layer}" in looked["adapters on"]
 
@@ -106,7 +89,7 @@ def test_adapters_go_on_all_of_its_attention_and_on_nothing_that_sees(name):
 @pytest.mark.parametrize("name", {json.dumps(facts(name)["turns"]): name for name in MENU}.values())
 def test_an_answer_stops_where_the_model_was_made_to_stop(name, tmp_path):
     published = facts(name)
-    turns, config = published["turns"], config_of(name)
+    turns, config = published["turns"], shape_of(name).config
     named = {number: token for token, number in {"<unk>": 0, **turns["tokens"]}.items()}
     last = max([*named, *turns["stops"]])
     vocabulary = {named.get(number, f"word{number}"): number for number in range(last + 1)}
@@ -176,8 +159,8 @@ def test_examples_are_packed_only_where_they_do_not_see_each_other(name):
     ],
 )
 def test_layers_are_recorded_where_they_get_token_ids(name, model, layers):
-    skeleton = bases.skeleton(config_of(name))
-    assert (can_be_recorded(skeleton), layers_can_be_recorded(skeleton)) == (model, layers)
+    shape = shape_of(name)
+    assert (can_be_recorded(shape), layers_can_be_recorded(shape)) == (model, layers)
 
 
 def settings_of(name, profile):
@@ -189,7 +172,7 @@ def gib(name, profile, rows, shards=1, **changes):
     """Notebook 2's sum for an entry of the menu under a profile, in GiB on each GPU."""
     settings = settings_of(name, profile) | changes
     return expected_gib(
-        config_of(name),
+        shape_of(name),
         torch.float16,
         rows * settings["max_length"],
         gpu=True,

@@ -391,4 +391,15 @@ def test_a_disclaimer_with_markup_stays_text(shown):
 def test_the_longer_side_of_a_table_goes_down_the_page(shown):
     reporting.show_table(pd.DataFrame({f"run {number}": ["x"] for number in range(9)}, index=["figure"]))
     reporting.show_table(pd.DataFrame([["x"] * 9]))
-    assert [table.data.count("<tr>") for table in shown] == [10, 2], "but rows that have no names stay rows"
+    assert [table.data.count("<tr") for table in shown] == [10, 2], "but rows that have no names stay rows"
+
+
+def test_a_table_shows_texts_whole_and_as_they_are(shown):
+    long = "word " * 30 + "<b>&$1$\nnext"
+    reporting.show_table({"a name": long})
+    reporting.show_table(pd.DataFrame({"<i>": [long, None]}))
+    facts, rows = (" ".join(table.data.split()) for table in shown)
+    whole = "<td>" + "word " * 30 + "&lt;b&gt;&amp;$1$ next</td>"
+    assert f"<th>a name</th> {whole}" in facts and "<thead>" not in facts
+    assert f"<tr> {whole} </tr> <tr> <td>–</td> </tr>" in rows and "<th>&lt;i&gt;</th>" in rows
+    assert all(f'class="dataframe {reporting.PLAIN}"' in table for table in (facts, rows))

@@ -16,7 +16,7 @@ from torch.nn import Embedding, Linear
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from .models import attention_of, model_class, room_gib, skeleton
+from .models import attention_of, model_class, room_gib
 from .run import StageError, hub_error
 
 ATTENTION = re.compile("Attention|DeltaNet|Mamba|Mixer|ShortConv")
@@ -187,20 +187,21 @@ def intermediate_size(config):
     return max(width, experts * (getattr(config, "moe_intermediate_size", None) or width)) if experts else width
 
 
-def expected_gib(config, dtype, tokens, gpu, targets="auto", lora_r=64, lora_dropout=0.0, optim="adamw_torch",
+def expected_gib(model, dtype, tokens, gpu, targets="auto", lora_r=64, lora_dropout=0.0, optim="adamw_torch",
                  gradient_checkpointing=True, use_liger_kernel=True, quantization="nf4", shards=1):  # fmt: skip
     """What training on batches of `tokens` tokens takes at its peak, in GiB on each GPU, by part: a Series.
 
-    NF4 with double quantization takes 4 bits a weight and 8.25 bits for each 64 of them, in all linear layers but the
-    output layer; experts of a mixture stay in 16 bits. Activations: what each norm takes and the adapters after it, the
-    attention without its matrix, which SDPA does not keep, the two halves of the MLP (after Korthikanti et al., 2022,
-    https://arxiv.org/abs/2205.05198), and each adapter's input after dropout with its mask. With checkpointing, one
-    hidden state a layer and one layer in full. Liger's kernels keep less of the MLP, and compute the logits in pieces.
-    Paged optimizer states may move to RAM. Over `shards` GPUs, each keeps its share of all weights, the statistics
-    beside the 4-bit ones and the output layer, and gathers the layer at work and the next; with what FSDP has in flight
-    and what its streams do not give back at once, that was six layers on an H100.
+    Of `model` only the shapes are read: a `skeleton` will do. NF4 with double quantization takes 4 bits a weight and
+    8.25 bits for each 64 of them, in all linear layers but the output layer; experts of a mixture stay in 16 bits.
+    Activations: what each norm takes and the adapters after it, the attention without its matrix, which SDPA does not
+    keep, the two halves of the MLP (after Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198), and each
+    adapter's input after dropout with its mask. With checkpointing, one hidden state a layer and one layer in full.
+    Liger's kernels keep less of the MLP, and compute the logits in pieces. Paged optimizer states may move to RAM. Over
+    `shards` GPUs, each keeps its share of all weights, the statistics beside the 4-bit ones and the output layer, and
+    gathers the layer at work and the next; with what FSDP has in flight and what its streams do not give back at once,
+    that was six layers on an H100.
     """
-    model, text, size = skeleton(config), config.get_text_config(), dtype.itemsize
+    text, size = model.config.get_text_config(), dtype.itemsize
     layers, every = text.num_hidden_layers, linear_layers(model)
     numbers = sum(layer.weight.numel() for layer in every.values())
     unpacked = not gpu and quantization == "nf4" and 2 * numbers * size / 2**30 <= room_gib()
@@ -241,9 +242,12 @@ def context_length(config):
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def look_at_base(config, targets="auto", attn_implementation="auto", quantization="nf4"):
-    """What this base is and how it will be treated, {what: a short text}. Raises StageError for what cannot work."""
-    model = skeleton(config)
+def look_at_base(model, targets="auto", attn_implementation="auto", quantization="nf4"):
+    """What this base is and how it will be treated, {what: a short text}. Raises StageError for what cannot work.
+
+    Of `model` only the shapes are read: a `skeleton` will do.
+    """
+    config = model.config
     found, every = lora_targets(model, targets), linear_layers(model)
     counts = pd.Series([name.rpartition(".")[2] for name in found]).value_counts()
     numbers = sum(layer.weight.numel() for layer in every.values())

@@ -6,11 +6,11 @@ from importlib.util import find_spec
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.optimization import get_scheduler
 from trl import SFTConfig
 
 from .bases import context_length, lora_targets, short_names
 from .merging import OWN_BASE, is_plain, module_of
-from .models import skeleton
 from .run import StageError
 from .tables import suggestion
 
@@ -61,11 +61,28 @@ def check_options(chosen):
         raise StageError(f"training_options: {option!r} would do nothing, as the rows are made here. Leave it out.")
     if options.get("metric_for_best_model", "eval_loss") not in ("loss", "eval_loss"):
         raise StageError("training_options: metric_for_best_model can only be the validation loss. Leave it out.")
-    usual = {"use_cpu": not torch.cuda.is_available(), "bf16": False, "load_best_model_at_end": True}
+    usual = {
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "load_best_model_at_end": True,
+        "report_to": "none",
+    }
+    for name in ("optim", "lr_scheduler_type"):
+        try:
+            SFTConfig(**usual | {name: chosen[name]} | when_to_evaluate({}, 1))
+        except ValueError as error:
+            raise StageError(f"{name}={chosen[name]}: {error}") from None
     try:
-        SFTConfig(**usual | {"report_to": "none"} | when_to_evaluate(options, 1) | options)
+        made = SFTConfig(
+            **usual | {"lr_scheduler_type": chosen["lr_scheduler_type"]} | when_to_evaluate(options, 1) | options
+        )
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        get_scheduler(made.lr_scheduler_type, optimizer, 1, 2, made.lr_scheduler_kwargs)
     except (ValueError, TypeError, ImportError) as error:
         raise StageError(f"training_options: {error}") from None
+    if chosen["early_stopping_patience"] and (made.eval_strategy == "no" or not made.metric_for_best_model):
+        lacking = "evaluations" if made.eval_strategy == "no" else "a metric_for_best_model"
+        raise StageError(f"early_stopping_patience needs {lacking}, of which training_options leave none. Set it to 0.")
     loggers = options.get("report_to", chosen["report_to"])
     for logger in [loggers] if isinstance(loggers, str) else loggers:
         if logger not in ("none", "all", *get_available_reporting_integrations()):
@@ -75,9 +92,11 @@ def check_options(chosen):
         raise StageError(f'lora_options: "{begun}" changes the base\'s weights. Set quantization to "none".')
 
 
-def targets_to_adapt(chosen, config):
-    """The names of the layers that get an adapter. Raises StageError if it could not be merged: tried on `meta`."""
-    model = skeleton(config)
+def targets_to_adapt(chosen, model):
+    """The names of the layers of a `skeleton` that get an adapter.
+
+    It is tried on the skeleton, which is of no use afterwards. Raises StageError if it could not be merged.
+    """
     targets, tied = lora_targets(model, chosen["lora_target_modules"]), model.all_tied_weights_keys
     layers = {name for name, _ in model.named_modules()}
     options = {"r": chosen["lora_r"], "lora_alpha": chosen["lora_alpha"], "lora_dropout": chosen["lora_dropout"]}
@@ -89,7 +108,7 @@ def targets_to_adapt(chosen, config):
         adapted.merge_and_unload()
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise StageError(f"lora_options: {error}") from None
-    if getattr(config, "quantization_config", None) and not is_plain(adapted.peft_config["default"], saved):
+    if getattr(model.config, "quantization_config", None) and not is_plain(adapted.peft_config["default"], saved):
         raise StageError("lora_options: this base is stored in 4 bits, and only plain LoRA can be merged into that.")
     for module in map(module_of, saved):
         if f"{module}.weight" in {*tied, *tied.values()}:

@@ -3,13 +3,12 @@
 import gc
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
 from accelerate.utils import gather_object
-from bitsandbytes.functional import dequantize_4bit
 from transformers import AutoConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from .bits import bnb, dequantize_4bit
 from .models import attach_adapter, load_base, load_model, room_gib, skeleton
 from .recording import can_be_recorded, recorded
 from .run import StageError, read_json

@@ -9,7 +9,6 @@ transformers makes of their names when it reads them.
 import re
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -22,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from . import bases, models
+from .bits import QuantState, dequantize_4bit, quantize_4bit
 from .run import StageError, read_json
 from .weights import OnDisk, weight_files
 

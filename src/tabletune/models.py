@@ -130,7 +130,7 @@ def load_model(model, revision, dtype, attn_implementation="auto", quantization_
     """A language model, a folder or a name on the Hub, with its generation config; on the GPU if there is one.
 
     It is read one tensor at a time, or a few. `from_pretrained` alone keeps all files mapped until the last tensor is
-    read, so that a 7B model in fp16 takes 13.7 GiB of resident memory on its way to the GPU; this way it takes 1.4 GiB.
+    read, so that a 7B model in fp16 takes 13.7 GiB of resident memory on its way to the GPU; this way it takes 1.5 GiB.
     A model stored in 4 bits is small enough, and needs the statistics beside its tensors. Raises StageError if the
     files lack a tensor, or have one of another shape: transformers would make random ones up.
     """

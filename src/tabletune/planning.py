@@ -11,7 +11,7 @@ from accelerate import DistributedType
 from accelerate.utils import gather_object
 
 from .bases import check_forward, expected_gib, look_at_base, packing_leaks
-from .chat_format import encode
+from .chat_format import encode_all
 from .chat_templates import describe_template
 from .choices import check_choices, targets_to_adapt, when_to_evaluate
 from .models import load_dataset_of_run, room_gib, skeleton
@@ -62,22 +62,24 @@ def encode_splits(splits, tokenizer, stops, max_length):
     The validation split is sorted by length, so that its batches have little padding. Raises StageError if an example
     is longer than `max_length`: it would lose its end.
     """
-    options = {"tokenizer": tokenizer, "stops": stops}
-    encoded = splits.map(encode, fn_kwargs=options, remove_columns=splits["train"].column_names)
-    lengths = [len(ids) for ids in encoded["validation"]["input_ids"]]
-    encoded["validation"] = encoded["validation"].select(sorted(range(len(lengths)), key=lengths.__getitem__))
-    longest = max(len(ids) for split in encoded.values() for ids in split["input_ids"])
+
+    def encode_batch(columns):
+        rows = pd.DataFrame(encode_all(pd.DataFrame(dict(columns)).to_dict("records"), tokenizer, stops))
+        sizes = {"tokens": rows["input_ids"].map(len), "in the loss": rows["completion_mask"].map(sum)}
+        return rows.assign(**sizes).to_dict("list")
+
+    encoded = splits.map(encode_batch, batched=True, remove_columns=splits["train"].column_names)
+    sizes = {name: split.select_columns(["tokens", "in the loss"]).to_pandas() for name, split in encoded.items()}
+    longest = max(size["tokens"].max() for size in sizes.values())
     if longest > max_length:
         raise StageError(
             f"max_length={max_length}, but the longest example has {longest} tokens and would lose its end. "
             "Raise max_length, or run 01_format_dataset again with this one."
         )
-    counts = {
-        "examples": {name: len(split) for name, split in encoded.items()},
-        "tokens": {name: sum(map(len, split["input_ids"])) for name, split in encoded.items()},
-        "in the loss": {name: sum(map(sum, split["completion_mask"])) for name, split in encoded.items()},
-    }
-    return encoded, pd.DataFrame(counts)
+    encoded = encoded.remove_columns(["tokens", "in the loss"])
+    encoded["validation"] = encoded["validation"].select(sizes["validation"]["tokens"].argsort(kind="stable"))
+    counts = {name: {"examples": len(size), **size.sum()} for name, size in sizes.items()}
+    return encoded, pd.DataFrame(counts).T
 
 
 def look_and_check(chosen, config, dtype, tokenizer, stops):
@@ -86,9 +88,10 @@ def look_and_check(chosen, config, dtype, tokenizer, stops):
     Raises StageError if the parameters of notebook 2, `chosen`, cannot work here or with this base.
     """
     check_choices(chosen, config, dtype)
-    look = look_at_base(config, *(chosen[n] for n in ("lora_target_modules", "attn_implementation", "quantization")))
+    model = skeleton(config)
+    look = look_at_base(model, *(chosen[n] for n in ("lora_target_modules", "attn_implementation", "quantization")))
     look = pd.Series(look | describe_template(tokenizer, stops), name="this base").to_frame()
-    return targets_to_adapt(chosen, config), look
+    return targets_to_adapt(chosen, model), look
 
 
 def rows_and_steps(rows, epochs, batch_size, min_steps, accumulation=1, processes=1, fits=16, kept=math.inf, least=1):
@@ -156,7 +159,7 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
 
     def memory(batch, shards=1, recomputed=checkpointing):
         tokens, how = batch * chosen["max_length"], {"shards": shards, "gradient_checkpointing": recomputed}
-        return expected_gib(config, dtype, tokens, gpu, targets, **options, **how)
+        return expected_gib(model, dtype, tokens, gpu, targets, **options, **how)
 
     def most_that_fit(room, **how):
         one, two = (memory(batch, **how).sum() for batch in (1, 2))  # what each row adds is the same

@@ -107,7 +107,7 @@ def record_layers(decoder, shape):
     positions = torch.arange(shape[1], device=decoder.device).remainder(shape[1] // 2 + 1).repeat(shape[0], 1)
     # the adapter's gradients come from the stream that recorded them, which is no mistake here
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    replay = torch.cuda.make_graphed_callables(layers, (ids, positions))
+    replay = torch.cuda.make_graphed_callables(layers, (ids, positions), num_warmup_iters=1)
     for parameter in layers.parameters():
         if parameter.requires_grad:  # the graph's own gradient would be kept, and overwritten by the next batch's
             parameter.register_hook(torch.clone)

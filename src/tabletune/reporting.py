@@ -186,10 +186,11 @@ def show_table(texts, without="Not measured in this run."):
         return say(without)
     numbered = isinstance(frame.index, pd.RangeIndex)
     frame = frame if numbered or len(frame) >= frame.shape[1] else frame.T
-    style = frame.astype(str).style.set_uuid("table").format(escape="html").set_table_attributes(f'class="{PLAIN}"')
-    style = style.format_index(escape="html").format_index(escape="html", axis="columns")
-    style = style.hide(axis="columns" if facts else "index") if facts or numbered else style
-    display(HTML(style.to_html()))
+    frame = frame.astype(str)
+    # not by a Styler, which imports matplotlib, half a second; `str` leaves texts as they are
+    how = {"header": not facts, "index": facts or not numbered, "formatters": dict.fromkeys(frame, str)}
+    with pd.option_context("display.max_colwidth", None):
+        display(HTML(frame.to_html(classes=PLAIN, border=0, **how)))
 
 
 def say(*sentences, kind=""):

@@ -9,7 +9,7 @@ from transformers.core_model_loading import dot_natural_key
 
 from .run import StageError
 
-AHEAD = 4  # tensors that are read while one is quantized, each by a thread
+AHEAD = 8  # tensors that are read while one is quantized, each by a thread
 
 
 def weight_files(folder):
@@ -58,8 +58,9 @@ def read_ahead(tensors):
     """Tensors like `tensors`, {name: OnDisk}, each to be asked for once: the next are read while one is made use of.
 
     transformers does not read ahead where it quantizes, lest a model of 16 bits heap up on the GPU. Here it is AHEAD
-    tensors, those that follow in the order in which transformers asks. On an H100 a 7B was read in 3.1 s one by one,
-    and in 1.1 s this way.
+    tensors, those that follow in the order in which transformers asks. On an H100 a 7B was read in 3.1 s one by one and
+    in 1.1 s with 4 ahead, and loaded into 4 bits in 1.5 s with 4, in 1.3 s with 8, and in 1.1 s with 16, which took
+    0.5 GiB more RAM than 8.
     """
     waiting = OrderedDict.fromkeys(sorted(tensors, key=dot_natural_key))
     reading, threads = {}, ThreadPoolExecutor(AHEAD)
