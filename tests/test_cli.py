@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import chdir
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -129,6 +130,15 @@ def test_settings_are_written_only_when_they_change(tmp_path):
         (["-y", "max_lenght: 30"], "No notebook has a parameter 'max_lenght'. Did you mean 'max_length'?"),
         (["-p", "zzz", "30"], "No notebook has a parameter 'zzz'."),
         (["-p", "packing", "no"], "packing='no': true or false is wanted."),
+        (["-p", "columns", "*.csv"], "columns='*.csv': names and their values are wanted, {name: value}."),
+        (["-p", "epochs", "0"], "epochs=0: a number above 0 is wanted."),
+        (["-p", "learning_rate", "fast"], "learning_rate='fast': a number above 0 is wanted."),
+        (["-p", "window", "1"], "window=1: a whole number of 2 or more is wanted."),
+        (["-p", "samples", "2.5"], "samples=2.5: a whole number of 0 or more is wanted."),
+        (["-p", "max_length", ".inf"], "max_length=inf: a whole number of 1 or more is wanted."),
+        (["-p", "max_grad_norm", ".nan"], "max_grad_norm=nan: a number of 0 or more is wanted."),
+        (["-p", "test_fraction", "0.6"], "test_fraction=0.6: a number from 0 to 0.5 is wanted."),
+        (["-y", "seed: -1"], "-y 'seed: -1': seed=-1: a whole number from 0 to 4294967295 is wanted."),
         (["-y", "packing: on"], "-y 'packing: on': packing='on': true or false is wanted."),
         (["-y", "- a"], "-y '- a': parameters are wanted, each as name: value."),
         (
@@ -414,11 +424,39 @@ def test_the_command_line_starts_fast():
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set()\n"
 
 
+def test_notebook_2_starts_without_torchs_compiler_and_without_matplotlib():
+    """They would take two seconds, and half a second. Afterwards `torch.compile` works as ever."""
+    program = """
+import sys, torch
+from tabletune import bases, chat_format, models, planning, reporting, training
+slow = lambda: print({"torch._inductor.compile_fx", "matplotlib"} & set(sys.modules))
+reporting.show_table({"this base": "a text"})
+slow()
+torch.compile(abs)
+slow()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-2:] == ["set()", "{'torch._inductor.compile_fx'}"], done.stderr
+
+
+def test_bitsandbytes_would_still_load_the_compiler():
+    """If not, upstream has mended it, and what src/tabletune/bits.py does can go."""
+    default = Path(find_spec("bitsandbytes").origin).parent / "backends" / "default" / "ops.py"
+    assert "torch.compile(fn, " in default.read_text(encoding="utf-8")
+
+
+def test_fit_makes_a_list_of_one_value_and_something_empty_of_nothing():
+    """`-p drop_values N/A` emptied cells of "N", "/" and "A"."""
+    assert fit("drop_values", "N/A", []) == ["N/A"] and fit("drop_values", "[a, b]", []) == ["a", "b"]
+    assert fit("drop_values", {"note": "N/A"}, []) == {"note": "N/A"}
+    assert [fit("any", None, default) for default in ("", "some text", [], {"a": 1})] == ["", "", [], {}]
+    assert all(fit(name, default, default) == default for name, default in DEFAULTS.items())
+
+
 def test_fit_leaves_free_text_alone():
     """What is no YAML, or would be something else, is what the reader wrote."""
     for text in ("What: this?", "- a dash", "*.csv", "[INST] {question} [/INST]", "a = b", "yes", "#5"):
         assert fit("question_template", text, "") == text
-    assert fit("columns", "*.csv", {}) == "*.csv"
     assert fit("attn_implementation", "sdpa", "auto") == "sdpa" and fit("batch_size", "8", "auto") == 8
 
 

@@ -27,7 +27,6 @@ from .statistics import FEWEST_GROUPS
 from .streams import batches, features_of, in_arrow, read_rows, write_arrow
 
 datasets.disable_progress_bars()
-RANGES = {"max_length": (1, 10**9), "max_dropped": (0, 1), "validation_fraction": (0, 0.5), "test_fraction": (0, 0.5)}
 ADVICE = {
     "no question": "a column that may be empty gets a line of its own in question_template",
     "no answer": "answer_column names what every row needs",
@@ -48,9 +47,6 @@ class Formatting:
     """
 
     def __init__(self, table, shape, settings, tokenizer, stops):
-        for name, (low, high) in RANGES.items():
-            if not isinstance(settings[name], (int, float)) or not low <= settings[name] <= high:
-                raise StageError(f"{name}={settings[name]!r}: a number from {low} to {high} is wanted.")
         self.table, self.shape, self.settings, self.tokenizer, self.stops = table, shape, settings, tokenizer, stops
         self.clean = Cleaning(*(settings[name] for name in ("html_to_text", "strip_addresses", "collapse_spaces")))
         self.emptied = emptier(shape, settings["drop_values"], settings["drop_patterns"])

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 from contextlib import suppress
 from difflib import get_close_matches
@@ -13,6 +14,16 @@ import yaml
 # {notebook: {parameter: its default}}; `make sync` writes it from the notebooks' parameter cells
 PARAMETERS = json.loads(resources.files("tabletune").joinpath("parameters.json").read_text(encoding="utf-8"))
 DEFAULTS = {name: default for known in PARAMETERS.values() for name, default in known.items()}
+
+ABOVE_0 = 5e-324  # the smallest number above it
+RANGES = {  # {parameter: the least and the most}; of other numbers these are 0 and none
+    **{"max_dropped": (0, 1), "validation_fraction": (0, 0.5), "test_fraction": (0, 0.5), "seed": (0, 2**32 - 1)},
+    **{"top_p": (ABOVE_0, 1), "lora_dropout": (0, 0.99), "window": (2, math.inf), "bootstrap_samples": (2, math.inf)},
+    **dict.fromkeys(["epochs", "learning_rate", "lora_alpha", "temperature", "max_shard_gb"], (ABOVE_0, math.inf)),
+    **dict.fromkeys(["max_length", "lora_r", "gradient_accumulation_steps", "min_steps", "evaluations"], (1, math.inf)),
+    **dict.fromkeys(["eval_batch_size", "stride", "max_new_tokens", "safety_tokens"], (1, math.inf)),
+}
+FRACTIONS = {"epochs"}  # may be no whole numbers, although their defaults are
 
 
 class Loader(yaml.SafeLoader):
@@ -83,9 +94,12 @@ def as_yaml(values, title):
 def fit(name, value, default, text=None):
     """The `value` of a parameter in the type of its default: 2026 can be a name, "1e-2" a number, "[a, b]" a list.
 
-    `text` is what stood where the value comes from. A default of "auto" says nothing about the type. Raises ValueError
-    where true or false is wanted and something else is given.
+    `text` is what stood where the value comes from. A default of "auto" says nothing about the type. What is left empty
+    is an empty text, list or dictionary, and one value for a list is a list of one. Raises ValueError for a value of
+    another kind than the default, and for a number that makes no sense.
     """
+    if value is None and isinstance(default, (str, list, dict)) and default != "auto":
+        return type(default)()
     if isinstance(default, str) and default != "auto" and isinstance(value, (bool, int, float)):
         return str(value) if text is None else text
     if isinstance(value, str) and (default == "auto" or not isinstance(default, (str, type(None)))):
@@ -94,6 +108,17 @@ def fit(name, value, default, text=None):
             value = typed if isinstance(typed, (bool, int, float, list, type(default))) else value
     if isinstance(default, bool) and not isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: true or false is wanted.")
+    if isinstance(default, (int, float)) and not isinstance(default, bool):
+        low, high = RANGES.get(name, (0, math.inf))
+        whole = isinstance(default, int) and name not in FRACTIONS
+        if not isinstance(value, (int, float)) or not low <= value <= high or (whole and value % 1):
+            least = "above 0" if low == ABOVE_0 else f"of {low} or more" if high == math.inf else f"from {low}"
+            most = "" if high == math.inf else f" to {high}"
+            raise ValueError(f"{name}={value!r}: a {'whole ' * whole}number {least}{most} is wanted.")
+    if isinstance(default, dict) and not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r}: names and their values are wanted, {{name: value}}.")
+    if isinstance(default, list) and not isinstance(value, (list, dict)):
+        return [value]
     whole = isinstance(default, int) and isinstance(value, float) and value.is_integer()
     return int(value) if whole else value
 

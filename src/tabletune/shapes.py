@@ -176,6 +176,7 @@ def emptier(shape, values, patterns):
             if field not in (*question, *answer):
                 raise StageError(f"{name}: there is no field {field!r}.{suggestion(field, (*question, *answer))}")
             try:
+                forms = forms if isinstance(forms, list) else [forms]
                 forms = [re.escape(str(form)) if name == "drop_values" else form for form in forms]
                 emptied.setdefault(field, []).extend(re.compile(form, re.IGNORECASE) for form in forms)
             except re.error as error:
