@@ -425,18 +425,15 @@ def test_the_command_line_starts_fast():
 
 
 def test_notebook_2_starts_without_torchs_compiler_and_without_matplotlib():
-    """They would take two seconds, and half a second. Afterwards `torch.compile` works as ever."""
+    """They would take two seconds, and half a second. Afterwards `torch.compile` is as a reader has it."""
     program = """
-import sys, torch
+import os, sys
 from tabletune import bases, chat_format, models, planning, reporting, training
-slow = lambda: print({"torch._inductor.compile_fx", "matplotlib"} & set(sys.modules))
 reporting.show_table({"this base": "a text"})
-slow()
-torch.compile(abs)
-slow()
+print({"torch._inductor.compile_fx", "matplotlib"} & set(sys.modules), os.environ.get("TORCHDYNAMO_DISABLE"))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-2:] == ["set()", "{'torch._inductor.compile_fx'}"], done.stderr
+    assert done.stdout.splitlines()[-1] == "set() None", done.stderr
 
 
 def test_bitsandbytes_would_still_load_the_compiler():
@@ -448,7 +445,7 @@ def test_bitsandbytes_would_still_load_the_compiler():
 def test_fit_makes_a_list_of_one_value_and_something_empty_of_nothing():
     """`-p drop_values N/A` emptied cells of "N", "/" and "A"."""
     assert fit("drop_values", "N/A", []) == ["N/A"] and fit("drop_values", "[a, b]", []) == ["a", "b"]
-    assert fit("drop_values", {"note": "N/A"}, []) == {"note": "N/A"}
+    assert fit("drop_values", {"note": "N/A"}, []) == {"note": "N/A"} and fit("gguf_types", "", ["F16"]) == []
     assert [fit("any", None, default) for default in ("", "some text", [], {"a": 1})] == ["", "", [], {}]
     assert all(fit(name, default, default) == default for name, default in DEFAULTS.items())
 

@@ -91,6 +91,17 @@ def as_yaml(values, title):
     return "\n".join([f"# {title}", *lines, ""])
 
 
+def number(name, value, default):
+    """A number for a parameter: whole where its default is, and in its range. Raises ValueError for what is none."""
+    low, high = RANGES.get(name, (0, math.inf))
+    whole = isinstance(default, int) and name not in FRACTIONS
+    if not isinstance(value, (int, float)) or not low <= value <= high or (whole and value % 1):
+        least = "above 0" if low == ABOVE_0 else f"of {low} or more" if high == math.inf else f"from {low}"
+        most = "" if high == math.inf else f" to {high}"
+        raise ValueError(f"{name}={value!r}: a {'whole ' * whole}number {least}{most} is wanted.")
+    return int(value) if isinstance(default, int) and isinstance(value, float) and value.is_integer() else value
+
+
 def fit(name, value, default, text=None):
     """The `value` of a parameter in the type of its default: 2026 can be a name, "1e-2" a number, "[a, b]" a list.
 
@@ -98,7 +109,7 @@ def fit(name, value, default, text=None):
     is an empty text, list or dictionary, and one value for a list is a list of one. Raises ValueError for a value of
     another kind than the default, and for a number that makes no sense.
     """
-    if value is None and isinstance(default, (str, list, dict)) and default != "auto":
+    if value in (None, "") and isinstance(default, (str, list, dict)) and default != "auto":
         return type(default)()
     if isinstance(default, str) and default != "auto" and isinstance(value, (bool, int, float)):
         return str(value) if text is None else text
@@ -106,21 +117,14 @@ def fit(name, value, default, text=None):
         with suppress(ValueError):
             typed = from_yaml(value)
             value = typed if isinstance(typed, (bool, int, float, list, type(default))) else value
-    if isinstance(default, bool) and not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: true or false is wanted.")
-    if isinstance(default, (int, float)) and not isinstance(default, bool):
-        low, high = RANGES.get(name, (0, math.inf))
-        whole = isinstance(default, int) and name not in FRACTIONS
-        if not isinstance(value, (int, float)) or not low <= value <= high or (whole and value % 1):
-            least = "above 0" if low == ABOVE_0 else f"of {low} or more" if high == math.inf else f"from {low}"
-            most = "" if high == math.inf else f" to {high}"
-            raise ValueError(f"{name}={value!r}: a {'whole ' * whole}number {least}{most} is wanted.")
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: true or false is wanted.")
+    elif isinstance(default, (int, float)):
+        return number(name, value, default)
     if isinstance(default, dict) and not isinstance(value, dict):
         raise ValueError(f"{name}={value!r}: names and their values are wanted, {{name: value}}.")
-    if isinstance(default, list) and not isinstance(value, (list, dict)):
-        return [value]
-    whole = isinstance(default, int) and isinstance(value, float) and value.is_integer()
-    return int(value) if whole else value
+    return [value] if isinstance(default, list) and not isinstance(value, (list, dict)) else value
 
 
 def check_names(names, notebooks):
