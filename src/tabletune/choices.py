@@ -7,6 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.optimization import get_scheduler
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from .bases import context_length, lora_targets, short_names
@@ -61,21 +63,15 @@ def check_options(chosen):
         raise StageError(f"training_options: {option!r} would do nothing, as the rows are made here. Leave it out.")
     if options.get("metric_for_best_model", "eval_loss") not in ("loss", "eval_loss"):
         raise StageError("training_options: metric_for_best_model can only be the validation loss. Leave it out.")
-    usual = {
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": False,
-        "load_best_model_at_end": True,
-        "report_to": "none",
-    }
-    for name in ("optim", "lr_scheduler_type"):
+    for name, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
         try:
-            SFTConfig(**usual | {name: chosen[name]} | when_to_evaluate({}, 1))
+            known(chosen[name])
         except ValueError as error:
             raise StageError(f"{name}={chosen[name]}: {error}") from None
+    usual = {"use_cpu": not torch.cuda.is_available(), "bf16": False, "load_best_model_at_end": True}
+    usual |= {"report_to": "none", "lr_scheduler_type": chosen["lr_scheduler_type"]}
     try:
-        made = SFTConfig(
-            **usual | {"lr_scheduler_type": chosen["lr_scheduler_type"]} | when_to_evaluate(options, 1) | options
-        )
+        made = SFTConfig(**usual | when_to_evaluate(options, 1) | options)
         optimizer = torch.optim.SGD([torch.zeros(1)])
         get_scheduler(made.lr_scheduler_type, optimizer, 1, 2, made.lr_scheduler_kwargs)
     except (ValueError, TypeError, ImportError) as error:

@@ -17,10 +17,11 @@ DEFAULTS = {name: default for known in PARAMETERS.values() for name, default in 
 
 ABOVE_0 = 5e-324  # the smallest number above it
 RANGES = {  # {parameter: the least and the most}; of other numbers these are 0 and none
-    **{"max_dropped": (0, 1), "validation_fraction": (0, 0.5), "test_fraction": (0, 0.5), "seed": (0, 2**32 - 1)},
-    **{"top_p": (ABOVE_0, 1), "lora_dropout": (0, 0.99), "window": (2, math.inf), "bootstrap_samples": (2, math.inf)},
+    **{"max_dropped": (0, 1), "validation_fraction": (0, 0.5), "test_fraction": (0, 0.5), "lora_dropout": (0, 0.99)},
+    **{"top_p": (ABOVE_0, 1), "seed": (0, 2**32 - 1), "max_length": (1, 10**9)},
+    **dict.fromkeys(["window", "bootstrap_samples"], (2, math.inf)),
     **dict.fromkeys(["epochs", "learning_rate", "lora_alpha", "temperature", "max_shard_gb"], (ABOVE_0, math.inf)),
-    **dict.fromkeys(["max_length", "lora_r", "gradient_accumulation_steps", "min_steps", "evaluations"], (1, math.inf)),
+    **dict.fromkeys(["lora_r", "gradient_accumulation_steps", "min_steps", "evaluations"], (1, math.inf)),
     **dict.fromkeys(["eval_batch_size", "stride", "max_new_tokens", "safety_tokens"], (1, math.inf)),
 }
 FRACTIONS = {"epochs"}  # may be no whole numbers, although their defaults are
