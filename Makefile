@@ -25,7 +25,7 @@ INPUTS := $(filter $(addsuffix /config.json,$(USED)),$(BASE_MODELS)) \
 TIDY := --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True --ClearMetadataPreprocessor.enabled=True \
 	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",)}' \
 	--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{("language_info", "name"), ("kernelspec",)}'
-PAGE := $(PY) -m nbconvert --log-level=ERROR --to html --no-input --template report --TemplateExporter.extra_template_basedirs=src/tabletune/templates
+PAGE := $(PY) -m nbconvert --log-level=ERROR --to html --no-input --template report --TemplateExporter.extra_template_basedirs=src/tabletune/resources/templates
 named = $(if $(filter-out 1,$(words $(subst :, ,$($1)))),$(error $1="$($1)": make wants a name without spaces and colons))
 $(foreach name,RUN_DIR OUT SWEEP_DIR,$(call named,$(name)))
 export PYTHONUTF8 = 1
@@ -46,10 +46,10 @@ $(RUN_DIR)/settings: FORCE | $(READY)
 	@$(PY) -m tabletune settings $(RUN_DIR) $(TOLD:%=-f %) $(ARGS)
 sweep: $(READY) ## run every combination of a grid of parameters: GRID=file.yaml SWEEP_DIR=folder, on top of PROFILE, MODEL, ARGS
 	@MAKE="$(MAKE)" exec $(PY) -m tabletune sweep $(GRID) $(SWEEP_DIR) $(TOLD:%=-f %) $(ARGS)
-trust: $(READY) ## notebook 5 on a finished run: safety, grounding, memorization, forgetting; RUN_DIR=folder GPUS=2
-	@exec $(PY) -m tabletune run notebooks/05_trust.ipynb $(RUN_DIR)/05_trust.ipynb --processes $(GPUS) $(ARGS)
-export: $(EXTRAS)/llama-cpp-python-0.3.36 ## notebook 6 on a finished run: model card, GGUF and Ollama files; RUN_DIR=folder
-	@exec $(EXTRAS)/bin/python -m tabletune run notebooks/06_export.ipynb $(RUN_DIR)/06_export.ipynb $(ARGS)
+trust: $(READY) ## notebook 6 on a finished run: safety, grounding, memorization, forgetting; RUN_DIR=folder GPUS=2
+	@exec $(PY) -m tabletune run notebooks/06_trust.ipynb $(RUN_DIR)/06_trust.ipynb --processes $(GPUS) $(ARGS)
+export: $(EXTRAS)/llama-cpp-python-0.3.36 ## notebook 7 on a finished run: model card, GGUF and Ollama files; RUN_DIR=folder
+	@exec $(EXTRAS)/bin/python -m tabletune run notebooks/07_export.ipynb $(RUN_DIR)/07_export.ipynb $(ARGS)
 report: $(READY) ## write report.html, a page about a run, into RUN_DIR; ARGS="-p price_per_hour 0.5"
 	@$(PY) -m tabletune run notebooks/report.ipynb $(RUN_DIR)/report.ipynb $(ARGS) && $(PAGE) $(RUN_DIR)/report.ipynb \
 		&& echo "$(RUN_DIR)/report.html"

@@ -23,7 +23,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/01_format_dataset.ipynb)
 #
-# | **1 · format** | 2 · fine-tune | 3 · merge | 4 · evaluate | 5 · trust | 6 · export |
+# | **1 · format** | 2 · fine-tune | 3 · merge | 4 · evaluate | 6 · trust | 7 · export |
 # |---|---|---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | is it safe? | GGUF, cards |
 #
@@ -95,7 +95,7 @@ validation_fraction = 0.1  # of the questions
 test_fraction = 0.15
 
 # %%
-from tabletune.run import begin
+from tabletune.run.stage import begin
 
 stage = begin("01_format_dataset", globals())
 run = stage.folder
@@ -107,10 +107,10 @@ run = stage.folder
 # here: the rows will be rendered as this model expects them.
 
 # %%
-from tabletune.bases import base_config, context_length
-from tabletune.chat_format import load_tokenizer
-from tabletune.chat_templates import describe_template
-from tabletune.reporting import show_table
+from tabletune.chat.templates import describe_template
+from tabletune.chat.tokenizer import load_tokenizer
+from tabletune.model.inspection import base_config, context_length
+from tabletune.report.pages import show_table
 
 context = context_length(base_config(base_model, base_model_revision))
 tokenizer, stops = load_tokenizer(base_model, base_model_revision, thinking, template_date)
@@ -123,7 +123,7 @@ show_table(describe_template(tokenizer, stops))
 # row with more cells than the header, is refused: guessing would shift or swallow rows without a word.
 
 # %%
-from tabletune.tables import open_table
+from tabletune.data.tables import open_table
 
 table = open_table(dataset, dataset_revision, dataset_config, splits, encoding, delimiter, header)
 print(*table.said, sep="\n")
@@ -132,7 +132,7 @@ print(*table.said, sep="\n")
 # How its rows become conversations is recognized by the columns, or said by `shape`, `columns` and the templates.
 
 # %%
-from tabletune.shapes import recognize, with_example
+from tabletune.data.shapes import recognize, with_example
 
 settings, example = with_example(table, stage.settings)
 table_shape = recognize(table, settings, example)
@@ -145,7 +145,7 @@ table_shape.columns
 # As it came:
 
 # %%
-from tabletune.formatting import Formatting
+from tabletune.data.pipeline import Formatting
 
 formatting = Formatting(table, table_shape, settings, tokenizer, stops)
 first = formatting.first()
@@ -159,7 +159,7 @@ row = first["row"]
 # %%
 import unicodedata
 
-from tabletune.cleaning import Cleaning
+from tabletune.data.cleaning import Cleaning
 
 by_hand = {field: unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip() for field, text in row.items()}
 print("the same:", by_hand == {field: Cleaning()(text) for field, text in row.items()})
@@ -190,7 +190,7 @@ print(rendered[:2000])
 # template, and for conversations in which several answers are to be learned.
 
 # %%
-from tabletune.chat_format import encode, encode_prompt, show_tokens
+from tabletune.chat.encoding import encode, encode_prompt, show_tokens
 
 encoded = encode(first, tokenizer, stops)
 prompt, by_hand = encode_prompt(first["prompt"], tokenizer), tokenizer(rendered, add_special_tokens=False)["input_ids"]
@@ -215,8 +215,9 @@ show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 # training measures memory.
 
 # %% tags=["nbval-ignore-output"]
-from tabletune.formatting import format_table
-from tabletune.run import hand_over, read_json
+from tabletune.data.pipeline import format_table
+from tabletune.run.files import read_json
+from tabletune.run.hub import hand_over
 
 inputs = {"table": table.digest, "commit": table.commit}
 if not stage.is_done(inputs, ["dataset"]):

@@ -23,7 +23,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/02_finetune_qlora.ipynb)
 #
-# | 1 · format | **2 · fine-tune** | 3 · merge | 4 · evaluate | 5 · trust | 6 · export |
+# | 1 · format | **2 · fine-tune** | 3 · merge | 4 · evaluate | 6 · trust | 7 · export |
 # |---|---|---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | is it safe? | GGUF, cards |
 #
@@ -95,8 +95,27 @@ evaluations = 4  # how often the validation loss is taken and a checkpoint kept 
 early_stopping_patience = 0  # stop after so many evaluations without improvement; 0 never stops early
 
 # %%
-from tabletune import bases, chat_format, models, planning, reporting, training
-from tabletune.run import begin, read_json
+from tabletune.chat.tokenizer import load_tokenizer, pinned_in
+from tabletune.model.devices import compute_dtype
+from tabletune.model.inspection import base_config
+from tabletune.model.quantization import load_base
+from tabletune.report.pages import show_table
+from tabletune.run.files import read_json
+from tabletune.run.stage import begin
+from tabletune.training.checkpoints import checkpoint_to_resume, claim_checkpoints
+from tabletune.training.collator import Collator
+from tabletune.training.examples import encode_splits, load_examples
+from tabletune.training.lora_targets import short_names
+from tabletune.training.planning import (
+    inputs_of,
+    look_and_check,
+    plan_steps,
+    room_for_training,
+    rows_to_train_on,
+    trainer_settings,
+)
+from tabletune.training.results import loss_of_base, save_training, training_metrics
+from tabletune.training.trainer import TokenTrainer, callbacks, free_memory
 
 stage = begin("02_finetune_qlora", globals())
 run = stage.folder
@@ -116,14 +135,14 @@ from transformers import BitsAndBytesConfig, set_seed
 
 set_seed(seed)
 processes = PartialState(cpu=not torch.cuda.is_available())  # under `accelerate launch` one of several
-splits, report = planning.load_examples(run, published_dataset, processes)
+splits, report = load_examples(run, published_dataset, processes)
 
 # %% [markdown]
 # `encode` is what notebook 1 showed: token ids, and a mask of the answers, which is all that the loss will see.
 
 # %%
-tokenizer, stops = chat_format.load_tokenizer(base_model, base_model_revision, *chat_format.pinned_in(report))
-encoded, counts = planning.encode_splits(splits, tokenizer, stops, max_length)
+tokenizer, stops = load_tokenizer(base_model, base_model_revision, *pinned_in(report))
+encoded, counts = encode_splits(splits, tokenizer, stops, max_length)
 counts
 
 # %% [markdown]
@@ -133,9 +152,9 @@ counts
 # weights. LoRA's layers are those of attention, by whatever names this model has for them.
 
 # %%
-config, dtype = bases.base_config(base_model, base_model_revision), models.compute_dtype(precision)
-targets, look = planning.look_and_check(stage.parameters, config, dtype, tokenizer, stops)
-reporting.show_table(look)
+config, dtype = base_config(base_model, base_model_revision), compute_dtype(precision)
+targets, look = look_and_check(stage.parameters, config, dtype, tokenizer, stops)
+show_table(look)
 
 # %% [markdown]
 # ## Rows without padding
@@ -148,7 +167,7 @@ reporting.show_table(look)
 from trl.data_utils import pack_dataset
 
 packed = pack_dataset(encoded["train"], max_length)
-batch = training.Collator(tokenizer.pad_token_id, max_length)([packed[0]])
+batch = Collator(tokenizer.pad_token_id, max_length)([packed[0]])
 print("positions where the second example begins:", batch["position_ids"][0, packed[0]["seq_lengths"][0] - 3 :][:6])
 
 # %% [markdown]
@@ -159,7 +178,7 @@ print("positions where the second example begins:", batch["position_ids"][0, pac
 # gathers a layer when it is the layer's turn.
 
 # %% tags=["nbval-ignore-output"]
-room = planning.room_for_training(stage.parameters, config, dtype, targets, len(packed), processes)
+room = room_for_training(stage.parameters, config, dtype, targets, len(packed), processes)
 room.expected.round(2).to_frame()
 
 # %% [markdown]
@@ -179,17 +198,17 @@ quantization_config = BitsAndBytesConfig(
 
 # %% tags=["nbval-ignore-output"]
 model = trainer = None  # of an earlier pass
-training.free_memory()
+free_memory()
 how = quantization_config if quantization == "nf4" else quantization
-model = models.load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, how)
+model = load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, how)
 
 # %% [markdown]
 # Do packed examples see each other in this very model? Two are put into one row, the first is varied, and the logits of
 # the second are compared. Then it is settled what an optimizer step is.
 
 # %%
-train = planning.rows_to_train_on(model, encoded["train"], packed, packing)
-rows_at_once, accumulated, steps = planning.plan_steps(stage.parameters, train, encoded["train"], room, processes)
+train = rows_to_train_on(model, encoded["train"], packed, packing)
+rows_at_once, accumulated, steps = plan_steps(stage.parameters, train, encoded["train"], room, processes)
 
 # %% [markdown]
 # ## The adapter
@@ -204,7 +223,7 @@ chosen = dict(
     r=lora_r,
     lora_alpha=lora_alpha,
     lora_dropout=lora_dropout,
-    target_modules=bases.short_names(model, targets),
+    target_modules=short_names(model, targets),
     task_type="CAUSAL_LM",
 )
 with model.device:  # where the adapter is made
@@ -217,8 +236,8 @@ with model.device:  # where the adapter is made
 # undisturbed run would have ended. Checkpoints of other settings or other data are moved aside.
 
 # %%
-inputs = planning.inputs_of(report, dtype, processes, room)
-done = training.claim_checkpoints(stage, inputs, processes)
+inputs = inputs_of(report, dtype, processes, room)
+done = claim_checkpoints(stage, inputs, processes)
 
 # %%
 from trl import SFTConfig
@@ -231,7 +250,7 @@ chosen = dict(
     optim=optim,
     load_best_model_at_end=True,  # the best by the validation loss, which is taken several times
 )
-chosen |= planning.trainer_settings(stage, done, dtype, room, rows_at_once, steps, train is packed)
+chosen |= trainer_settings(stage, done, dtype, room, rows_at_once, steps, train is packed)
 training_arguments = SFTConfig(**chosen | training_options)
 
 # %% [markdown]
@@ -243,14 +262,14 @@ training_arguments = SFTConfig(**chosen | training_options)
 # a sixth sooner.
 
 # %%
-trainer = training.TokenTrainer(
+trainer = TokenTrainer(
     model=model,
     args=training_arguments,
     train_dataset=train,
     eval_dataset=encoded["validation"],
-    data_collator=training.Collator(tokenizer.pad_token_id, max_length),
+    data_collator=Collator(tokenizer.pad_token_id, max_length),
     processing_class=tokenizer,
-    callbacks=training.callbacks(early_stopping_patience),
+    callbacks=callbacks(early_stopping_patience),
 )
 
 # %% [markdown]
@@ -260,7 +279,7 @@ trainer = training.TokenTrainer(
 
 # %% tags=["nbval-ignore-output"]
 if not done:
-    trainer.train(resume_from_checkpoint=training.checkpoint_to_resume(trainer))
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer))
 
 # %% [markdown]
 # The best checkpoint is loaded again at the end. With its adapter switched off, the model is the untouched base: that
@@ -270,10 +289,10 @@ if not done:
 
 # %% tags=["nbval-ignore-output"]
 if not done:
-    before = training.loss_of_base(trainer)
+    before = loss_of_base(trainer)
     tokens = sum(map(len, encoded["train"]["input_ids"]))
-    metrics = training.training_metrics(trainer, tokens, len(encoded["train"]), before)
-    training.save_training(stage, trainer, metrics, tokenizer, stops, inputs)
+    metrics = training_metrics(trainer, tokens, len(encoded["train"]), before)
+    save_training(stage, trainer, metrics, tokenizer, stops, inputs)
 
 # %% [markdown]
 # ## What it learned

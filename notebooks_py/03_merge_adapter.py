@@ -23,7 +23,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/03_merge_adapter.ipynb)
 #
-# | 1 · format | 2 · fine-tune | **3 · merge** | 4 · evaluate | 5 · trust | 6 · export |
+# | 1 · format | 2 · fine-tune | **3 · merge** | 4 · evaluate | 6 · trust | 7 · export |
 # |---|---|---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | is it safe? | GGUF, cards |
 #
@@ -58,7 +58,7 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 #
 # The adapter was trained on top of *quantized* weights. `base_weights = "original"` adds it to the weights as they were
 # published; `"dequantized"` adds it to what the training really saw: the weights after a trip through NF4. Neither is
-# better in principle; notebook 5 measures.
+# better in principle; notebook 6 measures.
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # that of notebooks 1 and 2; in Colab better "drive:home_remedies"
@@ -72,8 +72,8 @@ max_shard_gb = 1.0  # size of a file of the merged model, and about the memory t
 # shapes; that both belong together is checked already.
 
 # %%
-from tabletune.merging import Plan
-from tabletune.run import begin
+from tabletune.merging.plan import Plan
+from tabletune.run.stage import begin
 
 stage = begin("03_merge_adapter", globals())
 run = stage.folder
@@ -98,7 +98,7 @@ print(f"numbers in A and B: {(a.numel() + b.numel()) / weight.numel():.0%} of th
 # To merge them is one line, $W' = W + s\,BA$. The factor $s$ is $\alpha / r$, or $\alpha / \sqrt r$ with rsLoRA.
 
 # %%
-from tabletune.merging import scaling
+from tabletune.merging.lora import scaling
 
 merged = weight + scaling(plan.config, module) * b @ a
 
@@ -108,7 +108,7 @@ merged = weight + scaling(plan.config, module) * b @ a
 # %%
 import torch
 
-from tabletune.merging import add_lora
+from tabletune.merging.lora import add_lora
 
 by_package = add_lora(weight.clone(), plan.adapter, plan.config, module)
 assert torch.allclose(merged, by_package, rtol=1e-4, atol=1e-5)
@@ -120,7 +120,7 @@ assert torch.allclose(merged, by_package, rtol=1e-4, atol=1e-5)
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
-from tabletune.merging import through_nf4
+from tabletune.merging.lora import through_nf4
 
 moved = pd.Series(
     {
@@ -142,7 +142,7 @@ moved.map(lambda change: f"{(change.norm() / weight.norm()).item():.3%}").to_fra
 # What differs by more than rounding is not kept.
 
 # %% tags=["nbval-ignore-output"]
-from tabletune.merged_model import merge_adapter
+from tabletune.merging.write import merge_adapter
 
 merged_folder, report = merge_adapter(plan, stage, max_shard_gb)
 report
@@ -167,8 +167,10 @@ if proven:
 # %% tags=["nbval-ignore-output"]
 from transformers import AutoTokenizer, pipeline
 
-from tabletune.models import compute_dtype, load_dataset_of_run, load_model
-from tabletune.tables import NEUTRAL_DISCLAIMER, example_settings
+from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
+from tabletune.model.devices import compute_dtype
+from tabletune.model.loading import load_model
+from tabletune.run.artifacts import load_dataset_of_run
 
 splits, dataset_report = load_dataset_of_run(run)
 if proven:
@@ -195,7 +197,7 @@ pd.Series(
 # %% [markdown]
 # Two things to try:
 #
-# - `base_weights = "dequantized"`: the table above says by how much the starting point moves. Notebook 5 says what that
+# - `base_weights = "dequantized"`: the table above says by how much the starting point moves. Notebook 6 says what that
 #   does to the answers.
 # - `max_shard_gb = 0.1`: more files, less memory, and the same tensors to the last bit.
 #

@@ -23,7 +23,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/04_evaluate.ipynb)
 #
-# | 1 · format | 2 · fine-tune | 3 · merge | **4 · evaluate** | 5 · trust | 6 · export |
+# | 1 · format | 2 · fine-tune | 3 · merge | **4 · evaluate** | 6 · trust | 7 · export |
 # |---|---|---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | is it safe? | GGUF, cards |
 #
@@ -33,7 +33,7 @@
 #
 # How well does the model do what it was trained for? Three models read and answer the same test questions, none of
 # which was in training: the base model, the base model with the adapter, and the merged model. What else the training
-# did, to safety for instance, is the subject of notebook 5.
+# did, to safety for instance, is the subject of notebook 6.
 
 # %% [markdown]
 # On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
@@ -76,8 +76,23 @@ disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 your_question = ""  # one more question, of your own; "" for the example's, or the first of the test split
 
 # %%
-from tabletune import chat_format, evaluation, figures, inference, models, reporting, scoring, statistics, tables
-from tabletune.run import begin, read_json, set_aside, whole, write_json
+from tabletune.chat.encoding import encode_all
+from tabletune.chat.tokenizer import load_tokenizer_of_run
+from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
+from tabletune.evaluation.answers import generate
+from tabletune.evaluation.metrics import joined_perplexity, save_rows, summarize_all
+from tabletune.evaluation.questions import own_question, questions_of
+from tabletune.evaluation.scoring import perplexity, score
+from tabletune.model.devices import compute_dtype
+from tabletune.model.run_models import find_merged, load_adapted, load_merged
+from tabletune.report.pages import read_lines
+from tabletune.report.plots import plot_results
+from tabletune.report.tables import differences_table, results_table, side_by_side
+from tabletune.report.text import stored, with_interval
+from tabletune.run.artifacts import check_run, load_dataset_of_run
+from tabletune.run.files import read_json, set_aside, whole, write_json
+from tabletune.run.stage import begin
+from tabletune.stats import resampled
 
 stage = begin("04_evaluate", globals())
 run = stage.folder
@@ -89,9 +104,9 @@ run = stage.folder
 # adapter. If they were evaluated before, with the same parameters, the results are only shown again.
 
 # %%
-splits, report = models.load_dataset_of_run(run)
-merged_folder = inference.find_merged(run, run_dir)
-inputs = {"dataset": report["fingerprint"], "adapter": models.check_run(run, merged_folder, report, base_model)}
+splits, report = load_dataset_of_run(run)
+merged_folder = find_merged(run, run_dir)
+inputs = {"dataset": report["fingerprint"], "adapter": check_run(run, merged_folder, report, base_model)}
 done = stage.is_done(inputs, ["evaluation/metrics.json"])
 
 # %% [markdown]
@@ -99,8 +114,8 @@ done = stage.is_done(inputs, ["evaluation/metrics.json"])
 # that ask the same question have the same `group`.
 
 # %%
-tokenizer, stops = chat_format.load_tokenizer_of_run(run / "adapter")
-test, groups = chat_format.encode_all(list(splits["test"]), tokenizer, stops), splits["test"]["group"]
+tokenizer, stops = load_tokenizer_of_run(run / "adapter")
+test, groups = encode_all(list(splits["test"]), tokenizer, stops), splits["test"]["group"]
 print(f"{len(test)} test rows with {len(set(groups))} questions")
 
 # %% [markdown]
@@ -114,8 +129,8 @@ import torch
 from accelerate import PartialState
 
 processes = PartialState(cpu=not torch.cuda.is_available())  # under `accelerate launch` one of several
-source = (base_model, base_model_revision, models.compute_dtype(precision), attn_implementation)
-adapted = None if done else inference.load_adapted(run / "adapter", *source)
+source = (base_model, base_model_revision, compute_dtype(precision), attn_implementation)
+adapted = None if done else load_adapted(run / "adapter", *source)
 
 # %% [markdown]
 # ## Perplexity, by hand
@@ -133,8 +148,8 @@ if not done:
         log_p = adapted(ids).logits[0, :-1].float().log_softmax(-1)  # [tokens, vocabulary]: of what comes next
     nll = -log_p.gather(-1, ids[0, 1:, None])[:, 0].cpu()
     by_hand = nll[torch.tensor(row["completion_mask"][1:]) == 1].mean().exp().item()
-    scored = scoring.score(adapted, [row], tokenizer.pad_token_id, 1, window, stride)
-    assert abs(by_hand / scoring.perplexity(scored, "response") - 1) < 1e-4
+    scored = score(adapted, [row], tokenizer.pad_token_id, 1, window, stride)
+    assert abs(by_hand / perplexity(scored, "response") - 1) < 1e-4
     print(f"perplexity of the shortest row: {by_hand:,.2f}, by hand and by the package")
 
 # %% [markdown]
@@ -147,10 +162,10 @@ if not done:
 # all before it. Yours goes along.
 
 # %%
-example = tables.example_settings(report)
-warning = disclaimer or example.get("disclaimer", tables.NEUTRAL_DISCLAIMER)
-questions = evaluation.questions_of(splits["test"], samples)
-yours, asked = evaluation.own_question(your_question or example.get("your_question"), questions)
+example = example_settings(report)
+warning = disclaimer or example.get("disclaimer", NEUTRAL_DISCLAIMER)
+questions = questions_of(splits["test"], samples)
+yours, asked = own_question(your_question or example.get("your_question"), questions)
 print(f"{len(questions)} questions" if questions else "These rows are texts without questions: nothing is answered.")
 
 # %% [markdown]
@@ -165,12 +180,12 @@ results = {}
 
 def ask(model, prompts):
     """The answers to some prompts, and the seconds that they took."""
-    return scoring.generate(model, tokenizer, stops, prompts, eval_batch_size, max_new_tokens, seed, **sampling)
+    return generate(model, tokenizer, stops, prompts, eval_batch_size, max_new_tokens, seed, **sampling)
 
 
 def examine(name, model):
     """Score the test rows and answer the questions, yours last, with one of the three models."""
-    scores = scoring.score(model, test, tokenizer.pad_token_id, eval_batch_size, window, stride)
+    scores = score(model, test, tokenizer.pad_token_id, eval_batch_size, window, stride)
     results[name] = (scores, *ask(model, questions + yours))
 
 
@@ -189,7 +204,7 @@ adapted = None  # room for the next
 
 # %% tags=["nbval-ignore-output"]
 if not done:
-    merged, evaluated_in = inference.load_merged(merged_folder, run / "adapter", *source)
+    merged, evaluated_in = load_merged(merged_folder, run / "adapter", *source)
     examine("merged", merged)
 
 # %% [markdown]
@@ -200,7 +215,7 @@ if not done:
 
 # %%
 if not done:
-    often_done = evaluation.joined_perplexity(merged, tokenizer, splits["train"]["text"][:10])
+    often_done = joined_perplexity(merged, tokenizer, splits["train"]["text"][:10])
     merged = None
 
 # %% [markdown]
@@ -211,7 +226,7 @@ if not done:
 # %%
 folder = run / "evaluation"
 if not done:
-    metrics = evaluation.summarize_all(results, questions, groups, report, bootstrap_samples, seed)
+    metrics = summarize_all(results, questions, groups, report, bootstrap_samples, seed)
     metrics["merged"] |= {"evaluated_in": evaluated_in} if evaluated_in else {}
     metrics["ten_joined_training_texts"] = {"perplexity": often_done}
 if not done and processes.is_main_process:
@@ -219,10 +234,10 @@ if not done and processes.is_main_process:
     with whole(folder) as partial:
         partial.mkdir()
         write_json(partial / "metrics.json", metrics)
-        evaluation.save_rows(partial, results, questions, groups, warning)
+        save_rows(partial, results, questions, groups, warning)
         own = {name: list(made["answer"][len(questions) :]) for name, (_, made, _) in results.items()}
         write_json(partial / "your_questions.json", {text: own for text in asked})
-        figures.plot_results(metrics).savefig(partial / "results.png", dpi=150)
+        plot_results(metrics).savefig(partial / "results.png", dpi=150)
     stage.record(report["fingerprint"], inputs)
 processes.wait_for_everyone()
 metrics = read_json(folder / "metrics.json", stage.name)
@@ -250,8 +265,8 @@ print("the middle 95%: {:.2f} – {:.2f}".format(*np.percentile(by_hand, [2.5, 9
 
 # %%
 columns = (table["response_nll"], table["response_tokens"], table["group"])
-assert np.allclose(by_hand, np.exp(statistics.resampled(*columns, bootstrap_samples, seed)))
-print("perplexity:", figures.with_interval(*figures.stored(metrics["adapter"], "response perplexity"), ".2f"))
+assert np.allclose(by_hand, np.exp(resampled(*columns, bootstrap_samples, seed)))
+print("perplexity:", with_interval(*stored(metrics["adapter"], "response perplexity"), ".2f"))
 
 # %% [markdown]
 # Rates get Wilson's interval: if 11 of 11 answers stop, the bootstrap sees no doubt, and Wilson says 74% to 100%. With
@@ -262,10 +277,10 @@ print("perplexity:", figures.with_interval(*figures.stored(metrics["adapter"], "
 # %%
 if metrics["base"]["too_small"]:
     print(f"The test split has {metrics['base']['questions']} questions: too few to say how sure these figures are.")
-figures.results_table(metrics)
+results_table(metrics)
 
 # %% tags=["nbval-ignore-output"]
-figures.plot_results(metrics)
+plot_results(metrics)
 
 # %% [markdown]
 # ### Which differences are real?
@@ -275,7 +290,7 @@ figures.plot_results(metrics)
 # twenty intervals one does by chance alone, so a lone *yes* that barely does so means little.
 
 # %%
-figures.differences_table(metrics["differences"])
+differences_table(metrics["differences"])
 
 # %% [markdown]
 # ### Against the joined training texts
@@ -294,8 +309,8 @@ print(f"responses of the test split:    {metrics['merged']['perplexity']['respon
 # The numbers say how often; reading says what.
 
 # %%
-answered = pd.DataFrame(reporting.read_lines(folder / "samples.jsonl")).drop(columns="disclaimer", errors="ignore")
-figures.side_by_side(answered.to_dict("list"), min(4, len(answered)), warning)
+answered = pd.DataFrame(read_lines(folder / "samples.jsonl")).drop(columns="disclaimer", errors="ignore")
+side_by_side(answered.to_dict("list"), min(4, len(answered)), warning)
 
 # %% [markdown]
 # ## Ask it yourself
@@ -306,7 +321,7 @@ figures.side_by_side(answered.to_dict("list"), min(4, len(answered)), warning)
 # %% tags=["nbval-ignore-output"]
 answers = read_json(folder / "your_questions.json", stage.name)
 if set(asked) - set(answers):
-    adapted = inference.load_adapted(run / "adapter", *source)
+    adapted = load_adapted(run / "adapter", *source)
     with adapted.disable_adapter():
         before = list(ask(adapted, yours)[0]["answer"])
     answers[asked[0]] = {"base": before, "adapter": list(ask(adapted, yours)[0]["answer"])}
@@ -315,7 +330,7 @@ if set(asked) - set(answers):
 
 # %%
 says = {name: texts for text in asked for name, texts in answers[text].items()}
-figures.side_by_side({"question": asked, **says}, len(asked), warning)
+side_by_side({"question": asked, **says}, len(asked), warning)
 
 # %% [markdown]
 # ## What we have now
@@ -323,7 +338,7 @@ figures.side_by_side({"question": asked, **says}, len(asked), warning)
 # Numbers on questions that the model had not seen, each with its interval:
 
 # %%
-before, after = (figures.stored(metrics[name], "response perplexity")[0] for name in ("base", "merged"))
+before, after = (stored(metrics[name], "response perplexity")[0] for name in ("base", "merged"))
 real = metrics["differences"]["adapter - base"]["log_perplexity"]["significant"]
 print(f"Perplexity of new questions from {before:,.2f} to {after:,.2f}:", "a gain." if real else "it may be chance.")
 
@@ -331,5 +346,5 @@ print(f"Perplexity of new questions from {before:,.2f} to {after:,.2f}:", "a gai
 # Two things to try: `samples = 50`, for narrower intervals of what is counted on answers; `epochs = 3` in notebook 2,
 # and see whether new questions gain as well.
 #
-# Next: [5 · trust](05_trust.ipynb) asks what else the training did; [chat](chat.ipynb) opens a page for more questions,
+# Next: [6 · trust](06_trust.ipynb) asks what else the training did; [chat](chat.ipynb) opens a page for more questions,
 # and [report](report.ipynb) makes one page about the run.

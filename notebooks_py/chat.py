@@ -63,10 +63,16 @@ wait = False  # true: the last cell runs until it is interrupted, which `make ch
 disclaimer = ""  # above the page; "" for the example's, or a neutral one
 
 # %%
-from tabletune import demo, models
-from tabletune.chat_format import load_tokenizer_of_run
-from tabletune.run import StageError, begin, read_json
-from tabletune.tables import NEUTRAL_DISCLAIMER, example_settings
+from tabletune.chat.tokenizer import load_tokenizer_of_run
+from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
+from tabletune.errors import StageError
+from tabletune.export.chat_page import chat_page, open_page
+from tabletune.model.adapters import attach_adapter
+from tabletune.model.devices import compute_dtype
+from tabletune.model.quantization import load_base
+from tabletune.run.artifacts import check_run, load_dataset_of_run
+from tabletune.run.files import read_json
+from tabletune.run.stage import begin
 
 stage = begin("chat", globals())
 if find_spec("gradio") is None:
@@ -78,16 +84,16 @@ if find_spec("gradio") is None:
 # The adapter must have been trained on this data set and this base model, which is loaded as it was for the training.
 
 # %%
-splits, report = models.load_dataset_of_run(stage.folder)
-models.check_run(stage.folder, None, report, base_model)
+splits, report = load_dataset_of_run(stage.folder)
+check_run(stage.folder, None, report, base_model)
 tokenizer, stops = load_tokenizer_of_run(stage.folder / "adapter")
 warning = disclaimer or example_settings(report).get("disclaimer", NEUTRAL_DISCLAIMER)
 
 # %%
 quantization = read_json(stage.folder / "adapter/provenance.json", "02_finetune_qlora").get("quantization", "nf4")
 how = {"attn_implementation": attn_implementation, "quantization": quantization}
-base = models.load_base(base_model, base_model_revision, models.compute_dtype(precision), **how)
-adapted = models.attach_adapter(base, stage.folder / "adapter")
+base = load_base(base_model, base_model_revision, compute_dtype(precision), **how)
+adapted = attach_adapter(base, stage.folder / "adapter")
 
 # %% [markdown]
 # ## Two answers at once
@@ -98,13 +104,13 @@ adapted = models.attach_adapter(base, stage.folder / "adapter")
 # the disclaimer stays in view, however far one scrolls.
 
 # %%
-page = demo.chat_page(adapted, tokenizer, stops, splits["test"], warning, window, max_new_tokens)
+page = chat_page(adapted, tokenizer, stops, splits["test"], warning, window, max_new_tokens)
 
 # %%
 import time
 
 try:
-    print(f"{warning}\nThe page is at {demo.open_page(page, inline=not wait)}" + "; Ctrl-C ends it." * wait)
+    print(f"{warning}\nThe page is at {open_page(page, inline=not wait)}" + "; Ctrl-C ends it." * wait)
     while wait:
         time.sleep(1)
 except KeyboardInterrupt:

@@ -21,7 +21,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/compare_runs.ipynb)
 #
-# | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 5 · trust | 6 · export | **compare** |
+# | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 6 · trust | 7 · export | **compare** |
 # |---|---|---|---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | is it safe? | GGUF, cards | all runs |
 #
@@ -63,14 +63,23 @@ import os
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from tabletune import reporting
-from tabletune.reporting import figure_of, figures_table, say, show, show_table
-from tabletune.run import open_run
+from tabletune.report.pages import (
+    digest_of_test,
+    doubts,
+    figure_of,
+    figures_table,
+    losses,
+    read_run,
+    say,
+    show,
+    show_table,
+)
+from tabletune.run.hub import open_run
 
 places = runs.split() if isinstance(runs, str) else runs
 folders = list(dict.fromkeys(open_run(place).resolve() for place in places))
 common = os.path.commonpath([folder.parent for folder in folders])
-named = {os.path.relpath(folder, common): reporting.read_run(folder) for folder in folders}
+named = {os.path.relpath(folder, common): read_run(folder) for folder in folders}
 
 # %% [markdown]
 # # Runs beside each other
@@ -95,8 +104,8 @@ show_table(figures_table({name: tuned[name] for name in order}), "No run was eva
 # ## Before you compare
 
 # %%
-said = [f"{name}: {' '.join(doubts)}" for name, run in named.items() if (doubts := reporting.doubts(run))]
-if len({reporting.digest_of_test(folder) for folder in folders}) > 1:
+said = [f"{name}: {' '.join(lines)}" for name, run in named.items() if (lines := doubts(run))]
+if len({digest_of_test(folder) for folder in folders}) > 1:
     said.append("WARNING: these runs have different test sets. Their figures are not comparable.")
 if len({run["parameters"].get("base_model") for run in named.values()}) > 1:
     said.append("WARNING: the base models differ. Perplexity counts tokens, and each tokenizer cuts its own.")
@@ -135,7 +144,7 @@ show_table(figures_table({name: run["training"] for name, run in named.items()})
 figure, axes = plt.subplots(figsize=(5.6, 3.2 + 0.24 * len(named)), layout="constrained", dpi=200)
 for place, (name, run) in enumerate(named.items()):
     style = "os^Dv*P"[place % 7] + ["-", "--", ":", "-."][place % 4]
-    axes.plot(reporting.losses(run)["eval_loss"].dropna(), style, label=name)
+    axes.plot(losses(run)["eval_loss"].dropna(), style, label=name)
 axes.set(xlabel="optimizer step", ylabel="validation loss (nats a token)")
 figure.legend(loc="outside lower center", frameon=False)
 show(figure, "Line chart of the validation loss of each run")

@@ -21,7 +21,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/report.ipynb)
 #
-# | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 5 · trust | 6 · export | **report** |
+# | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 6 · trust | 7 · export | **report** |
 # |---|---|---|---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | is it safe? | GGUF, cards | one page |
 #
@@ -63,13 +63,27 @@ answers_shown = 5  # how many questions are shown with their answers
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from tabletune import reporting
-from tabletune.figures import differences_table, plot_figures, results_table
-from tabletune.reporting import at, figure_of, figures_table, say, show, show_answers, show_table
-from tabletune.run import begin
+from tabletune.report.pages import (
+    FIGURES,
+    at,
+    disclaimer_of,
+    doubts,
+    figure_of,
+    figures_table,
+    losses,
+    read_lines,
+    read_run,
+    say,
+    show,
+    show_answers,
+    show_table,
+)
+from tabletune.report.plots import plot_figures
+from tabletune.report.tables import differences_table, results_table
+from tabletune.run.stage import begin
 
 run = begin("report", globals()).folder
-found = reporting.read_run(run)
+found = read_run(run)
 data, metrics, models, manifest = (found[name] for name in ("data", "metrics", "models", "manifest"))
 
 # %% [markdown]
@@ -95,9 +109,9 @@ show_table(results_table(metrics), "Not evaluated yet.")
 # ## Before you trust these figures
 
 # %%
-doubts = reporting.doubts(found)
+warnings = doubts(found)
 calm = "Nothing known speaks against them: all stages ran in order, on one data set."
-say(*(doubts or [calm]), kind="doubt" if doubts else "")
+say(*(warnings or [calm]), kind="doubt" if warnings else "")
 
 # %% [markdown]
 # ## Perplexity
@@ -116,11 +130,11 @@ if models:
 # first goes on falling, the model has begun to memorize.
 
 # %%
-losses = reporting.losses(found)
-if len(losses) > 1:
+curves = losses(found)
+if len(curves) > 1:
     figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained", dpi=200)
-    axes.plot(losses["loss"].dropna(), color="0.6", label="training")
-    axes.plot(losses["eval_loss"].dropna(), "ko-", label="validation")
+    axes.plot(curves["loss"].dropna(), color="0.6", label="training")
+    axes.plot(curves["eval_loss"].dropna(), "ko-", label="validation")
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
     axes.legend(frameon=False)
     show(figure, "Line chart of training and validation loss")
@@ -132,8 +146,8 @@ show_table(figures_table({"fine-tuning": found["training"]}), "Not trained yet."
 # Figures say how often, reading says what: answers to questions that were not in training, beside what the table says.
 
 # %%
-samples = reporting.read_lines(run / "evaluation" / "samples.jsonl")
-disclaimer, shown = reporting.disclaimer_of(found, samples), min(answers_shown, len(samples))
+samples = read_lines(run / "evaluation" / "samples.jsonl")
+disclaimer, shown = disclaimer_of(found, samples), min(answers_shown, len(samples))
 keys = {"question": "question", "in the table": "in_the_table", "base": "base", "fine-tuned": found["tuned"]}
 say(f"{shown} of {len(samples)} questions that were answered.")
 if shown:
@@ -159,7 +173,7 @@ show_table({name: f"{count:,} rows".replace("-", "−") for name, count in rows.
 # is memory, a fall of both is learning. On other texts it should not rise.
 
 # %%
-places = {name: place for name, (place, _) in reporting.FIGURES.items()}
+places = {name: place for name, (place, _) in FIGURES.items()}
 show_table(figures_table(models, [name for name in places if places[name].startswith(("by_split", "outside"))]))
 say(*(metrics.get("memorization") or []))
 
@@ -170,7 +184,7 @@ if len(judged):
     show_table(judged)
 
 # %%
-answers = [line for part in ("trust", "evaluation") for line in reporting.read_lines(run / part / "safety.jsonl")]
+answers = [line for part in ("trust", "evaluation") for line in read_lines(run / part / "safety.jsonl")]
 urgent = pd.DataFrame([line for line in answers if line["kind"] == "emergency"])
 if len(urgent):
     urgent["wrong"] = urgent["offers_remedy"].astype(int) - urgent["seeks_help"].astype(int)

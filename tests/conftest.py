@@ -32,7 +32,7 @@ def hostile(home):
 @pytest.fixture(scope="session")
 def tokenizer():
     """The tiny base model's tokenizer and its stop tokens."""
-    from tabletune.chat_format import load_tokenizer
+    from tabletune.chat.tokenizer import load_tokenizer
 
     return load_tokenizer(str(TINY))
 
@@ -126,7 +126,7 @@ def run_script(name, before=None, **parameters):
 
 def profile_parameters(profile, run_dir, **parameters):
     """The parameters of a profile of ours that needs no Hub, its paths made absolute, and `parameters` on top."""
-    from tabletune.parameters import read_parameters
+    from tabletune.run.parameters import read_parameters
 
     values = read_parameters((ROOT / "profiles" / f"{profile}.yaml").read_text(encoding="utf-8"), profile)
     paths = {name: str(ROOT / values[name]) for name in ("base_model", "dataset")}

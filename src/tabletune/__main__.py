@@ -1,5 +1,5 @@
 """`python -m tabletune`."""
 
-from tabletune.cli import main
+from tabletune.cli.main import main
 
 main()

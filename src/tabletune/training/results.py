@@ -1,0 +1,70 @@
+"""What is left of a training: metrics, loss curves, the adapter."""
+
+from tabletune.chat.tokenizer import save_tokenizer
+from tabletune.run.files import set_aside, whole, write_json
+from tabletune.run.hub import hand_over
+from tabletune.run.machine import peak_memory_gib
+
+# --- what is left of it
+
+
+def loss_of_base(trainer):
+    """The validation loss of the untouched base, in nats a token: that of the model with its adapter switched off."""
+    logged = len(trainer.state.log_history)
+    with trainer.model.disable_adapter():
+        loss = trainer.evaluate()["eval_loss"]
+    del trainer.state.log_history[logged:]  # not of the trained model
+    return loss
+
+
+def training_metrics(trainer, tokens_an_epoch, examples, before):
+    """The content of `training/metrics.json`: steps, tokens without padding, seconds, losses in nats a token."""
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry] or [history[-1]["train_loss"]]
+    seconds = next(entry["seconds"] for entry in history[::-1] if "seconds" in entry and "eval_loss" not in entry)
+    trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    tokens, peak = round(tokens_an_epoch * trainer.state.epoch), peak_memory_gib()
+    after = trainer.state.best_metric
+    if after is None:  # training_options have left out the choice of a checkpoint
+        after = trainer.evaluate()["eval_loss"]
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "examples": examples,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": round(tokens / seconds, 1),
+        "peak_memory_gib": peak.get("gpu", peak["host"]),
+        "trainable_parameters": trainable,
+        "trainable_percent": round(100 * trainable / trainer.model.base_model.model.num_parameters(), 4),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "eval_loss_before": before,
+        "eval_loss_after": after,
+    }
+
+
+def save_training(stage, trainer, metrics, tokenizer, stops, inputs):
+    """Write `training/`, `adapter/` with its tokenizer, its stops and its provenance, and the entry in the manifest.
+
+    Several processes call it together, since shards are gathered; the first one writes.
+    """
+    adapter = {
+        name: parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
+    if trainer.is_world_process_zero():
+        run, chosen = stage.folder, stage.parameters
+        provenance = {name: chosen[name] for name in ("base_model", "base_model_revision", "quantization")}
+        provenance |= {"dataset_fingerprint": inputs["dataset"], "dtype": inputs["dtype"]}
+        write_json(run / "training" / "metrics.json", metrics)
+        write_json(run / "training" / "log_history.json", trainer.state.log_history)
+        set_aside(run, "adapter")
+        with whole(run / "adapter") as folder:
+            trainer.model.save_pretrained(folder, state_dict=adapter)
+            save_tokenizer(folder, tokenizer, stops)
+            write_json(folder / "provenance.json", provenance)
+        hand_over(chosen["run_dir"], run / "adapter")
+        stage.record(inputs["dataset"], inputs)
+    trainer.accelerator.wait_for_everyone()

@@ -1,0 +1,316 @@
+"""The chat page: two answers of one model, and (`make test-export`) the page itself, in Gradio and a browser."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from types import ModuleType, SimpleNamespace
+from urllib.request import Request, urlopen
+
+import base_models
+import pytest
+import torch
+from conftest import TINY, make, run_of_make, run_tiny
+from peft import LoraConfig, get_peft_model
+
+from tabletune.chat.encoding import answer_text, encode_prompt
+from tabletune.chat.tokenizer import load_tokenizer
+from tabletune.export import chat_page
+from tabletune.model.loading import load_model
+from tabletune.training import lora_targets
+
+QUESTION = "I am suffering from Cold. Please suggest a home remedy."
+ASKED = [{"role": "user", "content": QUESTION}]
+
+
+def adapted(folder, **options):
+    """A base model with an adapter that changes it, its tokenizer and stops."""
+    torch.manual_seed(0)
+    base = load_model(str(folder), None, torch.float32)
+    targets = lora_targets.lora_targets(base, "auto")
+    config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    tokenizer, stops = load_tokenizer(str(folder))
+    return SimpleNamespace(model=get_peft_model(base, config).eval(), tokenizer=tokenizer, stops=stops)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return adapted(TINY)
+
+
+def answers(there, most=24):
+    """All that `two_answers` yields."""
+    return list(chat_page.two_answers(there.model, there.tokenizer, there.stops, ASKED, most))
+
+
+def generated(there, most=24):
+    """The two answers as `generate` alone gives them."""
+    ids = torch.tensor([encode_prompt(ASKED, there.tokenizer)])
+    greedy = {"max_new_tokens": most, "do_sample": False, "eos_token_id": there.stops}
+    with there.model.disable_adapter():
+        base = there.model.generate(input_ids=ids, **greedy)
+    tuned = there.model.generate(input_ids=ids, **greedy)
+    return [answer_text(new[0, ids.shape[1] :].tolist(), there.tokenizer, there.stops)[0] for new in (base, tuned)]
+
+
+def test_one_model_gives_the_answers_of_two(tiny):
+    """Token by token those of the base model, and of the base model with the adapter, as `generate` gives them."""
+    shown = answers(tiny)
+    assert shown[-1] == generated(tiny) and shown[-1][0] != shown[-1][1]
+    assert len(shown) == 24, "one for each token"
+    assert all(len(now) <= len(then) for now, then in zip(shown[0], shown[-1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["granite_hybrid", "lfm2", "mamba2", "qwen3_moe"])
+def test_whatever_a_model_keeps_of_what_it_read(name):
+    """Hybrids and recurrent models have caches of their own kinds."""
+    there = adapted(base_models.cached(name))
+    assert answers(there, 8)[-1] == generated(there, 8)
+
+
+def test_adapters_that_cannot_share_a_batch_answer_one_after_the_other():
+    there = adapted(TINY, use_dora=True)
+    shown = answers(there)
+    assert len(shown) == 48 and shown[-1] == generated(there) and shown[23][1] == ""
+
+
+def test_greedy_whatever_the_base_prefers(tiny, monkeypatch):
+    expected = answers(tiny)[-1]
+    own = tiny.model.generation_config
+    monkeypatch.setattr(own, "repetition_penalty", 3.0)
+    monkeypatch.setattr(own, "do_sample", True)
+    assert answers(tiny)[-1] == expected
+
+
+def test_an_answer_that_stops_waits_for_the_other(tiny):
+    """What ends it is not shown."""
+    ids = encode_prompt(ASKED, tiny.tokenizer)
+    with tiny.model.disable_adapter():
+        new = tiny.model.generate(input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :]
+    place = next(k for k in range(3, 24) if new[k] not in new[:k])
+    there = SimpleNamespace(**{**vars(tiny), "stops": [*tiny.stops, int(new[place])]})
+    shown, before = answers(there), answers(tiny)
+    assert len(shown[-1][0]) < len(before[-1][0]) and shown[-1][0] == shown[place][0]
+    assert shown[-1] == generated(there)
+
+
+def test_nothing_goes_on_when_nobody_listens(tiny):
+    threads, steps = threading.active_count(), []
+    hook = tiny.model.get_base_model().register_forward_hook(lambda *_: steps.append(1))
+    answer = chat_page.two_answers(tiny.model, tiny.tokenizer, tiny.stops, ASKED, 400)
+    next(answer)
+    answer.close()
+    hook.remove()
+    assert threading.active_count() == threads and len(steps) < 100
+    assert answers(tiny)[-1] == generated(tiny)
+
+
+# --- the page
+
+
+@pytest.fixture(scope="module")
+def chat(finished_run):
+    """The notebook, its page on a free port. Closed at the end."""
+    chat = run_tiny("chat", finished_run, max_new_tokens=48, window=160)
+    yield chat
+    chat.page.close()
+
+
+@pytest.fixture
+def client(chat):
+    from gradio_client import Client
+
+    return Client(chat.page.local_url, verbose=False)
+
+
+def text(message):
+    return message["content"][0]["text"]
+
+
+@pytest.mark.export
+def test_answers_stream_side_by_side(client):
+    job = client.submit(QUESTION, [], [], api_name="/ask")
+    box, base, tuned = job.result()
+    assert len(job.outputs()) > 10, "one for each token"
+    assert box == "" and text(base[0]) == text(tuned[0]) == QUESTION and text(base[1]) != text(tuned[1])
+    _, base, _ = client.predict("Another one?", base, tuned, api_name="/ask")
+    assert [message["role"] for message in base] == ["user", "assistant"] * 2
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("question", ["", "  \n ", "cold " * 500], ids=["empty", "blank", "too long"])
+def test_what_cannot_be_asked_changes_nothing(client, question):
+    assert client.predict(question, [], [], api_name="/ask") == (question.strip(), [], [])
+
+
+@pytest.mark.export
+def test_two_at_once_wait_for_each_other(chat, client):
+    from gradio_client import Client
+
+    other = Client(chat.page.local_url, verbose=False)
+    jobs = [client.submit("First?", [], [], api_name="/ask"), other.submit("Second?", [], [], api_name="/ask")]
+    for job, question in zip(jobs, ("First?", "Second?"), strict=True):
+        _, base, tuned = job.result()
+        asked = [{"role": "user", "content": question}]
+        *_, alone = chat_page.two_answers(chat.adapted, chat.tokenizer, chat.stops, asked, 48)
+        assert text(base[0]) == question and [text(base[1]), text(tuned[1])] == [answer or "…" for answer in alone]
+
+
+@pytest.mark.export
+def test_stop(client):
+    job = client.submit(QUESTION, [], [], api_name="/ask")
+    while not job.outputs():
+        time.sleep(0.01)
+    assert job.cancel() and len(job.outputs()) < 48
+    assert text(client.predict("Next?", [], [], api_name="/ask")[1][0]) == "Next?"
+
+
+@pytest.mark.export
+def test_a_tables_system_message_goes_before_each_question(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(chat_page, "two_answers", lambda *arguments: asked.append(arguments[3]) or iter([("a", "b")]))
+    system = {"role": "system", "content": "You are brief."}
+    rows = [{"prompt": [system, *ASKED]}, {"prompt": []}]
+    page = chat_page.chat_page(tiny.model, tiny.tokenizer, tiny.stops, rows, 'Do not "trust" <it>.', 400, 8)
+    list(next(f.fn for f in page.fns.values() if f.name == "ask")("Why?", [], []))
+    assert asked == [[system, {"role": "user", "content": "Why?"}]]
+    chat_page.chat_page(tiny.model, tiny.tokenizer, tiny.stops, [{"prompt": []}], "", 400, 8)
+
+
+@pytest.fixture
+def browser():
+    """Chromium, without a window. Needs its driver."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    browser = webdriver.Chrome(options=options)
+    yield browser
+    browser.quit()
+
+
+def ask_in(browser, address):
+    """Open the page, ask, and wait for an answer."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(address)
+    browser.implicitly_wait(30)
+    browser.find_element(By.CSS_SELECTOR, "textarea").send_keys(QUESTION, Keys.ENTER)
+    return browser.find_element(By.CSS_SELECTOR, ".bot.message").text
+
+
+@pytest.mark.export
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)], ids=["desktop", "phone"])
+def test_the_disclaimer_is_always_in_view(chat, browser, width, height):
+    """Before and after an answer, wherever one scrolls to."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    ask_in(browser, chat.page.local_url)
+    for place in ("0", "document.body.scrollHeight"):
+        browser.execute_script(f"window.scrollTo(0, {place})")
+        time.sleep(0.5)
+        seen = browser.execute_script(
+            "const box = document.querySelector('#disclaimer').getBoundingClientRect();"
+            "const top = document.elementFromPoint(innerWidth / 2, (box.top + box.bottom) / 2);"
+            "const fits = document.body.scrollWidth <= innerWidth;"
+            "return [box.top >= 0 && box.bottom < innerHeight, top.innerText, fits]"
+        )
+        assert seen[0] and "not medical advice" in seen[1] and seen[2], seen
+
+
+@pytest.fixture
+def colab_proxy(monkeypatch):
+    """A stand-in of `google.colab` and its proxy, which tells a server its address inside and not the one outside."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def forward(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            headers = {**self.headers, "Host": "m-1.user-runtimes.internal:80"}
+            inside = Request(f"http://127.0.0.1:{self.port}{self.path}", body or None, headers, method=self.command)
+            with urlopen(inside) as answer:
+                self.send_response(answer.status)
+                for name, value in answer.headers.items():
+                    if name.lower() not in ("connection", "transfer-encoding", "date", "server"):
+                        self.send_header(name, value)
+                self.end_headers()
+                while chunk := answer.read1():
+                    self.wfile.write(chunk)
+                    self.wfile.flush()
+
+        def log_message(self, *_):
+            pass
+
+        do_GET = do_POST = forward
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    server.daemon_threads = True
+    Thread(target=server.serve_forever, daemon=True).start()
+    output = ModuleType("google.colab.output")
+
+    def eval_js(code):
+        Proxy.port = int(code.removeprefix("google.colab.kernel.proxyPort(").removesuffix(")"))
+        return f"http://127.0.0.1:{server.server_port}/"
+
+    output.eval_js = eval_js
+    for name, module in (("google.colab", ModuleType("google.colab")), ("google.colab.output", output)):
+        monkeypatch.setitem(sys.modules, name, module)
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.mark.export
+def test_in_colab_it_works_behind_the_proxy(tiny, browser, colab_proxy, monkeypatch):
+    """And opens no tunnel to the world, which is what Gradio does in Colab if nobody says otherwise."""
+    monkeypatch.setattr("gradio.networking.setup_tunnel", lambda **_: pytest.fail("a tunnel was opened"))
+    monkeypatch.setattr("gradio.utils.colab_check", lambda: True)
+    page = chat_page.chat_page(tiny.model, tiny.tokenizer, tiny.stops, [{"prompt": ASKED}], "Careful.", 160, 48)
+    try:
+        assert chat_page.open_page(page) == colab_proxy
+        assert ask_in(browser, colab_proxy)
+    finally:
+        page.close()
+
+
+@pytest.mark.export
+def test_make_chat_serves_and_ctrl_c_ends_it(finished_run):
+    """Started as a person would, it says where the page is, and ends without a traceback."""
+    server = subprocess.Popen(
+        **run_of_make("chat", f"RUN_DIR={finished_run}"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
+    try:
+        printed = []
+        for line in server.stdout:
+            printed.append(line)
+            if "The page is at http://127.0.0.1:" in line:
+                break
+        assert any("not medical advice" in line for line in printed), printed
+        os.killpg(server.pid, signal.SIGINT)
+        rest, _ = server.communicate(timeout=60)
+        assert "Traceback" not in rest
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_without_gradio_it_says_what_to_do(finished_run, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Exception, match=r"Gradio is missing here.*make chat") as caught:
+        run_tiny("chat", finished_run)
+    assert type(caught.value).__name__ == "StageError"
+
+
+def test_a_run_that_is_not_there(tmp_path):
+    (tmp_path / "gradio-6.20.0").touch()
+    done = make("chat", f"EXTRAS={tmp_path}", f"RUN_DIR={tmp_path / 'none'}")
+    assert f"{tmp_path / 'none'} is no run folder" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
