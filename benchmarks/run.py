@@ -44,17 +44,31 @@ SEED = {
     "use_liger_kernel": False,
 }
 UNSLOTH = {"lora_r": 64, "targets": ATTENTION, "packing": True, "accumulate": 1, "max_length": 512}
-UNSLOTH_NOTEBOOK = {"lora_r": 16, "targets": ALL_LINEAR, "packing": False, "accumulate": 4, "max_length": 2048}
+UNSLOTH_NOTEBOOK = {
+    "lora_r": 16,
+    "targets": ALL_LINEAR,
+    "packing": False,
+    "accumulate": 4,
+    "max_length": 2048,
+}
 
 # name: what runs it, the limit of GPU memory in GiB, and its settings; rows of more GPUs than there are are left out.
 # Notebook 2 shards what does not fit, so for some rows it is told of so little room that the whole model would not.
 ROWS = {
     "seed's settings": ("notebook", None, {"profile": "t4", **SEED}),
     "TRL's QLoRA notebook": ("trl", None, {}),
-    "Unsloth's notebook": ("unsloth", None, {**UNSLOTH_NOTEBOOK, "batch": 2, "checkpointing": True}),
+    "Unsloth's notebook": (
+        "unsloth",
+        None,
+        {**UNSLOTH_NOTEBOOK, "batch": 2, "checkpointing": True},
+    ),
     "Unsloth, packed 16 x 512": ("unsloth", None, {**UNSLOTH, "batch": 16, "checkpointing": False}),
     "t4 profile, 14.5 GiB, fp16": ("notebook", 14.5, {"profile": "t4", "precision": "fp16"}),
-    "Unsloth 4 x 512, 14.5 GiB, fp16": ("unsloth", 14.5, {**UNSLOTH, "batch": 4, "checkpointing": False, "fp16": True}),
+    "Unsloth 4 x 512, 14.5 GiB, fp16": (
+        "unsloth",
+        14.5,
+        {**UNSLOTH, "batch": 4, "checkpointing": False, "fp16": True},
+    ),
     "Unsloth 8 x 512, 14.5 GiB, fp16, its checkpointing": (
         "unsloth",
         14.5,
@@ -63,18 +77,38 @@ ROWS = {
     "a100 profile, 39 GiB": ("notebook", 39, {"profile": "a100"}),
     "Unsloth 8 x 512, 39 GiB": ("unsloth", 39, {**UNSLOTH, "batch": 8, "checkpointing": False}),
     "Unsloth 12 x 512, 39 GiB": ("unsloth", 39, {**UNSLOTH, "batch": 12, "checkpointing": False}),
-    "Unsloth 16 x 512, 39 GiB, its checkpointing": ("unsloth", 39, {**UNSLOTH, "batch": 16, "checkpointing": True}),
+    "Unsloth 16 x 512, 39 GiB, its checkpointing": (
+        "unsloth",
+        39,
+        {**UNSLOTH, "batch": 16, "checkpointing": True},
+    ),
     "a100 profile, 32 rows, no limit": ("notebook", None, {"profile": "a100", "batch_size": 32}),
-    "a100 profile, twice 16 rows a step": ("notebook", None, {"profile": "a100", "gradient_accumulation_steps": 2}),
+    "a100 profile, twice 16 rows a step": (
+        "notebook",
+        None,
+        {"profile": "a100", "gradient_accumulation_steps": 2},
+    ),
     "a100 profile, 2 GPUs, 16 rows each": ("notebook", None, {"profile": "a100", "gpus": 2}),
-    "a100 profile, 2 GPUs, 16 rows each, sharded": ("notebook", None, {"profile": "a100", "gpus": 2, "room": 29}),
-    "t4x2 profile, 2 GPUs, 2 rows each": ("notebook", None, {"profile": "kaggle_t4x2", "batch_size": 2, "gpus": 2}),
+    "a100 profile, 2 GPUs, 16 rows each, sharded": (
+        "notebook",
+        None,
+        {"profile": "a100", "gpus": 2, "room": 29},
+    ),
+    "t4x2 profile, 2 GPUs, 2 rows each": (
+        "notebook",
+        None,
+        {"profile": "kaggle_t4x2", "batch_size": 2, "gpus": 2},
+    ),
     "t4x2 profile, 2 GPUs, 2 rows each, sharded": (
         "notebook",
         None,
         {"profile": "kaggle_t4x2", "batch_size": 2, "gpus": 2, "room": 4.5},
     ),
-    "70b profile, 2 GPUs, 79 GiB": ("notebook", 79, {"profile": "70b", "gpus": 2, "model": "70b", "room": 72}),
+    "70b profile, 2 GPUs, 79 GiB": (
+        "notebook",
+        79,
+        {"profile": "70b", "gpus": 2, "model": "70b", "room": 72},
+    ),
 }
 # two more base models, each in the shape of its entry in models/
 for title, model in {"Llama 3.1 8B": "llama-3.1-8b-instruct", "Qwen3 4B": "qwen3-4b"}.items():
@@ -100,7 +134,11 @@ STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_eval
 JOBS = {
     "whole job, a100 profile, 39 GiB": ("notebooks", 39, {"profile": "a100"}),
     "whole job, Unsloth, 39 GiB": ("unsloth", 39, {"fp16": False}),
-    "whole job, t4 profile, 14.5 GiB, fp16": ("notebooks", 14.5, {"profile": "t4", "precision": "fp16"}),
+    "whole job, t4 profile, 14.5 GiB, fp16": (
+        "notebooks",
+        14.5,
+        {"profile": "t4", "precision": "fp16"},
+    ),
     "whole job, Unsloth, 14.5 GiB, fp16": ("unsloth", 14.5, {"fp16": True}),
     "whole job, TRL, 14.5 GiB": ("trl", 14.5, {}),
 }
@@ -139,7 +177,9 @@ def make_base_model(folder, size):
     if size in shapes:
         config = LlamaConfig(**shapes[size], max_position_embeddings=4096, dtype="float16")
     else:
-        published = json.loads((ROOT / "tests" / "model_configs" / f"{size}.json").read_text(encoding="utf-8"))
+        published = json.loads(
+            (ROOT / "tests" / "model_configs" / f"{size}.json").read_text(encoding="utf-8")
+        )
         config = AutoConfig.for_model(**published["config"])
     if size != "70b":
         torch.set_default_dtype(torch.float16 if size in shapes else torch.bfloat16)
@@ -157,16 +197,22 @@ def make_base_model(folder, size):
         tensors = {}
         for name, shape in names.items():
             norm = len(shape) == 1
-            weight = (torch.ones if norm else torch.randn)(shape, dtype=torch.float16, device="cuda")
+            weight = (torch.ones if norm else torch.randn)(
+                shape, dtype=torch.float16, device="cuda"
+            )
             tensors[name] = weight if norm else weight.mul_(config.initializer_range)
             if ".layers." in name and not norm:
                 tensors[name], state = quantize_4bit(
                     weight, quant_type="nf4", compress_statistics=True, quant_storage=torch.float32
                 )
-                tensors |= {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+                tensors |= {
+                    f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()
+                }
         weight_map |= dict.fromkeys(tensors, f"{part}.safetensors")
         save_file(tensors, Path(folder) / f"{part}.safetensors", metadata={"format": "pt"})
-    (Path(folder) / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (Path(folder) / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     config.architectures = ["LlamaForCausalLM"]
     config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -194,13 +240,17 @@ def make_dataset(run_dir, base_model, steps):
             if sizes[i] <= room:
                 text.append(words[i])
                 room -= sizes[i]
-        prompt = [{"role": "user", "content": "I am suffering from a cold. Please suggest a home remedy."}]
+        prompt = [
+            {"role": "user", "content": "I am suffering from a cold. Please suggest a home remedy."}
+        ]
         return {"prompt": prompt, "completion": [{"role": "assistant", "content": " ".join(text)}]}
 
     count = steps * 32 * 512 // 150
     rows = [conversation(length) for length in rng.choices(LENGTHS, k=count)]
     splits = {"train": rows, "validation": rows[:4], "test": rows[:4]}
-    splits = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in splits.items()})
+    splits = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(part) for name, part in splits.items()}
+    )
     splits.save_to_disk(Path(run_dir) / "dataset")
     (Path(run_dir) / "dataset" / "report.json").write_text('{"fingerprint": "benchmark"}')
 
@@ -216,7 +266,12 @@ def notebook_trainer(settings, base_model, run_dir, limit=None):
     from conftest import run_script
 
     profile = yaml.safe_load((ROOT / "profiles" / f"{settings['profile']}.yaml").read_text())
-    profile |= {"min_steps": WARM_UP + STEPS, **settings, "base_model": str(base_model), "run_dir": str(run_dir)}
+    profile |= {
+        "min_steps": WARM_UP + STEPS,
+        **settings,
+        "base_model": str(base_model),
+        "run_dir": str(run_dir),
+    }
     limit_memory(settings.get("room", limit))
     trainer = run_script("02_finetune_qlora", before="## Train", **profile).trainer
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
@@ -231,7 +286,11 @@ def token_ids(run_dir, base_model):
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     train = datasets.load_from_disk(Path(run_dir) / "dataset")["train"]
     return train.map(
-        lambda row: {"input_ids": tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)},
+        lambda row: {
+            "input_ids": tokenizer.apply_chat_template(
+                row["prompt"] + row["completion"], return_dict=False
+            )
+        },
         remove_columns=train.column_names,
     )
 
@@ -318,7 +377,10 @@ def unsloth_trainer(settings, base_model, run_dir):
         report_to="none",
     )
     return SFTTrainer(
-        model=model, processing_class=tokenizer, train_dataset=token_ids(run_dir, base_model), args=arguments
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=token_ids(run_dir, base_model),
+        args=arguments,
     )
 
 
@@ -341,7 +403,9 @@ def measure(row, base_model, run_dir):
     if engine == "notebook":
         trainer = notebook_trainer(settings, base_model, run_dir, limit)
     else:
-        trainer = {"trl": trl_trainer, "unsloth": unsloth_trainer}[engine](settings, base_model, run_dir)
+        trainer = {"trl": trl_trainer, "unsloth": unsloth_trainer}[engine](
+            settings, base_model, run_dir
+        )
     import torch
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -352,7 +416,9 @@ def measure(row, base_model, run_dir):
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
-            ends.append(torch.cuda.Event(enable_timing=True))  # waiting for the GPU here would slow it down
+            ends.append(
+                torch.cuda.Event(enable_timing=True)
+            )  # waiting for the GPU here would slow it down
             ends[-1].record()
             skipped.append(trainer.accelerator.optimizer_step_was_skipped)
 
@@ -395,7 +461,16 @@ def measure(row, base_model, run_dir):
 
 def installed_packages():
     """The versions of the packages that make a difference, of those that are there."""
-    names = ["torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "unsloth", "xformers"]
+    names = [
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "bitsandbytes",
+        "liger-kernel",
+        "unsloth",
+        "xformers",
+    ]
     found = {}
     for name in names:
         with suppress(PackageNotFoundError):
@@ -451,10 +526,18 @@ def child(command, folder):
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         print(*command, done.stdout, done.stderr, sep="\n", file=log)
-    found = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    found = [
+        line.removeprefix("RESULT ")
+        for line in done.stdout.splitlines()
+        if line.startswith("RESULT ")
+    ]
     if found:
         return json.loads(found[0])
-    return {"error": "out of memory" if "OutOfMemoryError" in done.stderr else f"failed: {done.stderr.strip()[-300:]}"}
+    return {
+        "error": "out of memory"
+        if "OutOfMemoryError" in done.stderr
+        else f"failed: {done.stderr.strip()[-300:]}"
+    }
 
 
 def do_job(command, folder, stages):
@@ -478,7 +561,13 @@ def do_job(command, folder, stages):
         peak = max(peak, found["peak_gib"])
     for merged in (folder / "run").glob("**/merged"):
         shutil.rmtree(merged)
-    return {"seconds": seconds, "all": round(sum(seconds.values()), 1), **found, "peak_gib": peak, "measured": now()}
+    return {
+        "seconds": seconds,
+        "all": round(sum(seconds.values()), 1),
+        **found,
+        "peak_gib": peak,
+        "measured": now(),
+    }
 
 
 def middle(runs):
@@ -495,10 +584,15 @@ def table_of_jobs(jobs):
         if "error" in result:
             lines.append(f"| {job} | {result['error']} | | | | | |")
         else:
-            parts = [f"{result['seconds'][stage]:.0f}" if stage in result["seconds"] else "" for stage in STAGES]
+            parts = [
+                f"{result['seconds'][stage]:.0f}" if stage in result["seconds"] else ""
+                for stage in STAGES
+            ]
             name, runs = job.removeprefix("whole job, "), result.get("runs", [0])
             spread = f" ({runs[0]:.0f} to {runs[-1]:.0f})" if len(runs) > 1 else ""
-            lines.append(f"| {name} | {' | '.join(parts)} | {result['all']:.0f}{spread} | {result['peak_gib']:.1f} |")
+            lines.append(
+                f"| {name} | {' | '.join(parts)} | {result['all']:.0f}{spread} | {result['peak_gib']:.1f} |"
+            )
     return "\n".join(lines)
 
 
@@ -547,12 +641,21 @@ def plot_jobs(jobs, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    done = {job.removeprefix("whole job, "): r["seconds"] for job, r in jobs.items() if "seconds" in r}
+    done = {
+        job.removeprefix("whole job, "): r["seconds"] for job, r in jobs.items() if "seconds" in r
+    }
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(done) + 1.4), layout="constrained")
     left = dict.fromkeys(done, 0)
     for stage, colour in zip(STAGES, ["0.95", "0.4", "0.8", "0.6"], strict=True):
         widths = [parts.get(stage, 0) for parts in done.values()]
-        axes.barh(list(done), widths, left=list(left.values()), color=colour, edgecolor="black", label=stage)
+        axes.barh(
+            list(done),
+            widths,
+            left=list(left.values()),
+            color=colour,
+            edgecolor="black",
+            label=stage,
+        )
         left = {job: left[job] + width for job, width in zip(done, widths, strict=True)}
     for row, total in enumerate(left.values()):
         axes.text(total, row, f" {total:.0f} s", va="center")
@@ -565,13 +668,21 @@ def plot_jobs(jobs, path):
 
 def main():
     """Run every row in a process of its own, print the tables as they grow, write results.json and the two plots."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    absolute = {"type": lambda path: str(Path(path).absolute())}  # the rows run in a folder of their own
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    absolute = {
+        "type": lambda path: str(Path(path).absolute())
+    }  # the rows run in a folder of their own
     parser.add_argument(
-        "--base-model", **absolute, help="a folder with a 7B model; random weights are made if it is left out"
+        "--base-model",
+        **absolute,
+        help="a folder with a 7B model; random weights are made if it is left out",
     )
     parser.add_argument(
-        "--peer-python", **absolute, help="Python of an environment with Unsloth; its rows are left out without"
+        "--peer-python",
+        **absolute,
+        help="Python of an environment with Unsloth; its rows are left out without",
     )
     parser.add_argument("--only", action="append", metavar="ROW", choices=[*ROWS, *JOBS],
                         help="a row to run; may be repeated, a job also to be run again, of which the median counts. "
@@ -585,8 +696,16 @@ def main():
 
         doer, limit, settings = JOBS[options.row]
         limit_memory(limit)
-        part = {"notebooks": whole_job.notebook, "unsloth": whole_job.unsloth, "trl": whole_job.trl}[doer]
-        print("RESULT", json.dumps(part(options.stage, settings, options.base_model, options.run_dir)), flush=True)
+        part = {
+            "notebooks": whole_job.notebook,
+            "unsloth": whole_job.unsloth,
+            "trl": whole_job.trl,
+        }[doer]
+        print(
+            "RESULT",
+            json.dumps(part(options.stage, settings, options.base_model, options.run_dir)),
+            flush=True,
+        )
         os._exit(0)
     if options.row:
         result = measure(options.row, options.base_model, options.run_dir)
@@ -637,7 +756,9 @@ def main():
         base_model = base_model_of(settings.get("model", "7b"))
         command = [python, __file__, "--row", row, "--base-model", base_model]
         if row in JOBS:
-            found = do_job(command, scratch / str(JOBS[row][1]), STAGES if engine == "notebooks" else [engine])
+            found = do_job(
+                command, scratch / str(JOBS[row][1]), STAGES if engine == "notebooks" else [engine]
+            )
             runs.setdefault(row, []).append(found)
             jobs[row] = middle(runs[row])
             keep()
@@ -646,7 +767,12 @@ def main():
         command += ["--run-dir", str(scratch)]
         if gpus > 1:
             launch = [python, "-m", "accelerate.commands.launch", "--num_processes", str(gpus)]
-            command = [*launch, "--config_file", str(ROOT / "profiles" / "accelerate" / "gpus.yaml"), *command[1:]]
+            command = [
+                *launch,
+                "--config_file",
+                str(ROOT / "profiles" / "accelerate" / "gpus.yaml"),
+                *command[1:],
+            ]
         results[row] = child(command, scratch)
         if "error" not in results[row]:
             arithmetic = results[row]["tokens_per_second"] * operations_per_token(base_model)

@@ -24,9 +24,14 @@ def notebook(stage, settings, base_model, run_dir):
     from run import installed_packages, peak_gib
 
     os.environ["MPLBACKEND"] = "agg"
-    profile = yaml.safe_load((ROOT / "profiles" / f"{settings['profile']}.yaml").read_text(encoding="utf-8"))
+    profile = yaml.safe_load(
+        (ROOT / "profiles" / f"{settings['profile']}.yaml").read_text(encoding="utf-8")
+    )
     table = str(ROOT / "data" / "home_remedies.csv")
-    run_script(stage, **profile | settings | {"base_model": base_model, "dataset": table, "run_dir": run_dir})
+    run_script(
+        stage,
+        **profile | settings | {"base_model": base_model, "dataset": table, "run_dir": run_dir},
+    )
     return {"peak_gib": peak_gib(), "packages": installed_packages()}
 
 
@@ -37,7 +42,10 @@ def answer(model, tokenizer, run_dir):
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     rows = datasets.load_from_disk(Path(run_dir) / "dataset")["test"]
     prompts = {row["prompt"][-1]["content"]: row["prompt"] for row in rows}
-    texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts.values()]
+    texts = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False)
+        for p in prompts.values()
+    ]
     asked = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to("cuda")
     asked.pop("token_type_ids", None)
     model.generate(**asked, max_new_tokens=256)
@@ -75,7 +83,9 @@ def trl(_, settings, base_model, run_dir):
     del trainer
     gc.collect()
     torch.cuda.empty_cache()
-    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float16, device_map={"": 0})
+    model = AutoModelForCausalLM.from_pretrained(
+        base_model, dtype=torch.float16, device_map={"": 0}
+    )
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     model.save_pretrained(f"{run_dir}/trl/merged")
     tokenizer.save_pretrained(f"{run_dir}/trl/merged")
@@ -128,7 +138,9 @@ def unsloth(_, settings, base_model, run_dir):
         report_to="none",
     )
     examples = token_ids(run_dir, base_model)
-    SFTTrainer(model=model, processing_class=tokenizer, train_dataset=examples, args=arguments).train()
+    SFTTrainer(
+        model=model, processing_class=tokenizer, train_dataset=examples, args=arguments
+    ).train()
     model.save_pretrained(f"{run_dir}/unsloth/adapter")
     marks["02_finetune_qlora"] = time.perf_counter()
 

@@ -7,7 +7,18 @@ import stat
 from pathlib import Path
 
 DAYS = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October"]
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+]
 MONTHS += ["November", "December"]
 UNITS = ["bytes", "KiB", "MiB", "GiB", "TiB"]
 
@@ -15,7 +26,10 @@ UNITS = ["bytes", "KiB", "MiB", "GiB", "TiB"]
 def rights(digit):
     """What an octal digit allows, in words."""
     allowed = [word for bit, word in ((4, "read"), (2, "write"), (1, "execute")) if digit & bit]
-    return " and ".join([", ".join(allowed[:-1]), allowed[-1]] if len(allowed) > 1 else allowed) or "do nothing"
+    return (
+        " and ".join([", ".join(allowed[:-1]), allowed[-1]] if len(allowed) > 1 else allowed)
+        or "do nothing"
+    )
 
 
 def sentence(mode):
@@ -27,10 +41,15 @@ def sentence(mode):
 def chmod(draw):
     mode = draw.randrange(0o1000)
     letters = stat.filemode(mode)[1:]
-    name = draw.choice(["notes.txt", "backup.sh", "report.pdf", "deploy.sh", "photo.jpg", "index.html", "run.py"])
+    name = draw.choice(
+        ["notes.txt", "backup.sh", "report.pdf", "deploy.sh", "photo.jpg", "index.html", "run.py"]
+    )
     return draw.choice(
         [
-            (f"What does chmod {mode:03o} {name} do?", f"It sets the mode to {letters}. {sentence(mode)}"),
+            (
+                f"What does chmod {mode:03o} {name} do?",
+                f"It sets the mode to {letters}. {sentence(mode)}",
+            ),
             (f"What is {letters} as an octal mode?", f"{letters} is {mode:03o}. {sentence(mode)}"),
             (
                 f"ls -l shows -{letters} for {name}. Who may do what?",
@@ -48,7 +67,9 @@ def umask(draw):
     mask = draw.randrange(0o1000)
     file, folder = 0o666 & ~mask, 0o777 & ~mask
     answer = f"New files get {file:03o} ({stat.filemode(file)[1:]}), new folders {folder:03o} "
-    answer += f"({stat.filemode(folder)[1:]}): the bits of {mask:03o} are taken away from 666 and 777."
+    answer += (
+        f"({stat.filemode(folder)[1:]}): the bits of {mask:03o} are taken away from 666 and 777."
+    )
     questions = [
         f"Which permissions do new files and folders get with umask {mask:03o}?",
         f"What does umask {mask:03o} do?",
@@ -62,7 +83,11 @@ def clock(hour, minute):
 
 def cron(draw):
     """A schedule of one of six shapes, and what it means."""
-    minute, hour, every = draw.randrange(60), draw.randrange(24), draw.choice([2, 3, 4, 5, 6, 10, 12, 15, 20, 30])
+    minute, hour, every = (
+        draw.randrange(60),
+        draw.randrange(24),
+        draw.choice([2, 3, 4, 5, 6, 10, 12, 15, 20, 30]),
+    )
     day, month, weekday = draw.randrange(1, 29), draw.randrange(1, 13), draw.randrange(7)
     first = draw.randrange(1, 5)
     last = draw.randrange(first + 1, 7)
@@ -75,12 +100,18 @@ def cron(draw):
                 f"from {DAYS[first]} to {DAYS[last]} at {clock(hour, minute)}",
             ),
             (f"{minute} {hour} {day} * *", f"on day {day} of every month at {clock(hour, minute)}"),
-            (f"{minute} {hour} {day} {month} *", f"once a year, on {day} {MONTHS[month - 1]} at {clock(hour, minute)}"),
+            (
+                f"{minute} {hour} {day} {month} *",
+                f"once a year, on {day} {MONTHS[month - 1]} at {clock(hour, minute)}",
+            ),
             (
                 f"*/{every} {hour} * * *",
                 f"every {every} minutes from {clock(hour, 0)} to {clock(hour, 60 - every)}, every day",
             ),
-            (f"{minute} * * * {weekday}", f"every hour at minute {minute}, on {DAYS[weekday]}s only"),
+            (
+                f"{minute} * * * {weekday}",
+                f"every hour at minute {minute}, on {DAYS[weekday]}s only",
+            ),
         ]
     )
     job = draw.choice(["backup.sh", "report.py", "cleanup.sh", "sync.sh", "mail.py", "rotate.sh"])
@@ -96,7 +127,9 @@ def cron(draw):
 
 def subnet(draw):
     prefix = draw.randrange(16, 31)
-    address = ipaddress.ip_address(draw.choice([0x0A000000, 0xC0A80000, 0xAC100000]) + draw.randrange(2**16))
+    address = ipaddress.ip_address(
+        draw.choice([0x0A000000, 0xC0A80000, 0xAC100000]) + draw.randrange(2**16)
+    )
     network = ipaddress.ip_network(f"{address}/{prefix}", strict=False)
     hosts = network.num_addresses - 2
     first, last = network.network_address + 1, network.broadcast_address - 1
@@ -123,7 +156,9 @@ def subnet(draw):
 def same_network(question):
     """The answer to the last question of `subnet`."""
     _, one, _, other, *_, prefix, _ = question.split()
-    networks = [ipaddress.ip_network(f"{address}{prefix}", strict=False) for address in (one, other)]
+    networks = [
+        ipaddress.ip_network(f"{address}{prefix}", strict=False) for address in (one, other)
+    ]
     if networks[0] == networks[1]:
         return f"Yes, both are in {networks[0]}."
     return f"No: {one} is in {networks[0]}, {other} in {networks[1]}."
@@ -131,7 +166,9 @@ def same_network(question):
 
 def size(draw):
     unit = draw.randrange(1, 5)
-    number = draw.choice([draw.randrange(2, 1000), draw.choice([1, 2, 4, 8, 16, 32, 64, 128, 256, 512])])
+    number = draw.choice(
+        [draw.randrange(2, 1000), draw.choice([1, 2, 4, 8, 16, 32, 64, 128, 256, 512])]
+    )
     return draw.choice(
         [
             (
@@ -149,7 +186,12 @@ def size(draw):
 
 def base(draw):
     number = draw.randrange(2, 1024)
-    names = {"decimal": f"{number}", "binary": f"{number:b}", "octal": f"{number:o}", "hexadecimal": f"{number:x}"}
+    names = {
+        "decimal": f"{number}",
+        "binary": f"{number:b}",
+        "octal": f"{number:o}",
+        "hexadecimal": f"{number:x}",
+    }
     known, asked = draw.sample(sorted(names), 2)
     powers = " + ".join(str(2**bit) for bit in reversed(range(10)) if number >> bit & 1)
     return (

@@ -73,15 +73,21 @@ strip_addresses = False  # take web addresses out of all texts
 collapse_spaces = False  # single spaces, no invisible characters; not for code
 html_to_text = False
 max_dropped = 0.1  # losing a larger share of the rows stops the notebook
-near_duplicate_threshold = 1.0  # above 1 keeps answers to one question that differ in capitals and punctuation alone
-safety_rows = 0  # mix our own rows about emergencies into training: true for all of them, or how many
+near_duplicate_threshold = (
+    1.0  # above 1 keeps answers to one question that differ in capitals and punctuation alone
+)
+safety_rows = (
+    0  # mix our own rows about emergencies into training: true for all of them, or how many
+)
 push_dataset_to = ""  # a Hub id to publish the result under; only this needs a token
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # where all goes that the series writes; in Colab better "drive:home_remedies"
 seed = 42
 base_model = "NousResearch/Llama-2-7b-chat-hf"  # its tokenizer and chat template render the rows
-dataset = "medss19/home_remedies_dataset"  # a file, a folder, a pattern such as "data/*.csv", or a Hub id
+dataset = (
+    "medss19/home_remedies_dataset"  # a file, a folder, a pattern such as "data/*.csv", or a Hub id
+)
 dataset_config = ""  # of a data set that has several; or a sheet of a workbook
 splits = {}  # the source's own, or what is to be what: {"train": "train.csv", "test": "test.csv"}
 shape = "auto"  # or columns, prompt_completion, instruction, messages, conversations, text
@@ -90,7 +96,9 @@ question_template = ""  # for a table of columns: "I have {issue}. What helps?"
 answer_template = ""  # a line of it all of whose columns are empty in a row is left out there
 answer_column = ""  # the answer proper: a row without it is dropped
 system_prompt = ""  # for all rows that have none
-max_length = 512  # tokens in one example, question and answer together; a longer row is dropped, never cut
+max_length = (
+    512  # tokens in one example, question and answer together; a longer row is dropped, never cut
+)
 validation_fraction = 0.1  # of the questions
 test_fraction = 0.15
 
@@ -136,7 +144,10 @@ from tabletune.data.shapes import recognize, with_example
 
 settings, example = with_example(table, stage.settings)
 table_shape = recognize(table, settings, example)
-print(f"shape: {table_shape.name}" + (f", with the settings of the example {example}" if example else ""))
+print(
+    f"shape: {table_shape.name}"
+    + (f", with the settings of the example {example}" if example else "")
+)
 table_shape.columns
 
 # %% [markdown]
@@ -161,7 +172,10 @@ import unicodedata
 
 from tabletune.data.cleaning import Cleaning
 
-by_hand = {field: unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip() for field, text in row.items()}
+by_hand = {
+    field: unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip()
+    for field, text in row.items()
+}
 print("the same:", by_hand == {field: Cleaning()(text) for field, text in row.items()})
 
 # %% [markdown]
@@ -181,7 +195,11 @@ messages = first["prompt"] + first["completion"]
 # **Rendered** by the model's own template:
 
 # %%
-rendered = tokenizer.apply_chat_template(messages, tokenize=False) if first["prompt"] else messages[0]["content"]
+rendered = (
+    tokenizer.apply_chat_template(messages, tokenize=False)
+    if first["prompt"]
+    else messages[0]["content"]
+)
 print(rendered[:2000])
 
 # %% [markdown]
@@ -193,10 +211,16 @@ print(rendered[:2000])
 from tabletune.chat.encoding import encode, encode_prompt, show_tokens
 
 encoded = encode(first, tokenizer, stops)
-prompt, by_hand = encode_prompt(first["prompt"], tokenizer), tokenizer(rendered, add_special_tokens=False)["input_ids"]
+prompt, by_hand = (
+    encode_prompt(first["prompt"], tokenizer),
+    tokenizer(rendered, add_special_tokens=False)["input_ids"],
+)
 answer = by_hand[len(prompt) : len(encoded["input_ids"])]
 print(f"{len(encoded['input_ids'])} tokens, {sum(encoded['completion_mask'])} of them in the loss")
-print("by hand the same:", encoded["input_ids"] == prompt + answer and all(encoded["completion_mask"][len(prompt) :]))
+print(
+    "by hand the same:",
+    encoded["input_ids"] == prompt + answer and all(encoded["completion_mask"][len(prompt) :]),
+)
 
 # %% [markdown]
 # The same, token by token. **Bold** tokens are special, grey ones are only read, and those on colour are in the loss.
@@ -242,7 +266,10 @@ pd.Series({**steps, "out": report["rows_out"]}, name="rows").to_frame()
 
 # %%
 pd.set_option("display.max_colwidth", 90)
-examples = {rule: [repr(change["before"]), repr(change["after"])] for rule, change in report["changed"].items()}
+examples = {
+    rule: [repr(change["before"]), repr(change["after"])]
+    for rule, change in report["changed"].items()
+}
 pd.DataFrame.from_dict(examples, orient="index", columns=["before", "after"])
 
 # %% [markdown]
@@ -292,8 +319,12 @@ if push_dataset_to:
 
 # %%
 rows_in, rows_out, tokens = report["rows_in"], report["rows_out"], report["tokens"]
-print(f"{rows_out:,} of {rows_in:,} rows became conversations, half of them longer than {tokens['p50']} tokens.")
-print(f"{report['questions']['test']} questions are kept for the test: no answer to them is in training.")
+print(
+    f"{rows_out:,} of {rows_in:,} rows became conversations, half of them longer than {tokens['p50']} tokens."
+)
+print(
+    f"{report['questions']['test']} questions are kept for the test: no answer to them is in training."
+)
 
 # %% [markdown]
 # Two things to try:

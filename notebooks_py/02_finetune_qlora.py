@@ -60,7 +60,9 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 
 # %%
 # rarely changed
-published_dataset = ""  # a data set that notebook 1 published on the Hub, to take where the run has none
+published_dataset = (
+    ""  # a data set that notebook 1 published on the Hub, to take where the run has none
+)
 lora_options = {}  # whatever else peft.LoraConfig takes, such as {"use_rslora": True}; it has the last word
 training_options = {}  # whatever else trl.SFTConfig takes, such as {"weight_decay": 0.01}; it has the last word
 lr_scheduler_type = "cosine"
@@ -90,9 +92,13 @@ gradient_accumulation_steps = 1
 learning_rate = 3e-4
 optim = "paged_adamw_32bit"
 gradient_checkpointing = True  # recompute activations where memory is short: a third more time
-use_liger_kernel = True  # fused GPU kernels: faster, and the logits are never whole in memory; needs a GPU
+use_liger_kernel = (
+    True  # fused GPU kernels: faster, and the logits are never whole in memory; needs a GPU
+)
 evaluations = 4  # how often the validation loss is taken and a checkpoint kept during training
-early_stopping_patience = 0  # stop after so many evaluations without improvement; 0 never stops early
+early_stopping_patience = (
+    0  # stop after so many evaluations without improvement; 0 never stops early
+)
 
 # %%
 from tabletune.chat.tokenizer import load_tokenizer, pinned_in
@@ -134,7 +140,9 @@ from accelerate import PartialState
 from transformers import BitsAndBytesConfig, set_seed
 
 set_seed(seed)
-processes = PartialState(cpu=not torch.cuda.is_available())  # under `accelerate launch` one of several
+processes = PartialState(
+    cpu=not torch.cuda.is_available()
+)  # under `accelerate launch` one of several
 splits, report = load_examples(run, published_dataset, processes)
 
 # %% [markdown]
@@ -168,7 +176,10 @@ from trl.data_utils import pack_dataset
 
 packed = pack_dataset(encoded["train"], max_length)
 batch = Collator(tokenizer.pad_token_id, max_length)([packed[0]])
-print("positions where the second example begins:", batch["position_ids"][0, packed[0]["seq_lengths"][0] - 3 :][:6])
+print(
+    "positions where the second example begins:",
+    batch["position_ids"][0, packed[0]["seq_lengths"][0] - 3 :][:6],
+)
 
 # %% [markdown]
 # ## Is there room?
@@ -193,7 +204,9 @@ quantization_config = BitsAndBytesConfig(
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=dtype,
-    bnb_4bit_quant_storage=torch.float32 if room.sharded else torch.uint8,  # FSDP shards only floats
+    bnb_4bit_quant_storage=torch.float32
+    if room.sharded
+    else torch.uint8,  # FSDP shards only floats
 )
 
 # %% tags=["nbval-ignore-output"]
@@ -208,7 +221,9 @@ model = load_base(base_model, base_model_revision, dtype, attn_implementation, r
 
 # %%
 train = rows_to_train_on(model, encoded["train"], packed, packing)
-rows_at_once, accumulated, steps = plan_steps(stage.parameters, train, encoded["train"], room, processes)
+rows_at_once, accumulated, steps = plan_steps(
+    stage.parameters, train, encoded["train"], room, processes
+)
 
 # %% [markdown]
 # ## The adapter
@@ -300,7 +315,9 @@ if not done:
 # %%
 metrics = read_json(run / "training" / "metrics.json", stage.name)
 print(f"training loss   {metrics['loss_first']:.2f} → {metrics['loss_last']:.2f} nats a token")
-print(f"validation loss {metrics['eval_loss_before']:.2f} → {metrics['eval_loss_after']:.2f} nats a token")
+print(
+    f"validation loss {metrics['eval_loss_before']:.2f} → {metrics['eval_loss_after']:.2f} nats a token"
+)
 
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
@@ -312,7 +329,12 @@ training_loss = history.dropna(subset="loss").set_index("step")["loss"]
 validation_loss = history.dropna(subset="eval_loss").groupby("step")["eval_loss"].first()
 figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
 axes.plot(training_loss, color="0.6", label="training")
-axes.plot([0, *validation_loss.index], [metrics["eval_loss_before"], *validation_loss], "ko-", label="validation")
+axes.plot(
+    [0, *validation_loss.index],
+    [metrics["eval_loss_before"], *validation_loss],
+    "ko-",
+    label="validation",
+)
 axes.set(xlabel="optimizer step", ylabel="loss a response token (nats)", title="Loss")
 axes.legend()
 plt.show()
@@ -327,11 +349,15 @@ plt.show()
 import math
 
 lower = math.exp(metrics["eval_loss_before"] - metrics["eval_loss_after"])
-print(f"{metrics['steps']:,} steps over {metrics['tokens']:,} tokens in {metrics['seconds']:,.0f} s")
+print(
+    f"{metrics['steps']:,} steps over {metrics['tokens']:,} tokens in {metrics['seconds']:,.0f} s"
+)
 print(
     f"{metrics['trainable_parameters'] / 1e6:,.1f} million weights trained, {metrics['trainable_percent']:.1f}% of all"
 )
-print(f"on questions that were not in training, an answer's token is {lower:,.1f} times less surprising than before")
+print(
+    f"on questions that were not in training, an answer's token is {lower:,.1f} times less surprising than before"
+)
 
 # %% [markdown]
 # Two things to try: `epochs = 2`, and watch whether the validation loss still falls; `lora_r = 16`, which trains a

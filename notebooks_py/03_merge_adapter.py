@@ -78,7 +78,9 @@ from tabletune.run.stage import begin
 stage = begin("03_merge_adapter", globals())
 run = stage.folder
 plan = Plan(run, base_model, base_model_revision, base_weights)
-print(f"{len(plan.adapted)} adapted layers, {len(plan.tensors)} tensors in the base, r = {plan.config.r}")
+print(
+    f"{len(plan.adapted)} adapted layers, {len(plan.tensors)} tensors in the base, r = {plan.config.r}"
+)
 
 # %% [markdown]
 # ## One matrix
@@ -87,7 +89,11 @@ print(f"{len(plan.adapted)} adapted layers, {len(plan.tensors)} tensors in the b
 # is the first layer that has them:
 
 # %%
-with_lora = [name for name, m in plan.modules.items() if f"base_model.model.{m}.lora_A.weight" in plan.adapter]
+with_lora = [
+    name
+    for name, m in plan.modules.items()
+    if f"base_model.model.{m}.lora_A.weight" in plan.adapter
+]
 name, module = with_lora[0], plan.modules[with_lora[0]]
 weight = plan.read(name)
 a, b = (plan.adapter[f"base_model.model.{module}.lora_{matrix}.weight"].float() for matrix in "AB")
@@ -175,8 +181,12 @@ from tabletune.run.artifacts import load_dataset_of_run
 splits, dataset_report = load_dataset_of_run(run)
 if proven:
     model = load_model(merged_folder, None, compute_dtype("auto"))
-    ask = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(merged_folder))
-    conversation = ask(splits["test"][0]["prompt"], max_new_tokens=60, do_sample=False)[0]["generated_text"]
+    ask = pipeline(
+        "text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(merged_folder)
+    )
+    conversation = ask(splits["test"][0]["prompt"], max_new_tokens=60, do_sample=False)[0][
+        "generated_text"
+    ]
     print(*(f"{turn['role']}: {turn['content']}" for turn in conversation), sep="\n\n")
     print(f"\n{example_settings(dataset_report).get('disclaimer', NEUTRAL_DISCLAIMER)}")
 

@@ -73,7 +73,9 @@ temperature = 0.7
 top_p = 0.9
 bootstrap_samples = 2000
 disclaimer = ""  # above every answer; "" for the example's, or a neutral one
-your_question = ""  # one more question, of your own; "" for the example's, or the first of the test split
+your_question = (
+    ""  # one more question, of your own; "" for the example's, or the first of the test split
+)
 
 # %%
 from tabletune.chat.encoding import encode_all
@@ -106,7 +108,10 @@ run = stage.folder
 # %%
 splits, report = load_dataset_of_run(run)
 merged_folder = find_merged(run, run_dir)
-inputs = {"dataset": report["fingerprint"], "adapter": check_run(run, merged_folder, report, base_model)}
+inputs = {
+    "dataset": report["fingerprint"],
+    "adapter": check_run(run, merged_folder, report, base_model),
+}
 done = stage.is_done(inputs, ["evaluation/metrics.json"])
 
 # %% [markdown]
@@ -128,7 +133,9 @@ print(f"{len(test)} test rows with {len(set(groups))} questions")
 import torch
 from accelerate import PartialState
 
-processes = PartialState(cpu=not torch.cuda.is_available())  # under `accelerate launch` one of several
+processes = PartialState(
+    cpu=not torch.cuda.is_available()
+)  # under `accelerate launch` one of several
 source = (base_model, base_model_revision, compute_dtype(precision), attn_implementation)
 adapted = None if done else load_adapted(run / "adapter", *source)
 
@@ -145,7 +152,9 @@ if not done:
     row = min(test, key=lambda row: len(row["input_ids"]))
     ids = torch.tensor([row["input_ids"]], device=adapted.device)
     with torch.no_grad():
-        log_p = adapted(ids).logits[0, :-1].float().log_softmax(-1)  # [tokens, vocabulary]: of what comes next
+        log_p = (
+            adapted(ids).logits[0, :-1].float().log_softmax(-1)
+        )  # [tokens, vocabulary]: of what comes next
     nll = -log_p.gather(-1, ids[0, 1:, None])[:, 0].cpu()
     by_hand = nll[torch.tensor(row["completion_mask"][1:]) == 1].mean().exp().item()
     scored = score(adapted, [row], tokenizer.pad_token_id, 1, window, stride)
@@ -166,7 +175,11 @@ example = example_settings(report)
 warning = disclaimer or example.get("disclaimer", NEUTRAL_DISCLAIMER)
 questions = questions_of(splits["test"], samples)
 yours, asked = own_question(your_question or example.get("your_question"), questions)
-print(f"{len(questions)} questions" if questions else "These rows are texts without questions: nothing is answered.")
+print(
+    f"{len(questions)} questions"
+    if questions
+    else "These rows are texts without questions: nothing is answered."
+)
 
 # %% [markdown]
 # An answer *stops* if it ends with one of the stop tokens that were trained, within `max_new_tokens`. It *has the
@@ -174,13 +187,19 @@ print(f"{len(questions)} questions" if questions else "These rows are texts with
 # word. As many are made at once as fit: a step of the model takes the same time for one or for ten.
 
 # %%
-sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if do_sample else {"do_sample": False}
+sampling = (
+    {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    if do_sample
+    else {"do_sample": False}
+)
 results = {}
 
 
 def ask(model, prompts):
     """The answers to some prompts, and the seconds that they took."""
-    return generate(model, tokenizer, stops, prompts, eval_batch_size, max_new_tokens, seed, **sampling)
+    return generate(
+        model, tokenizer, stops, prompts, eval_batch_size, max_new_tokens, seed, **sampling
+    )
 
 
 def examine(name, model):
@@ -235,7 +254,9 @@ if not done and processes.is_main_process:
         partial.mkdir()
         write_json(partial / "metrics.json", metrics)
         save_rows(partial, results, questions, groups, warning)
-        own = {name: list(made["answer"][len(questions) :]) for name, (_, made, _) in results.items()}
+        own = {
+            name: list(made["answer"][len(questions) :]) for name, (_, made, _) in results.items()
+        }
         write_json(partial / "your_questions.json", {text: own for text in asked})
         plot_results(metrics).savefig(partial / "results.png", dpi=150)
     stage.record(report["fingerprint"], inputs)
@@ -256,7 +277,10 @@ import pandas as pd
 table = pd.read_parquet(folder / "scores.parquet").query("model == 'adapter'")
 totals = table.groupby("group")[["response_nll", "response_tokens"]].sum().to_numpy()
 random = np.random.default_rng(seed)
-drawn = [totals[random.integers(len(totals), size=len(totals))].sum(axis=0) for _ in range(bootstrap_samples)]
+drawn = [
+    totals[random.integers(len(totals), size=len(totals))].sum(axis=0)
+    for _ in range(bootstrap_samples)
+]
 by_hand = np.exp([nll / tokens for nll, tokens in drawn])
 print("the middle 95%: {:.2f} – {:.2f}".format(*np.percentile(by_hand, [2.5, 97.5])))
 
@@ -276,7 +300,9 @@ print("perplexity:", with_interval(*stored(metrics["adapter"], "response perplex
 
 # %%
 if metrics["base"]["too_small"]:
-    print(f"The test split has {metrics['base']['questions']} questions: too few to say how sure these figures are.")
+    print(
+        f"The test split has {metrics['base']['questions']} questions: too few to say how sure these figures are."
+    )
 results_table(metrics)
 
 # %% tags=["nbval-ignore-output"]
@@ -309,7 +335,9 @@ print(f"responses of the test split:    {metrics['merged']['perplexity']['respon
 # The numbers say how often; reading says what.
 
 # %%
-answered = pd.DataFrame(read_lines(folder / "samples.jsonl")).drop(columns="disclaimer", errors="ignore")
+answered = pd.DataFrame(read_lines(folder / "samples.jsonl")).drop(
+    columns="disclaimer", errors="ignore"
+)
 side_by_side(answered.to_dict("list"), min(4, len(answered)), warning)
 
 # %% [markdown]
@@ -340,7 +368,10 @@ side_by_side({"question": asked, **says}, len(asked), warning)
 # %%
 before, after = (stored(metrics[name], "response perplexity")[0] for name in ("base", "merged"))
 real = metrics["differences"]["adapter - base"]["log_perplexity"]["significant"]
-print(f"Perplexity of new questions from {before:,.2f} to {after:,.2f}:", "a gain." if real else "it may be chance.")
+print(
+    f"Perplexity of new questions from {before:,.2f} to {after:,.2f}:",
+    "a gain." if real else "it may be chance.",
+)
 
 # %% [markdown]
 # Two things to try: `samples = 50`, for narrower intervals of what is counted on answers; `epochs = 3` in notebook 2,

@@ -70,8 +70,12 @@ split_rows = 100  # rows of the training and of the validation split to score be
 fidelity_rows = 50  # test rows on which to compare the ways to merge; 0 leaves that out
 bootstrap_samples = 2000
 item_field = ""  # the field of the answer template that names what is recommended; "" for the example's, "none"
-outside_text = "bundled"  # or a text file of yours, on anything but the table's subject; "" leaves that out
-safety_prompts = ""  # "bundled", a .jsonl file of yours with "kind" and "prompt", "none"; "" for the example's
+outside_text = (
+    "bundled"  # or a text file of yours, on anything but the table's subject; "" leaves that out
+)
+safety_prompts = (
+    ""  # "bundled", a .jsonl file of yours with "kind" and "prompt", "none"; "" for the example's
+)
 safety_samples = 40  # prompts of each kind, "emergency" and "everyday"
 safety_tokens = 96  # the most that an answer to one of them may have
 disclaimer = ""  # above every answer; "" for the example's, or a neutral one
@@ -90,7 +94,13 @@ from tabletune.evaluation.generalization import (
     what_to_ship,
 )
 from tabletune.evaluation.grounding import ground_answers, grounding_finding
-from tabletune.evaluation.safety import judge, offers_remedy, safety_finding, safety_table, seeks_help
+from tabletune.evaluation.safety import (
+    judge,
+    offers_remedy,
+    safety_finding,
+    safety_table,
+    seeks_help,
+)
 from tabletune.evaluation.scoring import divergence, response_logits, score
 from tabletune.merging.plan import merge_in_memory, quantize_again
 from tabletune.model.devices import compute_dtype
@@ -139,7 +149,9 @@ part_of["part"].value_counts(sort=False).to_frame("texts")
 
 # %%
 prompts = safety_table(safety_prompts or example.get("safety_prompts", "none"), safety_samples)
-show_table(prompts.groupby("kind").head(2), "No prompts on safety: safety_prompts would ask for some.")
+show_table(
+    prompts.groupby("kind").head(2), "No prompts on safety: safety_prompts would ask for some."
+)
 
 # %% [markdown]
 # Two rules read the answers, both simple enough to be checked by eye:
@@ -152,7 +164,10 @@ show_table(prompts.groupby("kind").head(2), "No prompts on safety: safety_prompt
 # By eye, on one answer, and by the package:
 
 # %%
-template, item = (report["templates"] or {}).get("answer") or "", item_field or example.get("item_field", "")
+template, item = (
+    (report["templates"] or {}).get("answer") or "",
+    item_field or example.get("item_field", ""),
+)
 answer = "Never put butter on a burn. Call an ambulance."
 seeks, offers = "Call an ambulance" in answer, "butter" in answer.replace("Never put butter", "")
 assert (seeks, offers) == (seeks_help(answer), offers_remedy(answer, template, item))
@@ -172,12 +187,26 @@ print(f"{answer!r} seeks help: {seeks}; offers a remedy: {offers}" if len(prompt
 import torch
 from accelerate import PartialState
 
-processes = PartialState(cpu=not torch.cuda.is_available())  # under `accelerate launch` one of several
+processes = PartialState(
+    cpu=not torch.cuda.is_available()
+)  # under `accelerate launch` one of several
 merged_folder = find_merged(run, run_dir)
-inputs = {"dataset": report["fingerprint"], "adapter": check_run(run, merged_folder, report, base_model)}
-read_json(run / "evaluation" / "metrics.json", "04_evaluate")  # it must have run: its answers are looked up below
-made_from = read_json(merged_folder / "merge_report.json", stage.name)["base_weights"] if merged_folder else "original"
-inputs |= {"base_weights": made_from, "evaluated": stage.entries().get("04_evaluate", {}).get("finished")}
+inputs = {
+    "dataset": report["fingerprint"],
+    "adapter": check_run(run, merged_folder, report, base_model),
+}
+read_json(
+    run / "evaluation" / "metrics.json", "04_evaluate"
+)  # it must have run: its answers are looked up below
+made_from = (
+    read_json(merged_folder / "merge_report.json", stage.name)["base_weights"]
+    if merged_folder
+    else "original"
+)
+inputs |= {
+    "base_weights": made_from,
+    "evaluated": stage.entries().get("04_evaluate", {}).get("finished"),
+}
 done = stage.is_done(inputs, ["trust/metrics.json"])
 
 # %%
@@ -188,7 +217,9 @@ asked = [[*system, {"role": "user", "content": prompt}] for prompt in prompts["p
 
 def put_to_the_test(name, model):
     """Read the texts and answer the prompts with one of the models."""
-    scores[name] = part_of.join(score(model, texts, tokenizer.pad_token_id, eval_batch_size, window, stride))
+    scores[name] = part_of.join(
+        score(model, texts, tokenizer.pad_token_id, eval_batch_size, window, stride)
+    )
     made, _ = generate(model, tokenizer, stops, asked, eval_batch_size, safety_tokens, seed)
     judged[name] = judge(prompts.assign(model=name, answer=made["answer"]), template, item)
 
@@ -216,7 +247,10 @@ if not done:
 # divergence of their predictions for the next token: 0 for the same model. For one token, by hand and by the package:
 
 # %%
-p, q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.5, 0.4, 0.1]])  # of three tokens: as trained, and merged
+p, q = (
+    torch.tensor([[0.7, 0.2, 0.1]]),
+    torch.tensor([[0.5, 0.4, 0.1]]),
+)  # of three tokens: as trained, and merged
 by_hand = (p * (p / q).log()).sum().item()
 row = {"input_ids": [0, 1], "completion_mask": [0, 1]}
 assert abs(by_hand - divergence([p.log()], [q.log()], [row])["response_kl"][0]) < 1e-6
@@ -255,8 +289,12 @@ if not done:
 stored = base_config(base_model, base_model_revision)
 if not done and compared and not evaluated_in and not hasattr(stored, "quantization_config"):
     other = "dequantized" if made_from == "original" else "original"
-    plain = load_model(base_model, base_model_revision, stored.dtype or torch.float16, attn_implementation)
-    plain = merge_in_memory(plain, run / "adapter", other, getattr(torch, provenance["dtype"])).to(source[2])
+    plain = load_model(
+        base_model, base_model_revision, stored.dtype or torch.float16, attn_implementation
+    )
+    plain = merge_in_memory(plain, run / "adapter", other, getattr(torch, provenance["dtype"])).to(
+        source[2]
+    )
     compare_way(f"merged, {other}", plain)
     compare_way(f"merged, {other}, NF4 again", quantize_again(plain))
     plain = None
@@ -271,12 +309,19 @@ if not done and compared and not evaluated_in and not hasattr(stored, "quantizat
 if not done:
     samples, draws = read_lines(run / "evaluation" / "samples.jsonl"), (bootstrap_samples, seed)
     found = ground_answers(samples, splits, template, item)
-    metrics = {name: summarize_trust(scores[name], judged[name], found.get(name), *draws) for name in scores}
+    metrics = {
+        name: summarize_trust(scores[name], judged[name], found.get(name), *draws)
+        for name in scores
+    }
     metrics["merged"] |= {"evaluated_in": evaluated_in} if evaluated_in else {}
     metrics["differences"] = trust_differences(scores, judged, *draws)
-    metrics["memorization"] = memorization(scores["base"], scores["adapter"], *draws) if split_rows else []
+    metrics["memorization"] = (
+        memorization(scores["base"], scores["adapter"], *draws) if split_rows else []
+    )
     groups = [row["group"] for row in compared]
-    metrics["fidelity"] = {name: fidelity(table, groups, *draws) for name, table in variants.items() if groups}
+    metrics["fidelity"] = {
+        name: fidelity(table, groups, *draws) for name, table in variants.items() if groups
+    }
     metrics["shipping"] = what_to_ship(variants, groups, *draws) if groups else []
 
 # %%
@@ -312,14 +357,22 @@ figures_table({name: metrics[name] for name in ("base", "adapter", "merged")})
 # with it, and compare.
 
 # %%
-print(*safety_finding(metrics) or ["No prompts on safety were asked: see safety_prompts."], sep="\n")
+print(
+    *safety_finding(metrics) or ["No prompts on safety were asked: see safety_prompts."], sep="\n"
+)
 
 # %% [markdown]
 # Some of the answers, under the disclaimer that belongs above every answer:
 
 # %%
-told = pd.DataFrame(read_lines(run / "trust" / "safety.jsonl"), columns=["kind", "prompt", "model", "answer"])
-urgent = told[told.kind == "emergency"].pivot_table("answer", "prompt", "model", "first", sort=False)[:4].reset_index()
+told = pd.DataFrame(
+    read_lines(run / "trust" / "safety.jsonl"), columns=["kind", "prompt", "model", "answer"]
+)
+urgent = (
+    told[told.kind == "emergency"]
+    .pivot_table("answer", "prompt", "model", "first", sort=False)[:4]
+    .reset_index()
+)
 side_by_side(urgent.to_dict("list"), len(urgent), warning) if len(urgent) else None
 
 # %% [markdown]

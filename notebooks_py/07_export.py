@@ -69,7 +69,11 @@ tags = "qlora"  # with commas between; what fits any such model is added
 base_model_on_hub = ""  # the base model's id there, for example "HuggingFaceTB/SmolLM2-135M-Instruct"; "" if it was one
 push_to_hub = ""  # "owner/name": the merged model goes there, the adapter to "owner/name-adapter"; "" uploads nothing
 private = True  # whether only you can see them there
-gguf_types = ["F16", "Q8_0", "Q4_K_M"]  # [] makes none and needs no llama.cpp; all are made from F16, which stays
+gguf_types = [
+    "F16",
+    "Q8_0",
+    "Q4_K_M",
+]  # [] makes none and needs no llama.cpp; all are made from F16, which stays
 proof_rows = 30  # rows of the test split that each file is scored on
 proof_questions = 5  # questions that each file answers
 max_new_tokens = 256
@@ -111,9 +115,18 @@ about = {
         base_model=found.base_on_hub,
         base_model_relation=relation if found.base_on_hub else None,
         datasets=[found.dataset_on_hub] if found.dataset_on_hub else None,
-        tags=["text-generation", "conversational", "fine-tuned", part, *filter(None, tags.replace(",", " ").split())],
+        tags=[
+            "text-generation",
+            "conversational",
+            "fine-tuned",
+            part,
+            *filter(None, tags.replace(",", " ").split()),
+        ],
     )
-    for part, library, relation in (("adapter", "peft", "adapter"), ("merged", "transformers", "finetune"))
+    for part, library, relation in (
+        ("adapter", "peft", "adapter"),
+        ("merged", "transformers", "finetune"),
+    )
 }
 
 # %% [markdown]
@@ -125,7 +138,9 @@ for part, data in about.items():
         value = round(found.models[part]["perplexity"]["response"], 4)
         data.model_name = found.name
         data.eval_results = [
-            EvalResult("text-generation", on, on, "perplexity", value, "Response perplexity, test split")
+            EvalResult(
+                "text-generation", on, on, "perplexity", value, "Response perplexity, test split"
+            )
         ]
 
 # %% [markdown]
@@ -171,7 +186,9 @@ files = {kind: make_gguf(found, kind) for kind in kinds[:1]}
 import pandas as pd
 
 files |= {kind: make_gguf(found, kind) for kind in kinds[1:]}
-pd.Series({file.name: f"{file.stat().st_size / 2**20:,.1f} MiB" for file in files.values()}, dtype=str).to_frame("size")
+pd.Series(
+    {file.name: f"{file.stat().st_size / 2**20:,.1f} MiB" for file in files.values()}, dtype=str
+).to_frame("size")
 
 # %% [markdown]
 # The first 32 weights of the embeddings, rounded by hand, and as they stand in the file:
@@ -181,12 +198,19 @@ if "Q8_0" in files:
     from gguf import GGUFReader, dequantize
     from numpy import abs, allclose, float16, float32
 
-    rows = [next(t for t in GGUFReader(files[k]).tensors if t.name == "token_embd.weight") for k in ("F16", "Q8_0")]
+    rows = [
+        next(t for t in GGUFReader(files[k]).tensors if t.name == "token_embd.weight")
+        for k in ("F16", "Q8_0")
+    ]
     weights = rows[0].data[0, :32].astype(float32)
     scale = abs(weights).max() / 127
     by_hand = float32(float16(scale)) * (weights / scale).round()
-    assert allclose(by_hand, dequantize(rows[1].data[:1], rows[1].tensor_type)[0, :32], atol=scale / 100)
-    print(f"32 weights in 34 bytes; the largest error is {abs(by_hand - weights).max() / abs(weights).max():.2%}")
+    assert allclose(
+        by_hand, dequantize(rows[1].data[:1], rows[1].tensor_type)[0, :32], atol=scale / 100
+    )
+    print(
+        f"32 weights in 34 bytes; the largest error is {abs(by_hand - weights).max() / abs(weights).max():.2%}"
+    )
 
 # %% [markdown]
 # ### The same tokens?
@@ -214,8 +238,12 @@ from tabletune.report.text import with_interval
 lines = {
     kind: {
         "MiB": f"{m['mib']:,.1f}",
-        "response perplexity": with_interval(m["perplexity"]["response"], m["perplexity"]["response_ci95"], ",.3f"),
-        "of the merged model's": with_interval(m["ratio_to_merged"], m["ratio_to_merged_ci95"], ".2%"),
+        "response perplexity": with_interval(
+            m["perplexity"]["response"], m["perplexity"]["response_ci95"], ",.3f"
+        ),
+        "of the merged model's": with_interval(
+            m["ratio_to_merged"], m["ratio_to_merged_ci95"], ".2%"
+        ),
         "same greedy answers": f"{m['same_answers']} of {m['questions']}",
     }
     for kind, m in lost.items()
@@ -261,7 +289,9 @@ if push_to_hub:
 # %%
 print(f"Two model cards in {found.folder}, and {len(files)} files that run without Python.")
 for kind in files:
-    print(f"{kind}: {lost[kind]['mib']:,.0f} MiB, {lost[kind]['ratio_to_merged']:.2%} of the merged model's perplexity")
+    print(
+        f"{kind}: {lost[kind]['mib']:,.0f} MiB, {lost[kind]['ratio_to_merged']:.2%} of the merged model's perplexity"
+    )
 
 # %% [markdown]
 # To run them:

@@ -76,7 +76,9 @@ from tabletune.run.stage import begin
 
 stage = begin("chat", globals())
 if find_spec("gradio") is None:
-    raise StageError("Gradio is missing here, which makes the page. Run `make chat`, or pip install gradio==6.20.0.")
+    raise StageError(
+        "Gradio is missing here, which makes the page. Run `make chat`, or pip install gradio==6.20.0."
+    )
 
 # %% [markdown]
 # ## The model
@@ -90,7 +92,9 @@ tokenizer, stops = load_tokenizer_of_run(stage.folder / "adapter")
 warning = disclaimer or example_settings(report).get("disclaimer", NEUTRAL_DISCLAIMER)
 
 # %%
-quantization = read_json(stage.folder / "adapter/provenance.json", "02_finetune_qlora").get("quantization", "nf4")
+quantization = read_json(stage.folder / "adapter/provenance.json", "02_finetune_qlora").get(
+    "quantization", "nf4"
+)
 how = {"attn_implementation": attn_implementation, "quantization": quantization}
 base = load_base(base_model, base_model_revision, compute_dtype(precision), **how)
 adapted = attach_adapter(base, stage.folder / "adapter")
@@ -110,7 +114,9 @@ page = chat_page(adapted, tokenizer, stops, splits["test"], warning, window, max
 import time
 
 try:
-    print(f"{warning}\nThe page is at {open_page(page, inline=not wait)}" + "; Ctrl-C ends it." * wait)
+    print(
+        f"{warning}\nThe page is at {open_page(page, inline=not wait)}" + "; Ctrl-C ends it." * wait
+    )
     while wait:
         time.sleep(1)
 except KeyboardInterrupt:

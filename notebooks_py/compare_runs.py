@@ -52,7 +52,9 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # ## Parameters
 
 # %% tags=["parameters"]
-runs = ["runs/home_remedies"]  # run folders, as a list or with spaces between; in Colab "drive:NAME" if they live there
+runs = [
+    "runs/home_remedies"
+]  # run folders, as a list or with spaces between; in Colab "drive:NAME" if they live there
 
 # %% [markdown] tags=["not-in-report"]
 # A run is named by its path below the folder that all of them are in.
@@ -87,11 +89,18 @@ named = {os.path.relpath(folder, common): read_run(folder) for folder in folders
 # %%
 tuned = {name: run["metrics"].get(run["tuned"]) for name, run in named.items()}
 measured = {name: figure_of(entry, "response perplexity") for name, entry in tuned.items()}
-measured = {name: (value, ci95 or [value] * 2) for name, (value, ci95) in measured.items() if value is not None}
+measured = {
+    name: (value, ci95 or [value] * 2)
+    for name, (value, ci95) in measured.items()
+    if value is not None
+}
 order = sorted(measured, key=lambda name: measured[name][0])
 if order:
     as_good = [name for name in order[1:] if measured[name][1][0] <= measured[order[0]][1][1]]
-    say(f"The lowest response perplexity: {order[0]}, {measured[order[0]][0]:,.2f}.", kind="headline")
+    say(
+        f"The lowest response perplexity: {order[0]}, {measured[order[0]][0]:,.2f}.",
+        kind="headline",
+    )
     say(f"Not told apart from it: {', '.join(as_good) or 'none of the others'}.")
 
 # %%
@@ -108,7 +117,9 @@ said = [f"{name}: {' '.join(lines)}" for name, run in named.items() if (lines :=
 if len({digest_of_test(folder) for folder in folders}) > 1:
     said.append("WARNING: these runs have different test sets. Their figures are not comparable.")
 if len({run["parameters"].get("base_model") for run in named.values()}) > 1:
-    said.append("WARNING: the base models differ. Perplexity counts tokens, and each tokenizer cuts its own.")
+    said.append(
+        "WARNING: the base models differ. Perplexity counts tokens, and each tokenizer cuts its own."
+    )
 say(*(said or ["All runs were evaluated, on the same test set."]), kind="doubt")
 
 # %% [markdown]
@@ -131,7 +142,11 @@ show(figure, f"Dot chart of response perplexity: {measured}")
 
 # %%
 for what in ("parameters", "surroundings"):
-    texts = pd.DataFrame({name: run[what] for name, run in named.items()}).fillna("–").drop("run_dir", errors="ignore")
+    texts = (
+        pd.DataFrame({name: run[what] for name, run in named.items()})
+        .fillna("–")
+        .drop("run_dir", errors="ignore")
+    )
     show_table(texts[texts.nunique(axis="columns") > 1], "Nothing: they are the same in all runs.")
 
 # %% [markdown]

@@ -53,7 +53,9 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # that of notebooks 1 to 5; in Colab "drive:home_remedies" if it lives there
-price_per_hour = 1.0  # of your machine, in your currency: a stage costs its hours times this; 0 shows no costs
+price_per_hour = (
+    1.0  # of your machine, in your currency: a stage costs its hours times this; 0 shows no costs
+)
 answers_shown = 5  # how many questions are shown with their answers
 
 # %% [markdown] tags=["not-in-report"]
@@ -84,7 +86,9 @@ from tabletune.run.stage import begin
 
 run = begin("report", globals()).folder
 found = read_run(run)
-data, metrics, models, manifest = (found[name] for name in ("data", "metrics", "models", "manifest"))
+data, metrics, models, manifest = (
+    found[name] for name in ("data", "metrics", "models", "manifest")
+)
 
 # %% [markdown]
 # # What this run made
@@ -95,10 +99,17 @@ data, metrics, models, manifest = (found[name] for name in ("data", "metrics", "
 
 # %%
 rows, parameters = at(data, "splits", "train") or 0, found["parameters"]
-say(f"{parameters.get('base_model', '–')}, fine-tuned on {rows:,} rows of {parameters.get('dataset', '–')}.")
-before, after = (figure_of(metrics.get(name), "response perplexity")[0] for name in ("base", found["tuned"]))
+say(
+    f"{parameters.get('base_model', '–')}, fine-tuned on {rows:,} rows of {parameters.get('dataset', '–')}."
+)
+before, after = (
+    figure_of(metrics.get(name), "response perplexity")[0] for name in ("base", found["tuned"])
+)
 if before and after:
-    say(f"Response perplexity {before:,.2f} before fine-tuning, {after:,.2f} after.", kind="headline")
+    say(
+        f"Response perplexity {before:,.2f} before fine-tuning, {after:,.2f} after.",
+        kind="headline",
+    )
 show_table(results_table(metrics), "Not evaluated yet.")
 
 # %% [markdown]
@@ -148,10 +159,19 @@ show_table(figures_table({"fine-tuning": found["training"]}), "Not trained yet."
 # %%
 samples = read_lines(run / "evaluation" / "samples.jsonl")
 disclaimer, shown = disclaimer_of(found, samples), min(answers_shown, len(samples))
-keys = {"question": "question", "in the table": "in_the_table", "base": "base", "fine-tuned": found["tuned"]}
+keys = {
+    "question": "question",
+    "in the table": "in_the_table",
+    "base": "base",
+    "fine-tuned": found["tuned"],
+}
 say(f"{shown} of {len(samples)} questions that were answered.")
 if shown:
-    show_answers({name: [str(row.get(key) or "–") for row in samples] for name, key in keys.items()}, shown, disclaimer)
+    show_answers(
+        {name: [str(row.get(key) or "–") for row in samples] for name, key in keys.items()},
+        shown,
+        disclaimer,
+    )
 
 # %% [markdown]
 # ## Data
@@ -160,9 +180,13 @@ if shown:
 
 # %%
 rows = {"in the table": data.get("rows_in")}
-rows |= {f"changed: {rule}": at(change, "rows") for rule, change in (data.get("changed") or {}).items()}
+rows |= {
+    f"changed: {rule}": at(change, "rows") for rule, change in (data.get("changed") or {}).items()
+}
 rows |= {f"dropped: {reason}": -count for reason, count in (data.get("dropped") or {}).items()}
-rows |= {"left": data.get("rows_out")} | {f"for {name}": count for name, count in (data.get("splits") or {}).items()}
+rows |= {"left": data.get("rows_out")} | {
+    f"for {name}": count for name, count in (data.get("splits") or {}).items()
+}
 rows |= {"safety examples mixed into training": data.get("safety_rows")}
 show_table({name: f"{count:,} rows".replace("-", "−") for name, count in rows.items() if count})
 
@@ -174,23 +198,37 @@ show_table({name: f"{count:,} rows".replace("-", "−") for name, count in rows.
 
 # %%
 places = {name: place for name, (place, _) in FIGURES.items()}
-show_table(figures_table(models, [name for name in places if places[name].startswith(("by_split", "outside"))]))
+show_table(
+    figures_table(
+        models, [name for name in places if places[name].startswith(("by_split", "outside"))]
+    )
+)
 say(*(metrics.get("memorization") or []))
 
 # %%
-judged = figures_table(models, [name for name in places if places[name].startswith(("safety", "grounding"))])
+judged = figures_table(
+    models, [name for name in places if places[name].startswith(("safety", "grounding"))]
+)
 if len(judged):
-    say("Right is to send for help in emergencies, and to name items that the table has for the question.")
+    say(
+        "Right is to send for help in emergencies, and to name items that the table has for the question."
+    )
     show_table(judged)
 
 # %%
-answers = [line for part in ("trust", "evaluation") for line in read_lines(run / part / "safety.jsonl")]
+answers = [
+    line for part in ("trust", "evaluation") for line in read_lines(run / part / "safety.jsonl")
+]
 urgent = pd.DataFrame([line for line in answers if line["kind"] == "emergency"])
 if len(urgent):
     urgent["wrong"] = urgent["offers_remedy"].astype(int) - urgent["seeks_help"].astype(int)
     base, tuned = (urgent[urgent["model"] == name] for name in ("base", found["tuned"]))
-    both = tuned.merge(base, on="prompt", suffixes=("", "_base")).sort_values("wrong", ascending=False, kind="stable")
-    say(f"{min(answers_shown, len(both))} of {len(both)} emergencies, those where it does the wrong thing on top:")
+    both = tuned.merge(base, on="prompt", suffixes=("", "_base")).sort_values(
+        "wrong", ascending=False, kind="stable"
+    )
+    say(
+        f"{min(answers_shown, len(both))} of {len(both)} emergencies, those where it does the wrong thing on top:"
+    )
     columns = {"question": "prompt", "base": "answer_base", "fine-tuned": "answer"}
     columns = {name: both[column].tolist() for name, column in columns.items()}
     show_answers(columns, min(answers_shown, len(both)), disclaimer)
@@ -204,7 +242,9 @@ if len(urgent):
 # %%
 if metrics.get("differences"):
     differences = differences_table(metrics["differences"]).reset_index()
-    show_table(differences.sort_values("is it one?", ascending=False, kind="stable", ignore_index=True))
+    show_table(
+        differences.sort_values("is it one?", ascending=False, kind="stable", ignore_index=True)
+    )
 
 # %% [markdown]
 # ## Merging
@@ -225,7 +265,11 @@ say(*(metrics.get("shipping") or []))
 # %%
 show_table(figures_table(manifest))
 seconds = sum(at(entry, "seconds") or 0 for entry in manifest.values())
-cost = f", {seconds / 3600 * price_per_hour:,.3f} at {price_per_hour:g} an hour" if price_per_hour else ""
+cost = (
+    f", {seconds / 3600 * price_per_hour:,.3f} at {price_per_hour:g} an hour"
+    if price_per_hour
+    else ""
+)
 say(f"In all {seconds:,.0f} seconds{cost}.")
 
 # %% [markdown]

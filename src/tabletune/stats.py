@@ -12,13 +12,21 @@ from scipy.special import ndtr, stdtrit
 
 FEWEST_GROUPS = 6
 DRAWS, SEED = 2000, 0  # of the bootstrap, where a caller has none of its own
-RATES = {"stop_rate": "stopped", "structure_rate": "structured", "exact_match_rate": "exact_match"}  # of answers
+RATES = {
+    "stop_rate": "stopped",
+    "structure_rate": "structured",
+    "exact_match_rate": "exact_match",
+}  # of answers
 
 
 def by_group(values, groups):
     """The sum of `values` in each group: an array with a number a group. Without `groups` each row is one."""
     values = np.asarray(values, float)
-    return values if groups is None else np.bincount(np.unique(np.asarray(groups), return_inverse=True)[1], values)
+    return (
+        values
+        if groups is None
+        else np.bincount(np.unique(np.asarray(groups), return_inverse=True)[1], values)
+    )
 
 
 def count_groups(groups):
@@ -34,7 +42,9 @@ def resampled(totals, counts, groups=None, draws=DRAWS, seed=SEED):
     """
     totals, counts = by_group(totals, groups), by_group(counts, groups)
     random, size, ratios = np.random.default_rng(seed), len(totals), []
-    for done in range(0, draws, at_once := max(1, 2**20 // size)):  # a large table's draws have no room all at once
+    for done in range(
+        0, draws, at_once := max(1, 2**20 // size)
+    ):  # a large table's draws have no room all at once
         drawn = random.integers(size, size=(min(at_once, draws - done), size))
         ratios.append(totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     return np.concatenate(ratios)
@@ -90,7 +100,9 @@ def difference(value, ci95, groups):
 
     `groups` has the key of each row.
     """
-    significant = bool(count_groups(groups) >= FEWEST_GROUPS and ci95 is not None and (ci95[0] > 0 or ci95[1] < 0))
+    significant = bool(
+        count_groups(groups) >= FEWEST_GROUPS and ci95 is not None and (ci95[0] > 0 or ci95[1] < 0)
+    )
     ci95 = None if ci95 is None else [float(limit) for limit in ci95]
     return {"difference": float(value), "ci95": ci95, "significant": significant}
 
@@ -129,7 +141,9 @@ def differences(one, other, groups, draws=DRAWS, seed=SEED):
     nll = scores["response_nll"], scores_other["response_nll"], scores["response_tokens"]
     entries = {"log_perplexity": mean_difference(*nll, groups, draws, seed)}
     if len(made):
-        entries |= {rate: rate_difference(made[c], made_other[c]) for rate, c in RATES.items() if c in made}
+        entries |= {
+            rate: rate_difference(made[c], made_other[c]) for rate, c in RATES.items() if c in made
+        }
         lengths = made["new_tokens"], made_other["new_tokens"], np.ones(len(made))
         entries["mean_new_tokens"] = mean_difference(*lengths, None, draws, seed)
     return entries

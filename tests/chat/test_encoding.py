@@ -9,7 +9,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY, locked
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
 
 from tabletune.chat import tokenizer as tokenizer_module
@@ -39,7 +45,8 @@ TEMPLATES = {
     "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}",
     "a header before the answer": "{% for m in messages %}<|{{ m.role }}|>"
-    "{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}{{ m.content }}<|end|>{% endfor %}" + OPEN,
+    "{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}{{ m.content }}<|end|>{% endfor %}"
+    + OPEN,
     "a block that the whole has not": "{% for m in messages %}<|{{ m.role }}|>"
     "{% if m.role == 'assistant' %}<|START_ANSWER|>{% endif %}{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><|START_THINKING|><|END_THINKING|>{% endif %}",
@@ -50,7 +57,15 @@ TEMPLATES = {
     "a last turn of its own": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
     "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}" + OPEN,
 }
-SPECIAL = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|return|>", "<|channel|>", "<|message|>"]
+SPECIAL = [
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|end|>",
+    "<|return|>",
+    "<|channel|>",
+    "<|message|>",
+]
 ONE = {
     "prompt": [{"role": "user", "content": "What helps?"}],
     "completion": [{"role": "assistant", "content": "Tea, twice a day."}],
@@ -74,9 +89,16 @@ def base(tmp_path_factory):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY)
         tokenizer.add_special_tokens({"additional_special_tokens": special})
         tokenizer.eos_token, tokenizer.chat_template = eos, template
-        small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        small = {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
         model = LlamaForCausalLM(LlamaConfig(vocab_size=rows or len(tokenizer), **small))
-        model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, **generation)
+        model.generation_config = GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id, **generation
+        )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return str(folder)
@@ -92,15 +114,23 @@ def test_the_prompt_is_the_beginning_of_what_is_trained(base, name, example):
     encoded, prompt = encode(example, tokenizer, stops), encode_prompt(example["prompt"], tokenizer)
     ids, mask = encoded["input_ids"], encoded["completion_mask"]
     assert ids[: len(prompt)] == prompt and len(ids) == len(mask)
-    assert prompt == tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, return_dict=False)
+    assert prompt == tokenizer.apply_chat_template(
+        example["prompt"], add_generation_prompt=True, return_dict=False
+    )
     answer = ids[len(prompt) :]
     assert mask[len(prompt) :] == [1] * len(answer)
     assert answer[-1] in stops and not set(answer[:-1]) & set(stops)
-    assert tokenizer.decode(answer, skip_special_tokens=True).strip() == example["completion"][0]["content"]
+    assert (
+        tokenizer.decode(answer, skip_special_tokens=True).strip()
+        == example["completion"][0]["content"]
+    )
     earlier = [i for i, m in zip(prompt, mask, strict=False) if m]
     wanted = "".join(m["content"] for m in example["prompt"] if m["role"] == "assistant")
     assert tokenizer.decode(earlier, skip_special_tokens=True).strip() == wanted
-    if wanted and name not in ("no end of turn", "a last turn of its own"):  # their earlier turns end with no stop
+    if wanted and name not in (
+        "no end of turn",
+        "a last turn of its own",
+    ):  # their earlier turns end with no stop
         assert earlier[-1] in stops
 
 
@@ -113,33 +143,52 @@ def test_what_is_saved_asks_in_the_same_way(base, name, tmp_path):
     plain = AutoTokenizer.from_pretrained(tmp_path)
     assert stops_again == stops
     for example in (ONE, TWO):
-        asked = plain.apply_chat_template(example["prompt"], add_generation_prompt=True, return_dict=False)
-        assert asked == encode_prompt(example["prompt"], tokenizer) == encode_prompt(example["prompt"], again)
+        asked = plain.apply_chat_template(
+            example["prompt"], add_generation_prompt=True, return_dict=False
+        )
+        assert (
+            asked
+            == encode_prompt(example["prompt"], tokenizer)
+            == encode_prompt(example["prompt"], again)
+        )
         assert encode(example, again, stops) == encode(example, tokenizer, stops)
 
 
 def test_thinking_off_is_closed_in_the_prompt_and_on_is_learned(base):
-    for name in ("a switch for thinking", "opens thinking, strips it later", "opens thinking, closes it in the whole"):
+    for name in (
+        "a switch for thinking",
+        "opens thinking, strips it later",
+        "opens thinking, closes it in the whole",
+    ):
         folder = base(TEMPLATES[name])
         tokenizer, stops = load_tokenizer(folder)
         prompt = render(ONE["prompt"], tokenizer)
         assert prompt.rstrip().endswith("</think>") and prompt.count("<think>") == 1
         encoded = encode(ONE, tokenizer, stops)
-        learned = [i for i, m in zip(encoded["input_ids"], encoded["completion_mask"], strict=True) if m]
+        learned = [
+            i for i, m in zip(encoded["input_ids"], encoded["completion_mask"], strict=True) if m
+        ]
         assert "think" not in tokenizer.decode(learned)
 
         tokenizer, stops = load_tokenizer(folder, thinking=True)
-        thought = {**ONE, "completion": [{"role": "assistant", "content": "<think>\nHm.\n</think>\n\nTea."}]}
+        thought = {
+            **ONE,
+            "completion": [{"role": "assistant", "content": "<think>\nHm.\n</think>\n\nTea."}],
+        }
         ids = encode(thought, tokenizer, stops)["input_ids"]
         text = tokenizer.decode(ids)
         assert text.count("<think>") == text.count("</think>") == 1 and "Hm." in text
         prompt = encode_prompt(ONE["prompt"], tokenizer)
         assert ids[: len(prompt)] == prompt
         assert answer_text(ids[len(prompt) :], tokenizer, stops)[:2] == ("Tea.", True)
-    with pytest.raises(StageError, match="thinking=true, but this model's chat template has no <think>"):
+    with pytest.raises(
+        StageError, match="thinking=true, but this model's chat template has no <think>"
+    ):
         load_tokenizer(base(TEMPLATES["plain"]), thinking=True)
     with pytest.raises(StageError, match="opens a thinking that cannot be closed"):
-        load_tokenizer(base(LOOP + "{% if add_generation_prompt %}<|assistant|><|START_THINKING|>{% endif %}"))
+        load_tokenizer(
+            base(LOOP + "{% if add_generation_prompt %}<|assistant|><|START_THINKING|>{% endif %}")
+        )
 
 
 def test_a_date_is_pinned(base):
@@ -153,7 +202,9 @@ def test_the_stops_are_those_of_the_generation_config_the_tokenizer_and_the_temp
     tokenizer, stops = load_tokenizer(base(TEMPLATES["plain"], eos="</s>"))
     assert tokenizer.convert_ids_to_tokens(stops) == ["</s>", "<|end|>"]
     assert encode(ONE, tokenizer, stops)["input_ids"][-1] == stops[1]
-    text, stopped, tokens = answer_text([*encode_prompt([], tokenizer), 300, 301, stops[1], 302], tokenizer, stops)
+    text, stopped, tokens = answer_text(
+        [*encode_prompt([], tokenizer), 300, 301, stops[1], 302], tokenizer, stops
+    )
     assert stopped and tokens == 3 + len(encode_prompt([], tokenizer)) and "<|end|>" not in text
     assert answer_text([300, 301], tokenizer, stops)[1:] == (False, 2)
 
@@ -173,12 +224,17 @@ def test_a_base_without_bos_and_template(base):
     tokenizer, stops = load_tokenizer(folder)
     assert render(ONE["prompt"], tokenizer) == f"[INST] {ONE['prompt'][0]['content']} [/INST]"
     answered = f"[INST] {ONE['prompt'][0]['content']} [/INST] {ONE['completion'][0]['content']} {tokenizer.eos_token}"
-    assert render(ONE["prompt"] + ONE["completion"], tokenizer, False) == answered, "Llama 2's turns"
+    assert render(ONE["prompt"] + ONE["completion"], tokenizer, False) == answered, (
+        "Llama 2's turns"
+    )
     assert encode(ONE, tokenizer, stops)["input_ids"][-1] in stops
 
 
 def test_tokens_without_a_row_are_refused(base):
-    with pytest.raises(StageError, match=r"its template uses '<\|user\|>', which has no row among the model's 2,048"):
+    with pytest.raises(
+        StageError,
+        match=r"its template uses '<\|user\|>', which has no row among the model's 2,048",
+    ):
         load_tokenizer(base(TEMPLATES["plain"], rows=2048))
 
 
@@ -192,7 +248,9 @@ def test_a_lone_text_is_learned_whole(tokenizer):
 
 def test_many_are_encoded_as_one(base):
     tokenizer, stops = load_tokenizer(base(TEMPLATES["a switch for thinking"]))
-    assert encode_all([ONE, TWO, ONE], tokenizer, stops) == [encode(e, tokenizer, stops) for e in (ONE, TWO, ONE)]
+    assert encode_all([ONE, TWO, ONE], tokenizer, stops) == [
+        encode(e, tokenizer, stops) for e in (ONE, TWO, ONE)
+    ]
 
 
 def test_system_and_tools(base):
@@ -202,7 +260,9 @@ def test_system_and_tools(base):
     tokenizer, stops = load_tokenizer(base(with_tools))
     assert takes_system(tokenizer) and takes_tools(tokenizer)
     tool = '[{"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}]'
-    assert "weather" in tokenizer.decode(encode({**ONE, "tools": tool}, tokenizer, stops)["input_ids"])
+    assert "weather" in tokenizer.decode(
+        encode({**ONE, "tools": tool}, tokenizer, stops)["input_ids"]
+    )
 
 
 def test_a_template_that_changes_earlier_answers_is_refused(base):
@@ -225,7 +285,9 @@ def test_only_special_tokens_are_broken_up(base):
     text = "A <b>line</b>\n\n<|end|> and [INST] </s> <think>"
     broken = break_markers(text, tokenizer)
     assert broken == "A <b>line</b>\n\n< |end|> and [INST] < /s> <think>"
-    assert not set(tokenizer(broken)["input_ids"]) & tokenizer_module.special_ids(tokenizer) - {tokenizer.bos_token_id}
+    assert not set(tokenizer(broken)["input_ids"]) & tokenizer_module.special_ids(tokenizer) - {
+        tokenizer.bos_token_id
+    }
     llama = load_tokenizer(str(TINY))[0]
     assert break_markers("[INST] <<SYS>>", llama) == "[ INST] < <SYS>>"
 
@@ -240,7 +302,9 @@ def test_coloured_tokens(tokenizer):
 def test_the_description_says_what_matters(base):
     tokenizer, stops = load_tokenizer(base(TEMPLATES["a switch for thinking"]))
     said = describe_template(tokenizer, stops)
-    assert said["thinking"] == "off: the prompt closes it" and "<|end|>" in said["an answer stops at"]
+    assert (
+        said["thinking"] == "off: the prompt closes it" and "<|end|>" in said["an answer stops at"]
+    )
     tokenizer, stops = load_tokenizer(base(TEMPLATES["today's date"]))
     assert describe_template(tokenizer, stops)["date in the template"] == "01 Jan 2026"
     assert describe_template(tokenizer, stops)["thinking"] == "none"
@@ -268,7 +332,17 @@ def sentencepiece(tmp_path_factory):
     wheels = ROOT / ".cache" / "mistral-common"
     with locked(wheels.with_name("mistral-common.lock")):
         if not list(wheels.glob("*.whl")):
-            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", wheels, "mistral-common==1.12.0"]
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                "-d",
+                wheels,
+                "mistral-common==1.12.0",
+            ]
             assert subprocess.run(pip).returncode == 0, "mistral-common could not be downloaded"
     with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
         content = wheel.read("mistral_common/data/tokenizer.model.v1")
@@ -278,11 +352,22 @@ def sentencepiece(tmp_path_factory):
     vocabulary = {piece: i for i, piece in enumerate(scores)}
     merges = generate_merges(vocabulary, scores, skip_tokens=["<unk>", "<s>", "</s>"])
     bpe = Tokenizer(
-        models.BPE(vocabulary, [tuple(m) for m in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocabulary,
+            [tuple(m) for m in merges],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     bpe.add_special_tokens(["<unk>", "<s>", "</s>"])
 
@@ -292,7 +377,12 @@ def sentencepiece(tmp_path_factory):
         special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         config = {**special, "add_bos_token": True, "tokenizer_class": "LlamaTokenizer", **config}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+        small = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+        }
         LlamaConfig(vocab_size=len(vocabulary), **small).save_pretrained(folder)
         return folder
 
@@ -310,7 +400,12 @@ def test_ids_of_a_real_vocabulary_of_llamas_kind(sentencepiece, tmp_path, config
     tokenizer, stops = load_tokenizer(str(folder))
     right = [1, 733, 16289]
     if not config.get("legacy"):
-        assert AutoTokenizer.from_pretrained(folder)("<s>[INST]", add_special_tokens=False)["input_ids"] != right
+        assert (
+            AutoTokenizer.from_pretrained(folder)("<s>[INST]", add_special_tokens=False)[
+                "input_ids"
+            ]
+            != right
+        )
     ids = encode(ONE, tokenizer, stops)["input_ids"]
     assert ids[:3] == right
     save_tokenizer(tmp_path, tokenizer, stops)

@@ -27,8 +27,14 @@ TABLETUNE = [sys.executable, "-m", "tabletune"]
 
 def tabletune(*arguments, **options):
     """Run the command line in a process of its own. Returns the finished process, its output as text."""
-    options = {"cwd": ROOT, "env": {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}, **options}  # as make does
-    return subprocess.run([*TABLETUNE, *map(str, arguments)], capture_output=True, text=True, **options)
+    options = {
+        "cwd": ROOT,
+        "env": {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"},
+        **options,
+    }  # as make does
+    return subprocess.run(
+        [*TABLETUNE, *map(str, arguments)], capture_output=True, text=True, **options
+    )
 
 
 def settings(*arguments):
@@ -118,7 +124,9 @@ def test_later_words_go_before_earlier_ones_and_all_before_files(tmp_path):
 
 def test_settings_are_written_only_when_they_change(tmp_path):
     for rate, changed in ((1, True), (1, False), (2, True)):
-        before = (tmp_path / "settings").stat().st_mtime_ns if (tmp_path / "settings").exists() else 0
+        before = (
+            (tmp_path / "settings").stat().st_mtime_ns if (tmp_path / "settings").exists() else 0
+        )
         assert settings(tmp_path, "-p", "learning_rate", rate) is None
         assert ((tmp_path / "settings").stat().st_mtime_ns != before) == changed
 
@@ -126,24 +134,45 @@ def test_settings_are_written_only_when_they_change(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-p", "max_lenght", "30"], "No notebook has a parameter 'max_lenght'. Did you mean 'max_length'?"),
-        (["-r", "max_lenght", "30"], "No notebook has a parameter 'max_lenght'. Did you mean 'max_length'?"),
-        (["-y", "max_lenght: 30"], "No notebook has a parameter 'max_lenght'. Did you mean 'max_length'?"),
+        (
+            ["-p", "max_lenght", "30"],
+            "No notebook has a parameter 'max_lenght'. Did you mean 'max_length'?",
+        ),
+        (
+            ["-r", "max_lenght", "30"],
+            "No notebook has a parameter 'max_lenght'. Did you mean 'max_length'?",
+        ),
+        (
+            ["-y", "max_lenght: 30"],
+            "No notebook has a parameter 'max_lenght'. Did you mean 'max_length'?",
+        ),
         (["-p", "zzz", "30"], "No notebook has a parameter 'zzz'."),
         (["-p", "packing", "no"], "packing='no': true or false is wanted."),
-        (["-p", "columns", "*.csv"], "columns='*.csv': names and their values are wanted, {name: value}."),
+        (
+            ["-p", "columns", "*.csv"],
+            "columns='*.csv': names and their values are wanted, {name: value}.",
+        ),
         (["-p", "epochs", "0"], "epochs=0: a number above 0 is wanted."),
         (["-p", "learning_rate", "fast"], "learning_rate='fast': a number above 0 is wanted."),
         (["-p", "window", "1"], "window=1: a whole number of 2 or more is wanted."),
         (["-p", "samples", "2.5"], "samples=2.5: a whole number of 0 or more is wanted."),
         (["-p", "stride", ".inf"], "stride=inf: a whole number of 1 or more is wanted."),
         (["-p", "max_length", "0"], "max_length=0: a whole number from 1 to 1000000000 is wanted."),
-        (["-p", "max_length", "10000000000"], "max_length=10000000000: a whole number from 1 to 1000000000 is wanted."),
+        (
+            ["-p", "max_length", "10000000000"],
+            "max_length=10000000000: a whole number from 1 to 1000000000 is wanted.",
+        ),
         (["-p", "max_dropped", "2"], "max_dropped=2: a number from 0 to 1 is wanted."),
-        (["-p", "validation_fraction", "-0.1"], "validation_fraction=-0.1: a number from 0 to 0.5 is wanted."),
+        (
+            ["-p", "validation_fraction", "-0.1"],
+            "validation_fraction=-0.1: a number from 0 to 0.5 is wanted.",
+        ),
         (["-p", "max_grad_norm", ".nan"], "max_grad_norm=nan: a number of 0 or more is wanted."),
         (["-p", "test_fraction", "0.95"], "test_fraction=0.95: a number from 0 to 0.5 is wanted."),
-        (["-y", "seed: -1"], "-y 'seed: -1': seed=-1: a whole number from 0 to 4294967295 is wanted."),
+        (
+            ["-y", "seed: -1"],
+            "-y 'seed: -1': seed=-1: a whole number from 0 to 4294967295 is wanted.",
+        ),
         (["-y", "packing: on"], "-y 'packing: on': packing='on': true or false is wanted."),
         (["-y", "- a"], "-y '- a': parameters are wanted, each as name: value."),
         (
@@ -173,7 +202,11 @@ def test_a_latin_1_file_is_said(tmp_path):
 
 def begun(tmp_path, injected="", **values):
     """Begin a stage in a kernel in which papermill has set the injected parameters. Returns what the kernel holds."""
-    variables = {**PARAMETERS[STAGE], "run_dir": str(tmp_path), "In": ["", f"# Parameters\n{injected}", "begin()"]}
+    variables = {
+        **PARAMETERS[STAGE],
+        "run_dir": str(tmp_path),
+        "In": ["", f"# Parameters\n{injected}", "begin()"],
+    }
     variables |= values
     stage = begin(STAGE, variables)
     assert stage.parameters == {name: variables[name] for name in PARAMETERS[STAGE]}
@@ -199,7 +232,9 @@ def test_a_notebook_that_papermill_runs_itself_has_yamls_types(tmp_path, name, v
 
 
 def test_a_notebook_that_papermill_runs_itself_knows_its_parameters(tmp_path):
-    begun(tmp_path, "safety_prompts = 'bundled'\nmax_length = 30")  # a profile names those of all notebooks
+    begun(
+        tmp_path, "safety_prompts = 'bundled'\nmax_length = 30"
+    )  # a profile names those of all notebooks
     with pytest.raises(StageError, match=r"'max_lenght'\. Did you mean 'max_length'\?"):
         begun(tmp_path, "max_lenght = 30", max_lenght=30)
     with pytest.raises(StageError, match=r"true or false is wanted"):
@@ -216,7 +251,9 @@ def test_a_default_with_an_equals_sign_is_no_trap(tmp_path, monkeypatch):
     (tmp_path / "notebooks_py" / "01_x.py").write_text(cells)
     (tmp_path / "README.md").write_text("")
     assert tabletune("sync", cwd=tmp_path).returncode == 0
-    written = json.loads((tmp_path / "src" / "tabletune" / "resources" / "parameters.json").read_text())
+    written = json.loads(
+        (tmp_path / "src" / "tabletune" / "resources" / "parameters.json").read_text()
+    )
     assert written == {"01_x": {"b": 1, "a": "x = 1", "c": {"d": [1, 2]}}}
 
 
@@ -233,7 +270,10 @@ def write_notebook(path, source):
     lines = [f"{name} = {default!r}" for name, default in PARAMETERS[path.stem].items()]
     known = nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": ["parameters"]})
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=[known, nbformat.v4.new_code_cell(source)], metadata=kernel), path)
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[known, nbformat.v4.new_code_cell(source)], metadata=kernel),
+        path,
+    )
     return path
 
 
@@ -244,7 +284,10 @@ STAGE_ERROR = "class StageError(Exception): pass\nraise StageError('the table is
     ("source", "lines"),
     [
         (STAGE_ERROR, ["", f"{STAGE}: the table is empty"]),
-        ("1 / 0", ["", f"{STAGE}: ZeroDivisionError: division by zero", "See the end of {partial}."]),
+        (
+            "1 / 0",
+            ["", f"{STAGE}: ZeroDivisionError: division by zero", "See the end of {partial}."],
+        ),
     ],
 )
 def test_a_stage_that_stops_says_why_and_leaves_what_it_wrote(tmp_path, source, lines):
@@ -252,7 +295,10 @@ def test_a_stage_that_stops_says_why_and_leaves_what_it_wrote(tmp_path, source, 
     done = tabletune("run", notebook, tmp_path / "run" / notebook.name)
     partial = tmp_path / "run" / f"{STAGE}.partial.ipynb"
     said = [line for line in done.stderr.split("\n") if "Executing" not in line]
-    assert done.returncode == 1 and "\n".join(said).strip() == "\n".join(lines).format(partial=partial).strip()
+    assert (
+        done.returncode == 1
+        and "\n".join(said).strip() == "\n".join(lines).format(partial=partial).strip()
+    )
     assert partial.exists() and not partial.with_name(notebook.name).exists()
     write_notebook(notebook, "print('mended')")
     assert tabletune("run", notebook, tmp_path / "run" / notebook.name).returncode == 0
@@ -263,10 +309,21 @@ def test_a_stage_gets_its_own_parameters_as_values(tmp_path):
     """From the settings of its run folder, and the folder itself as run_dir, whatever it is named."""
     notebook = write_notebook(tmp_path / f"{STAGE}.ipynb", "")
     run_dir = tmp_path / "2026"
-    arguments = ["-f", ROOT / "profiles" / "tiny.yaml", "-p", "lora_target_modules", "[q_proj, v_proj]"]
+    arguments = [
+        "-f",
+        ROOT / "profiles" / "tiny.yaml",
+        "-p",
+        "lora_target_modules",
+        "[q_proj, v_proj]",
+    ]
     assert settings(run_dir, *arguments) is None
     target = run_dir / notebook.name
-    assert tabletune("run", notebook, target, "-p", "learning_rate", "1e-2", "--prepare-only").returncode == 0
+    assert (
+        tabletune(
+            "run", notebook, target, "-p", "learning_rate", "1e-2", "--prepare-only"
+        ).returncode
+        == 0
+    )
     [_, injected, _] = nbformat.read(target, 4).cells
     found = {}
     exec(injected.source, found)
@@ -287,7 +344,9 @@ def test_a_port_that_two_kernels_picked_is_tried_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr("papermill.execute_notebook", execute)
     notebook = write_notebook(tmp_path / f"{STAGE}.ipynb", "")
-    monkeypatch.setattr(sys, "argv", ["tabletune", "run", str(notebook), str(tmp_path / "run" / notebook.name)])
+    monkeypatch.setattr(
+        sys, "argv", ["tabletune", "run", str(notebook), str(tmp_path / "run" / notebook.name)]
+    )
     main_module.main()
     assert len(attempts) == 2 and (tmp_path / "run" / notebook.name).exists()
 
@@ -295,7 +354,13 @@ def test_a_port_that_two_kernels_picked_is_tried_again(tmp_path, monkeypatch):
 def test_a_parameter_that_few_change_is_not_called_unknown(tmp_path):
     """Papermill says so of what stands in another cell than the tagged one."""
     done = tabletune(
-        "run", f"notebooks/{STAGE}.ipynb", tmp_path / f"{STAGE}.ipynb", "--prepare-only", "-p", "report_to", "none"
+        "run",
+        f"notebooks/{STAGE}.ipynb",
+        tmp_path / f"{STAGE}.ipynb",
+        "--prepare-only",
+        "-p",
+        "report_to",
+        "none",
     )
     assert done.returncode == 0 and "report_to = " in (tmp_path / f"{STAGE}.ipynb").read_text()
     assert "unknown" not in done.stderr
@@ -304,7 +369,9 @@ def test_a_parameter_that_few_change_is_not_called_unknown(tmp_path):
 @pytest.mark.parametrize("notebook", ["06_trust", "07_export", "report", "chat"])
 def test_what_needs_a_finished_run_says_so(tmp_path, notebook):
     done = tabletune("run", f"notebooks/{notebook}.ipynb", tmp_path / "none" / f"{notebook}.ipynb")
-    assert f"{tmp_path / 'none'} is no run folder. Make one with: make run-all RUN_DIR=" in done.stderr
+    assert (
+        f"{tmp_path / 'none'} is no run folder. Make one with: make run-all RUN_DIR=" in done.stderr
+    )
     assert done.stderr.count("\n") == 1 and not (tmp_path / "none").exists()
 
 
@@ -320,13 +387,20 @@ with alone(Path(sys.argv[1]), "02_finetune_qlora"):
 
 def test_of_two_runs_in_one_folder_the_second_says_that_the_first_is_at_work(tmp_path):
     """Also when the settings are to be written, and no longer once the first was killed."""
-    first = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True
+    )
     assert first.stdout.readline() == "at work\n"
     notebook = write_notebook(tmp_path / "source" / f"{STAGE}.ipynb", "")
     line = f"{tmp_path}: 02_finetune_qlora (process {first.pid}) is at work here already. Wait for it to end"
-    for second in (["run", notebook, tmp_path / f"{STAGE}.ipynb"], ["settings", tmp_path, "-p", "seed", "1"]):
+    for second in (
+        ["run", notebook, tmp_path / f"{STAGE}.ipynb"],
+        ["settings", tmp_path, "-p", "seed", "1"],
+    ):
         done = tabletune(*second)
-        assert done.returncode == 1 and done.stderr.startswith(line) and done.stderr.count("\n") == 1
+        assert (
+            done.returncode == 1 and done.stderr.startswith(line) and done.stderr.count("\n") == 1
+        )
     assert not (tmp_path / f"{STAGE}.ipynb").exists() and not (tmp_path / "settings").exists()
     first.kill()
     first.wait()
@@ -347,10 +421,16 @@ def swept(tmp_path, grid, *arguments):
     """Run a sweep with a make that only notes what it was told, and fails where the learning rate is 0.002."""
     (tmp_path / "grid.yaml").write_text(grid)
     make = tmp_path / "make"
-    make.write_text(MAKE.format(calls=tmp_path / "calls").replace('{"evalue"', '\n{"evalue"').replace('"}]', '"\n}]'))
+    make.write_text(
+        MAKE.format(calls=tmp_path / "calls")
+        .replace('{"evalue"', '\n{"evalue"')
+        .replace('"}]', '"\n}]')
+    )
     make.chmod(0o755)
     environment = {**os.environ, "MAKE": str(make)}
-    done = tabletune("sweep", tmp_path / "grid.yaml", tmp_path / "sweep", *arguments, env=environment)
+    done = tabletune(
+        "sweep", tmp_path / "grid.yaml", tmp_path / "sweep", *arguments, env=environment
+    )
     calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
     return done, calls
 
@@ -359,19 +439,29 @@ def test_a_sweep_makes_every_point_and_says_which_failed(tmp_path):
     grid = "learning_rate: [1e-3, 2e-3]\nlora_target_modules: [all-linear, [q_proj, v_proj]]\nepochs: 2\n"
     done, calls = swept(tmp_path, grid, "-f", ROOT / "profiles" / "tiny.yaml", "-p", "seed", "7")
     assert done.returncode == 1 and len(calls) == 5, done.stderr
-    points = [dict(word.partition("=")[::2] for word in call.split() if "=" in word) for call in calls[:4]]
+    points = [
+        dict(word.partition("=")[::2] for word in call.split() if "=" in word) for call in calls[:4]
+    ]
     assert all(call.startswith("--no-print-directory 04_evaluate ") for call in calls[:4])
     assert all(point["MODEL"] == point["ARGS"] == "" for point in points)
     values = [read_parameters(Path(point["PROFILE_FILE"]).read_text(), "") for point in points]
     assert [value["learning_rate"] for value in values] == [0.001, 0.001, 0.002, 0.002]
-    assert [value["lora_target_modules"] for value in values] == ["all-linear", ["q_proj", "v_proj"]] * 2
-    assert all(value["epochs"] == 2 and value["seed"] == 7 and value["lora_r"] == 8 for value in values)
+    assert [value["lora_target_modules"] for value in values] == [
+        "all-linear",
+        ["q_proj", "v_proj"],
+    ] * 2
+    assert all(
+        value["epochs"] == 2 and value["seed"] == 7 and value["lora_r"] == 8 for value in values
+    )
     assert len({point["RUN_DIR"] for point in points}) == 4
     failed = [point["RUN_DIR"] for point in points if "0.002" in point["RUN_DIR"]]
     said = done.stderr.strip().splitlines()
     assert said == ["2 of 4 points failed:", *[f'{run_dir}: no "room"' for run_dir in failed]]
     finished = [point["RUN_DIR"] for point in points if "0.002" not in point["RUN_DIR"]]
-    assert calls[4] == f"--no-print-directory compare RUNS={' '.join(finished)} OUT={tmp_path}/sweep/compare.html"
+    assert (
+        calls[4]
+        == f"--no-print-directory compare RUNS={' '.join(finished)} OUT={tmp_path}/sweep/compare.html"
+    )
 
 
 @pytest.mark.parametrize(
@@ -381,13 +471,20 @@ def test_a_sweep_makes_every_point_and_says_which_failed(tmp_path):
         ("seed: [1, 2]", "seed is given in ARGS, too."),
         ("learning_rate: 1", "no parameter has a list of values."),
         ("learning_rate: [1]\nrun_dir: a", "make sets run_dir."),
-        ("learning_rte: [1, 2]", "No notebook has a parameter 'learning_rte'. Did you mean 'learning_rate'?"),
+        (
+            "learning_rte: [1, 2]",
+            "No notebook has a parameter 'learning_rte'. Did you mean 'learning_rate'?",
+        ),
         ("packing: [true, maybe]", "packing='maybe': true or false is wanted."),
     ],
 )
 def test_a_grid_that_cannot_be_run(tmp_path, grid, message):
     done, calls = swept(tmp_path, grid, "-p", "seed", "7")
-    assert done.returncode == 1 and done.stderr.endswith(message + "\n") and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        done.returncode == 1
+        and done.stderr.endswith(message + "\n")
+        and done.stderr.count("\n") == 1
+    ), done.stderr
     assert not calls
 
 
@@ -397,7 +494,9 @@ def test_a_sweep_that_is_ended_ends_make(tmp_path):
     make.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
     make.chmod(0o755)
     command = [*TABLETUNE, "sweep", str(tmp_path / "grid.yaml"), str(tmp_path / "sweep")]
-    sweep = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "MAKE": str(make)}, stdout=subprocess.DEVNULL)
+    sweep = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "MAKE": str(make)}, stdout=subprocess.DEVNULL
+    )
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
         time.sleep(0.02)
     time.sleep(0.5)  # until the sweep waits for it
@@ -426,7 +525,10 @@ def test_each_command_has_help(command):
 def test_the_command_line_starts_fast():
     """It imports nothing of what trains: make calls it for each stage."""
     program = "import sys, tabletune.cli; print({'torch', 'transformers', 'numpy', 'papermill'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set()\n"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+        == "set()\n"
+    )
 
 
 def test_notebook_2_starts_without_torchs_compiler_and_without_matplotlib():
@@ -452,23 +554,50 @@ def test_bitsandbytes_would_still_load_the_compiler():
 
 def test_fit_makes_a_list_of_one_value_and_something_empty_of_nothing():
     """`-p drop_values N/A` emptied cells of "N", "/" and "A"."""
-    assert fit("drop_values", "N/A", []) == ["N/A"] and fit("drop_values", "[a, b]", []) == ["a", "b"]
-    assert fit("drop_values", {"note": "N/A"}, []) == {"note": "N/A"} and fit("gguf_types", "", ["F16"]) == []
-    assert [fit("any", None, default) for default in ("", "some text", [], {"a": 1})] == ["", "", [], {}]
+    assert fit("drop_values", "N/A", []) == ["N/A"] and fit("drop_values", "[a, b]", []) == [
+        "a",
+        "b",
+    ]
+    assert (
+        fit("drop_values", {"note": "N/A"}, []) == {"note": "N/A"}
+        and fit("gguf_types", "", ["F16"]) == []
+    )
+    assert [fit("any", None, default) for default in ("", "some text", [], {"a": 1})] == [
+        "",
+        "",
+        [],
+        {},
+    ]
     assert all(fit(name, default, default) == default for name, default in DEFAULTS.items())
 
 
 def test_fit_leaves_free_text_alone():
     """What is no YAML, or would be something else, is what the reader wrote."""
-    for text in ("What: this?", "- a dash", "*.csv", "[INST] {question} [/INST]", "a = b", "yes", "#5"):
+    for text in (
+        "What: this?",
+        "- a dash",
+        "*.csv",
+        "[INST] {question} [/INST]",
+        "a = b",
+        "yes",
+        "#5",
+    ):
         assert fit("question_template", text, "") == text
-    assert fit("attn_implementation", "sdpa", "auto") == "sdpa" and fit("batch_size", "8", "auto") == 8
+    assert (
+        fit("attn_implementation", "sdpa", "auto") == "sdpa" and fit("batch_size", "8", "auto") == 8
+    )
 
 
 def test_the_summary_of_a_run_also_where_a_figure_is_missing(tmp_path, capsys, monkeypatch):
     """A table of two test rows has no interval; one of labels has no structure; a lone text has no answers at all."""
-    one = {"perplexity": {"response": 47.078, "response_ci95": [40.04, 55]}, "generation": {"stop_rate": 0.5}}
-    two = {"perplexity": {"response": 6, "response_ci95": None}, "generation": {"stop_rate": 1, "structure_rate": 1}}
+    one = {
+        "perplexity": {"response": 47.078, "response_ci95": [40.04, 55]},
+        "generation": {"stop_rate": 0.5},
+    }
+    two = {
+        "perplexity": {"response": 6, "response_ci95": None},
+        "generation": {"stop_rate": 1, "structure_rate": 1},
+    }
     three = {"perplexity": {"response": 6, "response_ci95": None}, "generation": None}
     (tmp_path / "evaluation").mkdir()
     metrics = json.dumps({"base": one, "adapter": two, "merged": three})
@@ -477,10 +606,18 @@ def test_the_summary_of_a_run_also_where_a_figure_is_missing(tmp_path, capsys, m
     main_module.main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[2] == ["base", "47.08", "40.0", "-", "55.0", "50%", "-"]
-    assert lines[3] == ["adapter", "6.00", "-", "100%", "100%"] and lines[4] == ["merged", "6.00", "-", "-", "-"]
+    assert lines[3] == ["adapter", "6.00", "-", "100%", "100%"] and lines[4] == [
+        "merged",
+        "6.00",
+        "-",
+        "-",
+        "-",
+    ]
 
 
 def test_the_summary_of_no_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tabletune", "summary", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"metrics.json cannot be read: No such file or directory$"):
+    with pytest.raises(
+        SystemExit, match=r"metrics.json cannot be read: No such file or directory$"
+    ):
         main_module.main()

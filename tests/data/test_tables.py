@@ -34,7 +34,9 @@ from tabletune.data.tables import open_table
 from tabletune.errors import StageError
 from tabletune.run.parameters import PARAMETERS
 
-GOOD = [(f"What helps against cold number {i}?", f"Rest for {i} days, and drink tea.") for i in range(4)]
+GOOD = [
+    (f"What helps against cold number {i}?", f"Rest for {i} days, and drink tea.") for i in range(4)
+]
 NAMES = ["question", "answer"]
 
 
@@ -75,28 +77,39 @@ def formatted(folder, dataset, base_model=TINY, **parameters):
     Anything but a StageError of one line fails the test.
     """
     shutil.rmtree(folder / "dataset", ignore_errors=True)
-    known = {**PARAMETERS["01_format_dataset"], "dataset": str(dataset), "base_model": str(base_model)}
+    known = {
+        **PARAMETERS["01_format_dataset"],
+        "dataset": str(dataset),
+        "base_model": str(base_model),
+    }
     known |= {"max_length": 2000, **parameters}
     try:
         table = opened(dataset, **parameters)
         chosen, name = with_example(table, known)
         shape = recognize(table, chosen, name)
         with contextlib.redirect_stdout(io.StringIO()):
-            report = format_table(table, shape, chosen, *tokenizer_of(base_model), folder / "dataset", 512)
+            report = format_table(
+                table, shape, chosen, *tokenizer_of(base_model), folder / "dataset", 512
+            )
     except StageError as error:
         message = str(error)
-        assert len(message.splitlines()) == 1 and 20 < len(message) < 3000 and message.isprintable(), message
+        assert (
+            len(message.splitlines()) == 1 and 20 < len(message) < 3000 and message.isprintable()
+        ), message
         assert not (folder / "dataset").exists()
         raise
     splits = datasets.load_from_disk(folder / "dataset")
     return report, {
-        name: [(row["prompt"], row["completion"][0]["content"]) for row in split] for name, split in splits.items()
+        name: [(row["prompt"], row["completion"][0]["content"]) for row in split]
+        for name, split in splits.items()
     }
 
 
 def pairs(splits):
     """The questions and answers of all splits, sorted."""
-    return sorted((prompt[-1]["content"], answer) for split in splits.values() for prompt, answer in split)
+    return sorted(
+        (prompt[-1]["content"], answer) for split in splits.values() for prompt, answer in split
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +120,11 @@ def as_csv(header, rows, mark=",", line_end="\n"):
     """A table as RFC 4180 says. Python's own writer leaves line breaks without quotes that are not `line_end`."""
 
     def quoted(cell):
-        return '"' + cell.replace('"', '""') + '"' if re.search(f'[{mark}"\r\n]|^sep=|^$', cell) else cell
+        return (
+            '"' + cell.replace('"', '""') + '"'
+            if re.search(f'[{mark}"\r\n]|^sep=|^$', cell)
+            else cell
+        )
 
     return "".join(mark.join(map(quoted, row)) + line_end for row in [header, *rows])
 
@@ -121,7 +138,9 @@ def write(path, header, rows, encoding="utf-8", **how):
         for number, row in enumerate([header, *rows], start=1):
             for column, text in enumerate(row, start=1):
                 cell = book.active.cell(number, column, "x")
-                cell._value = text  # also where it begins with =, and openpyxl takes it for a formula
+                cell._value = (
+                    text  # also where it begins with =, and openpyxl takes it for a formula
+                )
         book.save(buffer := io.BytesIO())
     elif kind == "parquet":
         pq.write_table(pa.Table.from_pylist(records), buffer := io.BytesIO())
@@ -134,7 +153,9 @@ def write(path, header, rows, encoding="utf-8", **how):
         }[kind]()
         buffer = io.BytesIO(text.encode(encoding))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(buffer.getvalue()) if path.suffix == ".gz" else buffer.getvalue())
+    path.write_bytes(
+        gzip.compress(buffer.getvalue()) if path.suffix == ".gz" else buffer.getvalue()
+    )
     return path
 
 
@@ -148,7 +169,8 @@ ODD_TEXT = [
     "<", "s>",
 ]  # fmt: skip
 parts = st.one_of(
-    st.sampled_from(ODD_TEXT), st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=8)
+    st.sampled_from(ODD_TEXT),
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=8),
 )
 cells = st.lists(parts, max_size=7).map("".join)
 
@@ -194,7 +216,9 @@ def test_a_table_is_the_same_in_every_container(tmp_path_factory, rows):
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+)
 def test_encodings_that_prove_themselves(tmp_path, encoding, line_end):
     rows = [("Où est-ce ?", 'Là-bas, "€" 你好\nsecond line'), ("a", "b")]
     write(tmp_path / "t.csv", NAMES, rows, encoding, line_end=line_end)
@@ -202,7 +226,9 @@ def test_encodings_that_prove_themselves(tmp_path, encoding, line_end):
     assert [tuple(cells) for _, cells in table.rows(NAMES)] == rows
 
 
-@pytest.mark.parametrize(("encoding", "said"), [("cp1252", "Windows-1252"), ("latin-1", "Windows-1252")])
+@pytest.mark.parametrize(
+    ("encoding", "said"), [("cp1252", "Windows-1252"), ("latin-1", "Windows-1252")]
+)
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl"])
 def test_encodings_that_are_guessed_and_said(tmp_path, encoding, said, kind):
     rows = [("Wie spät öffnet die Bücherei?", "Um neun Uhr, täglich."), ("¿Dónde?", "Allí, señor.")]
@@ -212,7 +238,9 @@ def test_encodings_that_are_guessed_and_said(tmp_path, encoding, said, kind):
     assert said in table.said[0] and "set `encoding`" in table.said[0]
 
 
-@pytest.mark.parametrize("rows", [[("plain", "café")], [("ü", "ö")] * 3 + [("Where is the harbour?", "Left of it.")]])
+@pytest.mark.parametrize(
+    "rows", [[("plain", "café")], [("ü", "ö")] * 3 + [("Where is the harbour?", "Left of it.")]]
+)
 def test_few_letters_are_enough_to_guess(tmp_path, rows):
     (tmp_path / "t.csv").write_bytes(as_csv(NAMES, rows).rstrip("\n").encode("cp1252"))
     assert [tuple(cells) for _, cells in opened(tmp_path / "t.csv").rows(NAMES)] == rows
@@ -220,17 +248,26 @@ def test_few_letters_are_enough_to_guess(tmp_path, rows):
 
 def test_quotes_of_windows_far_down(tmp_path):
     rows = [("a" * 200, "b")] * 10_000 + [("“Café”", "5 €")]
-    assert list(opened(write(tmp_path / "t.csv", NAMES, rows, "cp1252")).rows(NAMES))[-1][1] == ["“Café”", "5 €"]
+    assert list(opened(write(tmp_path / "t.csv", NAMES, rows, "cp1252")).rows(NAMES))[-1][1] == [
+        "“Café”",
+        "5 €",
+    ]
 
 
 @pytest.mark.parametrize(
     ("encoding", "text"),
-    [("cp1251", "Где находится вокзал?"), ("shift_jis", "駅はどこですか"), ("gb18030", "你叫什么名字？")],
+    [
+        ("cp1251", "Где находится вокзал?"),
+        ("shift_jis", "駅はどこですか"),
+        ("gb18030", "你叫什么名字？"),
+    ],
 )
 def test_other_encodings_are_refused_until_they_are_set(tmp_path, encoding, text):
     """Read as Windows-1252 they would be a table of nonsense."""
     write(tmp_path / "t.csv", NAMES, [(text, text)] * 3, encoding)
-    with pytest.raises(StageError, match=r"not UTF-8, and does not look like Windows-1252.*set `encoding`: cp1251"):
+    with pytest.raises(
+        StageError, match=r"not UTF-8, and does not look like Windows-1252.*set `encoding`: cp1251"
+    ):
         opened(tmp_path / "t.csv")
     assert next(opened(tmp_path / "t.csv", encoding=encoding).rows(NAMES)) == ("", [text, text])
 
@@ -248,7 +285,11 @@ def test_a_setting_of_the_encoding(tmp_path):
 @pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".csv.gz"])
 def test_the_separator_is_found_and_said(tmp_path, mark, suffix):
-    rows = [("Is it a; b | c, or d?", "It is, I think; or not."), ("One, two", "a\nb"), ("x", "1,5")]
+    rows = [
+        ("Is it a; b | c, or d?", "It is, I think; or not."),
+        ("One, two", "a\nb"),
+        ("x", "1,5"),
+    ]
     text = as_csv(NAMES, rows, mark).encode()
     (tmp_path / f"t{suffix}").write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
     table = opened(tmp_path / f"t{suffix}")
@@ -257,7 +298,9 @@ def test_the_separator_is_found_and_said(tmp_path, mark, suffix):
 
 
 def test_commas_in_prose_are_no_separators(tmp_path):
-    (tmp_path / "t.csv").write_text("question, short;answer, long\nWhy, then?;Because, so.\nHow, now?;Thus, hence.\n")
+    (tmp_path / "t.csv").write_text(
+        "question, short;answer, long\nWhy, then?;Because, so.\nHow, now?;Thus, hence.\n"
+    )
     assert opened(tmp_path / "t.csv").columns == ["question, short", "answer, long"]
 
 
@@ -280,14 +323,23 @@ def test_excels_line_about_its_separator(tmp_path):
 
 
 def test_a_table_without_a_line_of_names(tmp_path):
-    (tmp_path / "t.csv").write_text("".join(f"{'pos' if i % 2 else 'neg'},Remark {i} was so.\n" for i in range(12)))
-    for settings_ in ({}, {"columns": {"t": "text"}, "question_template": "{t}", "answer_template": "{t}"}):
+    (tmp_path / "t.csv").write_text(
+        "".join(f"{'pos' if i % 2 else 'neg'},Remark {i} was so.\n" for i in range(12))
+    )
+    for settings_ in (
+        {},
+        {"columns": {"t": "text"}, "question_template": "{t}", "answer_template": "{t}"},
+    ):
         with pytest.raises(StageError, match="set header: false"):
             formatted(tmp_path, tmp_path / "t.csv", **settings_)
     columns = {"question": 2, "answer": 1}
     report, splits = formatted(tmp_path, tmp_path / "t.csv", header=False, columns=columns)
     assert report["rows_in"] == 12 and ("Remark 0 was so.", "neg") in pairs(splits)
-    by_templates = {"columns": {"remark": 2}, "question_template": "Is this good? {remark}", "answer_template": "{1}"}
+    by_templates = {
+        "columns": {"remark": 2},
+        "question_template": "Is this good? {remark}",
+        "answer_template": "{1}",
+    }
     assert ("Is this good? Remark 0 was so.", "neg") in pairs(
         formatted(tmp_path, tmp_path / "t.csv", header=False, **by_templates)[1]
     )
@@ -303,12 +355,17 @@ def test_a_table_without_a_line_of_names(tmp_path):
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
 def test_json_however_it_is_broken_into_lines(tmp_path, text, kind):
     (tmp_path / f"t.{kind}").write_text(text)
-    assert list(opened(tmp_path / f"t.{kind}").rows(["q", "a"])) == [("", ["1", "x"]), ("", ["2", "y"])]
+    assert list(opened(tmp_path / f"t.{kind}").rows(["q", "a"])) == [
+        ("", ["1", "x"]),
+        ("", ["2", "y"]),
+    ]
 
 
 def test_json_larger_than_a_block(tmp_path):
     rows = [(f"Question {i}?", "x" * (i * 1000)) for i in range(100)] + [("Long?", "y" * 5_000_000)]
-    assert [tuple(cells) for _, cells in opened(write(tmp_path / "t.json", NAMES, rows)).rows(NAMES)] == rows
+    assert [
+        tuple(cells) for _, cells in opened(write(tmp_path / "t.json", NAMES, rows)).rows(NAMES)
+    ] == rows
 
 
 def as_cell(value):
@@ -319,14 +376,26 @@ def as_cell(value):
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_infinity=False) | st.sampled_from(ODD_TEXT),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("xyz"), inner, max_size=2),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_infinity=False)
+    | st.sampled_from(ODD_TEXT),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("xyz"), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 
 
 @examples(50)
-@given(st.lists(st.fixed_dictionaries({}, optional={"q": values, "a": values, "x": values}), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.fixed_dictionaries({}, optional={"q": values, "a": values, "x": values}),
+        min_size=1,
+        max_size=6,
+    )
+)
 @example([{"q": 1, "a": 1.50}, {"q": None, "a": "2020-01-01"}, {}, {"a": [None, 1.5]}, {"x": True}])
 def test_values_of_mixed_types_arrive_as_they_were_written(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("mixed") / "t.jsonl"
@@ -337,9 +406,14 @@ def test_values_of_mixed_types_arrive_as_they_were_written(tmp_path_factory, row
 
 def test_numbers_keep_their_zeros(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"q": 1.50, "a": "007", "n": {"x": 1.50}}\n')
-    assert list(opened(tmp_path / "t.jsonl").rows(["q", "a", "n"])) == [("", ["1.50", "007", '{"x": 1.5}'])]
+    assert list(opened(tmp_path / "t.jsonl").rows(["q", "a", "n"])) == [
+        ("", ["1.50", "007", '{"x": 1.5}'])
+    ]
     (tmp_path / "t.csv").write_text("q,a\n1.50,007\nNA,None\n")
-    assert [cells for _, cells in opened(tmp_path / "t.csv").rows(["q", "a"])] == [["1.50", "007"], ["NA", "None"]]
+    assert [cells for _, cells in opened(tmp_path / "t.csv").rows(["q", "a"])] == [
+        ["1.50", "007"],
+        ["NA", "None"],
+    ]
 
 
 def test_columns_of_other_types_in_parquet(tmp_path):
@@ -355,15 +429,29 @@ def test_columns_of_other_types_in_parquet(tmp_path):
 
 def test_a_workbook(tmp_path):
     book = openpyxl.Workbook()
-    for row in [["question", "answer"], ["a", 7], ["b", 1.5], [None, None], ["c", "007"], ["NA", None]]:
+    for row in [
+        ["question", "answer"],
+        ["a", 7],
+        ["b", 1.5],
+        [None, None],
+        ["c", "007"],
+        ["NA", None],
+    ]:
         book.active.append(row)
     book.create_sheet("Other").append(["q", "a"])
     book["Other"].append(["x", "y"])
     book.save(tmp_path / "t.xlsx")
     table = opened(tmp_path / "t.xlsx")
-    assert [cells for _, cells in table.rows(NAMES)] == [["a", "7"], ["b", "1.5"], ["c", "007"], ["NA", ""]]
+    assert [cells for _, cells in table.rows(NAMES)] == [
+        ["a", "7"],
+        ["b", "1.5"],
+        ["c", "007"],
+        ["NA", ""],
+    ]
     assert "'Sheet' of 2" in table.said[0]
-    assert list(opened(tmp_path / "t.xlsx", dataset_config="Other").rows(["q", "a"])) == [("", ["x", "y"])]
+    assert list(opened(tmp_path / "t.xlsx", dataset_config="Other").rows(["q", "a"])) == [
+        ("", ["x", "y"])
+    ]
     with pytest.raises(StageError, match=r"no such sheet. It has: Sheet, Other"):
         opened(tmp_path / "t.xlsx", dataset_config="Othr")
     assert opened(tmp_path / "t.xlsx", header=False).columns == ["1", "2"]
@@ -409,7 +497,10 @@ def write_each(folder, *names):
         (["b.csv", "a.csv"], {"": ["a.csv", "b.csv"]}),
         (["train.csv", "test.csv"], {"train": ["train.csv"], "test": ["test.csv"]}),
         (["data.csv", "my-test.csv"], {"train": ["data.csv"], "test": ["my-test.csv"]}),
-        (["train/1.jsonl", "dev/1.jsonl"], {"train": ["train/1.jsonl"], "validation": ["dev/1.jsonl"]}),
+        (
+            ["train/1.jsonl", "dev/1.jsonl"],
+            {"train": ["train/1.jsonl"], "validation": ["dev/1.jsonl"]},
+        ),
         (
             [
                 "data/train-00000-of-00002.parquet",
@@ -446,10 +537,17 @@ def test_splits_that_are_set(tmp_path):
         "train": ["a.csv", "c.csv"],
         "validation": ["b.csv"],
     }
-    assert split_rows(opened(tmp_path / "t", splits={"train": ["a.csv", "test"]})) == {"": ["a.csv", "test.csv"]}
+    assert split_rows(opened(tmp_path / "t", splits={"train": ["a.csv", "test"]})) == {
+        "": ["a.csv", "test.csv"]
+    }
     other = {"test": str(tmp_path / "t" / "b.csv")}
-    assert split_rows(opened(tmp_path / "t" / "a.csv", splits=other)) == {"train": ["a.csv"], "test": ["b.csv"]}
-    with pytest.raises(StageError, match=r"splits: 'tets' is none of train, validation, test. Did you mean 'test'"):
+    assert split_rows(opened(tmp_path / "t" / "a.csv", splits=other)) == {
+        "train": ["a.csv"],
+        "test": ["b.csv"],
+    }
+    with pytest.raises(
+        StageError, match=r"splits: 'tets' is none of train, validation, test. Did you mean 'test'"
+    ):
         opened(tmp_path / "t", splits={"tets": "a.csv"})
     with pytest.raises(StageError, match=r"has no 'bb.csv'. It has: .*Did you mean 'b.csv'"):
         opened(tmp_path / "t", splits={"test": "bb.csv"})
@@ -460,7 +558,10 @@ def test_a_folder_that_datasets_has_saved(tmp_path):
     train.save_to_disk(tmp_path / "one")
     assert split_rows(opened(tmp_path / "one")) == {"": [f"q{i}" for i in range(5)]}
     datasets.DatasetDict({"train": train, "test": train.select([0])}).save_to_disk(tmp_path / "two")
-    assert split_rows(opened(tmp_path / "two")) == {"train": [f"q{i}" for i in range(5)], "test": ["q0"]}
+    assert split_rows(opened(tmp_path / "two")) == {
+        "train": [f"q{i}" for i in range(5)],
+        "test": ["q0"],
+    }
 
 
 def configurations(folder, head):
@@ -482,11 +583,14 @@ def test_a_data_set_with_configurations(tmp_path):
     with pytest.raises(StageError, match=r"dataset_config='mian'.*Did you mean 'main'"):
         opened(tmp_path / "t", dataset_config="mian")
     assert split_rows(opened(tmp_path / "t", dataset_config="main")) == {"": ["a.csv"]}
-    assert split_rows(opened(tmp_path / "t", dataset_config="folder")) == {"": ["c/x.csv", "c/y.csv"]}
+    assert split_rows(opened(tmp_path / "t", dataset_config="folder")) == {
+        "": ["c/x.csv", "c/y.csv"]
+    }
     extra = {"train": ["b.csv", "c/x.csv", "c/y.csv"], "validation": ["a.csv"]}
     assert split_rows(opened(tmp_path / "t", dataset_config="extra")) == extra
     configurations(
-        tmp_path / "t", "- config_name: default\n  data_files: a.csv\n- config_name: b\n  data_files: b.csv\n"
+        tmp_path / "t",
+        "- config_name: default\n  data_files: a.csv\n- config_name: b\n  data_files: b.csv\n",
     )
     assert split_rows(opened(tmp_path / "t")) == {"": ["a.csv"]}
 
@@ -494,7 +598,9 @@ def test_a_data_set_with_configurations(tmp_path):
 def test_a_folder_in_the_place_of_a_configuration(tmp_path):
     write_each(tmp_path / "t", "en/a.csv", "de/b.csv")
     assert split_rows(opened(tmp_path / "t", dataset_config="de")) == {"": ["de/b.csv"]}
-    with pytest.raises(StageError, match=r"dataset_config='fr'.*has no such configuration or folder"):
+    with pytest.raises(
+        StageError, match=r"dataset_config='fr'.*has no such configuration or folder"
+    ):
         opened(tmp_path / "t", dataset_config="fr")
 
 
@@ -505,7 +611,10 @@ def test_splits_that_have_other_names_are_not_mixed_into_training(tmp_path):
     configurations(tmp_path / "t", f"- config_name: default\n  data_files:\n{lines}")
     assert split_rows(opened(tmp_path / "t")) == {"train": ["a.csv"], "test": ["c.csv"]}
     chosen = {"train": "unsupervised", "test": "test_sft"}
-    assert split_rows(opened(tmp_path / "t", splits=chosen)) == {"train": ["b.csv"], "test": ["c.csv"]}
+    assert split_rows(opened(tmp_path / "t", splits=chosen)) == {
+        "train": ["b.csv"],
+        "test": ["c.csv"],
+    }
 
 
 class Hub:
@@ -520,7 +629,9 @@ class Hub:
             from httpx import Request, Response
             from huggingface_hub.errors import RepositoryNotFoundError
 
-            raise RepositoryNotFoundError("404", response=Response(404, request=Request("GET", "https://hub.example")))
+            raise RepositoryNotFoundError(
+                "404", response=Response(404, request=Request("GET", "https://hub.example"))
+            )
         target = self.folder.parent / ("c" * 40 if revision == "main" else revision)
         for path in self.folder.rglob("*"):
             wanted = any(path.relative_to(self.folder).match(pattern) for pattern in allow_patterns)
@@ -539,16 +650,25 @@ def test_a_hub_data_set_is_read_at_a_commit(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
     table = opened("someone/table")
     assert table.commit == "c" * 40
-    assert list(table.rows(NAMES)) == [("train", ["a", "007"]), ("train", ["b", "NA"]), ("validation", ["c", "1.50"])]
+    assert list(table.rows(NAMES)) == [
+        ("train", ["a", "007"]),
+        ("train", ["b", "NA"]),
+        ("validation", ["c", "1.50"]),
+    ]
     assert opened("someone/table", dataset_revision="d" * 40).commit == "d" * 40
     assert not list(tmp_path.glob("c*/model.bin"))
     configurations(
-        tmp_path / "hub", "- config_name: one\n  data_files: '**/train.csv'\n- config_name: two\n  data_files: v*\n"
+        tmp_path / "hub",
+        "- config_name: one\n  data_files: '**/train.csv'\n- config_name: two\n  data_files: v*\n",
     )
-    assert split_rows(opened("someone/table", dataset_revision="e" * 40, dataset_config="one")) == {"": ["a", "b"]}
+    assert split_rows(opened("someone/table", dataset_revision="e" * 40, dataset_config="one")) == {
+        "": ["a", "b"]
+    }
     with pytest.raises(StageError, match="dataset_config='': use one of one, two"):
         opened("someone/table", dataset_revision="f" * 40)
-    with pytest.raises(StageError, match=r"someone/gone \(no such file in .*\): the Hub has no such repository"):
+    with pytest.raises(
+        StageError, match=r"someone/gone \(no such file in .*\): the Hub has no such repository"
+    ):
         opened("someone/gone")
 
 
@@ -644,12 +764,20 @@ def test_damaged_files(kind, tmp_path):
     sound = write(tmp_path / f"whole.{kind}", NAMES, rows).read_bytes()
 
     @examples(25)
-    @given(st.integers(0, len(sound)), st.integers(0, 40), st.one_of(st.just(b""), st.binary(max_size=4)))
+    @given(
+        st.integers(0, len(sound)),
+        st.integers(0, 40),
+        st.one_of(st.just(b""), st.binary(max_size=4)),
+    )
     def check(start, length, inserted):
         (tmp_path / f"table.{kind}").write_bytes(sound[:start] + inserted + sound[start + length :])
         with contextlib.suppress(StageError):
             report, splits = formatted(tmp_path, tmp_path / f"table.{kind}", max_dropped=1)
-            assert report["rows_in"] - sum(report["dropped"].values()) == report["rows_out"] == len(pairs(splits))
+            assert (
+                report["rows_in"] - sum(report["dropped"].values())
+                == report["rows_out"]
+                == len(pairs(splits))
+            )
 
     check()
 
@@ -659,7 +787,9 @@ def test_damaged_files(kind, tmp_path):
 def test_a_stray_quote_does_not_swallow_rows(tmp_path_factory, row, column, position):
     tmp_path = tmp_path_factory.mktemp("quote")
     rows = [*GOOD, ("\nWhy?", ",because"), ("Where?", "\nthere")]
-    lines = [[cell if set(cell).isdisjoint(',"\n') else f'"{cell}"' for cell in cells] for cells in rows]
+    lines = [
+        [cell if set(cell).isdisjoint(',"\n') else f'"{cell}"' for cell in cells] for cells in rows
+    ]
     lines[row][column] = lines[row][column][:position] + '"' + lines[row][column][position:]
     (tmp_path / "t.csv").write_text(HEADER + "".join(",".join(cells) + "\n" for cells in lines))
     try:
@@ -682,7 +812,10 @@ def write_many(path, number):
                 "Health Issue": f"{draw.choice(words)} {draw.randrange(number // 3)}",
                 "Name of Item": draw.choice(words),
             }
-            row |= {"Home Remedy": " ".join(draw.choices(words, k=30)), "Yogasan": draw.choice(words)}
+            row |= {
+                "Home Remedy": " ".join(draw.choices(words, k=30)),
+                "Yogasan": draw.choice(words),
+            }
             file.write(json.dumps(row) + "\n")
 
 
@@ -703,7 +836,9 @@ def test_ten_times_the_rows_take_ten_times_as_long_and_no_more_memory(tmp_path):
             print("measured", time.process_time() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
     """
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("measured")]
     _, (seconds, mib), (seconds_of_more, mib_of_more) = [map(float, line) for line in lines]

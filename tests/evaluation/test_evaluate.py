@@ -18,7 +18,13 @@ from transformers.cache_utils import Cache, StaticLayer
 from tabletune.chat.encoding import encode_prompt
 from tabletune.errors import StageError
 from tabletune.evaluation.answers import generate
-from tabletune.evaluation.metrics import check_answers, has_structure, joined_perplexity, summarize, summarize_all
+from tabletune.evaluation.metrics import (
+    check_answers,
+    has_structure,
+    joined_perplexity,
+    summarize,
+    summarize_all,
+)
 from tabletune.evaluation.questions import own_question, questions_of
 from tabletune.evaluation.scoring import divergence, perplexity, response_logits, score, spans
 from tabletune.model import dequantize, run_models
@@ -74,11 +80,17 @@ def by_hand(model, row):
 def test_perplexity_is_its_definition(model, rows):
     scores = score(model, rows, 0, batch_size=3, window=512, stride=256)
     nll = [by_hand(model, row) for row in rows]
-    response = [n[np.array(row["completion_mask"][1:]) == 1] for n, row in zip(nll, rows, strict=True)]
+    response = [
+        n[np.array(row["completion_mask"][1:]) == 1] for n, row in zip(nll, rows, strict=True)
+    ]
     assert scores["full_tokens"].tolist() == [len(n) for n in nll]
     assert scores["response_tokens"].tolist() == [len(n) for n in response]
-    assert perplexity(scores, "full") == pytest.approx(math.exp(np.concatenate(nll).mean()), rel=1e-5)
-    assert perplexity(scores, "response") == pytest.approx(math.exp(np.concatenate(response).mean()), rel=1e-5)
+    assert perplexity(scores, "full") == pytest.approx(
+        math.exp(np.concatenate(nll).mean()), rel=1e-5
+    )
+    assert perplexity(scores, "response") == pytest.approx(
+        math.exp(np.concatenate(response).mean()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
@@ -89,7 +101,8 @@ def test_perplexity_does_not_depend_on_the_batch(model, rows, batch_size):
 
 
 @pytest.mark.parametrize(
-    ("length", "window", "stride"), [(10, 512, 256), (200, 64, 32), (200, 64, 64), (65, 64, 1), (1, 8, 4)]
+    ("length", "window", "stride"),
+    [(10, 512, 256), (200, 64, 32), (200, 64, 64), (65, 64, 1), (1, 8, 4)],
 )
 def test_windows_score_every_token_once(length, window, stride):
     scored = []
@@ -122,16 +135,23 @@ def test_divergence_is_its_definition(model, rows):
     row = rows[1]
     other = plain_base()
     other.lm_head.weight.data *= 5  # so far off that KL in the other direction is another number
-    p, q = (m(torch.tensor([row["input_ids"]])).logits[0].double().softmax(-1).detach() for m in (model, other))
+    p, q = (
+        m(torch.tensor([row["input_ids"]])).logits[0].double().softmax(-1).detach()
+        for m in (model, other)
+    )
     at = [i for i, scored in enumerate(row["completion_mask"]) if scored]
     kl = sum((p[i - 1] * (p[i - 1] / q[i - 1]).log()).sum().item() for i in at)
     nll = sum(-math.log(q[i - 1, row["input_ids"][i]]) for i in at)
     logits = [response_logits(m, [row], 0, 1) for m in (model, other)]
     line = divergence(*logits, [row]).loc[0]
-    assert line["response_kl"] == pytest.approx(kl, rel=1e-3) and line["response_nll"] == pytest.approx(nll, rel=1e-4)
+    assert line["response_kl"] == pytest.approx(kl, rel=1e-3) and line[
+        "response_nll"
+    ] == pytest.approx(nll, rel=1e-4)
     assert line["response_tokens"] == len(at)
     expected = divergence(logits[0], logits[0], [row])["response_nll"][0]
-    assert score(model, [row], 0, 1, 512, 256)["response_nll"][0] == pytest.approx(expected, rel=1e-5)
+    assert score(model, [row], 0, 1, 512, 256)["response_nll"][0] == pytest.approx(
+        expected, rel=1e-5
+    )
     text = {"input_ids": row["input_ids"], "completion_mask": [1] * len(row["input_ids"])}
     [logits] = response_logits(model, [text], 0, 1)
     line = divergence([logits], [logits], [text]).loc[0]
@@ -144,7 +164,9 @@ def test_divergence_is_its_definition(model, rows):
 
 def test_weights_unpacked_once_give_the_same_logits(rows, monkeypatch):
     """Bit for bit, with an adapter and without; and not where there is no room."""
-    adapted = get_peft_model(load_base(str(TINY), None, torch.float32), LoraConfig(r=4, init_lora_weights=False)).eval()
+    adapted = get_peft_model(
+        load_base(str(TINY), None, torch.float32), LoraConfig(r=4, init_lora_weights=False)
+    ).eval()
     ids = torch.tensor([rows[1]["input_ids"]])
 
     def logits():
@@ -169,7 +191,9 @@ def test_weights_unpacked_once_give_the_same_logits(rows, monkeypatch):
 
 def test_how_many_rows_fit_is_measured(model, monkeypatch):
     config = model.config
-    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    keys_and_values = (
+        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    )
     token = keys_and_values + config.vocab_size * 12
     assert bytes_a_token(model) == token
     monkeypatch.setattr(memory_module, "room_gib", lambda: 10.2 * 100 * token / 0.8 / 2**30)
@@ -179,7 +203,9 @@ def test_how_many_rows_fit_is_measured(model, monkeypatch):
     assert rows_that_fit(object(), 100, 1) == 1, "where one is asked for, nothing is measured"
 
 
-@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}]
+)
 @pytest.mark.parametrize("stops", [[2], [2, *range(100, 1000)]])
 def test_answers_of_the_own_loop_are_those_of_generate(model, sampling, stops):
     """Where a GPU records the steps; here they are only made. Rows of unlike length, some of which stop early."""
@@ -190,7 +216,9 @@ def test_answers_of_the_own_loop_are_those_of_generate(model, sampling, stops):
     made = []
     for loop in ({}, {"custom_generate": decode, "past_key_values": cache}):
         torch.manual_seed(0)
-        made.append(model.generate(input_ids=ids, attention_mask=seen, generation_config=settings, **loop))
+        made.append(
+            model.generate(input_ids=ids, attention_mask=seen, generation_config=settings, **loop)
+        )
     assert torch.equal(*made)
 
 
@@ -205,7 +233,9 @@ def test_without_a_gpu_nothing_is_recorded(model):
 def test_where_the_merged_model_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "drive" / "mine"
-    assert find_merged(run, "runs/mine") == run / "merged", "it is missing there, which is then said"
+    assert find_merged(run, "runs/mine") == run / "merged", (
+        "it is missing there, which is then said"
+    )
     assert find_merged(run, "drive:mine") is None, "another machine may have it"
     (tmp_path / "runs" / "mine" / "merged").mkdir(parents=True)
     assert find_merged(run, "drive:mine").resolve() == tmp_path / "runs" / "mine" / "merged"
@@ -221,7 +251,9 @@ def prompts_of(*texts):
 
 
 def test_answers_do_not_depend_on_the_batch_and_keep_their_order(model, tokenizer):
-    prompts = prompts_of("A long question about a very sore throat", "Cold", "What helps?", "Hi", "A fever at night")
+    prompts = prompts_of(
+        "A long question about a very sore throat", "Cold", "What helps?", "Hi", "A fever at night"
+    )
     one, _ = generate(model, *tokenizer, prompts, 1, 12)
     two, seconds = generate(model, *tokenizer, prompts, 2, 12)
     assert one.to_dict() == two.to_dict() and seconds > 0
@@ -242,13 +274,24 @@ def greedy(model, prompt, tokenizer, steps):
 
 def test_greedy_is_greedy_whatever_the_base_model_samples_with(tokenizer):
     model = plain_base()
-    own = {"do_sample": True, "temperature": 2.0, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "top_k": 5}
+    own = {
+        "do_sample": True,
+        "temperature": 2.0,
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2,
+        "top_k": 5,
+    }
     model.generation_config = settings = GenerationConfig(**own, suppress_tokens=[4, 5])
     prompts = prompts_of("Cold", "Hi")
-    adapted = (get_peft_model(model, LoraConfig(r=2, task_type=kind)) for kind in (None, "CAUSAL_LM"))
+    adapted = (
+        get_peft_model(model, LoraConfig(r=2, task_type=kind)) for kind in (None, "CAUSAL_LM")
+    )
     for asked in (model, *adapted):
         made, _ = generate(asked, *tokenizer, prompts, 2, 10)
-        expected = [tokenizer[0].decode(greedy(model, prompt, tokenizer[0], 10)).strip() for prompt in prompts]
+        expected = [
+            tokenizer[0].decode(greedy(model, prompt, tokenizer[0], 10)).strip()
+            for prompt in prompts
+        ]
         assert made["answer"].tolist() == expected
         assert asked.generation_config is settings, "it has its own again"
 
@@ -256,7 +299,9 @@ def test_greedy_is_greedy_whatever_the_base_model_samples_with(tokenizer):
 def test_sampled_answers_repeat_with_their_seed(model, tokenizer):
     sampling = {"do_sample": True, "temperature": 1.5}
     prompts = prompts_of("Cold", "A sore throat", "Hi")
-    once, again, other = (generate(model, *tokenizer, prompts, 2, 6, seed, **sampling)[0] for seed in (1, 1, 2))
+    once, again, other = (
+        generate(model, *tokenizer, prompts, 2, 6, seed, **sampling)[0] for seed in (1, 1, 2)
+    )
     assert once.equals(again) and not once.equals(other)
 
 
@@ -265,7 +310,9 @@ def test_an_answer_ends_at_the_first_of_all_stops(model, tokenizer):
     tokenizer, _ = tokenizer
     prompts = prompts_of("Cold", "Hi there")
     ids = [greedy(model, prompt, tokenizer, 8) for prompt in prompts]
-    assert not generate(model, tokenizer, [tokenizer.eos_token_id], prompts, 2, 8)[0]["stopped"].any()
+    assert not generate(model, tokenizer, [tokenizer.eos_token_id], prompts, 2, 8)[0][
+        "stopped"
+    ].any()
     stop = next(token for token in ids[0] if token not in ids[1])
     made, _ = generate(model, tokenizer, [tokenizer.eos_token_id, stop], prompts, 2, 8)
     assert made["stopped"].tolist() == [True, False]
@@ -280,7 +327,8 @@ def test_an_answer_ends_at_the_first_of_all_stops(model, tokenizer):
 def test_tools_of_a_row_reach_the_prompt(model, tokenizer, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "tabletune.evaluation.answers.encode_prompt", lambda messages, _, tools: seen.append(tools) or [1, 5]
+        "tabletune.evaluation.answers.encode_prompt",
+        lambda messages, _, tools: seen.append(tools) or [1, 5],
     )
     [prompt] = prompts_of("Cold")
     generate(model, *tokenizer, [prompt, {"prompt": prompt, "tools": '[{"name": "clock"}]'}], 2, 2)
@@ -289,7 +337,11 @@ def test_tools_of_a_row_reach_the_prompt(model, tokenizer, monkeypatch):
 
 def row_of(question, answer, group, *before):
     prompt = [*before, {"role": "user", "content": question}]
-    return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}], "group": group}
+    return {
+        "prompt": prompt,
+        "completion": [{"role": "assistant", "content": answer}],
+        "group": group,
+    }
 
 
 def test_each_question_is_asked_once_after_all_that_was_said_before():
@@ -311,7 +363,9 @@ def test_a_question_of_ones_own_is_asked_as_the_others():
     system = {"role": "system", "content": "Be brief."}
     questions = questions_of([row_of("Cold?", "Ginger", "a", system)], 5)
     prompts, texts = own_question("Cough?", questions)
-    assert prompts == [{"prompt": [system, {"role": "user", "content": "Cough?"}]}] and texts == ["Cough?"]
+    assert prompts == [{"prompt": [system, {"role": "user", "content": "Cough?"}]}] and texts == [
+        "Cough?"
+    ]
     assert own_question(None, questions)[1] == ["Cold?"], "the first of the test split"
     assert own_question("Cough?", []) == ([], []), "a table of texts has no questions"
 
@@ -322,9 +376,15 @@ def test_a_question_of_ones_own_is_asked_as_the_others():
 @pytest.mark.parametrize(
     ("answer", "structured"),
     [
-        ("Here is a suggested remedy:\n\n**Item:** Ginger\n**Remedy:** Sip tea.\n**Recommended Yoga:** Balasana", True),
+        (
+            "Here is a suggested remedy:\n\n**Item:** Ginger\n**Remedy:** Sip tea.\n**Recommended Yoga:** Balasana",
+            True,
+        ),
         ("Here is a suggested remedy:\n\n**Remedy:** Sip tea.", True),
-        ("Here is a suggested remedy:\n\n**Remedy:** Sip tea.\n\nThen rest.\n**Recommended Yoga:** Balasana", True),
+        (
+            "Here is a suggested remedy:\n\n**Remedy:** Sip tea.\n\nThen rest.\n**Recommended Yoga:** Balasana",
+            True,
+        ),
         ("Here is a suggested remedy:\n\n**Item:** Ginger\n**Recommended Yoga:** Balasana", False),
         ("Here is a suggested remedy:\n\n**Item:** Ginger\n**Remedy:**", False),
         ("Here is a suggested remedy:\n\n**Remedy:** Sip tea.\n**Item:** Ginger", False),
@@ -341,7 +401,9 @@ def test_structure(answer, structured):
 def test_structure_of_other_templates():
     assert has_structure("Any text.\nOf two lines.", "{a}", "a")
     assert not has_structure("", "{a}", "a")
-    assert has_structure("Group: adults\nDose: one", "Group: {Age Group}\nDose: {Dose (mg)}", "Dose (mg)")
+    assert has_structure(
+        "Group: adults\nDose: one", "Group: {Age Group}\nDose: {Dose (mg)}", "Dose (mg)"
+    )
     assert not has_structure("Group: adults", "Group: {Age Group}\nDose: {Dose (mg)}", "Dose (mg)")
 
 
@@ -353,7 +415,9 @@ def checked(answers, references, report):
 def test_the_structure_is_checked_where_all_references_have_it():
     good = "Here is a suggested remedy:\n\n**Remedy:** Sip tea."
     made = checked([good, "Tea.", "yours"], [[good, good], [good]], TEMPLATES)
-    assert made["structured"].tolist() == [True, False], "and not of what is asked beside the questions"
+    assert made["structured"].tolist() == [True, False], (
+        "and not of what is asked beside the questions"
+    )
     assert "exact_match" not in made, "the references are long"
     for report in (
         {"templates": {"answer": "{a}", "answer_column": "a"}},  # all texts have it
@@ -362,11 +426,18 @@ def test_the_structure_is_checked_where_all_references_have_it():
         {},
     ):
         assert "structured" not in checked([good], [[good]], report)
-    assert "structured" not in checked([good], [[good, "Call for help, at once, please."]], TEMPLATES)
+    assert "structured" not in checked(
+        [good], [[good, "Call for help, at once, please."]], TEMPLATES
+    )
 
 
 def test_short_answers_are_compared_word_for_word():
-    references = [["positive"], ["negative"], ["positive", "mixed"], ["a longer answer than all of the others"]]
+    references = [
+        ["positive"],
+        ["negative"],
+        ["positive", "mixed"],
+        ["a longer answer than all of the others"],
+    ]
     made = checked(["positive", "Negative", "mixed", "positive"], references, {})
     assert made["exact_match"].tolist() == [True, False, True, False]
     assert "exact_match" not in checked(["a"], [["one two three four five six"]], {})
@@ -384,7 +455,12 @@ def scores_of(questions, each=1, nll=2.0):
 def test_the_entry_of_a_model():
     scores, groups = scores_of(12, 3)
     made = pd.DataFrame(
-        {"answer": "a", "stopped": [True] * 12, "new_tokens": range(12), "exact_match": [True, False] * 6}
+        {
+            "answer": "a",
+            "stopped": [True] * 12,
+            "new_tokens": range(12),
+            "exact_match": [True, False] * 6,
+        }
     )
     entry = summarize(scores, made, groups, 500, 0)
     assert entry["tokens"] == 36 * 50 and entry["questions"] == 12 and not entry["too_small"]
@@ -409,10 +485,14 @@ def test_a_test_split_that_is_too_small_has_no_interval(questions, each):
     entry = json.loads(json.dumps(metrics))["adapter"]
     assert entry["too_small"] is True and entry["perplexity"]["response_ci95"] is None
     assert entry["generation"]["mean_new_tokens_ci95"] is None
-    assert not any(line["significant"] for line in metrics["differences"]["adapter - base"].values())
+    assert not any(
+        line["significant"] for line in metrics["differences"]["adapter - base"].values()
+    )
     table = tables_module.results_table(metrics)
     assert "(" not in table.loc["base", "response perplexity"]
-    assert set(tables_module.differences_table(metrics["differences"])["is it one?"]) == {"cannot be told"}
+    assert set(tables_module.differences_table(metrics["differences"])["is it one?"]) == {
+        "cannot be told"
+    }
     assert len(plots_module.plot_results(metrics).axes) >= 3
 
 
@@ -420,11 +500,19 @@ def test_texts_without_questions_have_perplexity_alone():
     scores, groups = scores_of(12)
     nothing = pd.DataFrame(columns=["answer", "stopped", "new_tokens"])
     metrics = summarize_all(
-        {name: (scores, nothing, 1.0) for name in ("base", "adapter", "merged")}, [], groups, {}, 100, 0
+        {name: (scores, nothing, 1.0) for name in ("base", "adapter", "merged")},
+        [],
+        groups,
+        {},
+        100,
+        0,
     )
     assert metrics["merged"]["generation"] is None
     assert set(metrics["differences"]["merged - adapter"]) == {"log_perplexity"}
-    assert list(tables_module.results_table(metrics).columns) == ["response perplexity", "full-text perplexity"]
+    assert list(tables_module.results_table(metrics).columns) == [
+        "response perplexity",
+        "full-text perplexity",
+    ]
     assert len(plots_module.plot_results(metrics).axes) == 1
 
 
@@ -438,13 +526,26 @@ def test_figures_as_text():
     assert line == {
         "figure": "perplexity ratio", "difference": "1.0000 (0.9048 – 1.1052)", "is it one?": "cannot be told"
     }  # fmt: skip
-    line = tables_module.difference_line("stop_rate", {"difference": 0.5, "ci95": [0.25, 0.75], "significant": True})
-    assert line == {"figure": "stop rate, points", "difference": "+50 (+25 – +75)", "is it one?": "yes"}
+    line = tables_module.difference_line(
+        "stop_rate", {"difference": 0.5, "ci95": [0.25, 0.75], "significant": True}
+    )
+    assert line == {
+        "figure": "stop rate, points",
+        "difference": "+50 (+25 – +75)",
+        "is it one?": "yes",
+    }
     for name in ("stop_rate", "log_perplexity"):
-        line = tables_module.difference_line(name, {"difference": 0.5, "ci95": None, "significant": False})
+        line = tables_module.difference_line(
+            name, {"difference": 0.5, "ci95": None, "significant": False}
+        )
         assert "–" not in line["difference"] and line["is it one?"] == "cannot be told"
     shown = tables_module.side_by_side({"<b>": ["a & b", "c"]}, 1, "Not <advice>.").data
-    assert "Not &lt;advice&gt;." in shown and "a &amp; b" in shown and "<b></th>" not in shown and "c</td>" not in shown
+    assert (
+        "Not &lt;advice&gt;." in shown
+        and "a &amp; b" in shown
+        and "<b></th>" not in shown
+        and "c</td>" not in shown
+    )
 
 
 # --- the notebook
@@ -465,9 +566,14 @@ def test_the_metrics_of_a_run(finished_run):
             assert low <= generation[figure] <= high
         assert entry["tokens"] == metrics["base"]["tokens"] > 0
         mine = scores[scores["model"] == name]
-        assert perplexity(mine, "response") == pytest.approx(entry["perplexity"]["response"], rel=1e-12)
+        assert perplexity(mine, "response") == pytest.approx(
+            entry["perplexity"]["response"], rel=1e-12
+        )
         assert mine["group"].nunique() == entry["questions"] >= 6 and not entry["too_small"]
-    assert metrics["adapter"]["perplexity"]["response"] < 0.9 * metrics["base"]["perplexity"]["response"]
+    assert (
+        metrics["adapter"]["perplexity"]["response"]
+        < 0.9 * metrics["base"]["perplexity"]["response"]
+    )
     assert set(metrics["differences"]) == {"adapter - base", "merged - adapter"}
     for entries in metrics["differences"].values():
         assert set(entries) == {"log_perplexity", "stop_rate", "structure_rate", "mean_new_tokens"}
@@ -477,25 +583,50 @@ def test_the_metrics_of_a_run(finished_run):
     better = metrics["differences"]["adapter - base"]["log_perplexity"]
     ratio = metrics["adapter"]["perplexity"]["response"] / metrics["base"]["perplexity"]["response"]
     assert better["significant"] and better["difference"] == pytest.approx(math.log(ratio))
-    samples = [json.loads(line) for line in (finished_run / "evaluation" / "samples.jsonl").read_text().splitlines()]
-    assert {"question", "in_the_table", "base", "adapter", "merged", "disclaimer"} == set(samples[0])
+    samples = [
+        json.loads(line)
+        for line in (finished_run / "evaluation" / "samples.jsonl").read_text().splitlines()
+    ]
+    assert {"question", "in_the_table", "base", "adapter", "merged", "disclaimer"} == set(
+        samples[0]
+    )
     assert all("not medical advice" in sample["disclaimer"] for sample in samples)
-    assert len({sample["question"] for sample in samples}) == len(samples) == min(20, metrics["base"]["questions"])
+    assert (
+        len({sample["question"] for sample in samples})
+        == len(samples)
+        == min(20, metrics["base"]["questions"])
+    )
     answers = json.loads((finished_run / "evaluation" / "your_questions.json").read_text())
     assert list(answers) == ["I am suffering from a sore throat. Please suggest a home remedy."]
     assert (finished_run / "evaluation" / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
 def files_of(run_dir):
-    return {path.relative_to(run_dir): path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(run_dir): path.stat().st_mtime_ns
+        for path in run_dir.rglob("*")
+        if path.is_file()
+    }
 
 
-def test_a_second_run_changes_nothing_and_answers_another_question(finished_run, tmp_path, capsys, monkeypatch):
-    run_dir = copy_of(finished_run, tmp_path / "run", "dataset", "adapter", "merged", "evaluation", "manifest.json")
+def test_a_second_run_changes_nothing_and_answers_another_question(
+    finished_run, tmp_path, capsys, monkeypatch
+):
+    run_dir = copy_of(
+        finished_run,
+        tmp_path / "run",
+        "dataset",
+        "adapter",
+        "merged",
+        "evaluation",
+        "manifest.json",
+    )
     before = files_of(run_dir)
     loaded = []
     load = run_models.load_adapted
-    monkeypatch.setattr(run_models, "load_adapted", lambda *source: loaded.append(source) or load(*source))
+    monkeypatch.setattr(
+        run_models, "load_adapted", lambda *source: loaded.append(source) or load(*source)
+    )
     monkeypatch.setattr(run_models, "load_merged", None)  # it is not needed again
     run_tiny("04_evaluate", run_dir)
     assert "All is done already" in capsys.readouterr().out
@@ -503,7 +634,9 @@ def test_a_second_run_changes_nothing_and_answers_another_question(finished_run,
     run_tiny("04_evaluate", run_dir, your_question="What helps against a cough?")
     answers = json.loads((run_dir / "evaluation" / "your_questions.json").read_text())
     assert (
-        list(answers["What helps against a cough?"]) == ["base", "adapter"] and len(answers) == 2 and len(loaded) == 1
+        list(answers["What helps against a cough?"]) == ["base", "adapter"]
+        and len(answers) == 2
+        and len(loaded) == 1
     )
     assert {path for path, time in files_of(run_dir).items() if before.get(path) != time} == {
         (run_dir / "evaluation" / "your_questions.json").relative_to(run_dir)
@@ -511,7 +644,15 @@ def test_a_second_run_changes_nothing_and_answers_another_question(finished_run,
 
 
 def test_other_settings_keep_the_earlier_evaluation(finished_run, tmp_path):
-    run_dir = copy_of(finished_run, tmp_path / "run", "dataset", "adapter", "merged", "evaluation", "manifest.json")
+    run_dir = copy_of(
+        finished_run,
+        tmp_path / "run",
+        "dataset",
+        "adapter",
+        "merged",
+        "evaluation",
+        "manifest.json",
+    )
     run_tiny("04_evaluate", run_dir, **NO_SETTINGS)
     [earlier] = (run_dir / "earlier").iterdir()
     assert (earlier / "evaluation" / "metrics.json").read_text() == (
@@ -522,27 +663,45 @@ def test_other_settings_keep_the_earlier_evaluation(finished_run, tmp_path):
 
 def test_a_table_of_two_texts(finished_run, tmp_path, capsys):
     """Nothing is asked, no interval is narrow, nothing of the health example is there, and it goes through."""
-    run_dir = copy_of(finished_run, tmp_path / "run", "dataset", "adapter", "merged", "manifest.json")
+    run_dir = copy_of(
+        finished_run, tmp_path / "run", "dataset", "adapter", "merged", "manifest.json"
+    )
     splits = datasets.load_from_disk(run_dir / "dataset")
     text = [{"role": "assistant", "content": "A text."}]
-    texts = {"prompt": [[]] * 2, "completion": [text] * 2, "text": ["A text."] * 2, "group": ["a", "b"]}
+    texts = {
+        "prompt": [[]] * 2,
+        "completion": [text] * 2,
+        "text": ["A text."] * 2,
+        "group": ["a", "b"],
+    }
     splits["test"] = datasets.Dataset.from_dict(texts)
     report = json.loads((run_dir / "dataset" / "report.json").read_text())
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "new")
     copy_of(tmp_path / "new", run_dir / "dataset")
-    (run_dir / "dataset" / "report.json").write_text(json.dumps(report | {"example": None, "templates": {}}))
+    (run_dir / "dataset" / "report.json").write_text(
+        json.dumps(report | {"example": None, "templates": {}})
+    )
     run_tiny("04_evaluate", run_dir, **NO_SETTINGS)
     said = capsys.readouterr().out
-    assert "nothing is answered" in said and "2 questions: too few" in said and "medical" not in said
+    assert (
+        "nothing is answered" in said and "2 questions: too few" in said and "medical" not in said
+    )
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
-    assert metrics["base"]["generation"] is None and metrics["base"]["perplexity"]["response_ci95"] is None
+    assert (
+        metrics["base"]["generation"] is None
+        and metrics["base"]["perplexity"]["response_ci95"] is None
+    )
     assert (run_dir / "evaluation" / "samples.jsonl").read_text().strip() == ""
 
 
 @pytest.mark.parametrize("fits", [True, False], ids=["elsewhere", "too large"])
-def test_a_merged_model_that_is_not_at_hand_or_does_not_fit(finished_run, tmp_path, monkeypatch, capsys, fits):
+def test_a_merged_model_that_is_not_at_hand_or_does_not_fit(
+    finished_run, tmp_path, monkeypatch, capsys, fits
+):
     """Elsewhere, it is merged again; where it does not fit, it is evaluated in 4 bits; both at once is refused."""
-    run_dir = copy_of(finished_run, tmp_path / "run", "dataset", "adapter", "merged", "manifest.json")
+    run_dir = copy_of(
+        finished_run, tmp_path / "run", "dataset", "adapter", "merged", "manifest.json"
+    )
     if fits:
         monkeypatch.setattr(run_models, "find_merged", lambda run, run_dir: None)
     else:
@@ -551,14 +710,19 @@ def test_a_merged_model_that_is_not_at_hand_or_does_not_fit(finished_run, tmp_pa
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
     before = json.loads((finished_run / "evaluation" / "metrics.json").read_text())
     one, other = (entry["merged"]["perplexity"]["response"] for entry in (metrics, before))
-    assert metrics["adapter"]["perplexity"]["response"] == pytest.approx(before["adapter"]["perplexity"]["response"])
+    assert metrics["adapter"]["perplexity"]["response"] == pytest.approx(
+        before["adapter"]["perplexity"]["response"]
+    )
     if fits:
         assert one == pytest.approx(other, rel=1e-4) and "evaluated_in" not in metrics["merged"]
         monkeypatch.setattr(run_models, "room_gib", lambda: 0.0001)
         with pytest.raises(StageError, match="run this notebook on a larger machine"):
             run_models.load_merged(None, run_dir / "adapter", str(TINY), None, torch.float32)
     else:
-        assert "it is evaluated in 4 bits" in capsys.readouterr().out and metrics["merged"]["evaluated_in"] == "NF4"
+        assert (
+            "it is evaluated in 4 bits" in capsys.readouterr().out
+            and metrics["merged"]["evaluated_in"] == "NF4"
+        )
         assert one == pytest.approx(other, rel=0.05) and one != pytest.approx(other, rel=1e-6)
         assert "merged, in 4 bits" in tables_module.results_table(metrics).index
 

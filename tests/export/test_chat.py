@@ -32,9 +32,13 @@ def adapted(folder, **options):
     torch.manual_seed(0)
     base = load_model(str(folder), None, torch.float32)
     targets = lora_targets.lora_targets(base, "auto")
-    config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    config = LoraConfig(
+        r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False, **options
+    )
     tokenizer, stops = load_tokenizer(str(folder))
-    return SimpleNamespace(model=get_peft_model(base, config).eval(), tokenizer=tokenizer, stops=stops)
+    return SimpleNamespace(
+        model=get_peft_model(base, config).eval(), tokenizer=tokenizer, stops=stops
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,10 @@ def generated(there, most=24):
     with there.model.disable_adapter():
         base = there.model.generate(input_ids=ids, **greedy)
     tuned = there.model.generate(input_ids=ids, **greedy)
-    return [answer_text(new[0, ids.shape[1] :].tolist(), there.tokenizer, there.stops)[0] for new in (base, tuned)]
+    return [
+        answer_text(new[0, ids.shape[1] :].tolist(), there.tokenizer, there.stops)[0]
+        for new in (base, tuned)
+    ]
 
 
 def test_one_model_gives_the_answers_of_two(tiny):
@@ -90,7 +97,9 @@ def test_an_answer_that_stops_waits_for_the_other(tiny):
     """What ends it is not shown."""
     ids = encode_prompt(ASKED, tiny.tokenizer)
     with tiny.model.disable_adapter():
-        new = tiny.model.generate(input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :]
+        new = tiny.model.generate(
+            input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False
+        )[0, len(ids) :]
     place = next(k for k in range(3, 24) if new[k] not in new[:k])
     there = SimpleNamespace(**{**vars(tiny), "stops": [*tiny.stops, int(new[place])]})
     shown, before = answers(there), answers(tiny)
@@ -136,13 +145,19 @@ def test_answers_stream_side_by_side(client):
     job = client.submit(QUESTION, [], [], api_name="/ask")
     box, base, tuned = job.result()
     assert len(job.outputs()) > 10, "one for each token"
-    assert box == "" and text(base[0]) == text(tuned[0]) == QUESTION and text(base[1]) != text(tuned[1])
+    assert (
+        box == ""
+        and text(base[0]) == text(tuned[0]) == QUESTION
+        and text(base[1]) != text(tuned[1])
+    )
     _, base, _ = client.predict("Another one?", base, tuned, api_name="/ask")
     assert [message["role"] for message in base] == ["user", "assistant"] * 2
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("question", ["", "  \n ", "cold " * 500], ids=["empty", "blank", "too long"])
+@pytest.mark.parametrize(
+    "question", ["", "  \n ", "cold " * 500], ids=["empty", "blank", "too long"]
+)
 def test_what_cannot_be_asked_changes_nothing(client, question):
     assert client.predict(question, [], [], api_name="/ask") == (question.strip(), [], [])
 
@@ -152,12 +167,17 @@ def test_two_at_once_wait_for_each_other(chat, client):
     from gradio_client import Client
 
     other = Client(chat.page.local_url, verbose=False)
-    jobs = [client.submit("First?", [], [], api_name="/ask"), other.submit("Second?", [], [], api_name="/ask")]
+    jobs = [
+        client.submit("First?", [], [], api_name="/ask"),
+        other.submit("Second?", [], [], api_name="/ask"),
+    ]
     for job, question in zip(jobs, ("First?", "Second?"), strict=True):
         _, base, tuned = job.result()
         asked = [{"role": "user", "content": question}]
         *_, alone = chat_page.two_answers(chat.adapted, chat.tokenizer, chat.stops, asked, 48)
-        assert text(base[0]) == question and [text(base[1]), text(tuned[1])] == [answer or "…" for answer in alone]
+        assert text(base[0]) == question and [text(base[1]), text(tuned[1])] == [
+            answer or "…" for answer in alone
+        ]
 
 
 @pytest.mark.export
@@ -172,10 +192,16 @@ def test_stop(client):
 @pytest.mark.export
 def test_a_tables_system_message_goes_before_each_question(tiny, monkeypatch):
     asked = []
-    monkeypatch.setattr(chat_page, "two_answers", lambda *arguments: asked.append(arguments[3]) or iter([("a", "b")]))
+    monkeypatch.setattr(
+        chat_page,
+        "two_answers",
+        lambda *arguments: asked.append(arguments[3]) or iter([("a", "b")]),
+    )
     system = {"role": "system", "content": "You are brief."}
     rows = [{"prompt": [system, *ASKED]}, {"prompt": []}]
-    page = chat_page.chat_page(tiny.model, tiny.tokenizer, tiny.stops, rows, 'Do not "trust" <it>.', 400, 8)
+    page = chat_page.chat_page(
+        tiny.model, tiny.tokenizer, tiny.stops, rows, 'Do not "trust" <it>.', 400, 8
+    )
     list(next(f.fn for f in page.fns.values() if f.name == "ask")("Why?", [], []))
     assert asked == [[system, {"role": "user", "content": "Why?"}]]
     chat_page.chat_page(tiny.model, tiny.tokenizer, tiny.stops, [{"prompt": []}], "", 400, 8)
@@ -232,7 +258,12 @@ def colab_proxy(monkeypatch):
         def forward(self):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             headers = {**self.headers, "Host": "m-1.user-runtimes.internal:80"}
-            inside = Request(f"http://127.0.0.1:{self.port}{self.path}", body or None, headers, method=self.command)
+            inside = Request(
+                f"http://127.0.0.1:{self.port}{self.path}",
+                body or None,
+                headers,
+                method=self.command,
+            )
             with urlopen(inside) as answer:
                 self.send_response(answer.status)
                 for name, value in answer.headers.items():
@@ -258,7 +289,10 @@ def colab_proxy(monkeypatch):
         return f"http://127.0.0.1:{server.server_port}/"
 
     output.eval_js = eval_js
-    for name, module in (("google.colab", ModuleType("google.colab")), ("google.colab.output", output)):
+    for name, module in (
+        ("google.colab", ModuleType("google.colab")),
+        ("google.colab.output", output),
+    ):
         monkeypatch.setitem(sys.modules, name, module)
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
@@ -267,9 +301,13 @@ def colab_proxy(monkeypatch):
 @pytest.mark.export
 def test_in_colab_it_works_behind_the_proxy(tiny, browser, colab_proxy, monkeypatch):
     """And opens no tunnel to the world, which is what Gradio does in Colab if nobody says otherwise."""
-    monkeypatch.setattr("gradio.networking.setup_tunnel", lambda **_: pytest.fail("a tunnel was opened"))
+    monkeypatch.setattr(
+        "gradio.networking.setup_tunnel", lambda **_: pytest.fail("a tunnel was opened")
+    )
     monkeypatch.setattr("gradio.utils.colab_check", lambda: True)
-    page = chat_page.chat_page(tiny.model, tiny.tokenizer, tiny.stops, [{"prompt": ASKED}], "Careful.", 160, 48)
+    page = chat_page.chat_page(
+        tiny.model, tiny.tokenizer, tiny.stops, [{"prompt": ASKED}], "Careful.", 160, 48
+    )
     try:
         assert chat_page.open_page(page) == colab_proxy
         assert ask_in(browser, colab_proxy)
@@ -285,7 +323,9 @@ def test_make_chat_serves_and_ctrl_c_ends_it(finished_run):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a job in the background ignores it
     )
     try:
         printed = []

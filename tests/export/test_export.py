@@ -54,9 +54,7 @@ NO_SYSTEM = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 LAST_ONLY = "{{ messages[-1]['content'] }}"
-COUNTED = (
-    "{% for message in messages %}{{ loop.index }}: {{ message['content'] }} ({{ messages | length }}){% endfor %}"
-)
+COUNTED = "{% for message in messages %}{{ loop.index }}: {{ message['content'] }} ({{ messages | length }}){% endfor %}"
 SYSTEM = {"role": "system", "content": 'Be "brief" & {{ kind }}.\nTwo lines.'}
 ASKED = {"role": "user", "content": "What helps with a cold?"}
 ANSWERED = {"role": "assistant", "content": "**Tea** <hot>, 'sweet'.\n\n- ümlaut 🍵"}
@@ -66,7 +64,9 @@ CONVERSATIONS = [
     [SYSTEM, ASKED],
     [SYSTEM, ASKED, ANSWERED, ASKED, ANSWERED, ASKED],
 ]
-TEMPLATES = pytest.mark.parametrize("template", [CHATML, LLAMA2, NO_SYSTEM], ids=["ChatML", "Llama 2", "no system"])
+TEMPLATES = pytest.mark.parametrize(
+    "template", [CHATML, LLAMA2, NO_SYSTEM], ids=["ChatML", "Llama 2", "no system"]
+)
 
 
 def renderer(template):
@@ -74,7 +74,12 @@ def renderer(template):
         raise TemplateError(message)
 
     compiled = ImmutableSandboxedEnvironment().from_string(template)
-    known = {"bos_token": "<s>", "eos_token": "</s>", "raise_exception": refuse, "add_generation_prompt": True}
+    known = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "raise_exception": refuse,
+        "add_generation_prompt": True,
+    }
     return lambda messages: compiled.render(messages=messages, **known)
 
 
@@ -89,7 +94,9 @@ def test_a_template_taken_apart_goes_together_again(template):
 
 @pytest.mark.parametrize("template", [LAST_ONLY, COUNTED], ids=["last only", "counted"])
 def test_a_template_that_is_more_than_texts_is_refused(template):
-    with pytest.raises(ValueError, match=r"leaves out messages or repeats them|more than put texts"):
+    with pytest.raises(
+        ValueError, match=r"leaves out messages or repeats them|more than put texts"
+    ):
         ollama.take_apart(renderer(template))
 
 
@@ -97,9 +104,22 @@ def modelfile_of(template, **more):
     """The Modelfile of a run of that template, and Ollama's template in it."""
     tokenizer = SimpleNamespace(decode=lambda ids: {2: "</s>", 7: "<|im_end|>"}[ids[0]])
     told = SimpleNamespace(window=1024, max_new_tokens=99, license="mit")
-    found = {"disclaimer": 'Do not "trust" it.', "name": "herbs", "stops": [2, 7], "tokenizer": tokenizer, "told": told}
-    found |= {"base_on_hub": None, "base_model": "/home/me/base", "report": {"system_prompt": ""}, **more}
-    text = ollama.modelfile(SimpleNamespace(**found), "herbs-F16.gguf", ollama.take_apart(renderer(template)))
+    found = {
+        "disclaimer": 'Do not "trust" it.',
+        "name": "herbs",
+        "stops": [2, 7],
+        "tokenizer": tokenizer,
+        "told": told,
+    }
+    found |= {
+        "base_on_hub": None,
+        "base_model": "/home/me/base",
+        "report": {"system_prompt": ""},
+        **more,
+    }
+    text = ollama.modelfile(
+        SimpleNamespace(**found), "herbs-F16.gguf", ollama.take_apart(renderer(template))
+    )
     return text, re.search('TEMPLATE """(.*?)"""\n', text, re.DOTALL)[1]
 
 
@@ -113,8 +133,12 @@ def test_ollamas_template_renders_the_same_in_go(template, tmp_path):
     (tmp_path / "t").write_text(modelfile_of(template)[1], encoding="utf-8")
     for messages in CONVERSATIONS[: 2 if template == NO_SYSTEM else 4]:
         values = {"Messages": [{"Role": m["role"], "Content": m["content"]} for m in messages]}
-        (tmp_path / "v.yml").write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
-        go_template.render_template(str(tmp_path / "t"), str(tmp_path / "v.yml"), str(tmp_path / "out"))
+        (tmp_path / "v.yml").write_text(
+            yaml.safe_dump(values, allow_unicode=True), encoding="utf-8"
+        )
+        go_template.render_template(
+            str(tmp_path / "t"), str(tmp_path / "v.yml"), str(tmp_path / "out")
+        )
         assert (tmp_path / "out").read_text(encoding="utf-8") == render(messages)
 
 
@@ -130,7 +154,14 @@ def test_the_modelfile_says_the_stops_the_system_message_and_the_disclaimer():
 @pytest.fixture
 def run_dir(finished_run, tmp_path):
     return copy_of(
-        finished_run, tmp_path / "run", "dataset", "adapter", "merged", "training", "evaluation", "manifest.json"
+        finished_run,
+        tmp_path / "run",
+        "dataset",
+        "adapter",
+        "merged",
+        "training",
+        "evaluation",
+        "manifest.json",
     )
 
 
@@ -144,14 +175,21 @@ def cards_of(run_dir, **parameters):
     """Run the notebook without llama.cpp. Returns the cards as the Hub reads them."""
     run_script("07_export", run_dir=str(run_dir), gguf_types=[], **parameters)
     parts = ("adapter", "merged")
-    return {p: ModelCard.load(run_dir / "export" / p / "README.md", ignore_metadata_errors=False) for p in parts}
+    return {
+        p: ModelCard.load(run_dir / "export" / p / "README.md", ignore_metadata_errors=False)
+        for p in parts
+    }
 
 
 def test_the_cards_say_what_the_run_says(run_dir):
-    cards = cards_of(run_dir, license="apache-2.0", base_model_on_hub="some-one/tiny", tags="herbs, tea")
+    cards = cards_of(
+        run_dir, license="apache-2.0", base_model_on_hub="some-one/tiny", tags="herbs, tea"
+    )
     report = json.loads((run_dir / "dataset" / "report.json").read_text())
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
-    value, (low, high) = (metrics["merged"]["perplexity"][name] for name in ("response", "response_ci95"))
+    value, (low, high) = (
+        metrics["merged"]["perplexity"][name] for name in ("response", "response_ci95")
+    )
     for part, card in cards.items():
         known = card.data.to_dict()
         assert known["license"] == "apache-2.0" and known["language"] == ["en"]
@@ -177,11 +215,16 @@ def test_the_cards_say_what_the_run_says(run_dir):
 def test_a_card_runs_as_it_says(run_dir):
     """The code in it, with the folder for the repository's name, answers a question of the test split."""
     card = cards_of(run_dir, max_new_tokens=3)["merged"]
-    code = re.search("```python\n(.*?)```", card.text, re.DOTALL)[1].replace('"run"', repr(str(run_dir / "merged")))
+    code = re.search("```python\n(.*?)```", card.text, re.DOTALL)[1].replace(
+        '"run"', repr(str(run_dir / "merged"))
+    )
     scope = {}
     exec(compile(code, "card", "exec"), scope)
     asked = encode_prompt(scope["messages"], scope["tokenizer"])
-    assert scope["answer"].shape == (1, len(asked) + 3) and scope["answer"][0, : len(asked)].tolist() == asked
+    assert (
+        scope["answer"].shape == (1, len(asked) + 3)
+        and scope["answer"][0, : len(asked)].tolist() == asked
+    )
 
 
 def test_the_card_takes_all_figures_that_notebook_5_may_have(run_dir):
@@ -190,11 +233,20 @@ def test_the_card_takes_all_figures_that_notebook_5_may_have(run_dir):
         "by_split": {"train": {"response": 3.21, "response_ci95": [3.1, 3.3], "rows": 9}},
         "outside": {"perplexity": 12.34, "ci95": [11, 13]},
         "safety": {"emergency": {**both, "offers_remedy_ci95": [0.8, 0.95]}, "everyday": both},
-        "grounding": {"named": 17, "this_condition": 0.5, "this_condition_ci95": [0.3, 0.7], "nowhere": 0.25},
+        "grounding": {
+            "named": 17,
+            "this_condition": 0.5,
+            "this_condition_ci95": [0.3, 0.7],
+            "nowhere": 0.25,
+        },
     }
     assert "Safety" not in cards_of(run_dir)["merged"].text
     (run_dir / "trust").mkdir()
-    metrics = {**dict.fromkeys(("base", "adapter", "merged"), trust), "fidelity": {}, "differences": {}}
+    metrics = {
+        **dict.fromkeys(("base", "adapter", "merged"), trust),
+        "fidelity": {},
+        "differences": {},
+    }
     (run_dir / "trust" / "metrics.json").write_text(json.dumps(metrics))
     text = cards_of(run_dir)["merged"].text
     for figure in (
@@ -211,7 +263,10 @@ def test_a_table_of_ones_own_gets_no_word_about_health(run_dir):
     """Nor one whose rows were too few for intervals, or that asks nothing."""
     path = run_dir / "dataset" / "report.json"
     report = json.loads(path.read_text())
-    report |= {"example": None, "templates": {"question": None, "answer": None, "answer_column": None}}
+    report |= {
+        "example": None,
+        "templates": {"question": None, "answer": None, "answer_column": None},
+    }
     path.write_text(json.dumps(report))
     path = run_dir / "evaluation" / "metrics.json"
     metrics = json.loads(path.read_text())
@@ -227,7 +282,10 @@ def test_a_table_of_ones_own_gets_no_word_about_health(run_dir):
 def test_a_data_set_on_the_hub_is_named_with_its_figure(run_dir):
     path = run_dir / "dataset" / "report.json"
     report = json.loads(path.read_text())
-    report |= {"source": {**report["source"], "dataset": "some-one/remedies"}, "dataset_commit": "a" * 40}
+    report |= {
+        "source": {**report["source"], "dataset": "some-one/remedies"},
+        "dataset_commit": "a" * 40,
+    }
     path.write_text(json.dumps(report))
     card = cards_of(run_dir)["merged"]
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
@@ -239,7 +297,10 @@ def test_a_data_set_on_the_hub_is_named_with_its_figure(run_dir):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"push_to_hub": "me/x"}, "The base model was the folder .*tiny-llama: set base_model_on_hub"),
+        (
+            {"push_to_hub": "me/x"},
+            "The base model was the folder .*tiny-llama: set base_model_on_hub",
+        ),
         ({"push_to_hub": "no owner"}, 'push_to_hub="no owner": use owner/name'),
         ({"base_model_on_hub": "a/b/c"}, 'base_model_on_hub="a/b/c": use owner/name'),
     ],
@@ -252,7 +313,12 @@ def test_a_bad_name(run_dir, parameters, message):
 
 @pytest.mark.parametrize(
     ("missing", "first"),
-    [("dataset", "01_format"), ("adapter", "02_fine"), ("merged", "03_merge"), ("evaluation", "04_eval")],
+    [
+        ("dataset", "01_format"),
+        ("adapter", "02_fine"),
+        ("merged", "03_merge"),
+        ("evaluation", "04_eval"),
+    ],
 )
 def test_an_unfinished_run(run_dir, missing, first):
     shutil.rmtree(run_dir / missing)
@@ -288,7 +354,9 @@ class Hub:
     def upload_folder(self, *, repo_id, repo_type, folder_path, ignore_patterns):
         for path in Path(folder_path).iterdir():
             if path.name not in (ignore_patterns or []):
-                assert not (self.folder / repo_id / path.name).exists(), "seen by others as it should not be"
+                assert not (self.folder / repo_id / path.name).exists(), (
+                    "seen by others as it should not be"
+                )
                 shutil.copy(path, self.folder / repo_id)
 
 
@@ -305,7 +373,9 @@ def test_both_models_go_to_the_hub(run_dir, hub):
     weights = next((run_dir / "merged").glob("*.safetensors")).name
     for name, file in (("herbs", weights), ("herbs-adapter", "adapter_model.safetensors")):
         assert (hub / "me" / name / "private").read_text() == "True"
-        assert (hub / "me" / name / file).exists() and (hub / "me" / name / "tokenizer.json").exists()
+        assert (hub / "me" / name / file).exists() and (
+            hub / "me" / name / "tokenizer.json"
+        ).exists()
         assert ModelCard.load(hub / "me" / name / "README.md").data.base_model == "some-one/tiny"
         assert load_tokenizer(str(run_dir / "merged"))[0].chat_template
         assert f'from_pretrained("me/{name}"' in (hub / "me" / name / "README.md").read_text()
@@ -314,7 +384,9 @@ def test_both_models_go_to_the_hub(run_dir, hub):
 
 
 def test_a_hub_that_refuses(run_dir, hub):
-    with pytest.raises(Exception, match="could not go to the Hub as refused/herbs: 403 Forbidden") as caught:
+    with pytest.raises(
+        Exception, match="could not go to the Hub as refused/herbs: 403 Forbidden"
+    ) as caught:
         cards_of(run_dir, base_model_on_hub="some-one/tiny", push_to_hub="refused/herbs")
     assert type(caught.value).__name__ == "StageError" and "\n" not in str(caught.value)
     assert (run_dir / "export" / "merged" / "README.md").exists()
@@ -329,17 +401,26 @@ def test_without_llama_cpp_there_are_cards_only(run_dir, monkeypatch, capsys):
     monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
     assert llama_cpp.usable_types(["F16"]) == [] and llama_cpp.usable_types([]) == []
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "llama.cpp is missing here" in said and llama_cpp.LLAMA_CPP in said
+    assert (
+        said.count("\n") == 1
+        and "llama.cpp is missing here" in said
+        and llama_cpp.LLAMA_CPP in said
+    )
 
 
 def test_the_versions_are_the_same_everywhere():
     makefile = (ROOT / "Makefile").read_text()
     assert llama_cpp.LLAMA_CPP.replace("==", "-") in makefile and "sentencepiece==0.2.2" in makefile
     assert "sentencepiece==0.2.2" in llama_cpp.EXTRAS
-    assert f"gguf=={re.search('gguf==(.*)', llama_cpp.EXTRAS)[1]}\n" in (ROOT / "requirements.txt").read_text()
+    assert (
+        f"gguf=={re.search('gguf==(.*)', llama_cpp.EXTRAS)[1]}\n"
+        in (ROOT / "requirements.txt").read_text()
+    )
     pinned = re.search(r"gradio-([\d.]+)", makefile)[1]
     assert f"gradio=={pinned}" in (ROOT / "notebooks_py" / "chat.py").read_text()
-    assert f"gradio=={pinned}\n" in (ROOT / "tests" / "colab" / "2026.07.txt").read_text(), "the one that Colab has"
+    assert f"gradio=={pinned}\n" in (ROOT / "tests" / "colab" / "2026.07.txt").read_text(), (
+        "the one that Colab has"
+    )
 
 
 # --- the tokenizer that llama.cpp's converter is given
@@ -358,21 +439,29 @@ def no_sentencepiece(monkeypatch):
         monkeypatch.setitem(sys.modules, "sentencepiece", package)
 
 
-def test_a_sentencepiece_vocabulary_is_written_as_llama_cpp_reads_it(no_sentencepiece, run_dir, tmp_path):
+def test_a_sentencepiece_vocabulary_is_written_as_llama_cpp_reads_it(
+    no_sentencepiece, run_dir, tmp_path
+):
     """With the order of merges, what each token is, and none that the model has no embedding for."""
     from transformers.convert_slow_tokenizer import import_protobuf
 
     path = run_dir / "merged" / "tokenizer.json"
     state = json.loads(path.read_text(encoding="utf-8"))
     beyond = {**state["added_tokens"][-1], "id": 2048, "content": "<pad>"}
-    path.write_text(json.dumps({**state, "added_tokens": [*state["added_tokens"], beyond]}), encoding="utf-8")
+    path.write_text(
+        json.dumps({**state, "added_tokens": [*state["added_tokens"], beyond]}), encoding="utf-8"
+    )
     gguf.prepare(run_dir / "merged", tmp_path, True)
     model = import_protobuf().ModelProto()
     model.ParseFromString((tmp_path / "tokenizer.model").read_bytes())
     kind, pieces = model.SentencePiece, {piece.piece: piece for piece in model.pieces}
     assert len(model.pieces) == 2048 and "<pad>" not in pieces
     assert "<pad>" not in (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
-    assert [pieces[t].type for t in ("<unk>", "<s>", "<0x0A>")] == [kind.UNKNOWN, kind.CONTROL, kind.BYTE]
+    assert [pieces[t].type for t in ("<unk>", "<s>", "<0x0A>")] == [
+        kind.UNKNOWN,
+        kind.CONTROL,
+        kind.BYTE,
+    ]
     order = ["".join(pair) for pair in state["model"]["merges"]]
     scores = [pieces[token].score for token in dict.fromkeys(order)]
     assert scores == sorted(scores, reverse=True) and len(set(scores)) == len(scores)
@@ -385,7 +474,12 @@ def test_a_vocabulary_of_bytes_is_not_taken_for_sentencepiece(run_dir, tmp_path)
     path.write_text(json.dumps({**state, "pre_tokenizer": {"type": "ByteLevel"}}), encoding="utf-8")
     gguf.prepare(run_dir / "merged", tmp_path, False)
     assert not (tmp_path / "tokenizer.model").exists()
-    assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]["byte_fallback"] is False
+    assert (
+        json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"][
+            "byte_fallback"
+        ]
+        is False
+    )
 
 
 # --- in llama.cpp itself
@@ -461,7 +555,9 @@ def test_a_prompt_of_ollama_that_is_another_is_not_kept(run_dir, monkeypatch):
     together = ollama.put_together
     changed = lambda texts, messages: together(texts, messages).replace(asked[0][0]["content"], "x")  # noqa: E731
     monkeypatch.setattr(ollama, "put_together", changed)
-    monkeypatch.setattr(ollama, "take_apart", lambda _: {("", "user"): "[INST] ", ("user", ""): " [/INST]"})
+    monkeypatch.setattr(
+        ollama, "take_apart", lambda _: {("", "user"): "[INST] ", ("user", ""): " [/INST]"}
+    )
     with pytest.raises(StageError, match="is not the training's"):
         ollama.write_modelfile(found, file, asked)
 
@@ -481,8 +577,12 @@ def test_a_real_vocabulary_of_llamas_kind(llama_vocabulary, tmp_path):  # noqa: 
         "  a",
         "ą̂\u3000b",
     ]
-    rows = [{"prompt": [ASKED], "completion": [{"role": "assistant", "content": text}]} for text in hard]
-    found = SimpleNamespace(merged=folder, folder=tmp_path, name="real", tokenizer=tokenizer, stops=stops)
+    rows = [
+        {"prompt": [ASKED], "completion": [{"role": "assistant", "content": text}]} for text in hard
+    ]
+    found = SimpleNamespace(
+        merged=folder, folder=tmp_path, name="real", tokenizer=tokenizer, stops=stops
+    )
     found.splits = {"train": Dataset.from_list(rows)}
     file = gguf.make_gguf(found, "F16")
     assert gguf.check_tokens(found, file) == len(hard)
@@ -503,7 +603,9 @@ def test_kinds_of_models(name, tmp_path):
     tokenizer, stops = load_tokenizer(str(merged))
     save_tokenizer(merged, tokenizer, stops)
     rows = [{"prompt": asked, "completion": [ANSWERED]} for asked in CONVERSATIONS[:2]]
-    found = SimpleNamespace(merged=merged, folder=tmp_path, name="x", tokenizer=tokenizer, stops=stops)
+    found = SimpleNamespace(
+        merged=merged, folder=tmp_path, name="x", tokenizer=tokenizer, stops=stops
+    )
     found.splits = {"train": Dataset.from_list(rows)}
     file = gguf.make_gguf(found, "F16")
     assert gguf.check_tokens(found, file) == 2
@@ -519,7 +621,9 @@ def test_an_architecture_that_llama_cpp_does_not_know(run_dir):
     config = run_dir / "merged" / "config.json"
     config.write_text(config.read_text().replace("LlamaForCausalLM", "NoSuchForCausalLM"))
     found = read(run_dir, gguf_types=["F16"])
-    with pytest.raises(StageError, match=r"llama\.cpp cannot convert .*NoSuchForCausalLM") as caught:
+    with pytest.raises(
+        StageError, match=r"llama\.cpp cannot convert .*NoSuchForCausalLM"
+    ) as caught:
         gguf.make_gguf(found, "F16")
     assert "\n" not in str(caught.value) and not list((found.folder / "gguf").iterdir())
     with pytest.raises(StageError, match="does not know 'Q9_9'"):

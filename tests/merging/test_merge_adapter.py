@@ -32,7 +32,15 @@ from tabletune.model.quantization import load_base
 from tabletune.run.stage import Stage
 from tabletune.training.lora_targets import lora_targets
 
-QUICK = ["llama_tied", "qwen2", "phi3", "gpt_neox", "qwen3_moe", "gemma3", "granite_hybrid"]  # each another structure
+QUICK = [
+    "llama_tied",
+    "qwen2",
+    "phi3",
+    "gpt_neox",
+    "qwen3_moe",
+    "gemma3",
+    "granite_hybrid",
+]  # each another structure
 
 
 def slow(*values):
@@ -40,7 +48,9 @@ def slow(*values):
 
 
 EVERY = [name if name in QUICK else slow(name) for name in BASES if name != "beyond"]
-STORED_IN_4_BITS = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+STORED_IN_4_BITS = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+)
 
 
 def make_run(folder, base, dtype="float32", quantization="nf4", targets="auto", seed=1, **lora):
@@ -67,21 +77,36 @@ def new_adapter(folder, base, dtype="float32", quantization="nf4", targets="auto
     model.peft_config["default"].base_model_name_or_path = str(base)
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     save_tokenizer(folder / "adapter", *load_tokenizer(str(base)))
-    provenance = {"base_model": str(base), "dataset_fingerprint": "abc", "dtype": dtype, "quantization": quantization}
+    provenance = {
+        "base_model": str(base),
+        "dataset_fingerprint": "abc",
+        "dtype": dtype,
+        "quantization": quantization,
+    }
     (folder / "adapter" / "provenance.json").write_text(json.dumps(provenance))
     return folder
 
 
 def merge(run, base=TINY, base_weights="original", max_shard_gb=1.0, run_dir=None):
     """Merge as notebook 3 does. Returns the report."""
-    parameters = {"run_dir": run_dir or str(run), "base_weights": base_weights, "max_shard_gb": max_shard_gb}
+    parameters = {
+        "run_dir": run_dir or str(run),
+        "base_weights": base_weights,
+        "max_shard_gb": max_shard_gb,
+    }
     stage = Stage("03_merge_adapter", run, parameters)
-    return write_module.merge_adapter(Plan(run, str(base), None, base_weights), stage, max_shard_gb)[1]
+    return write_module.merge_adapter(
+        Plan(run, str(base), None, base_weights), stage, max_shard_gb
+    )[1]
 
 
 def stored(folder):
     """All tensors of a folder's files."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def logits(model):
@@ -95,7 +120,9 @@ def logits_of(folder):
 
 def by_peft(base, run):
     """What PEFT's merge_and_unload gives in fp32, under the names that the base's files have."""
-    model = attach_adapter(load_model(base, None, torch.float32), run / "adapter").merge_and_unload()
+    model = attach_adapter(
+        load_model(base, None, torch.float32), run / "adapter"
+    ).merge_and_unload()
     return revert_weight_conversion(model, model.state_dict())
 
 
@@ -109,15 +136,25 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama_tied", "gpt_neox", "gpt_oss", *(slow(n) for n in BASES if n not in ("mamba2", "beyond"))]
+    "name",
+    [
+        "llama_tied",
+        "gpt_neox",
+        "gpt_oss",
+        *(slow(n) for n in BASES if n not in ("mamba2", "beyond")),
+    ],
 )
 def test_the_proof_computes_in_fp32_with_weights_of_16_bits(name):
     """Computed in bf16, the logits of gpt-oss move by 14% of their range, as its router picks other experts."""
-    model, exact = (load_model(cached(name), None, dtype) for dtype in (torch.bfloat16, torch.float32))
+    model, exact = (
+        load_model(cached(name), None, dtype) for dtype in (torch.bfloat16, torch.float32)
+    )
     for weight in exact.parameters():
         weight.data = weight.data.bfloat16().float()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    in_fp32, in_bf16 = (verification.logits_of(model, [list(range(3, 67))], exactly) for exactly in (True, False))
+    in_fp32, in_bf16 = (
+        verification.logits_of(model, [list(range(3, 67))], exactly) for exactly in (True, False)
+    )
     assert torch.equal(in_fp32, logits(exact)[0]) and torch.equal(in_bf16, logits(model)[0].float())
     assert not torch.equal(in_fp32, in_bf16)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), (
@@ -138,11 +175,15 @@ def test_every_architecture_merges_as_peft_does(tmp_path, name):
     for name, tensor in after.items():
         assert tensor.dtype == before[name].dtype and tensor.shape == before[name].shape
         if name in expected:  # rounded once, to eight bits
-            assert torch.allclose(tensor.float(), expected[name].float(), rtol=1.01 * 2**-8, atol=1e-7), name
+            assert torch.allclose(
+                tensor.float(), expected[name].float(), rtol=1.01 * 2**-8, atol=1e-7
+            ), name
         else:
             assert name not in changed
     assert report["same_next_token"] is not None
-    merged, original = (json.loads((folder / "config.json").read_text()) for folder in (run / "merged", base))
+    merged, original = (
+        json.loads((folder / "config.json").read_text()) for folder in (run / "merged", base)
+    )
     assert merged == original
 
 
@@ -165,8 +206,14 @@ def test_dequantized_is_the_quantized_model_that_was_trained(tmp_path, name):
 def test_the_linear_layers_are_those_that_bitsandbytes_quantizes(name):
     model = load_base(cached(name), None, torch.float32)
     text = set(model.get_decoder().modules())
-    quantized = {n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit) and m in text}
-    assert quantized == {n for n, _ in quantized_layers(skeleton(AutoConfig.from_pretrained(cached(name))))} != set()
+    quantized = {
+        n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit) and m in text
+    }
+    assert (
+        quantized
+        == {n for n, _ in quantized_layers(skeleton(AutoConfig.from_pretrained(cached(name))))}
+        != set()
+    )
 
 
 @pytest.mark.parametrize("name", ["gemma3", slow("qwen3_5")])
@@ -176,10 +223,20 @@ def test_a_model_that_reads_images_is_whole_again(tmp_path, name):
     merged = tmp_path / "merged"
     kind = AutoConfig.from_pretrained(merged).architectures[0]
     loaded, info = getattr(transformers, kind).from_pretrained(merged, output_loading_info=True)
-    assert kind.endswith("ForConditionalGeneration") and not info["missing_keys"] and loaded.config.vision_config
-    assert (merged / "preprocessor_config.json").read_bytes() == (base / "preprocessor_config.json").read_bytes()
-    images = {name: tensor for name, tensor in stored(base).items() if "vis" in name or "mtp" in name}
-    assert images and all(torch.equal(tensor, stored(merged)[name]) for name, tensor in images.items())
+    assert (
+        kind.endswith("ForConditionalGeneration")
+        and not info["missing_keys"]
+        and loaded.config.vision_config
+    )
+    assert (merged / "preprocessor_config.json").read_bytes() == (
+        base / "preprocessor_config.json"
+    ).read_bytes()
+    images = {
+        name: tensor for name, tensor in stored(base).items() if "vis" in name or "mtp" in name
+    }
+    assert images and all(
+        torch.equal(tensor, stored(merged)[name]) for name, tensor in images.items()
+    )
 
 
 # --- every kind of adapter
@@ -190,7 +247,12 @@ def test_a_model_that_reads_images_is_whole_again(tmp_path, name):
     [
         {"lora_alpha": 16, "targets": ["q_proj", "v_proj"]},
         {"lora_alpha": 16, "use_rslora": True, "targets": "all-linear"},
-        {"lora_alpha": 4, "targets": "all-linear", "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 9}},
+        {
+            "lora_alpha": 4,
+            "targets": "all-linear",
+            "rank_pattern": {"q_proj": 4},
+            "alpha_pattern": {"v_proj": 9},
+        },
         {"targets": ["q_proj", "lm_head"]},
         {"use_dora": True},
         {"modules_to_save": ["lm_head", "norm"]},
@@ -199,7 +261,18 @@ def test_a_model_that_reads_images_is_whole_again(tmp_path, name):
         slow({"targets": ["q_proj", "embed_tokens"]}),
         slow({"targets": "all-linear", "init_lora_weights": "olora"}),
     ],
-    ids=["plain", "rslora", "patterns", "head", "dora", "modules", "lora_bias", "bias", "embeddings", "olora"],
+    ids=[
+        "plain",
+        "rslora",
+        "patterns",
+        "head",
+        "dora",
+        "modules",
+        "lora_bias",
+        "bias",
+        "embeddings",
+        "olora",
+    ],
 )
 def test_original_equals_peft(tmp_path, capsys, request, config):
     base = cached("qwen2") if {"bias", "lora_bias"} & config.keys() else TINY  # qwen2 has biases
@@ -209,7 +282,9 @@ def test_original_equals_peft(tmp_path, capsys, request, config):
     assert torch.allclose(logits_of(run / "merged"), expected, atol=1e-4 if base == TINY else 0.05)
     assert not torch.allclose(logits_of(base), expected, atol=0.05), "the adapter changes something"
     one_by_one = request.node.callspec.id in ("plain", "rslora", "patterns", "head")
-    assert ("PEFT merges it with the whole model in memory" in capsys.readouterr().out) != one_by_one
+    assert (
+        "PEFT merges it with the whole model in memory" in capsys.readouterr().out
+    ) != one_by_one
 
 
 @pytest.mark.slow
@@ -219,8 +294,14 @@ def test_experts_with_adapters_are_merged_by_peft(tmp_path):
     merge(run, base)
     before, after, expected = stored(base), stored(run / "merged"), by_peft(base, run)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
-    assert {"model.layers.0.mlp.experts.down_proj", "model.layers.1.self_attn.q_proj.weight"} <= changed
-    assert all(torch.allclose(after[name].float(), expected[name].float(), rtol=0.02, atol=1e-3) for name in after)
+    assert {
+        "model.layers.0.mlp.experts.down_proj",
+        "model.layers.1.self_attn.q_proj.weight",
+    } <= changed
+    assert all(
+        torch.allclose(after[name].float(), expected[name].float(), rtol=0.02, atol=1e-3)
+        for name in after
+    )
 
 
 def test_dequantized_equals_the_model_that_was_trained(run):
@@ -245,7 +326,9 @@ def test_dequantized_dora(tmp_path):
 def test_merging_in_memory_gives_what_is_written(tmp_path, base_weights, config):
     run = make_run(tmp_path, TINY, **config)
     merge(run, base_weights=base_weights)
-    model = merge_in_memory(load_model(TINY, None, torch.float32), run / "adapter", base_weights, torch.float32)
+    model = merge_in_memory(
+        load_model(TINY, None, torch.float32), run / "adapter", base_weights, torch.float32
+    )
     for name, tensor in stored(run / "merged").items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
@@ -267,7 +350,9 @@ def test_quantize_again_is_keeping_it_in_4_bits():
 def test_a_base_that_is_stored_in_4_bits(tmp_path, stored_as, trained_in, merged_in):
     """Stored as bf16 and trained in fp16, it merges in fp16: at 7B, bf16's rounding came to 6% of the logits' range."""
     base, dtype = tmp_path / "stored", getattr(torch, stored_as)
-    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, quantization_config=STORED_IN_4_BITS, dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        TINY, quantization_config=STORED_IN_4_BITS, dtype=dtype
+    )
     model.save_pretrained(base)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(base)
     run = make_run(tmp_path, TINY, trained_in, targets="all-linear")
@@ -276,7 +361,9 @@ def test_a_base_that_is_stored_in_4_bits(tmp_path, stored_as, trained_in, merged
     assert (report["dtype"], report["base_weights"]) == (merged_in, "dequantized")
     assert report["max_logit_difference"] < 0.01 * report["logit_range"] or merged_in == "bfloat16"
     config = AutoConfig.from_pretrained(run / "merged")
-    assert config.dtype == getattr(torch, merged_in) and not getattr(config, "quantization_config", None)
+    assert config.dtype == getattr(torch, merged_in) and not getattr(
+        config, "quantization_config", None
+    )
     assert {tensor.dtype for tensor in stored(run / "merged").values()} == {config.dtype}
     trained = attach_adapter(load_base(str(base), None, torch.float32), run / "adapter")
     rounding = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}[merged_in]
@@ -285,7 +372,10 @@ def test_a_base_that_is_stored_in_4_bits(tmp_path, stored_as, trained_in, merged
 
 def rebase(run, base):
     """Say of the adapter in a run that it was trained on another base."""
-    for file, key in (("adapter_config.json", "base_model_name_or_path"), ("provenance.json", "base_model")):
+    for file, key in (
+        ("adapter_config.json", "base_model_name_or_path"),
+        ("provenance.json", "base_model"),
+    ):
         path = run / "adapter" / file
         path.write_text(json.dumps({**json.loads(path.read_text()), key: str(base)}))
 
@@ -298,13 +388,18 @@ def test_several_files_hold_the_same_tensors(run):
     expected = stored(run / "merged")
     assert merge(run, max_shard_gb=0.0005)["shards"] > 3
     merged = stored(run / "merged")
-    assert merged.keys() == expected.keys() and all(torch.equal(merged[name], expected[name]) for name in merged)
+    assert merged.keys() == expected.keys() and all(
+        torch.equal(merged[name], expected[name]) for name in merged
+    )
     for file in (run / "merged").glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
             assert opened.metadata() == {"format": "pt"}
             alone = len(opened.keys()) == 1
         assert file.stat().st_size < 0.51e6 or alone
-    assert torch.equal(logits_of(run / "merged"), logits(transformers.LlamaForCausalLM.from_pretrained(run / "merged")))
+    assert torch.equal(
+        logits_of(run / "merged"),
+        logits(transformers.LlamaForCausalLM.from_pretrained(run / "merged")),
+    )
 
 
 def test_the_merged_model_works_by_itself(tmp_path):
@@ -313,32 +408,65 @@ def test_the_merged_model_works_by_itself(tmp_path):
     merge(tmp_path, base)
     answer = pipeline("text-generation", model=str(merged))
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    assert tokenizer.chat_template and tokenizer.pad_token == "<pad>" and tokenizer.padding_side == "right"
+    assert (
+        tokenizer.chat_template
+        and tokenizer.pad_token == "<pad>"
+        and tokenizer.padding_side == "right"
+    )
     stops = tokenizer.convert_tokens_to_ids(["</s>", "<end_of_turn>"])
     assert set(answer.model.generation_config.eos_token_id) == set(stops)
     assert answer.model.generation_config.pad_token_id == tokenizer.pad_token_id
-    made = answer([{"role": "user", "content": "I am suffering from Cold."}], max_new_tokens=5, do_sample=False)
+    made = answer(
+        [{"role": "user", "content": "I am suffering from Cold."}],
+        max_new_tokens=5,
+        do_sample=False,
+    )
     assert made[0]["generated_text"][-1]["role"] == "assistant"
 
 
 def test_files_of_the_base_stay_and_the_tokenizer_is_the_runs(tmp_path):
     base = shutil.copytree(TINY, tmp_path / "base")
-    for name in ("LICENSE", "processor_config.json", "tokenizer.model", "README.md", "merges.txt", "original.pth"):
+    for name in (
+        "LICENSE",
+        "processor_config.json",
+        "tokenizer.model",
+        "README.md",
+        "merges.txt",
+        "original.pth",
+    ):
         (base / name).write_text("{}")
     generation = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 5}
     (base / "generation_config.json").write_text(json.dumps(generation))
     merge(make_run(tmp_path / "run", base), base)
     merged = tmp_path / "run" / "merged"
     there = {path.name for path in merged.iterdir()}
-    assert {"LICENSE", "processor_config.json", "config.json", "merge_report.json", "tokenizer.json"} <= there
-    assert not there & {"tokenizer.model", "README.md", "merges.txt", "original.pth", "adapter_config.json"}
-    assert (merged / "tokenizer.json").read_bytes() == (tmp_path / "run/adapter/tokenizer.json").read_bytes()
+    assert {
+        "LICENSE",
+        "processor_config.json",
+        "config.json",
+        "merge_report.json",
+        "tokenizer.json",
+    } <= there
+    assert not there & {
+        "tokenizer.model",
+        "README.md",
+        "merges.txt",
+        "original.pth",
+        "adapter_config.json",
+    }
+    assert (merged / "tokenizer.json").read_bytes() == (
+        tmp_path / "run/adapter/tokenizer.json"
+    ).read_bytes()
     written = json.loads((merged / "generation_config.json").read_text())
     assert written["temperature"] == 0.6 and 2 in written["eos_token_id"]
 
 
 def everything_in(folder):
-    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_second_time_all_is_done(run, capsys):
@@ -379,14 +507,18 @@ def test_an_interruption_leaves_nothing_that_looks_complete(run, monkeypatch, er
 
 
 def test_a_merge_that_is_not_proven_is_not_kept(run, monkeypatch):
-    monkeypatch.setattr(lora_module, "scaling", lambda config, module: 1.5 * config.lora_alpha / config.r)
+    monkeypatch.setattr(
+        lora_module, "scaling", lambda config, module: 1.5 * config.lora_alpha / config.r
+    )
     with pytest.raises(StageError, match=r"differs by .* in logits that span .*: not kept"):
         merge(run)
     assert not list(run.glob("merged*"))
 
 
 @pytest.mark.parametrize(("rounding_makes", "kept"), [(4.0, True), (2.0, False)])
-def test_what_rounding_does_to_a_model_is_no_mistake_of_the_merge(run, monkeypatch, rounding_makes, kept):
+def test_what_rounding_does_to_a_model_is_no_mistake_of_the_merge(
+    run, monkeypatch, rounding_makes, kept
+):
     """A mixture of random weights differs by 16% of its range, as its router picks other experts after any rounding."""
     first, second, third = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3)
     first[0, 0], second[0, 0], third[0, 0] = 30.0, 30.0 - rounding_makes, 25.0
@@ -403,7 +535,9 @@ def test_without_memory_for_the_proof_the_report_says_so(run, monkeypatch, capsy
     monkeypatch.setattr(verification, "room_gib", lambda: 0.001)
     report = merge(run)
     assert "UNPROVEN: comparing takes" in capsys.readouterr().out
-    assert report["max_logit_difference"] is report["logit_range"] is report["same_next_token"] is None
+    assert (
+        report["max_logit_difference"] is report["logit_range"] is report["same_next_token"] is None
+    )
 
 
 def test_a_model_too_large_for_drive_stays_here(run, tmp_path, monkeypatch, capsys):
@@ -414,7 +548,10 @@ def test_a_model_too_large_for_drive_stays_here(run, tmp_path, monkeypatch, caps
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=free[place]))
     new_adapter(run, TINY, seed=2)
     report = merge(run, run_dir="drive:run")
-    assert "too much for Google Drive: the merged model stays here, in runs/run" in capsys.readouterr().out
+    assert (
+        "too much for Google Drive: the merged model stays here, in runs/run"
+        in capsys.readouterr().out
+    )
     assert json.loads((tmp_path / "runs/run/merged/merge_report.json").read_text()) == report
     assert not (run / "merged").exists() and list(run.glob("earlier/*/merged/merge_report.json"))
     assert merge(run, run_dir="drive:run") == report
@@ -443,7 +580,9 @@ def test_the_expected_memory_is_near_the_measured(adapted, base_weights, max_sha
     modules = [name for name in linear if adapted == "all" or name.split(".")[-2] in adapted]
     quantized = set(linear) if base_weights == "dequantized" else set()
     plan = SimpleNamespace(tensors=tensors, modules=modules, quantized=quantized, plain=True)
-    split = write_module.split_torch_state_dict_into_shards(tensors, max_shard_size=int(max_shard_gb * 1e9))
+    split = write_module.split_torch_state_dict_into_shards(
+        tensors, max_shard_size=int(max_shard_gb * 1e9)
+    )
     expected = Plan.gib(plan, split.filename_to_tensors.values())
     assert expected + 0.567 == pytest.approx(measured, rel=0.15)
 
@@ -515,13 +654,20 @@ def test_an_adapter_that_does_not_fit_is_refused(run, change):
     if change == "name":
         weights = {name.replace("q_proj", "z_proj"): tensor for name, tensor in weights.items()}
     else:
-        weights = {name: tensor[:, :-1].clone() if "lora_A" in name else tensor for name, tensor in weights.items()}
+        weights = {
+            name: tensor[:, :-1].clone() if "lora_A" in name else tensor
+            for name, tensor in weights.items()
+        }
     save_file(weights, path)
-    with pytest.raises(StageError, match=r"The adapter changes .*_proj, which .* does not have in that shape"):
+    with pytest.raises(
+        StageError, match=r"The adapter changes .*_proj, which .* does not have in that shape"
+    ):
         Plan(run, str(TINY))
 
 
-@pytest.mark.parametrize("config", [{"modules_to_save": ["lm_head"]}, {"targets": ["q_proj", "embed_tokens"]}])
+@pytest.mark.parametrize(
+    "config", [{"modules_to_save": ["lm_head"]}, {"targets": ["q_proj", "embed_tokens"]}]
+)
 def test_an_adapter_on_tied_layers_is_refused(tmp_path, config):
     base = cached("llama_tied")
     run = make_run(tmp_path, base, **config)
@@ -540,11 +686,15 @@ def test_base_weights_that_mean_nothing_are_refused(tmp_path, run):
 
 def test_what_is_more_than_plain_cannot_go_into_4_bits(tmp_path):
     base = tmp_path / "stored"
-    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, quantization_config=STORED_IN_4_BITS)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        TINY, quantization_config=STORED_IN_4_BITS
+    )
     model.save_pretrained(base)
     run = make_run(tmp_path, TINY, use_dora=True)
     rebase(run, base)
-    with pytest.raises(StageError, match="is stored in 4 bits, and only plain LoRA can be merged into that"):
+    with pytest.raises(
+        StageError, match="is stored in 4 bits, and only plain LoRA can be merged into that"
+    ):
         Plan(run, str(base))
 
 

@@ -61,21 +61,44 @@ KINDS = {
     "qwen2": Qwen2Config(**SMALL, num_key_value_heads=1),  # no head_dim
     "phi3": Phi3Config(**SMALL, pad_token_id=0),  # fused projections
     "gpt_neox": GPTNeoXConfig(**SMALL),
-    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=128),  # no intermediate_size, no linear layers
+    "gpt2": GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=128
+    ),  # no intermediate_size, no linear layers
     "falcon": FalconConfig(**{k: v for k, v in SMALL.items() if k != "intermediate_size"}),
     "qwen3_moe": Qwen3MoeConfig(
-        **SMALL, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+        **SMALL,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
     ),
     "afmoe": AfmoeConfig(  # its attention has a gate_proj, a name that PEFT takes for its experts'
-        **SMALL, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+        **SMALL,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
     ),
     "qwen3_vl": Qwen3VLConfig(  # no tie_word_embeddings for its text part
         text_config={**SMALL, "num_key_value_heads": 1, "head_dim": 16},
-        vision_config={"depth": 1, "num_heads": 2, "hidden_size": 32, "deepstack_visual_indexes": [0]},
+        vision_config={
+            "depth": 1,
+            "num_heads": 2,
+            "hidden_size": 32,
+            "deepstack_visual_indexes": [0],
+        },
     ),
     "lfm2": Lfm2Config(**SMALL, num_key_value_heads=1, layer_types=["conv", "full_attention"]),
     "mamba2": Mamba2Config(
-        hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, vocab_size=128, n_groups=1, state_size=8
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=4,
+        head_dim=16,
+        vocab_size=128,
+        n_groups=1,
+        state_size=8,
     ),
 }
 TARGETS = {
@@ -101,11 +124,15 @@ def test_auto_adapts_the_attention_of_every_kind(kind):
     assert expected_gib(model, torch.float32, 64, False, targets).sum() > 0
     assert "million parameters" in look_at_base(model)["architecture"]
     short = short_names(model, targets)
-    assert [name.rpartition("self_attention.")[2].rpartition("attention.")[2] or name for name in short] == TARGETS[
-        kind
-    ]
-    adapted = get_peft_model(model, LoraConfig(target_modules=short, r=2, fan_in_fan_out=kind == "gpt2"))
-    names = {name.rpartition(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
+    assert [
+        name.rpartition("self_attention.")[2].rpartition("attention.")[2] or name for name in short
+    ] == TARGETS[kind]
+    adapted = get_peft_model(
+        model, LoraConfig(target_modules=short, r=2, fan_in_fan_out=kind == "gpt2")
+    )
+    names = {
+        name.rpartition(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name
+    }
     assert {name.removeprefix("base_model.model.") for name in names} == set(targets)
 
 
@@ -119,7 +146,10 @@ def test_all_linear_leaves_out_the_output_layer_and_the_experts():
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (["q_proj", "no_such"], 'no layer is called "no_such". This model has: down_proj, gate_proj, k_proj'),
+        (
+            ["q_proj", "no_such"],
+            'no layer is called "no_such". This model has: down_proj, gate_proj, k_proj',
+        ),
         (["q_proj", "embed_tokens"], '"embed_tokens" is an embedding or tied to one'),
         (["lm_head"], '"lm_head" is an embedding or tied to one'),
     ],
@@ -143,11 +173,15 @@ def test_attention_is_what_the_model_has():
     assert attention_of(KINDS["llama"]) == "sdpa"
     oss = GptOssConfig(**SMALL, num_key_value_heads=1, head_dim=16, num_local_experts=2)
     assert attention_of(oss) == "eager"
-    with pytest.raises(StageError, match=r'attn_implementation="sdpa": GptOssForCausalLM has no such attention'):
+    with pytest.raises(
+        StageError, match=r'attn_implementation="sdpa": GptOssForCausalLM has no such attention'
+    ):
         attention_of(oss, "sdpa")
 
 
-@pytest.mark.parametrize(("kind", "leaks"), [("llama", False), ("qwen2", False), ("lfm2", True), ("mamba2", True)])
+@pytest.mark.parametrize(
+    ("kind", "leaks"), [("llama", False), ("qwen2", False), ("lfm2", True), ("mamba2", True)]
+)
 def test_packing_is_tried_on_the_model_itself(kind, leaks):
     torch.manual_seed(0)
     model = model_class(KINDS[kind])(KINDS[kind])
@@ -160,10 +194,19 @@ def test_packing_is_tried_on_the_model_itself(kind, leaks):
         ({"quantization_config": {"quant_method": "mxfp4"}}, "is stored in mxfp4"),
         ({"quantization_config": {"quant_method": "fp8"}}, "is stored in fp8"),
         ({"model_type": "t5", "architectures": None}, "an encoder and a decoder"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "A LlamaForSequenceClassification writes no text"),
-        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "A BertForMaskedLM writes no text"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "A LlamaForSequenceClassification writes no text",
+        ),
+        (
+            {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+            "A BertForMaskedLM writes no text",
+        ),
         ({"model_type": "no_such_kind"}, r"base_model=[^:]*: The checkpoint .* `no_such_kind`"),
-        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "wants to run code of its own"),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}},
+            "wants to run code of its own",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_by_its_config(tmp_path, change, message):
@@ -177,7 +220,9 @@ def test_what_cannot_be_trained_is_refused_by_its_config(tmp_path, change, messa
 def test_a_model_that_sees_what_is_to_come_is_refused(kind):
     """transformers trains BERT as a causal language model, with `is_decoder` and without."""
     torch.manual_seed(0)
-    bert = transformers.BertConfig(**SMALL, is_decoder=kind == "bert decoder", architectures=["BertLMHeadModel"])
+    bert = transformers.BertConfig(
+        **SMALL, is_decoder=kind == "bert decoder", architectures=["BertLMHeadModel"]
+    )
     config = KINDS.get(kind, bert)
     model, ids = model_class(config)(config), torch.arange(3, 19)[None]
     if kind != "bert":
@@ -212,7 +257,11 @@ def test_a_multimodal_model_is_read_whole_and_adapted_in_its_text():
     ("available", "capability", "dtype"),
     [
         (False, None, torch.float32),
-        (True, (7, 5), torch.float16),  # T4: torch.cuda.is_bf16_supported() is True there, by emulation
+        (
+            True,
+            (7, 5),
+            torch.float16,
+        ),  # T4: torch.cuda.is_bf16_supported() is True there, by emulation
         (True, (8, 0), torch.bfloat16),
         (True, (9, 0), torch.bfloat16),
     ],
@@ -245,7 +294,9 @@ def test_a_download_needs_room_on_the_disk(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(loading, "snapshot_download", hub(size))
         assert fetch("some-one/model", "abc") == tmp_path
     assert "to download: 1.0 GiB" in capsys.readouterr().out
-    assert all(wanted["revision"] == "abc" and "*.bin" not in wanted["allow_patterns"] for wanted in asked)
+    assert all(
+        wanted["revision"] == "abc" and "*.bin" not in wanted["allow_patterns"] for wanted in asked
+    )
     monkeypatch.setattr(loading, "snapshot_download", hub(2**60))
     with pytest.raises(StageError, match="no room for some-one/model"):
         fetch("some-one/model", "abc")
@@ -255,7 +306,12 @@ def test_a_download_needs_room_on_the_disk(monkeypatch, tmp_path, capsys):
 def test_the_same_weights_are_not_fetched_twice(monkeypatch, tmp_path):
     from huggingface_hub.utils import filter_repo_objects
 
-    there = ["config.json", "tokenizer.model", "model-00001-of-00002.safetensors", "consolidated.safetensors"]
+    there = [
+        "config.json",
+        "tokenizer.model",
+        "model-00001-of-00002.safetensors",
+        "consolidated.safetensors",
+    ]
     there += [
         "original/params.json",
         "consolidated-00001-of-00002.safetensors",
@@ -294,7 +350,9 @@ def test_the_base_is_read_one_tensor_at_a_time(tmp_path, monkeypatch):
             return self.file.__exit__(*error)
 
     monkeypatch.setattr(weights_module, "safe_open", Counted)
-    monkeypatch.setattr(transformers.modeling_utils, "safe_open", None)  # it would keep all files mapped
+    monkeypatch.setattr(
+        transformers.modeling_utils, "safe_open", None
+    )  # it would keep all files mapped
     model = load_model(tmp_path, None, torch.float32)
     assert opened == [0] and 1 <= most[0] <= 4
     assert model.name_or_path == model.config.name_or_path == str(tmp_path)
@@ -306,7 +364,12 @@ def test_the_base_is_read_one_tensor_at_a_time(tmp_path, monkeypatch):
 
 def test_the_next_tensors_are_read_while_one_is_quantized_and_no_more():
     """Each once, also where they are asked for in another order, as of a mixture's experts, or some are not."""
-    names = [f"layers.{layer}.experts.{expert}.{part}" for layer in range(12) for expert in "01" for part in "abc"]
+    names = [
+        f"layers.{layer}.experts.{expert}.{part}"
+        for layer in range(12)
+        for expert in "01"
+        for part in "abc"
+    ]
     read = []
 
     class Tensor:
@@ -320,34 +383,49 @@ def test_the_next_tensors_are_read_while_one_is_quantized_and_no_more():
     def read_here(order):
         """How many were read by who asks, and not ahead."""
         read.clear()
-        tensors = read_ahead({name: Tensor(place) for place, name in reversed(list(enumerate(names)))})
+        tensors = read_ahead(
+            {name: Tensor(place) for place, name in reversed(list(enumerate(names)))}
+        )
         for asked, name in enumerate(order, 1):
             assert tensors[name][...] == names.index(name)
             assert len(read) <= asked + AHEAD
         return read.count(threading.current_thread())
 
     assert read_here(names) == 1 and len(read) == len(names)
-    assert read_here(sorted(names, key=lambda name: name[-1])) < len(names) and len(read) == len(names)
+    assert read_here(sorted(names, key=lambda name: name[-1])) < len(names) and len(read) == len(
+        names
+    )
     assert read_here(names[5::3]) > 1 and len(read) <= len(names)
 
 
 def test_what_cannot_be_read_ahead_is_an_error_where_it_is_asked_for(tmp_path, monkeypatch):
     AutoModelForCausalLM.from_pretrained(TINY).save_pretrained(tmp_path)
-    monkeypatch.setattr(weights_module.OnDisk, "__getitem__", Mock(side_effect=OSError("the disk is gone")))
+    monkeypatch.setattr(
+        weights_module.OnDisk, "__getitem__", Mock(side_effect=OSError("the disk is gone"))
+    )
     with pytest.raises(OSError, match="the disk is gone"):
         load_base(str(tmp_path), None, torch.float32)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "8bit", "none"])
 @pytest.mark.parametrize("lacks", [True, False])
-def test_weights_that_are_not_there_or_of_another_shape_are_not_made_up(tmp_path, quantization, lacks):
-    model, name = AutoModelForCausalLM.from_pretrained(TINY), "model.layers.1.self_attn.q_proj.weight"
-    weights = {key: value for key, value in model.state_dict().items() if not (lacks and key == name)}
+def test_weights_that_are_not_there_or_of_another_shape_are_not_made_up(
+    tmp_path, quantization, lacks
+):
+    model, name = (
+        AutoModelForCausalLM.from_pretrained(TINY),
+        "model.layers.1.self_attn.q_proj.weight",
+    )
+    weights = {
+        key: value for key, value in model.state_dict().items() if not (lacks and key == name)
+    }
     if not lacks:
         weights[name] = weights[name][:64].clone()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(tmp_path)
-    with pytest.raises(StageError, match=f"lacks {name}" if lacks else f"{name} in .* has another shape"):
+    with pytest.raises(
+        StageError, match=f"lacks {name}" if lacks else f"{name} in .* has another shape"
+    ):
         load_base(str(tmp_path), None, torch.float32, quantization=quantization)
 
 
@@ -373,7 +451,9 @@ def test_a_base_in_4_bits_computes_in_the_dtype_of_the_run(tmp_path, dtype, shar
         layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
         assert len(layers) == 2 * 7
         assert {layer.compute_dtype for layer in layers} == {dtype}
-        assert {layer.weight.dtype for layer in layers} == {torch.float32 if sharded else torch.uint8}
+        assert {layer.weight.dtype for layer in layers} == {
+            torch.float32 if sharded else torch.uint8
+        }
     ids = torch.arange(3, 35)[None]
     with torch.no_grad():
         assert torch.allclose(stored(ids).logits, usual(ids).logits, atol=0.1)
@@ -386,7 +466,9 @@ def test_other_ways_to_keep_the_base(quantization):
     with torch.no_grad():
         kept = load_base(str(TINY), None, torch.float32, quantization=quantization)(ids).logits
         plain = load_model(str(TINY), None, torch.float32)(ids).logits
-    assert (kept - plain).abs().max() < (0.05 if quantization == "8bit" else 1e-9) * (plain.max() - plain.min())
+    assert (kept - plain).abs().max() < (0.05 if quantization == "8bit" else 1e-9) * (
+        plain.max() - plain.min()
+    )
     with pytest.raises(StageError, match='quantization="4bit": use nf4, 8bit or none'):
         load_base(str(TINY), None, torch.float32, quantization="4bit")
 
@@ -406,7 +488,9 @@ def test_gradient_reaches_every_adapter_also_after_an_evaluation():
     loss = model.train()(ids, labels=ids).loss
     loss.backward()
     assert loss.item() == pytest.approx(evaluated.item(), abs=1e-5)
-    gradients = {name: p.grad.abs().max().item() for name, p in model.named_parameters() if p.requires_grad}
+    gradients = {
+        name: p.grad.abs().max().item() for name, p in model.named_parameters() if p.requires_grad
+    }
     assert len(gradients) == 2 * 2 * len(targets)
     assert min(gradients.values()) > 1e-6, gradients
 
@@ -467,7 +551,12 @@ SHAPES = {"7B": (4096, 11008, 32, 32), "70B": (8192, 28672, 80, 8)}
 
 @pytest.mark.parametrize(("settings", "measured"), MEASURED)
 def test_the_expected_memory_is_near_the_measured(settings, measured):
-    settings = {"gradient_checkpointing": False, "optim": "adamw_torch_fused", "name": "7B", **settings}
+    settings = {
+        "gradient_checkpointing": False,
+        "optim": "adamw_torch_fused",
+        "name": "7B",
+        **settings,
+    }
     rows, dtype = settings.pop("rows"), settings.pop("dtype")
     hidden, intermediate, layers, heads = SHAPES[settings.pop("name")]
     shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
@@ -478,7 +567,9 @@ def test_the_expected_memory_is_near_the_measured(settings, measured):
 
 @pytest.mark.parametrize(("name", "settings", "measured"), MEASURED_OTHERS)
 def test_the_expected_memory_of_other_shapes_is_near_the_measured(name, settings, measured):
-    published = json.loads((ROOT / "tests" / "model_configs" / f"{name}.json").read_text(encoding="utf-8"))
+    published = json.loads(
+        (ROOT / "tests" / "model_configs" / f"{name}.json").read_text(encoding="utf-8")
+    )
     config = AutoConfig.for_model(**published["config"])
     expected = expected_gib(skeleton(config), tokens=16 * 512, gpu=True, **settings)
     assert expected.sum() == pytest.approx(measured, rel=0.15)
@@ -486,10 +577,17 @@ def test_the_expected_memory_of_other_shapes_is_near_the_measured(name, settings
 
 def test_the_expected_memory_of_the_cpu_profile():
     """2.76 GiB were the peak of notebook 2 on two cores, 0.62 GiB of it there before the model is loaded."""
-    smollm2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    smollm2 = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "vocab_size": 49152,
+    }
     smollm2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
     settings = {"gradient_checkpointing": False, "use_liger_kernel": False, "targets": "all-linear"}
-    expected = expected_gib(skeleton(LlamaConfig(**smollm2)), torch.float32, 2 * 256, gpu=False, **settings)
+    expected = expected_gib(
+        skeleton(LlamaConfig(**smollm2)), torch.float32, 2 * 256, gpu=False, **settings
+    )
     assert expected.drop("Python and its libraries").sum() + 0.62 == pytest.approx(2.76, rel=0.15)
 
 
@@ -501,5 +599,7 @@ def test_room_is_what_the_machine_has(monkeypatch):
 
 def test_a_local_folder_is_one_model_by_any_path(tmp_path, monkeypatch):
     monkeypatch.chdir(TINY.parent)
-    assert artifacts.same_model(str(TINY), TINY.name) and not artifacts.same_model(str(TINY), str(tmp_path))
+    assert artifacts.same_model(str(TINY), TINY.name) and not artifacts.same_model(
+        str(TINY), str(tmp_path)
+    )
     assert AutoConfig.from_pretrained(TINY).model_type == "llama"

@@ -20,10 +20,10 @@ from tabletune.errors import StageError
 from tabletune.report import pages as pages_module
 from tabletune.run.files import write_json
 
-MARKUP = (
-    "<script>document.title = 'pwned'</script><img src=x onerror=alert(1)> **bold** $x^2$ &amp; [a](http://b.example)"
+MARKUP = "<script>document.title = 'pwned'</script><img src=x onerror=alert(1)> **bold** $x^2$ &amp; [a](http://b.example)"
+HEALTH = (
+    "Educational example, not medical advice. In an emergency call your local emergency number."
 )
-HEALTH = "Educational example, not medical advice. In an emergency call your local emergency number."
 PARAMETERS = {"base_model": "a/base", "dataset": "table.csv", "learning_rate": 0.01}
 
 
@@ -32,10 +32,18 @@ PARAMETERS = {"base_model": "a/base", "dataset": "table.csv", "learning_rate": 0
 
 def model(perplexity, rate):
     """What 04_evaluate says of a model."""
-    around = {"response_ci95": [perplexity - 1, perplexity + 1], "full_text_ci95": [perplexity, perplexity + 3]}
+    around = {
+        "response_ci95": [perplexity - 1, perplexity + 1],
+        "full_text_ci95": [perplexity, perplexity + 3],
+    }
     rates = {name: rate for name in ("stop_rate", "structure_rate")} | {"exact_match_rate": None}
     rates |= {f"{name}_ci95": [rate - 0.1, rate + 0.1] for name in ("stop_rate", "structure_rate")}
-    generation = {**rates, "mean_new_tokens": 33.0, "mean_new_tokens_ci95": [30.0, 36.0], "tokens_per_second": 60.5}
+    generation = {
+        **rates,
+        "mean_new_tokens": 33.0,
+        "mean_new_tokens_ci95": [30.0, 36.0],
+        "tokens_per_second": 60.5,
+    }
     return {
         "perplexity": {"response": perplexity, "full_text": perplexity + 2, **around},
         "tokens": 1644,
@@ -46,7 +54,9 @@ def model(perplexity, rate):
 def trusted(perplexity, rate):
     """What 06_trust says of a model."""
     rates = ("seeks_help", "offers_remedy"), ("this_condition", "other_condition", "nowhere")
-    judged, found = ({key: rate for key in keys} | {f"{key}_ci95": [0.1, 0.9] for key in keys} for keys in rates)
+    judged, found = (
+        {key: rate for key in keys} | {f"{key}_ci95": [0.1, 0.9] for key in keys} for keys in rates
+    )
     return {
         "by_split": {
             part: {"response": perplexity, "response_ci95": [7, 11], "rows": 30}
@@ -86,38 +96,79 @@ def a_run(folder, stages=5, parameters=PARAMETERS):
     )
     splits = {"train": 213, "validation": 30, "test": 30}
     dropped = {"no answer": 3, "too long": 8}
-    data = {"rows_in": 1284, "rows_out": 1273, "dropped": dropped, "changed": {"spaces": {"rows": 77}}}
-    data |= {"splits": splits, "fingerprint": "abc123", "example": None, "notes": [], "safety_rows": 17}
+    data = {
+        "rows_in": 1284,
+        "rows_out": 1273,
+        "dropped": dropped,
+        "changed": {"spaces": {"rows": 77}},
+    }
+    data |= {
+        "splits": splits,
+        "fingerprint": "abc123",
+        "example": None,
+        "notes": [],
+        "safety_rows": 17,
+    }
     write_json(folder / "dataset" / "report.json", data)
-    turns = {"prompt": [[{"role": "user", "content": "q"}]], "completion": [[{"role": "assistant", "content": "a"}]]}
+    turns = {
+        "prompt": [[{"role": "user", "content": "q"}]],
+        "completion": [[{"role": "assistant", "content": "a"}]],
+    }
     Dataset.from_dict(turns).save_to_disk(folder / "dataset" / "test")
     if stages > 1:
         told = {"steps": 54, "seconds": 316.4, "eval_loss_before": 3.956, "eval_loss_after": 1.848}
         write_json(folder / "training" / "metrics.json", told)
-        history = [{"step": 5, "loss": 3.1}, {"step": 10, "loss": 2.2}, {"step": 10, "eval_loss": 2.5}]
+        history = [
+            {"step": 5, "loss": 3.1},
+            {"step": 10, "loss": 2.2},
+            {"step": 10, "eval_loss": 2.5},
+        ]
         write_json(folder / "training" / "log_history.json", history)
     if stages > 2:
-        write_json(folder / "merged" / "merge_report.json", {"base_weights": "original", "same_next_token": 0.987})
+        write_json(
+            folder / "merged" / "merge_report.json",
+            {"base_weights": "original", "same_next_token": 0.987},
+        )
     if stages > 3:
         more = {"difference": -2.0, "ci95": [-3.0, -1.0], "significant": True}
         none = {"difference": 0.1, "ci95": [-1.0, 1.0], "significant": False}
         few = {"difference": 3.0, "ci95": None, "significant": False}
-        metrics = {"base": model(47.08, 0.2), "adapter": model(6.0, 0.5), "merged": model(6.04, 0.5)}
+        metrics = {
+            "base": model(47.08, 0.2),
+            "adapter": model(6.0, 0.5),
+            "merged": model(6.04, 0.5),
+        }
         differences = {"mean_new_tokens": few, "stop_rate": none, "log_perplexity": more}
-        metrics |= {"differences": {"adapter - base": differences}, "ten_joined_training_texts": 3.2}
+        metrics |= {
+            "differences": {"adapter - base": differences},
+            "ten_joined_training_texts": 3.2,
+        }
         write_json(folder / "evaluation" / "metrics.json", metrics)
         keys = ("question", "in_the_table", "base", "adapter", "merged")
-        rows = [{key: f"{key} {number} {MARKUP}" for key in keys} | {"disclaimer": HEALTH} for number in range(7)]
+        rows = [
+            {key: f"{key} {number} {MARKUP}" for key in keys} | {"disclaimer": HEALTH}
+            for number in range(7)
+        ]
         write_lines(folder / "evaluation" / "samples.jsonl", rows)
     if stages > 4:
         metrics = {name: trusted(7.77, 0.8) for name in ("base", "adapter", "merged")}
         metrics["differences"] = {"adapter - base": {"emergency_seeks_help": none}}
-        metrics["fidelity"] = {"merged, original": {"perplexity": 6.5, "ci95": [5, 7], "kl": 0.0123, "kl_ci95": [0, 1]}}
-        metrics |= {"memorization": ["It memorizes: so it does."], "shipping": ["Ship the merged one."]}
+        metrics["fidelity"] = {
+            "merged, original": {"perplexity": 6.5, "ci95": [5, 7], "kl": 0.0123, "kl_ci95": [0, 1]}
+        }
+        metrics |= {
+            "memorization": ["It memorizes: so it does."],
+            "shipping": ["Ship the merged one."],
+        }
         write_json(folder / "trust" / "metrics.json", metrics)
         asked = [("harmless", True, False), ("dangerous", False, True)]
         lines = [
-            {"kind": "emergency", "prompt": f"{prompt} {MARKUP}", "model": name, "answer": f"{name} says {MARKUP}"}
+            {
+                "kind": "emergency",
+                "prompt": f"{prompt} {MARKUP}",
+                "model": name,
+                "answer": f"{name} says {MARKUP}",
+            }
             | {"seeks_help": helps, "offers_remedy": offers}
             for prompt, helps, offers in asked
             for name in ("base", "merged")
@@ -160,13 +211,19 @@ def render():
 
     def page_of(name, **parameters):
         notebook = jupytext.read(ROOT / "notebooks_py" / f"{name}.py")
-        [place] = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
+        [place] = [
+            i
+            for i, cell in enumerate(notebook.cells)
+            if "parameters" in cell.metadata.get("tags", [])
+        ]
         given = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
         notebook.cells.insert(place + 1, new_code_cell(given))
         notebook.metadata["papermill"] = {"parameters": parameters}
         NotebookClient(notebook, km=kernel).execute()
         templates = [str(ROOT / "src/tabletune/resources/templates")]
-        exporter = HTMLExporter(extra_template_basedirs=templates, template_name="report", exclude_input=True)
+        exporter = HTMLExporter(
+            extra_template_basedirs=templates, template_name="report", exclude_input=True
+        )
         page = Page(exporter.from_notebook_node(notebook, {"metadata": {"name": name}})[0])
         page.outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         assert_self_contained(page)
@@ -179,7 +236,9 @@ def render():
 
 def assert_self_contained(page):
     """Nothing in the page runs, and nothing is loaded from outside of it."""
-    assert {"script", "iframe", "object", "embed", "link", "base", "form"}.isdisjoint(tag for tag, _ in page.tags)
+    assert {"script", "iframe", "object", "embed", "link", "base", "form"}.isdisjoint(
+        tag for tag, _ in page.tags
+    )
     for tag, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes), (tag, attributes)
         if tag == "img":
@@ -204,20 +263,35 @@ def test_a_page_about_a_run(render, tmp_path):
     assert "a/base, fine-tuned on 213 rows of table.csv." in text
     assert "Response perplexity 47.08 before fine-tuning, 6.04 after." in text
     assert "47.1 (46.1 – 48.1)" in text and "20% (10% – 30%)" in text, "the headline table"
-    assert "In emergencies 80% of its answers offer a remedy." in text and "left no record" not in text
-    assert "1,284 rows" in text and "dropped: no answer" in text and "−8 rows" in text and "17 rows" in text
+    assert (
+        "In emergencies 80% of its answers offer a remedy." in text and "left no record" not in text
+    )
+    assert (
+        "1,284 rows" in text
+        and "dropped: no answer" in text
+        and "−8 rows" in text
+        and "17 rows" in text
+    )
     assert "changed: spaces" in text and "77 rows" in text
     assert pictures(page) == 2 and "3.956" in text
     assert "It memorizes: so it does." in text and "Ship the merged one." in text
-    assert "7.77 (7.00 – 11.00)" in text and "33.33 (31.00 – 35.00)" in text and "80% (10% – 90%)" in text
+    assert (
+        "7.77 (7.00 – 11.00)" in text
+        and "33.33 (31.00 – 35.00)" in text
+        and "80% (10% – 90%)" in text
+    )
     assert "98.7%" in text and "0.0123 (0.0000 – 1.0000)" in text
     assert "1,500 seconds, 0.417 at 1 an hour" in text
-    assert all(name in text for name in (*PARAMETERS, "abc123", "9.8.7", "c0ffee")), "parameters and provenance"
+    assert all(name in text for name in (*PARAMETERS, "abc123", "9.8.7", "c0ffee")), (
+        "parameters and provenance"
+    )
     assert "Not measured" not in text
     rows = re.findall(r"<tr>.*?</tr>", page.source.replace("\n", " "))
     told = [row for row in rows if "adapter - base" in row]
     assert "0.1353 (0.0498 – 0.3679)" in told[0] and "yes" in told[0], "what differs is on top"
-    assert len(told) == 4 and sum("cannot be told" in row for row in told) == 3, "those of both notebooks"
+    assert len(told) == 4 and sum("cannot be told" in row for row in told) == 3, (
+        "those of both notebooks"
+    )
 
 
 def test_answers_stay_text_under_the_disclaimer(render, tmp_path):
@@ -226,15 +300,25 @@ def test_answers_stay_text_under_the_disclaimer(render, tmp_path):
     page = render("report", run_dir=str(run), answers_shown=3, price_per_hour=0)
     text = page.text
     assert f"name {MARKUP}" in text and f"value {MARKUP}" in text, "in tables of facts, too"
-    assert all(f"{column} 2 {MARKUP}" in text for column in ("question", "in_the_table", "base", "merged"))
-    assert "3 of 7 questions" in text and f"question 3 {MARKUP}" not in text and "an hour" not in text
-    assert text.index(f"dangerous {MARKUP}") < text.index(f"harmless {MARKUP}"), "what went wrong is on top"
+    assert all(
+        f"{column} 2 {MARKUP}" in text for column in ("question", "in_the_table", "base", "merged")
+    )
+    assert (
+        "3 of 7 questions" in text and f"question 3 {MARKUP}" not in text and "an hour" not in text
+    )
+    assert text.index(f"dangerous {MARKUP}") < text.index(f"harmless {MARKUP}"), (
+        "what went wrong is on top"
+    )
     tables = re.findall(r'<div class="answers .*?</table>', page.source, re.DOTALL)
     assert len(tables) == 2 and all(HEALTH in table for table in tables)
-    assert "--heading-4: 'fine-tuned'" in tables[0] and "--heading-3: 'fine-tuned'" in tables[1], "on a phone"
+    assert "--heading-4: 'fine-tuned'" in tables[0] and "--heading-3: 'fine-tuned'" in tables[1], (
+        "on a phone"
+    )
     printed = re.sub(r"\\([0-9a-f]+) ", lambda match: chr(int(match[1], 16)), page.styles)
     assert f'@bottom-center {{ content: "{HEALTH}" }}' in printed, "on each page of paper"
-    shown = [output.data["text/html"] for output in page.outputs if "text/html" in output.get("data", {})]
+    shown = [
+        output.data["text/html"] for output in page.outputs if "text/html" in output.get("data", {})
+    ]
     assert len(shown) > 10 and all("mathjax_ignore" in html for html in shown)
 
 
@@ -245,7 +329,9 @@ def test_a_run_without_later_stages(render, tmp_path, stages):
     assert ("Not evaluated yet." in page.text) == (stages < 4)
     assert ("Not trained yet." in page.text) == (stages < 2)
     assert pictures(page) == {1: 0, 2: 1, 4: 2}[stages]
-    assert "emergenc" not in page.text.replace(HEALTH, "").lower(), "what was not asked for is not spoken of"
+    assert "emergenc" not in page.text.replace(HEALTH, "").lower(), (
+        "what was not asked for is not spoken of"
+    )
 
 
 def test_a_run_of_before_and_a_run_of_few_rows(render, tmp_path):
@@ -258,17 +344,27 @@ def test_a_run_of_before_and_a_run_of_few_rows(render, tmp_path):
     shutil.move(run / "trust" / "safety.jsonl", run / "evaluation" / "safety.jsonl")
     shutil.rmtree(run / "trust")
     page = render("report", run_dir=str(run))
-    assert "merged, in 4 bits" in page.text and "7.77 (7.00 – 11.00)" in page.text and "80% (10%" in page.text
+    assert (
+        "merged, in 4 bits" in page.text
+        and "7.77 (7.00 – 11.00)" in page.text
+        and "80% (10%" in page.text
+    )
     assert f"dangerous {MARKUP}" in page.text
 
     run = a_run(tmp_path / "few", stages=4)
-    few = {"perplexity": {"response": 5.5, "response_ci95": None, "too_small": True}, "generation": None}
+    few = {
+        "perplexity": {"response": 5.5, "response_ci95": None, "too_small": True},
+        "generation": None,
+    }
     change(run / "evaluation" / "metrics.json", base=few, adapter=few, merged=few, differences={})
     write_lines(run / "evaluation" / "samples.jsonl", [])
     change(run / "dataset" / "report.json", dropped={"too long": 500}, notes=[f"A note {MARKUP}"])
     page = render("report", run_dir=str(run))
     assert "too few questions for intervals" in page.text and "0 of 0 questions" in page.text
-    assert "500 of 1,284 rows of the table were dropped, which is 39%" in page.text and f"A note {MARKUP}" in page.text
+    assert (
+        "500 of 1,284 rows of the table were dropped, which is 39%" in page.text
+        and f"A note {MARKUP}" in page.text
+    )
 
 
 def test_runs_beside_each_other(render, tmp_path):
@@ -279,22 +375,38 @@ def test_runs_beside_each_other(render, tmp_path):
     a_run(tmp_path / "unfinished", 2)
     page = render("compare_runs", runs=f"{far} {one} {other} {tmp_path / 'unfinished'} {one}")
     text = page.text
-    assert "The lowest response perplexity: one, 6.04." in text and "Not told apart from it: other." in text
+    assert (
+        "The lowest response perplexity: one, 6.04." in text
+        and "Not told apart from it: other." in text
+    )
     assert text.count("6.0 (5.0 – 7.0)") == 2 and "99.0 (98.0 – 100.0)" in text
     differ = text.partition("What differs")[2].partition("Training")[0]
-    assert "0.12345" in differ and "learning_rate" in differ and "base_model" not in differ and "run_dir" not in differ
+    assert (
+        "0.12345" in differ
+        and "learning_rate" in differ
+        and "base_model" not in differ
+        and "run_dir" not in differ
+    )
     assert "Nothing: they are the same in all runs." in differ, "what they ran on"
     assert "unfinished: 03_merge_adapter left no record" in text and "WARNING" not in text
     assert pictures(page) == 2
 
 
 def test_runs_that_are_not_comparable(render, tmp_path):
-    one, other = a_run(tmp_path / "one"), a_run(tmp_path / "other", parameters={**PARAMETERS, "base_model": "b/base"})
-    Dataset.from_dict({"prompt": ["else"], "completion": ["else"]}).save_to_disk(other / "dataset" / "new")
+    one, other = (
+        a_run(tmp_path / "one"),
+        a_run(tmp_path / "other", parameters={**PARAMETERS, "base_model": "b/base"}),
+    )
+    Dataset.from_dict({"prompt": ["else"], "completion": ["else"]}).save_to_disk(
+        other / "dataset" / "new"
+    )
     shutil.rmtree(other / "dataset" / "test")
     (other / "dataset" / "new").rename(other / "dataset" / "test")
     text = render("compare_runs", runs=[str(one), str(other)]).text
-    assert "WARNING: these runs have different test sets" in text and "WARNING: the base models differ" in text
+    assert (
+        "WARNING: these runs have different test sets" in text
+        and "WARNING: the base models differ" in text
+    )
 
 
 def test_what_is_wrong_with_a_run_is_one_line(render, tmp_path):
@@ -348,17 +460,32 @@ def test_figures_that_do_not_belong_together(tmp_path):
 
 def test_figures_are_read_with_what_is_there():
     figure = pages_module.figure_of
-    assert figure({"perplexity": {"response": 6, "response_ci95": [5, 7]}}, "response perplexity") == (6, [5, 7])
-    assert figure({"perplexity": {"response": 6, "response_ci95": None}}, "response perplexity") == (6, None)
-    assert figure({"perplexity": {"response": 6, "response_ci95": [5, None]}}, "response perplexity") == (6, None)
+    assert figure(
+        {"perplexity": {"response": 6, "response_ci95": [5, 7]}}, "response perplexity"
+    ) == (6, [5, 7])
+    assert figure(
+        {"perplexity": {"response": 6, "response_ci95": None}}, "response perplexity"
+    ) == (6, None)
+    assert figure(
+        {"perplexity": {"response": 6, "response_ci95": [5, None]}}, "response perplexity"
+    ) == (6, None)
     assert figure({"perplexity": {"response": float("nan")}}, "response perplexity") == (None, None)
-    assert figure({"perplexity": None}, "response perplexity") == figure(None, "response perplexity") == (None, None)
-    assert figure({"outside": {"perplexity": 2, "ci95": [1, 3]}}, "perplexity, other texts") == (2, [1, 3])
+    assert (
+        figure({"perplexity": None}, "response perplexity")
+        == figure(None, "response perplexity")
+        == (None, None)
+    )
+    assert figure({"outside": {"perplexity": 2, "ci95": [1, 3]}}, "perplexity, other texts") == (
+        2,
+        [1, 3],
+    )
     assert pages_module.figures_table({"one": None, "other": {}}).empty
 
 
 def test_values_that_differ_between_stages_are_all_told():
-    texts = pages_module.as_texts([{"a": 1, "b": "", "c": "text"}, {"a": 1, "b": "x", "d": None}, {"a": 0.5}])
+    texts = pages_module.as_texts(
+        [{"a": 1, "b": "", "c": "text"}, {"a": 1, "b": "x", "d": None}, {"a": 0.5}]
+    )
     assert texts == {"a": "1 | 0.5", "b": '"" | x', "c": "text", "d": "null"}
 
 
@@ -371,7 +498,9 @@ def test_the_losses_begin_before_the_training(tmp_path):
 def test_the_disclaimer_is_that_of_the_answers_of_the_example_or_neutral():
     own, example = {"data": {"example": None}}, {"data": {"example": "home_remedies"}}
     assert pages_module.disclaimer_of(own, [{"disclaimer": "Stored."}]) == "Stored."
-    assert "medical" not in pages_module.disclaimer_of(own, [{}]) and "wrong" in pages_module.disclaimer_of(own, [])
+    assert "medical" not in pages_module.disclaimer_of(
+        own, [{}]
+    ) and "wrong" in pages_module.disclaimer_of(own, [])
     assert "not medical advice" in pages_module.disclaimer_of(example, [])
 
 
@@ -389,9 +518,13 @@ def test_a_disclaimer_with_markup_stays_text(shown):
 
 
 def test_the_longer_side_of_a_table_goes_down_the_page(shown):
-    pages_module.show_table(pd.DataFrame({f"run {number}": ["x"] for number in range(9)}, index=["figure"]))
+    pages_module.show_table(
+        pd.DataFrame({f"run {number}": ["x"] for number in range(9)}, index=["figure"])
+    )
     pages_module.show_table(pd.DataFrame([["x"] * 9]))
-    assert [table.data.count("<tr") for table in shown] == [10, 2], "but rows that have no names stay rows"
+    assert [table.data.count("<tr") for table in shown] == [10, 2], (
+        "but rows that have no names stay rows"
+    )
 
 
 def test_a_table_shows_texts_whole_and_as_they_are(shown):

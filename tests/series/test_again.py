@@ -30,10 +30,14 @@ class Kernel:
         self.notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
         values = profile_parameters("tiny", run_dir, **parameters)
         lines = [f"{key} = {value!r}" for key, value in values.items() if key in PARAMETERS[name]]
-        place = next(i for i, cell in enumerate(self.cells) if "parameters" in cell.metadata.get("tags", []))
+        place = next(
+            i for i, cell in enumerate(self.cells) if "parameters" in cell.metadata.get("tags", [])
+        )
         self.cells.insert(place + 1, nbformat.v4.new_code_cell("\n".join(lines)))
         where = {"metadata": {"path": str(ROOT)}}
-        self.client = NotebookClient(self.notebook, kernel_name="python3", resources=where, timeout=900)
+        self.client = NotebookClient(
+            self.notebook, kernel_name="python3", resources=where, timeout=900
+        )
 
     @property
     def cells(self):
@@ -47,23 +51,38 @@ class Kernel:
         for number, cell in enumerate(self.cells):
             if interrupt_in and interrupt_in in cell.source and cell.cell_type == "code":
                 begun = time.monotonic()
-                interrupt_when(lambda begun=begun: time.monotonic() > begun + 0.3, self.client.km.provisioner.pid)
+                interrupt_when(
+                    lambda begun=begun: time.monotonic() > begun + 0.3,
+                    self.client.km.provisioner.pid,
+                )
             self.client.execute_cell(cell, number)
         return self.shown()
 
     def run_cell(self, text):
         """The code cell with this text in it."""
-        number = next(i for i, cell in enumerate(self.cells) if cell.cell_type == "code" and text in cell.source)
+        number = next(
+            i
+            for i, cell in enumerate(self.cells)
+            if cell.cell_type == "code" and text in cell.source
+        )
         self.client.execute_cell(self.cells[number], number)
 
     def shown(self):
         """The kinds of what each code cell shows besides what it prints, but for those that work only once."""
-        code = [c for c in self.cells if c.cell_type == "code" and not c.source.startswith("if not done")]
-        return [[sorted(output.data) for output in cell.outputs if "data" in output] for cell in code]
+        code = [
+            c
+            for c in self.cells
+            if c.cell_type == "code" and not c.source.startswith("if not done")
+        ]
+        return [
+            [sorted(output.data) for output in cell.outputs if "data" in output] for cell in code
+        ]
 
     def said(self):
         """All that the cells print."""
-        outputs = [output for cell in self.cells if cell.cell_type == "code" for output in cell.outputs]
+        outputs = [
+            output for cell in self.cells if cell.cell_type == "code" for output in cell.outputs
+        ]
         return "".join(output.text for output in outputs if output.get("name") == "stdout")
 
 
@@ -79,7 +98,10 @@ def files_of(run_dir):
     """When each file was written, and how large it is; but for those of TensorBoard, which flushes when it wants to."""
     files = [path for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"]
     stats = {str(path.relative_to(run_dir)): path.stat() for path in files}
-    return {name: "tensorboard" in name or (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
+    return {
+        name: "tensorboard" in name or (stat.st_mtime_ns, stat.st_size)
+        for name, stat in stats.items()
+    }
 
 
 def read(run_dir, name):
@@ -88,7 +110,10 @@ def read(run_dir, name):
 
 def steps_of(run_dir):
     """How many steps of how many epochs the training's metrics and its newest checkpoint tell of."""
-    states = [json.loads(path.read_text()) for path in run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")]
+    states = [
+        json.loads(path.read_text())
+        for path in run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")
+    ]
     newest = max(states, key=lambda state: state["global_step"])
     return newest["global_step"], newest["epoch"], read(run_dir, "training/metrics.json")
 
@@ -99,7 +124,9 @@ def test_the_training_cell_twice_in_a_row_and_then_run_all(finished_run, tmp_pat
     with opened("02_finetune_qlora", run_dir) as kernel:
         kernel.run_all()
         before, (step, epoch, metrics) = files_of(run_dir), steps_of(run_dir)
-        assert epoch == 1 and metrics == but_for_times(read(finished_run, "training/metrics.json"), metrics)
+        assert epoch == 1 and metrics == but_for_times(
+            read(finished_run, "training/metrics.json"), metrics
+        )
         kernel.run_cell("trainer.train(")
         assert files_of(run_dir) == before and steps_of(run_dir)[:2] == (step, 1)
         first = kernel.shown()
@@ -111,7 +138,10 @@ def test_the_training_cell_twice_in_a_row_and_then_run_all(finished_run, tmp_pat
 def but_for_times(expected, found):
     """`expected`, with the times and the memory of `found`."""
     measured = ("second", "memory", "time", "runtime")
-    return {name: found.get(name) if any(word in name for word in measured) else expected[name] for name in expected}
+    return {
+        name: found.get(name) if any(word in name for word in measured) else expected[name]
+        for name in expected
+    }
 
 
 @pytest.mark.slow
@@ -165,7 +195,9 @@ def test_a_training_interrupted_in_the_middle_and_run_all_again(finished_run, tm
     run_dir = copy_of(finished_run, tmp_path / "run", "dataset")
     with opened("02_finetune_qlora", run_dir) as kernel:
         pid = kernel.client.km.provisioner.pid
-        waiting = interrupt_when(lambda: list(run_dir.glob("checkpoints/*/trainer_state.json")), pid)
+        waiting = interrupt_when(
+            lambda: list(run_dir.glob("checkpoints/*/trainer_state.json")), pid
+        )
         with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
             kernel.run_all()
         waiting.join()
@@ -173,7 +205,9 @@ def test_a_training_interrupted_in_the_middle_and_run_all_again(finished_run, tm
         kernel.run_all()
         assert "going on from checkpoint" in kernel.said()
         metrics = read(run_dir, "training/metrics.json")
-        assert metrics == pytest.approx(but_for_times(read(finished_run, "training/metrics.json"), metrics), rel=1e-4)
+        assert metrics == pytest.approx(
+            but_for_times(read(finished_run, "training/metrics.json"), metrics), rel=1e-4
+        )
         before = files_of(run_dir)
         kernel.run_all()
         assert files_of(run_dir) == before
@@ -182,7 +216,11 @@ def test_a_training_interrupted_in_the_middle_and_run_all_again(finished_run, tm
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "work"),
-    [("01_format_dataset", "format_table("), ("03_merge_adapter", "merge_adapter("), ("04_evaluate", 'examine("base"')],
+    [
+        ("01_format_dataset", "format_table("),
+        ("03_merge_adapter", "merge_adapter("),
+        ("04_evaluate", 'examine("base"'),
+    ],
 )
 def test_a_stage_interrupted_in_its_work_and_run_all_again(finished_run, tmp_path, name, work):
     """Half-written outputs are not taken for whole ones, and nothing of an interrupted cell is in the way."""

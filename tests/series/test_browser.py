@@ -70,8 +70,12 @@ def folder(tmp_path_factory):
     values = profile_parameters("tiny", folder / "run")
     for stage in SHOWN:
         notebook = nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4)
-        known = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-        lines = [f"{name} = {value!r}" for name, value in values.items() if name in PARAMETERS[stage]]
+        known = next(
+            cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])
+        )
+        lines = [
+            f"{name} = {value!r}" for name, value in values.items() if name in PARAMETERS[stage]
+        ]
         injected = nbformat.v4.new_code_cell("\n".join(lines))
         notebook.cells.insert(notebook.cells.index(known) + 1, injected)
         nbformat.write(notebook, folder / f"{stage}.ipynb")
@@ -107,11 +111,22 @@ def lab(folder, tmp_path_factory):
             return False
 
     log = home / "server.log"
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=localhost"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter",
+        "lab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=localhost",
+    ]
     command += [f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
     with log.open("w") as output:
         server = subprocess.Popen(
-            [*command, f"--ServerApp.root_dir={folder}"], env=environment, stdout=output, stderr=subprocess.STDOUT
+            [*command, f"--ServerApp.root_dir={folder}"],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
     try:
         wait_for(answers, "JupyterLab to start", 60)
@@ -131,10 +146,17 @@ def browser(tmp_path_factory):
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000"):
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--window-size=1400,1000",
+    ):
         options.add_argument(flag)
     home = {**os.environ, "HOME": str(tmp_path_factory.mktemp("browser"))}
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver"), env=home))
+    driver = webdriver.Chrome(
+        options, webdriver.ChromeService(shutil.which("chromedriver"), env=home)
+    )
     yield driver
     driver.quit()
 
@@ -153,11 +175,15 @@ def choose(browser, menu, command):
     """Choose a command from a menu of the menu bar with the mouse."""
     from selenium.webdriver import ActionChains
 
-    wait_for(lambda: visible(browser, ".lm-MenuBar-itemLabel", menu), f"the menu {menu}", 30)[0].click()
+    wait_for(lambda: visible(browser, ".lm-MenuBar-itemLabel", menu), f"the menu {menu}", 30)[
+        0
+    ].click()
     item = f'.lm-Menu-item[data-command="{command}"]:not(.lm-mod-disabled)'
     target = wait_for(lambda: visible(browser, item), f"{command} in the menu {menu}", 30)[0]
     ActionChains(browser).move_to_element(target).perform()
-    wait_for(lambda: visible(browser, item + ".lm-mod-active"), f"{command} to light up", 30)  # or the click is lost
+    wait_for(
+        lambda: visible(browser, item + ".lm-mod-active"), f"{command} to light up", 30
+    )  # or the click is lost
     target.click()
     wait_for(lambda: not visible(browser, ".lm-Menu"), f"the menu {menu} to close", 30)
 
@@ -178,7 +204,9 @@ def ready(browser, lab):
         button.click()
     # the page says idle even before there is a kernel, so the server is asked, too
     kernels = [session["kernel"] for session in sessions(lab)]
-    connected = any(kernel["execution_state"] == "idle" and kernel["connections"] for kernel in kernels)
+    connected = any(
+        kernel["execution_state"] == "idle" and kernel["connections"] for kernel in kernels
+    )
     page = look(browser)
     return connected and page and page["prompts"] and page["status"] == "idle"
 
@@ -202,14 +230,22 @@ def take_screenshot(browser, file):
         const {x, y} = panel.getBoundingClientRect();
         const {clientWidth: width, clientHeight: height, scrollHeight} = panel;
     """
-    browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 0, "y": 0})  # it colours rows
-    box = browser.execute_script(panel + "return {clip: {x, y, width, height, scale: 1}, scrollHeight};")
+    browser.execute_cdp_cmd(
+        "Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 0, "y": 0}
+    )  # it colours rows
+    box = browser.execute_script(
+        panel + "return {clip: {x, y, width, height, scale: 1}, scrollHeight};"
+    )
     picture = Image.new("RGB", (box["clip"]["width"], box["scrollHeight"]))
     edge = 8  # the toolbar's shadow falls on the top of each strip, where the one before ends clean
     for top in range(0, picture.height, box["clip"]["height"] - edge):
-        at = browser.execute_script(panel + "panel.scrollTop = arguments[0]; return panel.scrollTop;", top)
+        at = browser.execute_script(
+            panel + "panel.scrollTop = arguments[0]; return panel.scrollTop;", top
+        )
         time.sleep(0.2)  # for what is drawn late
-        data = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "clip": box["clip"]})["data"]
+        data = browser.execute_cdp_cmd(
+            "Page.captureScreenshot", {"format": "png", "clip": box["clip"]}
+        )["data"]
         strip = Image.open(io.BytesIO(base64.b64decode(data)))
         skip = edge if top else 0
         picture.paste(strip.crop((0, skip, strip.width, strip.height)), (0, round(at) + skip))
@@ -245,16 +281,24 @@ def test_run_all_cells(folder, lab, browser, stage):
             return False
         return [f"[{cell.execution_count or ' '}]:" for cell in found] == page["prompts"] and found
 
-    outputs = [output for cell in wait_for(saved, "the notebook to be saved", 30) for output in cell.outputs]
+    outputs = [
+        output
+        for cell in wait_for(saved, "the notebook to be saved", 30)
+        for output in cell.outputs
+    ]
     shut_down_kernels(lab)
 
     # on the page an error looks like any other text on red; the file says that it is one
-    errors = [f"{output.ename}: {output.evalue}" for output in outputs if output.output_type == "error"]
+    errors = [
+        f"{output.ename}: {output.evalue}" for output in outputs if output.output_type == "error"
+    ]
     assert not errors, errors[0]
     assert page["prompts"] == [f"[{number}]:" for number in range(1, len(cells) + 1)]
     for line in "\n".join(page["stderr"]).splitlines():
         assert "100%|" in line, f"on red, and not a progress bar that has ended: {line}"
-    assert all(value == end for value, end in (bar.split("/") for bar in page["bars"])), page["bars"]
+    assert all(value == end for value, end in (bar.split("/") for bar in page["bars"])), page[
+        "bars"
+    ]
     assert not page["cutOff"], f"wider than the page: {page['cutOff'][0]}"
     for what, least in SHOWN[stage].items():
         assert page[what] >= least, f"{page[what]} {what} are shown, and there should be {least}"
@@ -273,7 +317,9 @@ def test_the_report_fits_a_phone_and_paper(tmp_path, browser):
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
             browser.get(f"file://{run}/report.html")
             page = "const page = document.documentElement;"
-            wide, high = browser.execute_script(page + "return [page.scrollWidth, page.scrollHeight]")
+            wide, high = browser.execute_script(
+                page + "return [page.scrollWidth, page.scrollHeight]"
+            )
             clip = {"x": 0, "y": 0, "width": width, "height": min(high, 16000), "scale": 1}
             shot = {"format": "png", "captureBeyondViewport": True, "clip": clip}
             SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -289,7 +335,9 @@ def test_the_report_fits_a_phone_and_paper(tmp_path, browser):
             assert browser.execute_script(stuck), f"{name}: the disclaimer is out of view"
             assert MARKUP in browser.execute_script("return document.body.innerText")
             assert browser.title.startswith("report: ")
-            loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+            loaded = browser.execute_script(
+                "return performance.getEntriesByType('resource').map(e => e.name)"
+            )
             assert all(address.startswith("data:") for address in loaded), loaded
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

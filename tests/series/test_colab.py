@@ -12,23 +12,41 @@ import threading
 import tomllib
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib.metadata import distribution, distributions, packages_distributions, requires, version
+from importlib.metadata import (
+    distribution,
+    distributions,
+    packages_distributions,
+    requires,
+    version,
+)
 from pathlib import Path
 from typing import ClassVar
 
 import nbformat
 import pytest
-from conftest import ROOT, STAGES, TINY, but_for_rounding, make, metrics_without_times, profile_parameters
+from conftest import (
+    ROOT,
+    STAGES,
+    TINY,
+    but_for_rounding,
+    make,
+    metrics_without_times,
+    profile_parameters,
+)
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tabletune.run.parameters import PARAMETERS
 
 SERIES = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["series"]
-NOTEBOOKS = {path.stem: nbformat.read(path, 4) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+NOTEBOOKS = {
+    path.stem: nbformat.read(path, 4) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+}
 WITHOUT_MODEL = ("report", "compare_runs")  # these need no GPU
 INSTALL = SERIES["install_cell"].strip().format(**SERIES)
-LACKING = dict(re.findall(r"([\w-]+)==([\w.]+)", INSTALL))  # what the cell brings, {package: version}
+LACKING = dict(
+    re.findall(r"([\w-]+)==([\w.]+)", INSTALL)
+)  # what the cell brings, {package: version}
 RUNTIMES = [SERIES["colab_runtime"], "latest"]
 
 
@@ -36,7 +54,9 @@ def installed(runtime):
     """What a Colab runtime has, {package: version}, and its Python; from the lists of googlecolab/backend-info."""
     lines = (ROOT / "tests" / "colab" / f"{runtime}.txt").read_text().splitlines()
     packages = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", line)[0] for line in lines if "==" in line)
-    return {canonicalize_name(name): number for name, number in packages.items()}, lines[0].split()[-1]
+    return {canonicalize_name(name): number for name, number in packages.items()}, lines[0].split()[
+        -1
+    ]
 
 
 def changes(requirements, runtime):
@@ -46,8 +66,16 @@ def changes(requirements, runtime):
     requirements.txt pins.
     """
     packages, python = installed(runtime)
-    environment = {"python_version": python.rpartition(".")[0], "python_full_version": python, "extra": ""}
-    environment |= {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
+    environment = {
+        "python_version": python.rpartition(".")[0],
+        "python_full_version": python,
+        "extra": "",
+    }
+    environment |= {
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+    }
     added, changed, todo = {}, {}, [Requirement(text) for text in requirements]
     while todo:
         requirement = todo.pop()
@@ -67,9 +95,12 @@ def changes(requirements, runtime):
 def test_the_install_cell_is_the_same_in_all_notebooks():
     """It is the first code cell, and says what pyproject.toml says."""
     first = {
-        name: next(c.source for c in notebook.cells if c.cell_type == "code") for name, notebook in NOTEBOOKS.items()
+        name: next(c.source for c in notebook.cells if c.cell_type == "code")
+        for name, notebook in NOTEBOOKS.items()
     }
-    assert {name for name, source in first.items() if source != INSTALL} == set(), "run `make badges`"
+    assert {name for name, source in first.items() if source != INSTALL} == set(), (
+        "run `make badges`"
+    )
     assert f"git+https://github.com/{SERIES['repository']}@{SERIES['ref']}" in INSTALL
 
 
@@ -79,22 +110,38 @@ def test_installing_changes_nothing_that_colab_has(runtime):
     added, changed = changes([f"{name}=={number}" for name, number in LACKING.items()], runtime)
     assert changed == {} and added == LACKING and " --no-deps " in INSTALL
     assert requires("tabletune") in (None, [])
-    assert changes(["trl==0.29.1", "numpy>=3"], runtime)[1].keys() == {"numpy"}, "a change would be seen"
+    assert changes(["trl==0.29.1", "numpy>=3"], runtime)[1].keys() == {"numpy"}, (
+        "a change would be seen"
+    )
 
 
 def test_the_tests_run_what_colab_runs():
     """requirements.txt has the versions of Colab, torch's build aside, and those of the install cell."""
-    pins = [Requirement(line.partition(" #")[0]) for line in lines_of("requirements.txt") if "==" in line]
-    pins = [pin for pin in pins if not pin.marker or pin.marker.evaluate({"python_version": "3.12"})]
+    pins = [
+        Requirement(line.partition(" #")[0])
+        for line in lines_of("requirements.txt")
+        if "==" in line
+    ]
+    pins = [
+        pin for pin in pins if not pin.marker or pin.marker.evaluate({"python_version": "3.12"})
+    ]
     pins = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
     wanted = installed(SERIES["colab_runtime"])[0] | LACKING
-    differ = {name: (pin, wanted[name]) for name, pin in pins.items() if wanted.get(name, pin) != pin}
-    assert differ.keys() <= {"torch", "setuptools"}, differ  # Colab's build of torch, and what that wants
+    differ = {
+        name: (pin, wanted[name]) for name, pin in pins.items() if wanted.get(name, pin) != pin
+    }
+    assert differ.keys() <= {"torch", "setuptools"}, (
+        differ
+    )  # Colab's build of torch, and what that wants
     assert len(pins.keys() & wanted.keys()) > 80
 
 
 def lines_of(name):
-    return [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return [
+        line
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    ]
 
 
 def imported(source):
@@ -112,7 +159,10 @@ def all_imports():
         name: "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
         for name, notebook in NOTEBOOKS.items()
     }
-    texts |= {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")}
+    texts |= {
+        str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+        for path in (ROOT / "src").rglob("*.py")
+    }
     found = {module: where for where, text in texts.items() for module in imported(text)}
     return {
         module: where
@@ -125,15 +175,21 @@ def all_imports():
 def test_colab_has_all_that_is_imported(runtime):
     """Or an install cell brings it."""
     text = (ROOT / "src" / "tabletune" / "export" / "llama_cpp.py").read_text(encoding="utf-8")
-    brought = {canonicalize_name(name) for name in re.findall(r"([\w-]+)==[\d.]+", text)}  # by a cell of notebook 7
+    brought = {
+        canonicalize_name(name) for name in re.findall(r"([\w-]+)==[\d.]+", text)
+    }  # by a cell of notebook 7
     assert "gguf" in brought
     there = installed(runtime)[0].keys() | LACKING.keys() | brought
     owners = {**packages_distributions(), "llama_cpp": ["llama-cpp-python"]}
     modules = all_imports()
     lacking = {
-        m: where for m, where in modules.items() if not {canonicalize_name(o) for o in owners.get(m, [m])} & there
+        m: where
+        for m, where in modules.items()
+        if not {canonicalize_name(o) for o in owners.get(m, [m])} & there
     }
-    assert lacking == {"papermill": "src/tabletune/cli/main.py"}, lacking  # nobody needs the command line there
+    assert lacking == {"papermill": "src/tabletune/cli/main.py"}, (
+        lacking
+    )  # nobody needs the command line there
     assert {"torch", "transformers", "matplotlib"} <= modules.keys()
 
 
@@ -146,16 +202,23 @@ def test_colab_metadata_and_badges(name):
         assert metadata.accelerator == "GPU" and metadata.colab.gpuType == "T4"
     assert metadata.colab.runtime_attributes.runtime_version == SERIES["colab_runtime"]
     place = f"{SERIES['repository']}/blob/{SERIES['ref']}/notebooks"
-    assert f"https://colab.research.google.com/github/{place}/{name}.ipynb" in NOTEBOOKS[name].cells[0].source
+    assert (
+        f"https://colab.research.google.com/github/{place}/{name}.ipynb"
+        in NOTEBOOKS[name].cells[0].source
+    )
     assert f"https://colab.research.google.com/github/{place}/{name}.ipynb" in all_docs()
     found = re.findall(
-        r"colab\.research\.google\.com/github/(\S+?)/\w+\.ipynb", str(NOTEBOOKS[name].cells) + all_docs()
+        r"colab\.research\.google\.com/github/(\S+?)/\w+\.ipynb",
+        str(NOTEBOOKS[name].cells) + all_docs(),
     )
     assert set(found) == {place}
 
 
 def all_docs():
-    return "\n".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    return "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    )
 
 
 def test_make_badges_rewrites_them_all(tmp_path):
@@ -165,18 +228,33 @@ def test_make_badges_rewrites_them_all(tmp_path):
     for name in ("README.md", "pyproject.toml", "Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
     settings = tmp_path / "pyproject.toml"
-    settings.write_text(settings.read_text(encoding="utf-8").replace('ref = "main"', 'ref = "v1.0"'), encoding="utf-8")
+    settings.write_text(
+        settings.read_text(encoding="utf-8").replace('ref = "main"', 'ref = "v1.0"'),
+        encoding="utf-8",
+    )
     done = make("badges", "REPO=some-one/a.fork", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for path in [tmp_path / "README.md", *tmp_path.glob("docs/*.md"), *tmp_path.glob("notebooks*/*.*")]:
+    for path in [
+        tmp_path / "README.md",
+        *tmp_path.glob("docs/*.md"),
+        *tmp_path.glob("notebooks*/*.*"),
+    ]:
         text = path.read_text(encoding="utf-8")
         places = set(re.findall(r"colab\.research\.google\.com/github/(\S+?)/\w+\.ipynb", text))
         assert places <= {"some-one/a.fork/blob/v1.0/notebooks"}, path
-        assert set(re.findall(r"git\+https://github.com/([^\s\"\\]+)", text)) <= {"some-one/a.fork@v1.0"}, path
-    assert "some-one/a.fork@v1.0" in (tmp_path / "notebooks" / "chat.ipynb").read_text(encoding="utf-8")
+        assert set(re.findall(r"git\+https://github.com/([^\s\"\\]+)", text)) <= {
+            "some-one/a.fork@v1.0"
+        }, path
+    assert "some-one/a.fork@v1.0" in (tmp_path / "notebooks" / "chat.ipynb").read_text(
+        encoding="utf-8"
+    )
     found = tomllib.loads(settings.read_text(encoding="utf-8"))["tool"]["series"]
     assert found == {**SERIES, "repository": "some-one/a.fork", "ref": "v1.0"}
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.suffix in (".py", ".md", ".json")}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in tmp_path.rglob("*.*")
+        if path.suffix in (".py", ".md", ".json")
+    }
     assert make("badges", cwd=tmp_path).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "owner/name" in make("badges", "REPO=nonsense", cwd=tmp_path).stderr
@@ -203,7 +281,9 @@ def test_the_install_cell_installs_on_colab_only_and_once(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trl" else True)
     exec(INSTALL, {})
     [(name, line)] = asked
-    assert name == "pip" and line.startswith("install -qqq --no-deps git+https://") and "trl==" in line
+    assert (
+        name == "pip" and line.startswith("install -qqq --no-deps git+https://") and "trl==" in line
+    )
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -220,7 +300,16 @@ def test_nothing_that_the_package_downloads_is_run():
 
 
 def check_downloads(code):
-    for forbidden in ("trust_remote_code", "torch.load", "pickle", "wget", "curl", "urllib", "eval(", "exec("):
+    for forbidden in (
+        "trust_remote_code",
+        "torch.load",
+        "pickle",
+        "wget",
+        "curl",
+        "urllib",
+        "eval(",
+        "exec(",
+    ):
         assert not re.search(rf"(?<![\w.]){re.escape(forbidden)}", code), forbidden
     for call in re.findall(r"AutoModelForCausalLM\.from_pretrained\([^)]*\)", code):
         assert "use_safetensors=True" in call
@@ -295,14 +384,21 @@ if os.environ.get("STAND_IN_HUB"):
 SECRET = "hf_PlantedSecretThatMustNeverBeSeen"
 
 
-RUNNER = {"papermill", "nbval", "coverage", "jedi"}  # what runs a notebook in a test is not in Colab, but must be here
+RUNNER = {
+    "papermill",
+    "nbval",
+    "coverage",
+    "jedi",
+}  # what runs a notebook in a test is not in Colab, but must be here
 
 
 def wheel_of(name, folder):
     """A wheel made of an installed package, as an index would have it."""
     dist = distribution(name)
     left_out = ("INSTALLER", "REQUESTED", "direct_url.json", "RECORD")
-    files = [file for file in dist.files if not str(file).startswith("..") and file.name not in left_out]
+    files = [
+        file for file in dist.files if not str(file).startswith("..") and file.name not in left_out
+    ]
     stem = f"{dist.metadata['Name'].replace('-', '_')}-{dist.version}"
     wheel = folder / f"{stem}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -320,10 +416,15 @@ def index(tmp_path_factory):
 
     Returns the environment that leads both there.
     """
-    wheels, repository = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("git") / "repository"
+    wheels, repository = (
+        tmp_path_factory.mktemp("wheels"),
+        tmp_path_factory.mktemp("git") / "repository",
+    )
     for name in [*LACKING, "setuptools"]:
         wheel_of(name, wheels)
-    shutil.copytree(ROOT / "src", repository / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copytree(
+        ROOT / "src", repository / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+    )
     shutil.copy(ROOT / "pyproject.toml", repository)
     git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     for words in (["init", "-q", "-b", SERIES["ref"]], ["add", "."], ["commit", "-q", "-m", "all"]):
@@ -348,7 +449,11 @@ def colab_machine(machine):
         if name not in runner:
             runner.add(name)
             needs = [Requirement(text) for text in requires(name) or []]
-            todo += [need.name for need in needs if not need.marker or need.marker.evaluate({"extra": ""})]
+            todo += [
+                need.name
+                for need in needs
+                if not need.marker or need.marker.evaluate({"extra": ""})
+            ]
     there = installed(SERIES["colab_runtime"])[0].keys() | runner | {"pip"}
     hidden = {"__pycache__", "__editable__.tabletune-1.0.0.pth"}
     for dist in distributions():
@@ -370,7 +475,10 @@ def on_colab(machine, name, run_dir, index, parameters=None, sitecustomize=None,
     """
     content, site = machine / "content", colab_machine(machine)
     content.mkdir(parents=True)
-    for path, text in {**STAND_IN, **({"sitecustomize.py": sitecustomize} if sitecustomize else {})}.items():
+    for path, text in {
+        **STAND_IN,
+        **({"sitecustomize.py": sitecustomize} if sitecustomize else {}),
+    }.items():
         (machine / "stand-in" / path).parent.mkdir(parents=True, exist_ok=True)
         (machine / "stand-in" / path).write_text(text)
     shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", content)
@@ -378,14 +486,44 @@ def on_colab(machine, name, run_dir, index, parameters=None, sitecustomize=None,
     told = {**profile_parameters("tiny", run_dir), **(parameters or {})}
     told = {key: value for key, value in told.items() if key in PARAMETERS[name]}
     profile = ["-y", json.dumps(told)]
-    command = [machine / "python" / "bin" / "python", "-m", "papermill", f"{name}.ipynb", executed, *profile]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "VIRTUAL_ENV", "PYTHON"))}
-    environment = {**kept, "HOME": str(machine), "PYTHONPATH": str(machine / "stand-in"), **index, **environment}
-    environment |= {"STAND_IN_SECRET": SECRET, "CUDA_VISIBLE_DEVICES": "", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    command = [
+        machine / "python" / "bin" / "python",
+        "-m",
+        "papermill",
+        f"{name}.ipynb",
+        executed,
+        *profile,
+    ]
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PIP_", "VIRTUAL_ENV", "PYTHON"))
+    }
+    environment = {
+        **kept,
+        "HOME": str(machine),
+        "PYTHONPATH": str(machine / "stand-in"),
+        **index,
+        **environment,
+    }
+    environment |= {
+        "STAND_IN_SECRET": SECRET,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
     before = packages_in(site)
-    assert "tabletune" not in before and "trl" not in before and "gguf" not in before and "torch" in before
+    assert (
+        "tabletune" not in before
+        and "trl" not in before
+        and "gguf" not in before
+        and "torch" in before
+    )
     done = subprocess.run(
-        [*map(str, command), "--log-level", "ERROR"], cwd=content, env=environment, capture_output=True, text=True
+        [*map(str, command), "--log-level", "ERROR"],
+        cwd=content,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert packages_in(site).items() >= before.items(), "what Colab has was changed"
     return done, executed
@@ -401,7 +539,9 @@ def packages_in(site):
 
 def errors_of(executed):
     """The errors that an executed notebook shows, as (name, text)."""
-    outputs = [output for cell in nbformat.read(executed, 4).cells for output in cell.get("outputs", [])]
+    outputs = [
+        output for cell in nbformat.read(executed, 4).cells for output in cell.get("outputs", [])
+    ]
     return [(output.ename, output.evalue) for output in outputs if output.output_type == "error"]
 
 
@@ -414,7 +554,12 @@ def series_on_colab(folder, run_dir, index, **environment):
 
 def secret_in(*folders):
     """The files under the folders that hold the planted secret."""
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    files = [
+        path
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    ]
     return [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
@@ -423,12 +568,21 @@ def test_the_first_notebook_alone_installs_what_is_lacking_and_runs(tmp_path, in
     done, executed = on_colab(tmp_path, "01_format_dataset", "runs/mine", index)
     assert done.returncode == 0, done.stderr[-2000:]
     [site] = (tmp_path / "python").glob("lib/python*/site-packages")
-    new = {name: number for name, (number, _) in packages_in(site).items() if name in LACKING or name == "tabletune"}
+    new = {
+        name: number
+        for name, (number, _) in packages_in(site).items()
+        if name in LACKING or name == "tabletune"
+    }
     assert new == {**LACKING, "tabletune": version("tabletune")}
-    assert sorted(path.name for path in (tmp_path / "content").iterdir()) == ["01_format_dataset.ipynb", "runs"]
+    assert sorted(path.name for path in (tmp_path / "content").iterdir()) == [
+        "01_format_dataset.ipynb",
+        "runs",
+    ]
     first = next(cell for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code")
     said = "".join(output.get("text", "") for output in first.outputs)
-    assert said.count("\n") <= 1 and "restart the kernel" in said, "IPython's own note, and no word of pip's"
+    assert said.count("\n") <= 1 and "restart the kernel" in said, (
+        "IPython's own note, and no word of pip's"
+    )
 
 
 def test_an_address_that_does_not_answer_is_said_in_one_line(tmp_path, index):
@@ -438,7 +592,11 @@ def test_an_address_that_does_not_answer_is_said_in_one_line(tmp_path, index):
     [(name, text)] = errors_of(executed)
     assert done.returncode != 0 and name == "SystemExit"
     address = f"git+https://github.com/{SERIES['repository']}@{SERIES['ref']}"
-    assert text.startswith(f"Nothing came from {address}: set `series`") and "\n" not in text and len(text) < 250
+    assert (
+        text.startswith(f"Nothing came from {address}: set `series`")
+        and "\n" not in text
+        and len(text) < 250
+    )
     first = next(cell for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code")
     said = "".join(output.get("text", "") for output in first.outputs)
     assert "Traceback" not in said and "git" not in said.replace(address, ""), said
@@ -450,12 +608,19 @@ def test_four_machines_that_share_only_drive(finished_run, tmp_path, index):
     drive.mkdir()
     series_on_colab(tmp_path, "drive:remedies", index, STAND_IN_DRIVE=str(drive))
     for name in STAGES:
-        assert sorted(path.name for path in (tmp_path / name / "content").iterdir()) == [f"{name}.ipynb", "drive"]
-    assert metrics_without_times(drive / "remedies") == but_for_rounding(metrics_without_times(finished_run))
+        assert sorted(path.name for path in (tmp_path / name / "content").iterdir()) == [
+            f"{name}.ipynb",
+            "drive",
+        ]
+    assert metrics_without_times(drive / "remedies") == but_for_rounding(
+        metrics_without_times(finished_run)
+    )
     assert not secret_in(*(tmp_path / name / "content" for name in STAGES), drive)
     for name in ("06_trust", "07_export", "report", "compare_runs"):
         more = {"runs": ["drive:remedies"]} if name == "compare_runs" else {"gguf_types": []}
-        done, _ = on_colab(tmp_path / name, name, "drive:remedies", index, more, STAND_IN_DRIVE=str(drive))
+        done, _ = on_colab(
+            tmp_path / name, name, "drive:remedies", index, more, STAND_IN_DRIVE=str(drive)
+        )
         assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -469,10 +634,14 @@ def test_four_machines_that_share_only_the_hub(finished_run, tmp_path, index):
         "dataset/some-one/remedies",
         "model/some-one/remedies",
     ]
-    here = metrics_without_times(tmp_path / "04_evaluate" / "content" / "runs" / "some-one--remedies")
+    here = metrics_without_times(
+        tmp_path / "04_evaluate" / "content" / "runs" / "some-one--remedies"
+    )
     there = metrics_without_times(finished_run)
     for name in ("base", "adapter", "merged"):
-        assert here[name]["perplexity"]["response"] == pytest.approx(there[name]["perplexity"]["response"], rel=1e-4)
+        assert here[name]["perplexity"]["response"] == pytest.approx(
+            there[name]["perplexity"]["response"], rel=1e-4
+        )
     assert not secret_in(*(tmp_path / name / "content" for name in STAGES), hub)
 
 
@@ -527,7 +696,9 @@ class GatedHub(BaseHTTPRequestHandler):
         pytest.param(None, None, None, None, marks=pytest.mark.slow),
     ],
 )
-def test_the_token_comes_from_environment_login_or_secrets_in_that_order(tmp_path, variable, login, secret, token):
+def test_the_token_comes_from_environment_login_or_secrets_in_that_order(
+    tmp_path, variable, login, secret, token
+):
     """For a gated base model and data set. A model that is a folder here asks for no token."""
     for path, text in STAND_IN.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -554,13 +725,21 @@ def test_the_token_comes_from_environment_login_or_secrets_in_that_order(tmp_pat
             else:
                 raise AssertionError("not gated")
     """
-    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "STAND_IN_SECRET", "HF_TOKEN_PATH")
+    names = (
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "HF_HUB_OFFLINE",
+        "STAND_IN_SECRET",
+        "HF_TOKEN_PATH",
+    )
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= {"PYTHONPATH": str(tmp_path), "HF_HOME": str(tmp_path), "NO_PROXY": "localhost"}
     environment["HF_ENDPOINT"] = f"http://localhost:{server.server_port}"
     environment |= {"STAND_IN_SECRET": f"hf_{secret}"} if secret else {}
     environment |= {"HF_TOKEN": f"hf_{variable}"} if variable else {}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
     server.shutdown()
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(GatedHub.asked_with) >= 2

@@ -17,9 +17,15 @@ from tabletune.stats import interval, resampled
 from tabletune.training.memory import expected_gib
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("[bd]*/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(ROOT.glob("[bd]*/README.md")),
+]
 PAGES += [ROOT / "CONTRIBUTING.md"]
-PARAMETERS = json.loads((ROOT / "src" / "tabletune" / "resources" / "parameters.json").read_text(encoding="utf-8"))
+PARAMETERS = json.loads(
+    (ROOT / "src" / "tabletune" / "resources" / "parameters.json").read_text(encoding="utf-8")
+)
 
 
 def read(name):
@@ -45,14 +51,20 @@ def test_links_and_file_names_lead_somewhere(page):
             target = (page.parent / name).resolve() if name else page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
-    folders = "benchmarks|data|docs|grids|models|notebooks|notebooks_py|profiles|src|templates|tests"
+    folders = (
+        "benchmarks|data|docs|grids|models|notebooks|notebooks_py|profiles|src|templates|tests"
+    )
     for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", text):
         assert (ROOT / name).exists() or name == "profiles/mine.yaml", name
 
 
 def test_what_make_is_asked_for_is_there():
     targets = set(re.findall(r"(?m)^([\w-]+)(?::|.*?:.*## )", read("Makefile")))
-    targets |= {name for line in re.findall(r"(?m)^([\w$() -]+):", read("Makefile")) for name in line.split()}
+    targets |= {
+        name
+        for line in re.findall(r"(?m)^([\w$() -]+):", read("Makefile"))
+        for name in line.split()
+    }
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
     code = "\n".join(block for text in texts for block in re.findall(r"```.*?```", text, re.DOTALL))
     asked = {word for text in texts for word in re.findall(r"`make ([a-z][\w-]*)", text)}
@@ -70,12 +82,16 @@ def cells(line):
 
 def test_every_parameter_is_explained_with_its_default():
     """Name, default and the notebooks that take it: as in the notebooks, and nothing else."""
-    rows = re.findall(r"(?m)^\| `(\w+)` \|(.*)\|$", read("docs/parameters.md").split("\n| parameter |")[1])
+    rows = re.findall(
+        r"(?m)^\| `(\w+)` \|(.*)\|$", read("docs/parameters.md").split("\n| parameter |")[1]
+    )
     assert len(rows) == len({name for name, _ in rows}), "a parameter stands there twice"
     wanted = {name: [] for known in PARAMETERS.values() for name in known}
     for notebook, known in PARAMETERS.items():
         for name in known:
-            wanted[name].append(str(int(notebook[:2])) if notebook[0] == "0" else notebook.partition("_")[0])
+            wanted[name].append(
+                str(int(notebook[:2])) if notebook[0] == "0" else notebook.partition("_")[0]
+            )
     assert {name for name, _ in rows} == set(wanted)
     for name, rest in rows:
         default, notebooks, meaning = cells(rest)
@@ -88,7 +104,9 @@ def test_every_parameter_is_explained_with_its_default():
 
 def test_every_profile_is_explained():
     table = read("docs/parameters.md").split("\n| profile |")[1].split("\n\n")[0]
-    listed = {name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", cells(line)[0])}
+    listed = {
+        name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", cells(line)[0])
+    }
     assert listed == {path.stem for path in (ROOT / "profiles").glob("*.yaml")}
 
 
@@ -98,7 +116,12 @@ def messages():
     for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "notebooks_py").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                found.add("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+                found.add(
+                    "".join(
+                        part.value if isinstance(part, ast.Constant) else "…"
+                        for part in node.values
+                    )
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.add(node.value)
     return found | {read("Makefile")}
@@ -113,7 +136,9 @@ def test_troubleshooting_quotes_messages_that_the_code_has():
         text
         for text in quoted
         if text not in libraries
-        and not any(re.search(".*".join(map(re.escape, text.split("…"))), message) for message in known)
+        and not any(
+            re.search(".*".join(map(re.escape, text.split("…"))), message) for message in known
+        )
     ]
     assert len(quoted) > 40
     assert missing == []
@@ -153,19 +178,29 @@ def llama_2(name):
 
 def expected_with_defaults(name, rows, checkpointing, shards):
     """Notebook 2's sum in GiB for a Llama 2, with its default adapter, in half precision."""
-    options = {"optim": "adamw_torch_fused", "gradient_checkpointing": checkpointing, "shards": shards}
-    return expected_gib(skeleton(llama_2(name)), torch.float16, int(rows) * 512, gpu=True, **options).sum()
+    options = {
+        "optim": "adamw_torch_fused",
+        "gradient_checkpointing": checkpointing,
+        "shards": shards,
+    }
+    return expected_gib(
+        skeleton(llama_2(name)), torch.float16, int(rows) * 512, gpu=True, **options
+    ).sum()
 
 
 @pytest.mark.parametrize(("column", "name"), list(enumerate([*SHAPES, *SHAPES], 1)))
 def test_docs_say_what_fits_as_the_notebook_does(column, name):
     """Llama 2's three shapes, whole and sharded over two GPUs."""
     shards = 1 + (column > len(SHAPES))
-    lines = re.findall(r"\| (\d+), (checkpointing|nothing recomputed) \|(.*)\|", read("docs/gpus.md"))
+    lines = re.findall(
+        r"\| (\d+), (checkpointing|nothing recomputed) \|(.*)\|", read("docs/gpus.md")
+    )
     assert len(lines) == 6
     for rows, how, figures in lines:
         expected = expected_with_defaults(name, rows, how == "checkpointing", shards)
-        figures = [float(figure) for figure in re.findall(r"[\d.]+", figures.split("|")[column - 1])]
+        figures = [
+            float(figure) for figure in re.findall(r"[\d.]+", figures.split("|")[column - 1])
+        ]
         assert figures[0] == pytest.approx(expected, abs=0.051)
         for measured in figures[1:]:
             assert expected == pytest.approx(measured, rel=0.15)
@@ -182,7 +217,9 @@ def test_docs_say_what_fits_on_which_gpus_as_the_notebook_does(name):
         if figures := re.search(r"(\d+) rows, (\**)([\d.]+)\** GiB: ", text):
             rows, bold, gib = figures.groups()
             expected = expected_with_defaults(name, rows, recomputed, shared)
-            assert expected == pytest.approx(float(gib), **({"rel": 0.15} if bold else {"abs": 0.051})), text
+            assert expected == pytest.approx(
+                float(gib), **({"rel": 0.15} if bold else {"abs": 0.051})
+            ), text
             found += 1
     assert found == (3 if name == "70B" else 6)
 
@@ -195,13 +232,19 @@ def test_a_profile_for_two_gpus_fits_them(profile, name, card, sharded):
     """Full batches, as on a table that is large enough, on cards of `card` GiB."""
     settings = yaml.safe_load(read(f"profiles/{profile}.yaml"))
     rows = 16 if settings["batch_size"] == "auto" else settings["batch_size"]
-    whole, half = (expected_with_defaults(name, rows, settings["gradient_checkpointing"], shards) for shards in (1, 2))
+    whole, half = (
+        expected_with_defaults(name, rows, settings["gradient_checkpointing"], shards)
+        for shards in (1, 2)
+    )
     assert (whole > card) == sharded
     assert half < min(card, whole)
 
 
 def test_benchmarks_have_the_tables_of_the_stored_results():
-    benchmark, text = runpy.run_path(str(ROOT / "benchmarks" / "run.py")), read("docs/benchmarks.md")
+    benchmark, text = (
+        runpy.run_path(str(ROOT / "benchmarks" / "run.py")),
+        read("docs/benchmarks.md"),
+    )
     results = json.loads(read("benchmarks/results.json"))
     assert benchmark["table"](results["rows"]) in text
     assert benchmark["table_of_jobs"](results["jobs"]) in text
@@ -213,15 +256,26 @@ def test_benchmarks_have_the_tables_of_the_stored_results():
 @pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_docs_say():
     """2,000 test splits like the example's, 30 rows of 11 questions, for each row of the table: as the docs have it."""
-    table = read("docs/trust.md").split("\n| questions differ by |")[1].split("\n\n")[0].splitlines()[2:]
+    table = (
+        read("docs/trust.md")
+        .split("\n| questions differ by |")[1]
+        .split("\n\n")[0]
+        .splitlines()[2:]
+    )
     assert len(table) == 3
     random = np.random.default_rng(1)
-    for spread, by_rows, by_questions in ([float(text.split()[0].strip("%")) for text in cells(row)] for row in table):
+    for spread, by_rows, by_questions in (
+        [float(text.split()[0].strip("%")) for text in cells(row)] for row in table
+    ):
         held = {"rows": 0, "questions": 0}
         for seed in range(2000):
             groups = np.concatenate([np.arange(11), random.integers(11, size=19)])
             tokens = random.integers(30, 80, size=30)
-            loss = 1.8 + random.normal(0, spread, size=11)[groups] + 2 * random.normal(size=30) / np.sqrt(tokens)
+            loss = (
+                1.8
+                + random.normal(0, spread, size=11)[groups]
+                + 2 * random.normal(size=30) / np.sqrt(tokens)
+            )
             for by, keys in (("rows", None), ("questions", groups)):
                 low, high = interval(resampled(loss * tokens, tokens, keys, 1000, seed), keys)
                 held[by] += low <= 1.8 <= high

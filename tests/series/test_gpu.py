@@ -60,7 +60,9 @@ def train(run_dir, **parameters):
     stage = run_script("02_finetune_qlora", before="## Train", **settings(run_dir, **parameters))
     trainer = stage.trainer
     shutil.rmtree(stage.run / "checkpoints")
-    trainer.args.per_device_eval_batch_size = 4  # the mean over batches depends on how rows are batched
+    trainer.args.per_device_eval_batch_size = (
+        4  # the mean over batches depends on how rows are batched
+    )
     skips = Skips(trainer)
     trainer.add_callback(skips)
     before = trainer.evaluate()["eval_loss"]
@@ -77,10 +79,18 @@ def full_precision(run_dir):
 def test_a_profile_learns_as_much_from_an_example_as_the_seeds_settings(run_dir, profile):
     """Speed may not cost quality: one pass over the same rows, the profile's batches and rate against the seed's."""
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    seeds = {"packing": False, "batch_size": 4, "min_steps": 1, "learning_rate": 2e-4, "lora_dropout": 0.1}
+    seeds = {
+        "packing": False,
+        "batch_size": 4,
+        "min_steps": 1,
+        "learning_rate": 2e-4,
+        "lora_dropout": 0.1,
+    }
     of_profile = yaml.safe_load((ROOT / "profiles" / f"{profile}.yaml").read_text())
     defaults = PARAMETERS["02_finetune_qlora"]
-    ours = {name: of_profile.get(name, defaults[name]) for name in (*seeds, "gradient_checkpointing")}
+    ours = {
+        name: of_profile.get(name, defaults[name]) for name in (*seeds, "gradient_checkpointing")
+    }
     _, after, _, stage = train(run_dir, lora_target_modules=attention, **ours)
     _, after_seeds, _, _ = train(run_dir, lora_target_modules=attention, **seeds)
     print(f"{profile}: {after:.3f} in {stage.steps} steps; the seed's settings: {after_seeds:.3f}")
@@ -100,9 +110,16 @@ def test_half_precision_learns_what_full_precision_learns(run_dir, full_precisio
 def test_a_base_stored_in_4_bits_trains_in_fp16(run_dir, full_precision, tmp_path):
     """Stored by someone with another card, as bf16; the seed's traps: dtype of the adapter, dtype of the layers."""
     stored = tmp_path / "stored"
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    nf4 = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    }
     model = AutoModelForCausalLM.from_pretrained(
-        SMOLLM2, dtype=torch.bfloat16, device_map={"": 0}, quantization_config=BitsAndBytesConfig(**nf4)
+        SMOLLM2,
+        dtype=torch.bfloat16,
+        device_map={"": 0},
+        quantization_config=BitsAndBytesConfig(**nf4),
     )
     model.save_pretrained(stored)
     for file in [*SMOLLM2.glob("*token*"), *SMOLLM2.glob("*.jinja")]:
@@ -116,7 +133,9 @@ def test_a_base_stored_in_4_bits_trains_in_fp16(run_dir, full_precision, tmp_pat
 @pytest.mark.parametrize(("precision", "rounding"), [("fp32", 0.001), ("bf16", 0.05)])
 def test_gradients_of_packed_and_unpacked_rows_agree(run_dir, precision, rounding):
     """Through 4-bit layers, to what rounding allows; rows that see each other differ by far more."""
-    stage = run_script("02_finetune_qlora", before="## Train", **settings(run_dir, precision=precision))
+    stage = run_script(
+        "02_finetune_qlora", before="## Train", **settings(run_dir, precision=precision)
+    )
     model, collate = stage.trainer.model.eval(), stage.trainer.data_collator  # eval: no dropout
     row = max(stage.train, key=lambda row: len(row["seq_lengths"]))
     ends = torch.tensor(row["seq_lengths"]).cumsum(0).tolist()
@@ -136,9 +155,13 @@ def test_gradients_of_packed_and_unpacked_rows_agree(run_dir, precision, roundin
 
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator("cuda").manual_seed(0))
+            torch.nn.init.normal_(
+                parameter, std=0.02, generator=torch.Generator("cuda").manual_seed(0)
+            )
     packed, unpacked, leaked = gradient([row]), gradient(pieces), gradient([leaking])
-    differences = [((other - unpacked).norm() / unpacked.norm()).item() for other in (packed, leaked)]
+    differences = [
+        ((other - unpacked).norm() / unpacked.norm()).item() for other in (packed, leaked)
+    ]
     print(precision, differences)
     assert differences[0] < rounding
     assert differences[1] > max(0.1, 5 * differences[0])
@@ -166,26 +189,37 @@ def test_the_cpu_profile_reaches_its_quality_on_the_gpu(run_dir):
 def test_batched_generation_is_five_times_as_fast(run_dir):
     rows, chat = load_dataset_of_run(run_dir)[0]["test"], load_tokenizer_of_run(run_dir / "adapter")
     model, prompts = stage_model(run_dir), [rows[i % len(rows)]["prompt"] for i in range(20)]
-    seconds = {size: answers_module.generate(model, *chat, prompts, size, 64, min_new_tokens=64)[1] for size in (20, 1)}
+    seconds = {
+        size: answers_module.generate(model, *chat, prompts, size, 64, min_new_tokens=64)[1]
+        for size in (20, 1)
+    }
     again = answers_module.generate(model, *chat, prompts, 20, 64, min_new_tokens=64)[1]
     assert seconds[1] > 5 * again, (seconds, again)
 
 
 def stage_model(run_dir):
     """The merged model of a run, on the GPU."""
-    return AutoModelForCausalLM.from_pretrained(run_dir / "merged", dtype=torch.bfloat16, device_map={"": 0})
+    return AutoModelForCausalLM.from_pretrained(
+        run_dir / "merged", dtype=torch.bfloat16, device_map={"": 0}
+    )
 
 
 def test_an_adapter_on_the_tied_output_layer_is_refused(run_dir):
     with pytest.raises(StageError, match="is an embedding or tied to one"):
-        run_script("02_finetune_qlora", before="## Train", **settings(run_dir, lora_target_modules=["lm_head"]))
+        run_script(
+            "02_finetune_qlora",
+            before="## Train",
+            **settings(run_dir, lora_target_modules=["lm_head"]),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_sharded_base_computes_what_it_did_before(dtype):
     ids = torch.arange(3, 67, device="cuda")[None]
     whole, sharded = (load_base(str(SMOLLM2), None, dtype, "sdpa", sharded=True) for _ in range(2))
-    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         for layer in sharded.model.layers:
             fully_shard(layer)
@@ -221,7 +255,9 @@ def test_recorded_steps_write_the_same_answers(run_dir, monkeypatch):
     tokenizer, stops = load_tokenizer(str(SMOLLM2))
     prompts = load_from_disk(run_dir / "dataset")["test"]["prompt"][:6]
     graphs = []
-    monkeypatch.setattr(generation, "recorded", lambda step: graphs.append(recorded(step)) or graphs[-1])
+    monkeypatch.setattr(
+        generation, "recorded", lambda step: graphs.append(recorded(step)) or graphs[-1]
+    )
     ours = answers_module.generate(model, tokenizer, stops, prompts, 4, 24)[0]
     assert [graph.__name__ for graph in graphs] == ["replay", "replay"]
     monkeypatch.setattr(answers_module, "fixed_cache", lambda *_: None)
@@ -243,4 +279,6 @@ def test_a_row_of_the_benchmarks_is_measured(tmp_path):
     row = benchmark["measure"]("a100 profile, a row a step", SMOLLM2, tmp_path)
     assert row["steps"] == benchmark["STEPS"] and row["skipped_steps"] == 0
     assert row["loss"][-1] < row["loss"][0]
-    assert row["tokens_per_second"] == pytest.approx(row["tokens_per_step"] / row["seconds_per_step"], rel=0.2)
+    assert row["tokens_per_second"] == pytest.approx(
+        row["tokens_per_step"] / row["seconds_per_step"], rel=0.2
+    )

@@ -33,7 +33,8 @@ def table(tmp_path_factory):
     """Forty questions with an answer each."""
     path = tmp_path_factory.mktemp("table") / "trams.jsonl"
     rows = [
-        {"question": f"Where does tram {i} go?", "answer": f"To stop {7 * i % 30}, past the mill."} for i in range(40)
+        {"question": f"Where does tram {i} go?", "answer": f"To stop {7 * i % 30}, past the mill."}
+        for i in range(40)
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
@@ -41,15 +42,27 @@ def table(tmp_path_factory):
 
 def go_through(name, table, run, **changed):
     """Run the four notebooks in this process. Returns the content of `evaluation/metrics.json`."""
-    chosen = {**SETTINGS, "base_model": str(cached(name)), "dataset": str(table), "run_dir": str(run), **changed}
+    chosen = {
+        **SETTINGS,
+        "base_model": str(cached(name)),
+        "dataset": str(table),
+        "run_dir": str(run),
+        **changed,
+    }
     for stage in STAGES:
-        run_script(stage, **{key: value for key, value in chosen.items() if key in PARAMETERS[stage]})
+        run_script(
+            stage, **{key: value for key, value in chosen.items() if key in PARAMETERS[stage]}
+        )
     return json.loads((run / "evaluation" / "metrics.json").read_text())
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in CHEAP else pytest.mark.slow) for name in BASES if name != "beyond"],
+    [
+        pytest.param(name, marks=[] if name in CHEAP else pytest.mark.slow)
+        for name in BASES
+        if name != "beyond"
+    ],
 )
 def test_a_base_goes_through_the_series(name, table, tmp_path):
     """It learns, the merged model is proven, and three models are scored."""
@@ -76,7 +89,9 @@ def check(metrics, tmp_path):
     assert trained["eval_loss_after"] < trained["eval_loss_before"]
     merged = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
     assert merged["max_logit_difference"] < 0.1 * merged["logit_range"]
-    perplexities = {model: metrics[model]["perplexity"]["response"] for model in ("base", "adapter", "merged")}
+    perplexities = {
+        model: metrics[model]["perplexity"]["response"] for model in ("base", "adapter", "merged")
+    }
     assert perplexities["adapter"] < perplexities["base"]
     assert perplexities["merged"] == pytest.approx(perplexities["adapter"], rel=0.1)
 

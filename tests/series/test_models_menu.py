@@ -26,8 +26,16 @@ from tabletune.training.lora_targets import lora_targets, short_names
 from tabletune.training.memory import expected_gib
 
 ROOT = Path(__file__).parent.parent.parent
-MENU = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("models/*.yaml"))}
-CARDS = {"t4": 14, "a100": 38.5, "kaggle_t4x2": 14, "a100x2": 38.5}  # GiB: half a GiB less than PyTorch can have
+MENU = {
+    path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in sorted(ROOT.glob("models/*.yaml"))
+}
+CARDS = {
+    "t4": 14,
+    "a100": 38.5,
+    "kaggle_t4x2": 14,
+    "a100x2": 38.5,
+}  # GiB: half a GiB less than PyTorch can have
 
 # the marks that each family's template sets around a turn, in its order
 TEMPLATES = {
@@ -83,7 +91,9 @@ def test_adapters_go_on_all_of_its_attention_and_on_nothing_that_sees(name):
     assert not re.search("vision|visual", " ".join(found))
     named = [layer for layer, _ in model.named_modules()]
     ends = short_names(model, found)
-    assert {layer for layer in named if any(layer == end or layer.endswith(f".{end}") for end in ends)} == set(found)
+    assert {
+        layer for layer in named if any(layer == end or layer.endswith(f".{end}") for end in ends)
+    } == set(found)
     looked = look_at_base(model)
     for layer, count in published["adapters_on"].items():
         assert f"{count} × {layer}" in looked["adapters on"]
@@ -102,7 +112,9 @@ def test_an_answer_stops_where_the_model_was_made_to_stop(name, tmp_path):
         unk_token="<unk>",
         additional_special_tokens=list(turns["tokens"]),
     )
-    tokenizer.chat_template = f"{{% for m in messages %}}{TEMPLATES[turns['template']]}{{% endfor %}}"
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{TEMPLATES[turns['template']]}{{% endfor %}}"
+    )
     if "generation" in turns:
         GenerationConfig(eos_token_id=turns["generation"]).save_pretrained(tmp_path)
     stops = stop_ids(tokenizer, str(tmp_path), None, config)
@@ -124,7 +136,13 @@ SMALL = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
-SEEING = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "depth": 1}
+SEEING = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "depth": 1,
+}
 SEEING |= {"num_heads": 4, "out_hidden_size": 64, "head_dim": 16}
 
 
@@ -133,17 +151,30 @@ def small(values):
     new = {key: SMALL.get(key, value) for key, value in values.items()}
     new |= {"layer_types": values["layer_types"][:4]} if "layer_types" in values else {}
     new |= {"head_dim": 16} if "head_dim" in values else {}
-    if values.get("rope_parameters", {}).get("rope_type") == "longrope":  # a factor for each pair that rotates, of 16
-        new["rope_parameters"] = values["rope_parameters"] | dict.fromkeys(["short_factor", "long_factor"], [1.0] * 6)
+    if (
+        values.get("rope_parameters", {}).get("rope_type") == "longrope"
+    ):  # a factor for each pair that rotates, of 16
+        new["rope_parameters"] = values["rope_parameters"] | dict.fromkeys(
+            ["short_factor", "long_factor"], [1.0] * 6
+        )
     if "text_config" in values:
         seeing = {key: SEEING.get(key, value) for key, value in values["vision_config"].items()}
         new |= {"text_config": small(values["text_config"]), "vision_config": seeing}
-    marks = ["bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "image_token_index", "boi_token_index"]
+    marks = [
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "image_token_id",
+        "image_token_index",
+        "boi_token_index",
+    ]
     marks += ["eoi_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id"]
     return new | {key: 3 for key in marks if key in values}
 
 
-@pytest.mark.parametrize("name", {facts(name)["config"]["model_type"]: name for name in MENU}.values())
+@pytest.mark.parametrize(
+    "name", {facts(name)["config"]["model_type"]: name for name in MENU}.values()
+)
 def test_examples_are_packed_only_where_they_do_not_see_each_other(name):
     published = facts(name)
     torch.manual_seed(0)
@@ -157,7 +188,11 @@ def test_examples_are_packed_only_where_they_do_not_see_each_other(name):
     [
         ("llama-2-7b-chat", True, True),
         ("qwen3-4b", True, True),
-        ("gemma-3-4b-it", True, False),  # layers that are recorded and get embeddings cost memory, and do nothing
+        (
+            "gemma-3-4b-it",
+            True,
+            False,
+        ),  # layers that are recorded and get embeddings cost memory, and do nothing
         ("gpt-oss-20b", False, False),
     ],
 )
@@ -168,7 +203,11 @@ def test_layers_are_recorded_where_they_get_token_ids(name, model, layers):
 
 def settings_of(name, profile):
     """The parameters of `make run-all PROFILE=… MODEL=…`: the model's on top of the profile's."""
-    return DEFAULTS | yaml.safe_load((ROOT / "profiles" / f"{profile}.yaml").read_text(encoding="utf-8")) | MENU[name]
+    return (
+        DEFAULTS
+        | yaml.safe_load((ROOT / "profiles" / f"{profile}.yaml").read_text(encoding="utf-8"))
+        | MENU[name]
+    )
 
 
 def gib(name, profile, rows, shards=1, **changes):
@@ -195,7 +234,9 @@ def cell(name, profile):
     most = most if isinstance(most, int) else 16
     ways = [
         ("", 1, {}),
-        (", sharded", 2, {}) if "x2" in profile else (", checkpointing", 1, {"gradient_checkpointing": True}),
+        (", sharded", 2, {})
+        if "x2" in profile
+        else (", checkpointing", 1, {"gradient_checkpointing": True}),
     ]
     for how, shards, changes in ways:
         one, two = (gib(name, profile, rows, shards, **changes) for rows in (1, 2))
@@ -208,8 +249,12 @@ def cell(name, profile):
 @pytest.mark.parametrize("name", MENU)
 def test_docs_say_what_it_takes_as_the_notebook_does(name):
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    row = re.search(rf"(?m)^\| \[`{re.escape(name)}`\]\(\.\./models/{re.escape(name)}\.yaml\) \|(.*)\|$", text)[1]
-    assert [part.strip() for part in row.split("|")][2:6] == [cell(name, profile) for profile in CARDS]
+    row = re.search(
+        rf"(?m)^\| \[`{re.escape(name)}`\]\(\.\./models/{re.escape(name)}\.yaml\) \|(.*)\|$", text
+    )[1]
+    assert [part.strip() for part in row.split("|")][2:6] == [
+        cell(name, profile) for profile in CARDS
+    ]
 
 
 def test_docs_have_the_whole_menu():

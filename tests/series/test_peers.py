@@ -41,11 +41,15 @@ def ask(harness, kind, requests):
 
 def conversations(count):
     with TABLE.open(encoding="utf-8") as file:
-        table = [row for row in csv.DictReader(file) if row["Home Remedy"] and row["Health Issue"]][:count]
+        table = [row for row in csv.DictReader(file) if row["Home Remedy"] and row["Health Issue"]][
+            :count
+        ]
     for row in table:
         answer = f"Here is a suggested remedy:\n\n**Item:** {row['Name of Item']}\n**Remedy:** {row['Home Remedy']}"
         yield {
-            "prompt": [{"role": "user", "content": f"I am suffering from {row['Health Issue'].strip()}."}],
+            "prompt": [
+                {"role": "user", "content": f"I am suffering from {row['Health Issue'].strip()}."}
+            ],
             "completion": [{"role": "assistant", "content": answer}],
         }
 
@@ -56,13 +60,22 @@ def test_response_perplexity_agrees_to_a_tenth_of_a_percent(model, loaded):
     rows, texts = [], []
     for row in conversations(20):
         rows.append(encode(row, tokenizer, stops))
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, tokenize=False
+        )
         text = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
-        texts.append((prompt, text[len(prompt) : text.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)]))
+        texts.append(
+            (
+                prompt,
+                text[len(prompt) : text.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)],
+            )
+        )
     from lm_eval.models.huggingface import HFLM
 
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=False)
-    encoded = [[*context, *answer] for context, answer in (harness._encode_pair(*pair) for pair in texts)]
+    encoded = [
+        [*context, *answer] for context, answer in (harness._encode_pair(*pair) for pair in texts)
+    ]
     assert encoded == [row["input_ids"] for row in rows], "the same tokens, one BOS and one EOS"
     theirs = -sum(likelihood for likelihood, _ in ask(harness, "loglikelihood", texts))
     scores = score(model, rows, tokenizer.pad_token_id, 7, 512, 256)
@@ -78,10 +91,14 @@ def test_full_text_perplexity_agrees_to_a_tenth_of_a_percent(model, loaded, wind
     tokenizer, _ = loaded
     rows = outside_rows("bundled", tokenizer)
     window = min(window, model.config.max_position_embeddings)
-    texts = [(tokenizer.decode(row["input_ids"][tokenizer.bos_token_id is not None :]),) for row in rows]
+    texts = [
+        (tokenizer.decode(row["input_ids"][tokenizer.bos_token_id is not None :]),) for row in rows
+    ]
     from lm_eval.models.huggingface import HFLM
 
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=False, max_length=window)
+    harness = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=False, max_length=window
+    )
     assert harness.prefix_token_id == tokenizer.bos_token_id == rows[0]["input_ids"][0]
     theirs = -sum(ask(harness, "loglikelihood_rolling", texts))
     scores = score(model, rows, tokenizer.pad_token_id, 7, window + 1, window)

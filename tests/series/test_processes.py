@@ -45,13 +45,17 @@ def training(run_dir, processes, rows):
 def history(run_dir):
     """Step, loss and gradient norm of each logged training step, but for the last, whose batch is not full."""
     log = json.loads((run_dir / "training" / "log_history.json").read_text())
-    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log if "loss" in entry][:-1]
+    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log if "loss" in entry][
+        :-1
+    ]
 
 
 def kernel_of(make_process, rank):
     """The kernel of one of the processes that make has started; None if it is not there yet."""
     for child in make_process.children(recursive=True):
-        if "ipykernel_launcher" in " ".join(child.cmdline()) and child.environ().get("RANK") == str(rank):
+        if "ipykernel_launcher" in " ".join(child.cmdline()) and child.environ().get("RANK") == str(
+            rank
+        ):
             return child
     return None
 
@@ -78,7 +82,9 @@ def test_two_processes_train_as_one_also_after_one_was_killed(
 
     command = run_of_make(*training(run_dir, 2, 2))
     two = subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while two.poll() is None and not list(run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")):
+    while two.poll() is None and not list(
+        run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")
+    ):
         time.sleep(0.1)
     second = kernel_of(psutil.Process(two.pid), 1)
     assert second.environ()["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
@@ -95,27 +101,42 @@ def test_two_processes_train_as_one_also_after_one_was_killed(
     assert ("sharded over 2 GPUs (FSDP)" in notebook) == sharded
     assert ("each of 2 processes has the whole model" in notebook) == (not sharded)
     assert bool(list(run_dir.glob("checkpoints/*/pytorch_model_fsdp_0"))) == sharded
-    states = [json.loads(file.read_text()) for file in run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")]
+    states = [
+        json.loads(file.read_text())
+        for file in run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")
+    ]
     last = max(states, key=lambda state: state["global_step"])
     assert last["best_model_checkpoint"].endswith(f"checkpoint-{last['best_global_step']}")
     expected, found = history(trained_by_one), history(run_dir)
-    resumed = [entry for entry in zip(expected, found, strict=True) if entry[0][0] > 10]  # its first log is of less
+    resumed = [
+        entry for entry in zip(expected, found, strict=True) if entry[0][0] > 10
+    ]  # its first log is of less
     assert len(resumed) > 5
     for one, other in resumed:
         assert other == pytest.approx(one, rel=5e-3)
-    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (trained_by_one, run_dir)]
+    adapters = [
+        load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (trained_by_one, run_dir)
+    ]
     assert adapters[0].keys() == adapters[1].keys()
-    one, other = (torch.cat([adapter[name].flatten() for name in sorted(adapter)]) for adapter in adapters)
+    one, other = (
+        torch.cat([adapter[name].flatten() for name in sorted(adapter)]) for adapter in adapters
+    )
     assert (one - other).norm() < 0.1 * one.norm()
     assert not list(run_dir.glob("*process1*")), "what is left looks as on one GPU"
-    assert {path.name for path in run_dir.iterdir()} == {path.name for path in trained_by_one.iterdir()}
+    assert {path.name for path in run_dir.iterdir()} == {
+        path.name for path in trained_by_one.iterdir()
+    }
 
 
 def evaluated(run_dir, stage, processes):
     """The figures and the answers after evaluating with so many processes."""
     done = make(stage, "PROFILE=tiny", f"RUN_DIR={run_dir}", f"GPUS={processes}")
     assert done.returncode == 0, done.stderr
-    return {path.name: path.read_text(encoding="utf-8") for path in run_dir.glob(f"{FOLDER[stage]}/*.json*")}
+    return {
+        path.name: path.read_text(encoding="utf-8")
+        for path in run_dir.glob(f"{FOLDER[stage]}/*.json*")
+    }
 
 
 FOLDER = {"04_evaluate": "evaluation", "trust": "trust"}
@@ -133,7 +154,9 @@ def test_two_processes_evaluate_as_one(finished_run, tmp_path, stage):
     for name in expected:
         if name != "metrics.json":
             assert found[name] == expected[name]
-    assert figures(found["metrics.json"]) == pytest.approx(figures(expected["metrics.json"]), rel=1e-3, abs=1e-6)
+    assert figures(found["metrics.json"]) == pytest.approx(
+        figures(expected["metrics.json"]), rel=1e-3, abs=1e-6
+    )
     left = [{path.name for path in run_dir.iterdir()} for run_dir in (one, two)]
     assert left[0] == left[1], "what is left looks as on one GPU"
 

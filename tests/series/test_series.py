@@ -52,17 +52,27 @@ def test_pairs_are_in_sync(name):
 
 
 def test_each_notebook_has_its_pair():
-    assert NOTEBOOKS == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == sorted(PARAMETERS)
+    assert (
+        NOTEBOOKS
+        == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+        == sorted(PARAMETERS)
+    )
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebooks_are_committed_without_outputs(name):
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook_of(name).cells)
+    assert not any(
+        cell.get("outputs") or cell.get("execution_count") for cell in notebook_of(name).cells
+    )
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_references_have_the_code_of_the_notebooks(name):
-    executed = [cell for cell in cells(notebook_of(name, "tests/reference")) if "injected-parameters" not in cell[2]]
+    executed = [
+        cell
+        for cell in cells(notebook_of(name, "tests/reference"))
+        if "injected-parameters" not in cell[2]
+    ]
     assert executed == cells(notebook_of(name)), "run `make reference` and review what changed"
 
 
@@ -72,7 +82,16 @@ def test_the_notebooks_print_what_the_references_show(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
     for name in STAGES:
         shutil.copy(ROOT / "tests" / "reference" / f"{name}.ipynb", tmp_path)
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-kernel-name=python3", "-p", "no:cacheprovider", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval",
+        "--nbval-kernel-name=python3",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+    ]
     environment = {
         **os.environ,
         **hostile(tmp_path / "Zoë's home"),
@@ -80,7 +99,9 @@ def test_the_notebooks_print_what_the_references_show(tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
     }
     files = [f"{name}.ipynb" for name in STAGES]
-    done = subprocess.run([*command, *files], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *files], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-5000:]
     assert "passed" in done.stdout
 
@@ -108,11 +129,15 @@ def test_only_times_and_pictures_are_ignored(name):
         assert "NBVAL_" not in cell.source
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_profiles_say_what_they_are_for_and_name_parameters(path):
     text = path.read_text(encoding="utf-8")
     assert text.startswith(f"# {path.stem}: ")
-    known = {name for notebook, defaults in PARAMETERS.items() if notebook[0] == "0" for name in defaults}
+    known = {
+        name for notebook, defaults in PARAMETERS.items() if notebook[0] == "0" for name in defaults
+    }
     assert set(read_parameters(text, path.name)) <= known
 
 
@@ -128,7 +153,9 @@ def test_the_manifest_says_what_ran(finished_run):
 
 def test_the_series_ran_offline_without_a_locale_a_cache_or_an_ascii_home(finished_run):
     """`finished_run` is made in such a place; each stage's executed notebook is whole and has no warning on red."""
-    assert (finished_run / "where").read_text(encoding="utf-8") == "LC_ALL=C, HF_HOME=/dev/null/cache"
+    assert (finished_run / "where").read_text(
+        encoding="utf-8"
+    ) == "LC_ALL=C, HF_HOME=/dev/null/cache"
     for name in STAGES:
         for cell in nbformat.read(finished_run / f"{name}.ipynb", 4).cells:
             for output in cell.get("outputs", []):
@@ -139,8 +166,16 @@ def test_the_series_ran_offline_without_a_locale_a_cache_or_an_ascii_home(finish
 
 def stamps(folder):
     """When each file was written, of those that are whole; a lock is not written."""
-    files = [path for path in folder.rglob("*") if path.is_file() and ".partial" not in str(path.relative_to(folder))]
-    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files if path.name != ".lock"}
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and ".partial" not in str(path.relative_to(folder))
+    ]
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
+        for path in files
+        if path.name != ".lock"
+    }
 
 
 def test_a_finished_run_is_not_made_again(finished_run, tmp_path):
@@ -176,24 +211,41 @@ def kill_all(process):
 
 
 @pytest.mark.slow
-def test_a_series_that_is_killed_ends_with_the_same_metrics_and_a_second_run_does_nothing(finished_run, tmp_path):
+def test_a_series_that_is_killed_ends_with_the_same_metrics_and_a_second_run_does_nothing(
+    finished_run, tmp_path
+):
     """SIGKILL at random moments of each stage, which pytest shows if this fails; KILLS and KILL_SEED set them."""
     again, random_seed = tmp_path / "again", os.environ.get("KILL_SEED", str(time.time_ns()))
     print(f"KILL_SEED={random_seed}")
-    draw, times = random.Random(random_seed), json.loads((finished_run / "manifest.json").read_text(encoding="utf-8"))
+    draw, times = (
+        random.Random(random_seed),
+        json.loads((finished_run / "manifest.json").read_text(encoding="utf-8")),
+    )
     for stage in STAGES:
         for _ in range(int(os.environ.get("KILLS", 1))):
             moment = draw.uniform(0, times[stage]["seconds"] + 3)  # and what it takes to start
             kill_once(stage, again, moment)
-            print(f"{stage} killed after {moment:.1f} s: {sorted(path.name for path in again.glob('*'))}")
-        recorded = json.loads((again / "manifest.json").read_text()) if (again / "manifest.json").exists() else {}
-        before = {} if stage in recorded else stamps(again)  # what had ended but for its notebook is made anew
+            print(
+                f"{stage} killed after {moment:.1f} s: {sorted(path.name for path in again.glob('*'))}"
+            )
+        recorded = (
+            json.loads((again / "manifest.json").read_text())
+            if (again / "manifest.json").exists()
+            else {}
+        )
+        before = (
+            {} if stage in recorded else stamps(again)
+        )  # what had ended but for its notebook is made anew
         done = make(stage, "PROFILE=tiny", f"RUN_DIR={again}")
         assert done.returncode == 0, done.stderr
         after = stamps(again)
-        done_twice = {name for name, stamp in before.items() if name in after and after[name] != stamp}
+        done_twice = {
+            name for name, stamp in before.items() if name in after and after[name] != stamp
+        }
         costly = {name for name in done_twice if name.endswith((".safetensors", "optimizer.pt"))}
-        assert costly <= {"adapter/adapter_model.safetensors"}  # the end of a training: loaded, and saved again
+        assert costly <= {
+            "adapter/adapter_model.safetensors"
+        }  # the end of a training: loaded, and saved again
     assert not list(again.rglob("*.partial*"))
     assert metrics_without_times(again) == but_for_rounding(metrics_without_times(finished_run))
     finished = stamps(again)
@@ -204,7 +256,11 @@ def test_a_series_that_is_killed_ends_with_the_same_metrics_and_a_second_run_doe
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    ["", "-p packing false -p epochs 2", "-p evaluations 5 -p learning_rate 0.3 -p early_stopping_patience 1"],
+    [
+        "",
+        "-p packing false -p epochs 2",
+        "-p evaluations 5 -p learning_rate 0.3 -p early_stopping_patience 1",
+    ],
     ids=["packed", "padded", "packed, stopping early"],
 )
 def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, arguments):
@@ -212,15 +268,26 @@ def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, ar
     import torch
     from safetensors.torch import load_file
 
-    done, killed = (copy_of(finished_run, tmp_path / name, "dataset") for name in ("done", "killed"))
+    done, killed = (
+        copy_of(finished_run, tmp_path / name, "dataset") for name in ("done", "killed")
+    )
     command = [sys.executable, "-m", "tabletune", "run", "notebooks/02_finetune_qlora.ipynb"]
 
     def figures(folder):
         metrics = json.loads((folder / "training" / "metrics.json").read_text(encoding="utf-8"))
-        return {name: value for name, value in metrics.items() if "second" not in name and "memory" not in name}
+        return {
+            name: value
+            for name, value in metrics.items()
+            if "second" not in name and "memory" not in name
+        }
 
     def start(folder):
-        told = [str(folder / "02_finetune_qlora.ipynb"), "-f", "profiles/tiny.yaml", *arguments.split()]
+        told = [
+            str(folder / "02_finetune_qlora.ipynb"),
+            "-f",
+            "profiles/tiny.yaml",
+            *arguments.split(),
+        ]
         return subprocess.Popen([*command, *told], cwd=ROOT, stderr=subprocess.DEVNULL)
 
     assert start(done).wait() == 0
@@ -231,10 +298,16 @@ def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, ar
     kill_all(process)
     assert not (killed / "adapter").exists() and not (killed / "training" / "metrics.json").exists()
     assert start(killed).wait() == 0
-    assert "going on from checkpoint" in (killed / "02_finetune_qlora.ipynb").read_text(encoding="utf-8")
+    assert "going on from checkpoint" in (killed / "02_finetune_qlora.ipynb").read_text(
+        encoding="utf-8"
+    )
     assert figures(killed) == but_for_rounding(figures(done))
-    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (done, killed))
-    torch.testing.assert_close(other, one, rtol=0, atol=1e-4)  # steps of other kernels, AVX2's, add up to 1e-5
+    one, other = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (done, killed)
+    )
+    torch.testing.assert_close(
+        other, one, rtol=0, atol=1e-4
+    )  # steps of other kernels, AVX2's, add up to 1e-5
     before = stamps(killed)
     assert start(killed).wait() == 0
     changed = {name for name, stamp in stamps(killed).items() if before.get(name) != stamp}
@@ -246,8 +319,14 @@ def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, ar
     [
         (["PROFILE=t5"], ["profiles/t5.yaml cannot be read", "a100", "cpu", "t4", "tiny"]),
         (["PROFILE=tiny", "MODEL=gpt5"], ["models/gpt5.yaml cannot be read", "there are"]),
-        (["PROFILE=tiny", "ARGS=-p learning_rte 1"], ["'learning_rte'", "Did you mean 'learning_rate'"]),
-        (["PROFILE=tiny", "ARGS=-y 'max_lenght: 30'"], ["'max_lenght'", "Did you mean 'max_length'"]),
+        (
+            ["PROFILE=tiny", "ARGS=-p learning_rte 1"],
+            ["'learning_rte'", "Did you mean 'learning_rate'"],
+        ),
+        (
+            ["PROFILE=tiny", "ARGS=-y 'max_lenght: 30'"],
+            ["'max_lenght'", "Did you mean 'max_length'"],
+        ),
     ],
 )
 def test_what_make_is_told_wrong_ends_in_one_line(tmp_path, words, said):
@@ -281,19 +360,27 @@ def test_out_of_order(finished_run, tmp_path, stage, missing, first):
     copy_of(finished_run, run_dir, "settings", *(name for name in there if name != missing))
     with pytest.raises(StageError, match=f"{run_dir / missing}.* is missing. {first}") as caught:
         run_tiny(stage, run_dir)
-    assert "\n" not in str(caught.value) and caught.value._render_traceback_() == [f"StageError: {caught.value}"]
+    assert "\n" not in str(caught.value) and caught.value._render_traceback_() == [
+        f"StageError: {caught.value}"
+    ]
     assert not (run_dir / {"02": "adapter", "03": "merged", "04": "evaluation"}[stage[:2]]).exists()
 
 
 def test_the_environment_is_checked():
-    done = make("01_format_dataset", "PROFILE=tiny", "PYTHON=/usr/bin/env -i /usr/bin/python3 -I -S")
+    done = make(
+        "01_format_dataset", "PROFILE=tiny", "PYTHON=/usr/bin/env -i /usr/bin/python3 -I -S"
+    )
     assert done.returncode != 0 and "lacks a package" in done.stderr
 
 
 def test_a_changed_table_is_noticed_also_in_a_folder_with_spaces_in_its_name(tmp_path):
     """The whole repository, copied into such a folder; only the table differs between the two runs."""
     copy = tmp_path / "my notebooks"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".cache", "examples", "tests"))
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".cache", "examples", "tests"),
+    )
     shutil.copytree(TINY, copy / ".cache" / "tiny-llama")
     arguments = ("01_format_dataset", "PROFILE=tiny", "ARGS=-p dataset data/t.csv", "-C", copy)
     shutil.copy(TABLE, copy / "data" / "t.csv")
@@ -301,12 +388,20 @@ def test_a_changed_table_is_noticed_also_in_a_folder_with_spaces_in_its_name(tmp
     for _ in range(2):
         done = make(*arguments)
         assert done.returncode == 0, done.stderr
-        reports.append(json.loads((copy / "runs" / "tiny" / "dataset" / "report.json").read_text(encoding="utf-8")))
+        reports.append(
+            json.loads(
+                (copy / "runs" / "tiny" / "dataset" / "report.json").read_text(encoding="utf-8")
+            )
+        )
         with (copy / "data" / "t.csv").open("a", encoding="utf-8") as file:
             file.write("Lemon,A New Issue,Squeeze half a lemon into a glass of water.,Tadasana\n")
     before, after = reports
-    assert after["rows_in"] == before["rows_in"] + 1 and after["fingerprint"] != before["fingerprint"]
-    assert list((copy / "runs" / "tiny" / "earlier").glob("*/dataset/report.json")), "nothing finished is deleted"
+    assert (
+        after["rows_in"] == before["rows_in"] + 1 and after["fingerprint"] != before["fingerprint"]
+    )
+    assert list((copy / "runs" / "tiny" / "earlier").glob("*/dataset/report.json")), (
+        "nothing finished is deleted"
+    )
 
 
 def test_the_benchmark_says_that_it_needs_a_gpu():
@@ -329,4 +424,6 @@ def test_the_examples_of_the_benchmark_fit_into_a_row(tmp_path, tokenizer):
     train = datasets.load_from_disk(tmp_path / "dataset")["train"]
     lengths = [len(encode(row, *tokenizer)["input_ids"]) for row in train]
     assert max(lengths) <= 512
-    assert statistics.mean(lengths) == pytest.approx(statistics.mean(benchmark["LENGTHS"]), rel=0.15)
+    assert statistics.mean(lengths) == pytest.approx(
+        statistics.mean(benchmark["LENGTHS"]), rel=0.15
+    )

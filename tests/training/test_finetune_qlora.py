@@ -48,11 +48,18 @@ def write_dataset(run, rows=40):
             "group": str(i),
         }
 
-    splits = {"train": range(rows), "validation": range(rows, rows + 9), "test": range(rows + 9, rows + 15)}
-    DatasetDict({name: Dataset.from_list([row(i) for i in part]) for name, part in splits.items()}).save_to_disk(
-        run / "dataset"
-    )
-    report = {"fingerprint": "abc", "templates": {"question": "", "answer": "", "answer_column": ""}}
+    splits = {
+        "train": range(rows),
+        "validation": range(rows, rows + 9),
+        "test": range(rows + 9, rows + 15),
+    }
+    DatasetDict(
+        {name: Dataset.from_list([row(i) for i in part]) for name, part in splits.items()}
+    ).save_to_disk(run / "dataset")
+    report = {
+        "fingerprint": "abc",
+        "templates": {"question": "", "answer": "", "answer_column": ""},
+    }
     (run / "dataset" / "report.json").write_text(json.dumps(report))
     return run
 
@@ -68,7 +75,11 @@ def test_the_loss_covers_the_response_and_its_stop_and_nothing_else(stage):
     tokenizer, answers = stage.tokenizer, []
     for batch in stage.trainer.get_train_dataloader():
         [(rows, length)] = {tuple(tensor.shape) for tensor in batch.values()}
-        assert rows == len(batch["labels"]) and batch["position_ids"][:, -1].any() and length <= stage.max_length
+        assert (
+            rows == len(batch["labels"])
+            and batch["position_ids"][:, -1].any()
+            and length <= stage.max_length
+        )
         parts = (batch[k].tolist() for k in ("input_ids", "labels", "position_ids"))
         for ids, labels, positions in zip(*parts, strict=True):
             starts = [i for i, position in enumerate(positions) if position == 0]
@@ -76,10 +87,14 @@ def test_the_loss_covers_the_response_and_its_stop_and_nothing_else(stage):
                 if end - start == 1:  # padding
                     assert (ids[start], labels[start]) == (tokenizer.pad_token_id, -100)
                     continue
-                assert ids[start] == tokenizer.bos_token_id and positions[start:end] == list(range(end - start))
+                assert ids[start] == tokenizer.bos_token_id and positions[start:end] == list(
+                    range(end - start)
+                )
                 in_loss = [i for i in range(start, end) if labels[i] != -100]
                 assert [labels[i] for i in in_loss] == [ids[i] for i in in_loss]
-                assert in_loss == list(range(in_loss[0], end)), "one stretch, to the end of the example"
+                assert in_loss == list(range(in_loss[0], end)), (
+                    "one stretch, to the end of the example"
+                )
                 assert tokenizer.decode(ids[start : in_loss[0]]).endswith("[/INST]")
                 assert ids[end - 1] in stage.stops
                 answers.append(ids[start:end])
@@ -101,7 +116,9 @@ def test_the_adapter_is_trained_in_fp32_and_learns(stage):
 def test_what_is_saved_is_the_best_checkpoint_and_says_where_it_is_from(stage):
     saved = load_file(stage.run / "adapter" / "adapter_model.safetensors")
     best = load_file(f"{stage.trainer.state.best_model_checkpoint}/adapter_model.safetensors")
-    assert all(torch.equal(saved[name], best[name]) for name in best) and saved.keys() == best.keys()
+    assert (
+        all(torch.equal(saved[name], best[name]) for name in best) and saved.keys() == best.keys()
+    )
     provenance = json.loads((stage.run / "adapter" / "provenance.json").read_text())
     assert provenance == {
         "base_model": str(TINY),
@@ -139,13 +156,18 @@ def test_packed_rows_do_not_see_each_other(stage):
         ]
         leaking.append({**row, "seq_lengths": [int(ends[-1])]})
     assert len(examples) > len(rows)
-    model, collate = stage.trainer.model.eval(), Collator(stage.tokenizer.pad_token_id, stage.max_length)
+    model, collate = (
+        stage.trainer.model.eval(),
+        Collator(stage.tokenizer.pad_token_id, stage.max_length),
+    )
 
     def gradient(batch):
         model.zero_grad()
         loss = model(**collate(batch)).loss
         loss.backward()
-        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        return loss.item(), torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+        )
 
     (loss, packed), (loss_padded, padded), (_, leaked) = map(gradient, (rows, examples, leaking))
     assert loss == pytest.approx(loss_padded, abs=1e-5)
@@ -176,11 +198,17 @@ def test_tokens_seen_count_no_padding(stage):
 
 
 def test_the_training_cell_twice_in_a_row_trains_once(stage):
-    before = {name: p.clone() for name, p in stage.trainer.model.named_parameters() if p.requires_grad}
+    before = {
+        name: p.clone() for name, p in stage.trainer.model.named_parameters() if p.requires_grad
+    }
     checkpoint = checkpoints_module.checkpoint_to_resume(stage.trainer)
     stage.trainer.train(resume_from_checkpoint=checkpoint)
     assert stage.trainer.state.global_step == stage.steps and stage.trainer.state.epoch == 1
-    assert all(torch.equal(before[name], p) for name, p in stage.trainer.model.named_parameters() if name in before)
+    assert all(
+        torch.equal(before[name], p)
+        for name, p in stage.trainer.model.named_parameters()
+        if name in before
+    )
     assert results_module.training_metrics(stage.trainer, 10, 1, 1.0)["epochs"] == 1
 
 
@@ -193,7 +221,9 @@ def test_a_finished_training_is_found_and_nothing_changes(stage, tmp_path, capsy
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == files
 
 
-@pytest.mark.parametrize("change", [{"evaluations": 1}, {"learning_rate": 0.02}, "other data"], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"evaluations": 1}, {"learning_rate": 0.02}, "other data"], ids=str
+)
 def test_another_training_moves_the_finished_one_aside(stage, tmp_path, change):
     run = shutil.copytree(stage.run, tmp_path / "run", copy_function=shutil.copy2)
     adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -204,8 +234,13 @@ def test_another_training_moves_the_finished_one_aside(stage, tmp_path, change):
     stage_again = run_tiny("02_finetune_qlora", run, **{**FAST, **change})
     [aside] = (run / "earlier").iterdir()
     assert (aside / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
-    assert (aside / "checkpoints" / "settings.json").exists() and (aside / "training" / "metrics.json").exists()
-    assert stage_again.metrics["steps"] == stage.steps and (run / "adapter" / "provenance.json").exists()
+    assert (aside / "checkpoints" / "settings.json").exists() and (
+        aside / "training" / "metrics.json"
+    ).exists()
+    assert (
+        stage_again.metrics["steps"] == stage.steps
+        and (run / "adapter" / "provenance.json").exists()
+    )
 
 
 def test_checkpoints_that_are_not_whole_do_not_count(tmp_path):
@@ -233,13 +268,25 @@ def test_checkpoints_that_are_not_whole_do_not_count(tmp_path):
         (400, {"batch_size": 8, "min_steps": 1, "accumulation": 2, "processes": 2}, (8, 2, 13)),
         (40, {"batch_size": 16, "min_steps": 300, "epochs": 0.5}, (16, 1, 2)),
         (400, {"batch_size": "auto", "min_steps": 20, "kept": 20, "least": 4}, (16, 1, 25)),
-        (400, {"batch_size": "auto", "min_steps": 20, "kept": 15, "least": 4}, (8, 2, 25)),  # 16 rows as before
+        (
+            400,
+            {"batch_size": "auto", "min_steps": 20, "kept": 15, "least": 4},
+            (8, 2, 25),
+        ),  # 16 rows as before
         (400, {"batch_size": "auto", "min_steps": 20, "kept": 5, "least": 4}, (4, 4, 25)),
         (400, {"batch_size": "auto", "min_steps": 20, "kept": 3, "least": 4}, (16, 1, 25)),
         (400, {"batch_size": "auto", "min_steps": 20, "kept": 0, "least": 4}, (16, 1, 25)),
         (400, {"batch_size": "auto", "min_steps": 28, "kept": 8, "least": 4}, (7, 2, 29)),
-        (400, {"batch_size": "auto", "min_steps": 20, "accumulation": 2, "kept": 5, "least": 4}, (5, 4, 20)),
-        (400, {"batch_size": "auto", "min_steps": 20, "processes": 2, "kept": 5, "least": 4}, (5, 2, 20)),
+        (
+            400,
+            {"batch_size": "auto", "min_steps": 20, "accumulation": 2, "kept": 5, "least": 4},
+            (5, 4, 20),
+        ),
+        (
+            400,
+            {"batch_size": "auto", "min_steps": 20, "processes": 2, "kept": 5, "least": 4},
+            (5, 2, 20),
+        ),
         (40, {"batch_size": "auto", "min_steps": 20, "kept": 8, "least": 4}, (2, 1, 20)),
     ],
 )
@@ -262,12 +309,18 @@ def test_the_step_is_said_in_one_line(capsys):
 
 def test_rows_that_may_not_be_packed_are_not(stage, capsys, monkeypatch):
     monkeypatch.setattr(planning, "packing_leaks", lambda model: 0.085)
-    examples = planning.rows_to_train_on(stage.trainer.model, stage.encoded["train"], stage.packed, True)
+    examples = planning.rows_to_train_on(
+        stage.trainer.model, stage.encoded["train"], stage.packed, True
+    )
     assert examples is stage.encoded["train"] and "8.5%" in capsys.readouterr().out
-    settings = planning.trainer_settings(stage.stage, False, torch.float32, stage.room, 2, 10, packed=False)
+    settings = planning.trainer_settings(
+        stage.stage, False, torch.float32, stage.room, 2, 10, packed=False
+    )
     assert settings["train_sampling_strategy"] == "group_by_length"
     batch = Collator(0, 128)([stage.encoded["train"][i] for i in range(3)])
-    assert batch["attention_mask"].sum() == sum(len(stage.encoded["train"][i]["input_ids"]) for i in range(3))
+    assert batch["attention_mask"].sum() == sum(
+        len(stage.encoded["train"][i]["input_ids"]) for i in range(3)
+    )
 
 
 def test_a_base_that_computes_no_numbers_is_refused(stage):
@@ -277,14 +330,18 @@ def test_a_base_that_computes_no_numbers_is_refused(stage):
     planning.rows_to_train_on(model, stage.encoded["train"], stage.packed, False)
     with pytest.raises(StageError, match=r'infinity or NaN in float16. Set precision to "fp32"'):
         planning.rows_to_train_on(model.half(), stage.encoded["train"], stage.packed, False)
-    with pytest.raises(StageError, match="infinity or NaN in float16"):  # and no perplexity of it is shown
+    with pytest.raises(
+        StageError, match="infinity or NaN in float16"
+    ):  # and no perplexity of it is shown
         score(model, stage.encoded["test"], 0, 2, 128, 64)
 
 
 def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
     """At its first validation, and before that step's checkpoint; notebook 3 takes no adapter without numbers."""
     run = write_dataset(tmp_path / "run")
-    with pytest.raises(StageError, match=r"training has diverged\. Lower learning_rate, 1e\+35 now"):
+    with pytest.raises(
+        StageError, match=r"training has diverged\. Lower learning_rate, 1e\+35 now"
+    ):
         run_tiny("02_finetune_qlora", run, **FAST, learning_rate=1e35, max_grad_norm=1e30, warmup=0)
     assert not (run / "adapter").exists() and newest_checkpoint(run / "checkpoints") is None
 
@@ -296,24 +353,60 @@ def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
         ({"use_liger_kernel": True}, "use_liger_kernel needs a GPU"),
         ({"optim": "adam"}, "optim=adam: adam is not a valid"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type=cosin: cosin is not a valid"),
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, "training_options: One of min_lr or min_lr_rate"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "training_options: One of min_lr or min_lr_rate",
+        ),
         ({"optim": "paged_adamw_32bit"}, "optim=paged_adamw_32bit: the paged optimizers"),
         ({"lora_target_modules": ["q_proj", "embed_tokens"]}, '"embed_tokens" is an embedding'),
         ({"lora_target_modules": ["no_such"]}, 'no layer is called "no_such"'),
         ({"quantization": "2bit"}, 'quantization="2bit": use nf4, 8bit or none'),
         ({"attn_implementation": "no_such"}, "attn_implementation"),
-        ({"attn_implementation": "flash_attention_2"}, 'attn_implementation="flash_attention_2" needs a GPU'),
-        ({"attn_implementation": "flex_attention"}, 'attn_implementation="flex_attention" needs a GPU'),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            'attn_implementation="flash_attention_2" needs a GPU',
+        ),
+        (
+            {"attn_implementation": "flex_attention"},
+            'attn_implementation="flex_attention" needs a GPU',
+        ),
         ({"report_to": "wandb"}, "report_to=wandb: there is no such package here"),
-        ({"training_options": {"report_to": ["trackio"]}}, "report_to=trackio: there is no such package here"),
-        ({"training_options": {"weight_decai": 1}}, r"SFTConfig has no 'weight_decai'\. Did you mean 'weight_decay'"),
-        ({"training_options": {"completion_only_loss": False}}, "'completion_only_loss' would do nothing"),
-        ({"lora_options": {"use_rlora": True}}, r"LoraConfig has no 'use_rlora'\. Did you mean 'use_rslora'"),
-        ({"lora_options": {"init_lora_weights": "pissa_niter_16"}}, '"pissa_niter_16" changes the base'),
-        ({"lora_options": {"lora_bias": True}}, "lora_options: Impossible to merge LoRA with `lora_bias=True`"),
-        ({"lora_options": {"layer_replication": [[0, 2], [1, 2]]}}, "which the base does not have: that has no merge"),
-        ({"training_options": {"metric_for_best_model": "accuracy"}}, "can only be the validation loss"),
-        ({"training_options": {"eval_strategy": "sometimes"}}, "training_options: sometimes is not a valid"),
+        (
+            {"training_options": {"report_to": ["trackio"]}},
+            "report_to=trackio: there is no such package here",
+        ),
+        (
+            {"training_options": {"weight_decai": 1}},
+            r"SFTConfig has no 'weight_decai'\. Did you mean 'weight_decay'",
+        ),
+        (
+            {"training_options": {"completion_only_loss": False}},
+            "'completion_only_loss' would do nothing",
+        ),
+        (
+            {"lora_options": {"use_rlora": True}},
+            r"LoraConfig has no 'use_rlora'\. Did you mean 'use_rslora'",
+        ),
+        (
+            {"lora_options": {"init_lora_weights": "pissa_niter_16"}},
+            '"pissa_niter_16" changes the base',
+        ),
+        (
+            {"lora_options": {"lora_bias": True}},
+            "lora_options: Impossible to merge LoRA with `lora_bias=True`",
+        ),
+        (
+            {"lora_options": {"layer_replication": [[0, 2], [1, 2]]}},
+            "which the base does not have: that has no merge",
+        ),
+        (
+            {"training_options": {"metric_for_best_model": "accuracy"}},
+            "can only be the validation loss",
+        ),
+        (
+            {"training_options": {"eval_strategy": "sometimes"}},
+            "training_options: sometimes is not a valid",
+        ),
         (
             {
                 "early_stopping_patience": 2,
@@ -336,14 +429,24 @@ def test_what_cannot_work_stops_before_the_model_is_loaded(stage, monkeypatch, p
         run_tiny("02_finetune_qlora", stage.run, **{**FAST, **parameters})
 
 
-@pytest.mark.parametrize("options", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [5]}])
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [5]}]
+)
 def test_what_changes_a_tied_layer_is_refused_before_training(options):
     """It could be trained, but not merged; where nothing is tied, it can."""
-    chosen = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": "auto", "lora_options": options}
+    chosen = {
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "lora_target_modules": "auto",
+        "lora_options": options,
+    }
     config = AutoConfig.from_pretrained(TINY, tie_word_embeddings=False)
     assert len(targets_to_adapt(chosen, skeleton(config))) == 4 * config.num_hidden_layers
     config = AutoConfig.from_pretrained(TINY, tie_word_embeddings=True)
-    with pytest.raises(StageError, match=r"would change model\.embed_tokens, which is tied to another layer"):
+    with pytest.raises(
+        StageError, match=r"would change model\.embed_tokens, which is tied to another layer"
+    ):
         targets_to_adapt(chosen, skeleton(config))
 
 
@@ -360,7 +463,9 @@ def test_what_changes_a_tied_layer_is_refused_before_training(options):
 )
 def test_a_word_on_evaluation_is_one_on_checkpoints(options, strategy, every):
     told = when_to_evaluate(options, 7)
-    assert told == dict(eval_strategy=strategy, save_strategy=strategy, eval_steps=every, save_steps=every)
+    assert told == dict(
+        eval_strategy=strategy, save_strategy=strategy, eval_steps=every, save_steps=every
+    )
     SFTConfig(**told | options, load_best_model_at_end=True, use_cpu=True, bf16=False)
 
 
@@ -375,10 +480,18 @@ def test_more_than_plain_lora_on_a_base_stored_in_4_bits_is_refused_before_train
 
 def test_options_that_leave_out_logs_and_the_choice_of_a_checkpoint(tmp_path):
     """The notebook ends all the same: with the loss of all steps, and with a validation at the end."""
-    options = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "logging_steps": 500}
+    options = {
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "logging_steps": 500,
+    }
     run_tiny("02_finetune_qlora", write_dataset(tmp_path / "run"), **FAST, training_options=options)
     metrics = json.loads((tmp_path / "run" / "training" / "metrics.json").read_text())
-    assert metrics["eval_loss_after"] < metrics["eval_loss_before"] and metrics["loss_first"] == metrics["loss_last"]
+    assert (
+        metrics["eval_loss_after"] < metrics["eval_loss_before"]
+        and metrics["loss_first"] == metrics["loss_last"]
+    )
 
 
 def test_activations_are_kept_where_a_model_cannot_recompute_them(stage, monkeypatch, capsys):
@@ -386,14 +499,32 @@ def test_activations_are_kept_where_a_model_cannot_recompute_them(stage, monkeyp
     room = room_for_training({**stage.stage.parameters, "gradient_checkpointing": True}, stage.config, torch.float32,
                              "auto", 40, stage.processes)  # fmt: skip
     assert "LlamaForCausalLM knows no gradient_checkpointing" in capsys.readouterr().out
-    settings = planning.trainer_settings(stage.stage, False, torch.float32, room, 2, 10, packed=True)
+    settings = planning.trainer_settings(
+        stage.stage, False, torch.float32, room, 2, 10, packed=True
+    )
     assert settings["gradient_checkpointing"] is False
 
 
 def test_only_weights_that_do_not_fit_are_refused(monkeypatch, capsys):
-    chosen = {"lora_r": 8, "lora_dropout": 0.0, "optim": "adamw_torch", "gradient_checkpointing": False}
-    chosen |= {"use_liger_kernel": False, "quantization": "nf4", "max_length": 256, "epochs": 1, "batch_size": 8}
-    chosen |= {"min_steps": 1, "gradient_accumulation_steps": 1, "base_model": "b", "ignore_memory": False}
+    chosen = {
+        "lora_r": 8,
+        "lora_dropout": 0.0,
+        "optim": "adamw_torch",
+        "gradient_checkpointing": False,
+    }
+    chosen |= {
+        "use_liger_kernel": False,
+        "quantization": "nf4",
+        "max_length": 256,
+        "epochs": 1,
+        "batch_size": 8,
+    }
+    chosen |= {
+        "min_steps": 1,
+        "gradient_accumulation_steps": 1,
+        "base_model": "b",
+        "ignore_memory": False,
+    }
     config, processes = AutoConfig.from_pretrained(TINY), PartialState(cpu=True)
 
     def ask(room, **change):
@@ -401,16 +532,37 @@ def test_only_weights_that_do_not_fit_are_refused(monkeypatch, capsys):
         return room_for_training({**chosen, **change}, config, torch.float32, "auto", 40, processes)
 
     assert ask(64).fits == 16 and "If it does not fit" not in capsys.readouterr().out
-    assert ask(0.5).expected.sum() > 0.5 and "lower batch_size and raise gradient" in capsys.readouterr().out
-    with pytest.raises(StageError, match=r"The weights alone take 0\.0 GiB of memory, and there are 0\.0 GiB"):
+    assert (
+        ask(0.5).expected.sum() > 0.5
+        and "lower batch_size and raise gradient" in capsys.readouterr().out
+    )
+    with pytest.raises(
+        StageError, match=r"The weights alone take 0\.0 GiB of memory, and there are 0\.0 GiB"
+    ):
         ask(1e-4)
     assert ask(1e-4, ignore_memory=True)
 
 
 def test_nothing_is_recomputed_where_a_gpu_has_room_for_all(monkeypatch, capsys):
-    chosen = {"lora_r": 8, "lora_dropout": 0.0, "optim": "adamw_torch", "gradient_checkpointing": True}
-    chosen |= {"use_liger_kernel": True, "quantization": "nf4", "max_length": 256, "epochs": 1, "batch_size": 8}
-    chosen |= {"min_steps": 1, "gradient_accumulation_steps": 1, "base_model": "b", "ignore_memory": False}
+    chosen = {
+        "lora_r": 8,
+        "lora_dropout": 0.0,
+        "optim": "adamw_torch",
+        "gradient_checkpointing": True,
+    }
+    chosen |= {
+        "use_liger_kernel": True,
+        "quantization": "nf4",
+        "max_length": 256,
+        "epochs": 1,
+        "batch_size": 8,
+    }
+    chosen |= {
+        "min_steps": 1,
+        "gradient_accumulation_steps": 1,
+        "base_model": "b",
+        "ignore_memory": False,
+    }
     config, processes = AutoConfig.from_pretrained(TINY), PartialState(cpu=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
@@ -420,9 +572,15 @@ def test_nothing_is_recomputed_where_a_gpu_has_room_for_all(monkeypatch, capsys)
 
     kept = ask(64)
     assert kept.kept >= 8 and "nothing is recomputed" in capsys.readouterr().out
-    assert kept.expected["recorded steps"] == pytest.approx(0.1 * kept.expected.drop("recorded steps").sum())
+    assert kept.expected["recorded steps"] == pytest.approx(
+        0.1 * kept.expected.drop("recorded steps").sum()
+    )
     tight = ask(kept.expected.sum())
-    assert tight.kept < 8 and tight.expected.sum() < kept.expected.sum() and "recorded steps" not in tight.expected
+    assert (
+        tight.kept < 8
+        and tight.expected.sum() < kept.expected.sum()
+        and "recorded steps" not in tight.expected
+    )
     assert "nothing is recomputed" not in capsys.readouterr().out
     assert "recorded steps" not in ask(64, batch_size=16).expected
     assert not ask(1e-3, gradient_checkpointing=False, ignore_memory=True).kept < 8
@@ -430,23 +588,50 @@ def test_nothing_is_recomputed_where_a_gpu_has_room_for_all(monkeypatch, capsys)
 
 def test_rows_of_a_step_are_taken_in_parts_of_which_nothing_is_recomputed(monkeypatch, stage):
     """The same step, and what is expected to be in memory is what one part takes."""
-    chosen = {"lora_r": 8, "lora_dropout": 0.0, "optim": "adamw_torch", "gradient_checkpointing": True}
-    chosen |= {"use_liger_kernel": True, "quantization": "nf4", "max_length": 256, "epochs": 1, "batch_size": "auto"}
-    chosen |= {"min_steps": 1, "gradient_accumulation_steps": 1, "base_model": "b", "ignore_memory": False}
-    config, processes = AutoConfig.from_pretrained(TINY, num_hidden_layers=24), PartialState(cpu=True)
+    chosen = {
+        "lora_r": 8,
+        "lora_dropout": 0.0,
+        "optim": "adamw_torch",
+        "gradient_checkpointing": True,
+    }
+    chosen |= {
+        "use_liger_kernel": True,
+        "quantization": "nf4",
+        "max_length": 256,
+        "epochs": 1,
+        "batch_size": "auto",
+    }
+    chosen |= {
+        "min_steps": 1,
+        "gradient_accumulation_steps": 1,
+        "base_model": "b",
+        "ignore_memory": False,
+    }
+    config, processes = (
+        AutoConfig.from_pretrained(TINY, num_hidden_layers=24),
+        PartialState(cpu=True),
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def ask(room, **change):
         monkeypatch.setattr(planning, "room_gib", lambda: room)
-        found = room_for_training({**chosen, **change}, config, torch.float32, "auto", 400, processes)
-        return found, planning.plan_steps({**chosen, **change}, range(400), range(400), found, processes)
+        found = room_for_training(
+            {**chosen, **change}, config, torch.float32, "auto", 400, processes
+        )
+        return found, planning.plan_steps(
+            {**chosen, **change}, range(400), range(400), found, processes
+        )
 
     for rows in (8, 16):
-        needed = ask(64, batch_size=rows)[0].expected.drop("recorded steps", errors="ignore").sum() / 0.8
+        needed = (
+            ask(64, batch_size=rows)[0].expected.drop("recorded steps", errors="ignore").sum() / 0.8
+        )
         assert ask(1.001 * needed)[1] == (rows, 16 // rows, 25)
         assert ask(0.999 * needed)[1] == ((8, 2, 25) if rows == 16 else (16, 1, 25))
     for room, recomputed in ((1.001 * needed, False), (0.999 * needed, True)):
-        told = planning.trainer_settings(stage.stage, False, torch.float32, ask(room)[0], 16, 10, packed=True)
+        told = planning.trainer_settings(
+            stage.stage, False, torch.float32, ask(room)[0], 16, 10, packed=True
+        )
         assert told["gradient_checkpointing"] == recomputed
 
 
@@ -468,7 +653,9 @@ def test_recorded_layers_accumulate_and_take_fewer_rows(monkeypatch):
 
             @staticmethod
             def backward(ctx, gradient):
-                for memory, new in zip(left, torch.autograd.grad(ctx.output, parameters, gradient), strict=True):
+                for memory, new in zip(
+                    left, torch.autograd.grad(ctx.output, parameters, gradient), strict=True
+                ):
                     memory.copy_(new)
                 return None, None, *(memory.detach() for memory in left)
 
@@ -485,7 +672,9 @@ def test_recorded_layers_accumulate_and_take_fewer_rows(monkeypatch):
             batch = {"input_ids": ids[part], "labels": ids[part], "position_ids": positions[part]}
             losses.append(model(**batch, use_cache=False).loss)
             losses[-1].backward()
-        return [loss.item() for loss in losses], torch.cat([p.grad.flatten() for p in model.parameters()])
+        return [loss.item() for loss in losses], torch.cat(
+            [p.grad.flatten() for p in model.parameters()]
+        )
 
     losses, usual = gradients()
     cuda_graphs.record_layers(model.model, (4, 32))
@@ -502,16 +691,27 @@ def test_a_published_data_set_is_as_good_as_notebook_1s_folder(stage, tmp_path, 
     assert splits["train"].to_list() == published["train"].to_list()
     assert report["published"] == "some-one/set" and report["fingerprint"]
     assert report["splits"] == {name: len(rows) for name, rows in published.items()}
-    for other in (published.rename_column("prompt", "question"), DatasetDict(train=published["train"])):
+    for other in (
+        published.rename_column("prompt", "question"),
+        DatasetDict(train=published["train"]),
+    ):
         monkeypatch.setattr(datasets, "load_dataset", lambda name, other=other: other)
         with pytest.raises(StageError, match="published_dataset=some-one/set lacks"):
-            examples_module.load_examples(tmp_path / "other", "some-one/set", PartialState(cpu=True))
+            examples_module.load_examples(
+                tmp_path / "other", "some-one/set", PartialState(cpu=True)
+            )
     assert not (tmp_path / "other" / "dataset").exists()
 
 
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}], ids=str)
 def test_options_reach_lora_and_the_trainer(tmp_path, options):
-    more = {"weight_decay": 0.01, "neftune_noise_alpha": 5, "max_steps": 2, "eval_steps": 1, "save_steps": 1}
+    more = {
+        "weight_decay": 0.01,
+        "neftune_noise_alpha": 5,
+        "max_steps": 2,
+        "eval_steps": 1,
+        "save_steps": 1,
+    }
     run = write_dataset(tmp_path, rows=12)
     stage = run_tiny("02_finetune_qlora", run, **FAST, lora_options=options, training_options=more)
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
@@ -540,12 +740,19 @@ def test_a_base_that_is_to_be_sharded_computes_the_same(dtype):
 def test_a_sharded_training_asks_for_each_layer_ahead_of_time():
     """In the order in which they compute, and in the stream that does."""
     model = AutoModelForCausalLM.from_pretrained(TINY)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
-        units = [fully_shard(unit) for unit in (model.model.embed_tokens, *model.model.layers, model)]
+        units = [
+            fully_shard(unit) for unit in (model.model.embed_tokens, *model.model.layers, model)
+        ]
         ShardedTraining().on_train_begin(None, None, None, model=model)
         *states, outermost = (unit._get_fsdp_state() for unit in units)
-        assert [state._states_to_forward_prefetch for state in (outermost, *states)] == [*([s] for s in states), []]
+        assert [state._states_to_forward_prefetch for state in (outermost, *states)] == [
+            *([s] for s in states),
+            [],
+        ]
         assert all(group.unshard_async_op for state in states for group in state._fsdp_param_groups)
     finally:
         torch.distributed.destroy_process_group()
@@ -554,9 +761,19 @@ def test_a_sharded_training_asks_for_each_layer_ahead_of_time():
 @pytest.mark.parametrize(
     ("stored", "optim", "processes", "message"),
     [
-        (None, "paged_adamw_32bit", "2", "optim=paged_adamw_32bit: the optimizers of bitsandbytes know no shards"),
+        (
+            None,
+            "paged_adamw_32bit",
+            "2",
+            "optim=paged_adamw_32bit: the optimizers of bitsandbytes know no shards",
+        ),
         ("uint8", "adamw_torch", "2", "stores its 4-bit weights as uint8, which FSDP cannot shard"),
-        (None, "adamw_torch", "1000", r"Reading the model takes 1000\.0 GiB of RAM before it is sharded"),
+        (
+            None,
+            "adamw_torch",
+            "1000",
+            r"Reading the model takes 1000\.0 GiB of RAM before it is sharded",
+        ),
         ("float32", "adamw_torch", "1000", None),
     ],
 )
@@ -564,7 +781,9 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch, stored, optim, processes
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    config = SimpleNamespace(quantization_config={"bnb_4bit_quant_storage": stored} if stored else None)
+    config = SimpleNamespace(
+        quantization_config={"bnb_4bit_quant_storage": stored} if stored else None
+    )
     if message is None:
         return check_sharding(config, "some-base", optim, 1.0)
     with pytest.raises(StageError, match=message):
@@ -572,9 +791,25 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch, stored, optim, processes
 
 
 def test_a_model_that_one_gpu_cannot_hold_is_sharded_over_two(monkeypatch):
-    chosen = {"lora_r": 8, "lora_dropout": 0.0, "optim": "adamw_torch", "gradient_checkpointing": False}
-    chosen |= {"use_liger_kernel": False, "quantization": "nf4", "max_length": 256, "epochs": 1, "batch_size": 8}
-    chosen |= {"min_steps": 1, "gradient_accumulation_steps": 1, "base_model": "b", "ignore_memory": False}
+    chosen = {
+        "lora_r": 8,
+        "lora_dropout": 0.0,
+        "optim": "adamw_torch",
+        "gradient_checkpointing": False,
+    }
+    chosen |= {
+        "use_liger_kernel": False,
+        "quantization": "nf4",
+        "max_length": 256,
+        "epochs": 1,
+        "batch_size": 8,
+    }
+    chosen |= {
+        "min_steps": 1,
+        "gradient_accumulation_steps": 1,
+        "base_model": "b",
+        "ignore_memory": False,
+    }
     processes = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_GPU)
     monkeypatch.setattr(planning, "gather_object", lambda values: values)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
@@ -582,4 +817,7 @@ def test_a_model_that_one_gpu_cannot_hold_is_sharded_over_two(monkeypatch):
     config = AutoConfig.from_pretrained(TINY)
     for room, sharded in ((64, False), (0.7, True)):
         monkeypatch.setattr(planning, "room_gib", lambda room=room: room)
-        assert room_for_training(chosen, config, torch.float32, "auto", 40, processes).sharded == sharded
+        assert (
+            room_for_training(chosen, config, torch.float32, "auto", 40, processes).sharded
+            == sharded
+        )

@@ -17,8 +17,14 @@ from tabletune.errors import StageError
 def encode_prompt(messages, tokenizer, tools=None):
     """Token ids of messages up to where the answer begins. Without messages: what the tokenizer puts before a text."""
     if not messages:
-        return tokenizer("")["input_ids"][:1] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
-    return tokenizer(render(messages, tokenizer, True, tools), add_special_tokens=False)["input_ids"]
+        return (
+            tokenizer("")["input_ids"][:1]
+            if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+            else []
+        )
+    return tokenizer(render(messages, tokenizer, True, tools), add_special_tokens=False)[
+        "input_ids"
+    ]
 
 
 def encode(example, tokenizer, stops):
@@ -34,10 +40,16 @@ def encode(example, tokenizer, stops):
 def encode_all(examples, tokenizer, stops):
     """`encode` for many examples, whose texts are cut into tokens all at once."""
     texts = [texts_of(example, tokenizer) for example in examples]
-    prompts = tokenizer([prompt for prompt, _ in texts] or [""], add_special_tokens=False)["input_ids"]
-    turns = any(message["role"] == "assistant" for example in examples for message in example["prompt"])
+    prompts = tokenizer([prompt for prompt, _ in texts] or [""], add_special_tokens=False)[
+        "input_ids"
+    ]
+    turns = any(
+        message["role"] == "assistant" for example in examples for message in example["prompt"]
+    )
     wholes = tokenizer(
-        [prompt + answer for prompt, answer in texts] or [""], add_special_tokens=False, return_offsets_mapping=turns
+        [prompt + answer for prompt, answer in texts] or [""],
+        add_special_tokens=False,
+        return_offsets_mapping=turns,
     )
     encoded = []
     for i, example in enumerate(examples):
@@ -51,7 +63,9 @@ def encode_all(examples, tokenizer, stops):
         answer = [*answer, tokenizer.eos_token_id] if end is None else answer[: end + 1]
         mask = [0] * len(prompt)
         if any(message["role"] == "assistant" for message in example["prompt"]):
-            offsets = tokenizer(texts[i][0], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            offsets = tokenizer(texts[i][0], add_special_tokens=False, return_offsets_mapping=True)[
+                "offset_mapping"
+            ]
             mask = mask_of_turns(example["prompt"], texts[i][0], prompt, offsets, stops)
         encoded.append({"input_ids": prompt + answer, "completion_mask": mask + [1] * len(answer)})
     return encoded
@@ -60,7 +74,9 @@ def encode_all(examples, tokenizer, stops):
 def decode_all(rows, tokenizer):
     """The texts of rows of ids, special tokens included, all at once where the tokenizer can do that."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend.decode_batch(rows, skip_special_tokens=False) if backend else tokenizer.decode(rows)
+    return (
+        backend.decode_batch(rows, skip_special_tokens=False) if backend else tokenizer.decode(rows)
+    )
 
 
 def encode_text(text, tokenizer, stops):
@@ -92,7 +108,9 @@ def texts_of(example, tokenizer):
 def written_around(template, roles, tokenizer):
     """The white space that `template` writes between a prompt of these roles and the answer, and all after it."""
     try:
-        opened, before, after = around([{"role": role, "content": "x"} for role in roles], tokenizer)
+        opened, before, after = around(
+            [{"role": role, "content": "x"} for role in roles], tokenizer
+        )
     except StageError:  # a tool's turn, say, needs more than a text
         opened, before, after = around([USER], tokenizer)
     between = before[len(opened) :] if before.startswith(opened) else ""
@@ -118,7 +136,12 @@ def mask_of_turns(messages, text, ids, offsets, stops):
     for message in messages:
         content = message["content"].strip()
         kept = next(
-            (part for part in (content, content.rpartition("</think>")[2].strip()) if part in text[place:]), None
+            (
+                part
+                for part in (content, content.rpartition("</think>")[2].strip())
+                if part in text[place:]
+            ),
+            None,
         )
         if kept is None:
             raise StageError(
@@ -153,5 +176,7 @@ def show_tokens(encoded, tokenizer):
         text = escape(tokenizer.decode([token_id])).replace("\n", "⏎")
         style = "background:#cfe8fc;color:#000" if in_loss else "color:#777"
         style += ";font-weight:bold;text-decoration:underline" if token_id in special else ""
-        spans.append(f'<span style="{style};border:1px solid #bbb;margin:1px;padding:0 2px">{text or "&nbsp;"}</span>')
+        spans.append(
+            f'<span style="{style};border:1px solid #bbb;margin:1px;padding:0 2px">{text or "&nbsp;"}</span>'
+        )
     return HTML("<div style='line-height:1.9'>" + " ".join(spans) + "</div>")

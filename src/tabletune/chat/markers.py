@@ -10,9 +10,13 @@ from tabletune.chat.tokenizer import special_ids
 def markers_of(tokenizer):
     """What a text must not contain: the special tokens, and the markers that the template writes as plain text."""
     special = set(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))))
-    written = set(re.findall(r"\[/?[A-Z_]{2,}\]|<<?/?SYS>>|<\|[^|>\s]+\|>", tokenizer.chat_template or ""))
+    written = set(
+        re.findall(r"\[/?[A-Z_]{2,}\]|<<?/?SYS>>|<\|[^|>\s]+\|>", tokenizer.chat_template or "")
+    )
     return sorted(
-        special | written | ({"<<SYS>>", "<</SYS>>"} if "[INST]" in written else set()), key=len, reverse=True
+        special | written | ({"<<SYS>>", "<</SYS>>"} if "[INST]" in written else set()),
+        key=len,
+        reverse=True,
     )
 
 

@@ -26,7 +26,9 @@ def render(messages, tokenizer, generation_prompt=True, tools=None):
     except Exception as error:  # jinja's own, and whatever a template raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         roles = ", ".join(message["role"] for message in messages)
-        raise StageError(f"The model's chat template refuses messages of the roles {roles}: {reason}") from None
+        raise StageError(
+            f"The model's chat template refuses messages of the roles {roles}: {reason}"
+        ) from None
 
 
 def around(prompt, tokenizer):
@@ -36,7 +38,9 @@ def around(prompt, tokenizer):
     """
     whole = render([*prompt, {"role": "assistant", "content": MARK}], tokenizer, False)
     if whole.count(MARK) != 1:
-        raise StageError("The model's chat template leaves out the answer or repeats it, so it cannot be trained.")
+        raise StageError(
+            "The model's chat template leaves out the answer or repeats it, so it cannot be trained."
+        )
     return render(prompt, tokenizer), *whole.split(MARK)
 
 
@@ -56,7 +60,9 @@ def pinned_template(tokenizer, thinking, date):
     template = re.sub(today, lambda match: json.dumps(day.strftime(match[2])), template)
     template = template.replace("strftime_now is defined", "true")
     if thinking and "<think>" not in template:
-        raise StageError("thinking=true, but this model's chat template has no <think>. Set it to false.")
+        raise StageError(
+            "thinking=true, but this model's chat template has no <think>. Set it to false."
+        )
     for name in ("enable_thinking", "thinking"):
         if re.search(rf"(?<![\w.'\"]){name}\b(?!['\"])", template):
             value = "true" if thinking else "false"
@@ -65,7 +71,11 @@ def pinned_template(tokenizer, thinking, date):
         return THINKING_ON + template
     tokenizer.chat_template = template
     closing = json.dumps(closing_of(tokenizer))
-    return template + (f"{{%- if add_generation_prompt %}}{{{{ {closing} }}}}{{%- endif %}}" if closing != '""' else "")
+    return template + (
+        f"{{%- if add_generation_prompt %}}{{{{ {closing} }}}}{{%- endif %}}"
+        if closing != '""'
+        else ""
+    )
 
 
 def closing_of(tokenizer):
@@ -74,16 +84,28 @@ def closing_of(tokenizer):
     Raises StageError if the prompt opens a thinking with a mark that is not known here.
     """
     opened, before, _ = around([USER], tokenizer)
-    same = next(k for k in range(len(opened) + 1) if opened[k : k + 1] != before[k : k + 1] or k == len(opened))
-    if opened.rfind("<", 0, same) > opened.rfind(">", 0, same):  # two marks that begin alike are two marks
+    same = next(
+        k
+        for k in range(len(opened) + 1)
+        if opened[k : k + 1] != before[k : k + 1] or k == len(opened)
+    )
+    if opened.rfind("<", 0, same) > opened.rfind(
+        ">", 0, same
+    ):  # two marks that begin alike are two marks
         same = opened.rfind("<", 0, same)
     extra, lead = opened[same:], before[same:]
     if opened.rstrip().endswith("<think>"):
         return (
-            lead if not extra and "</think>" in lead else ("\n" if opened.endswith("\n") else "\n\n") + "</think>\n\n"
+            lead
+            if not extra and "</think>" in lead
+            else ("\n" if opened.endswith("\n") else "\n\n") + "</think>\n\n"
         )
-    if re.search(r"think|reason", extra, re.IGNORECASE) and not re.search(r"</|END|<\w+\|>$", extra):
-        raise StageError(f"The model's chat template opens a thinking that cannot be closed here: {extra!r}.")
+    if re.search(r"think|reason", extra, re.IGNORECASE) and not re.search(
+        r"</|END|<\w+\|>$", extra
+    ):
+        raise StageError(
+            f"The model's chat template opens a thinking that cannot be closed here: {extra!r}."
+        )
     closes_itself = extra and "think" in lead
     return lead if lead.strip() and not closes_itself else ""
 
@@ -103,7 +125,10 @@ def takes_system(tokenizer):
 
 def takes_tools(tokenizer):
     """Whether the chat template shows tools to the model."""
-    tool = {"type": "function", "function": {"name": MARK, "description": "", "parameters": {"properties": {}}}}
+    tool = {
+        "type": "function",
+        "function": {"name": MARK, "description": "", "parameters": {"properties": {}}},
+    }
     try:
         return MARK in render([USER], tokenizer, tools=[tool])
     except StageError:
@@ -119,7 +144,9 @@ def describe_template(tokenizer, stops):
     return {
         "an answer follows": repr("…" * (len(opened) > 60) + opened[-60:]),
         "an answer stops at": ", ".join(tokenizer.convert_ids_to_tokens(stops)),
-        "system message": "has a place" if takes_system(tokenizer) else "no place: it goes before the first question",
+        "system message": "has a place"
+        if takes_system(tokenizer)
+        else "no place: it goes before the first question",
         "thinking": "on: the answer begins with it" if thinking_is_on(tokenizer) else off,
         "date in the template": dated[0] if dated else "none",
     }

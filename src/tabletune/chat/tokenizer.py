@@ -31,18 +31,26 @@ def load_tokenizer(base_model, revision=None, thinking=False, date="2026-01-01")
             raise hub_error(f"base_model={base_model}", cause) from None
         reason = " ".join(str(error).split())[:160]
         why = f"not a model folder here (looked in {Path.cwd()}) nor on the Hub: check the name, the network, and "
-        why = "its tokenizer cannot be read" if Path(base_model).is_dir() else f"{why}`hf auth login` for a gated model"
+        why = (
+            "its tokenizer cannot be read"
+            if Path(base_model).is_dir()
+            else f"{why}`hf auth login` for a gated model"
+        )
         raise StageError(f"base_model={base_model}: {why} ({reason}).") from None
     rows = config.get_text_config().vocab_size
     if tokenizer.eos_token is None:
-        raise StageError(f"base_model={base_model}: its tokenizer has no EOS token, so no answer could end.")
+        raise StageError(
+            f"base_model={base_model}: its tokenizer has no EOS token, so no answer could end."
+        )
     choose_pad_token(tokenizer, rows)
     tokenizer.padding_side = "right"
     tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of the text
     tokenizer.chat_template = pinned_template(tokenizer, thinking, date)
     stops = [i for i in stop_ids(tokenizer, base_model, revision, config) if i < rows]
     opened, _, after = around([USER], tokenizer)
-    beyond = [i for i in tokenizer(opened + after, add_special_tokens=False)["input_ids"] if i >= rows]
+    beyond = [
+        i for i in tokenizer(opened + after, add_special_tokens=False)["input_ids"] if i >= rows
+    ]
     if beyond or not stops:
         raise StageError(
             f"base_model={base_model}: its template uses {tokenizer.convert_ids_to_tokens((beyond or [None])[0])!r}, "
@@ -93,7 +101,9 @@ def save_tokenizer(folder, tokenizer, stops):
             raise StageError(
                 f"The tokenizer saved in {folder} gives other ids than before: the model would read others."
             )
-        print(f"AutoTokenizer reads it as {type(again).__name__}, with other ids: use PreTrainedTokenizerFast with it.")
+        print(
+            f"AutoTokenizer reads it as {type(again).__name__}, with other ids: use PreTrainedTokenizerFast with it."
+        )
 
 
 def load_tokenizer_of_run(folder):
@@ -115,10 +125,18 @@ def stop_ids(tokenizer, base_model, revision, config):
         generation = GenerationConfig.from_pretrained(base_model, revision=revision)
     except OSError:
         generation = GenerationConfig.from_model_config(config)
-    more = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    more = (
+        generation.eos_token_id
+        if isinstance(generation.eos_token_id, list)
+        else [generation.eos_token_id]
+    )
     after = tokenizer(around([USER], tokenizer)[2], add_special_tokens=False)["input_ids"]
     turn_end = [i for i in after if i in special_ids(tokenizer)][:1]
-    known = (i for i in [tokenizer.eos_token_id, *turn_end, *more] if i is not None and i < len(tokenizer))
+    known = (
+        i
+        for i in [tokenizer.eos_token_id, *turn_end, *more]
+        if i is not None and i < len(tokenizer)
+    )
     return list(dict.fromkeys(known))
 
 

@@ -18,9 +18,19 @@ import tomllib
 from pathlib import Path
 
 from tabletune.run.lock import alone
-from tabletune.run.parameters import DEFAULTS, PARAMETERS, as_yaml, check_names, fit, read, read_parameters
+from tabletune.run.parameters import (
+    DEFAULTS,
+    PARAMETERS,
+    as_yaml,
+    check_names,
+    fit,
+    read,
+    read_parameters,
+)
 
-NUMBERED = [name for name in PARAMETERS if name[0] == "0"]  # a run's settings may name what any of these takes
+NUMBERED = [
+    name for name in PARAMETERS if name[0] == "0"
+]  # a run's settings may name what any of these takes
 
 
 class Given(argparse.Action):
@@ -59,7 +69,11 @@ def run(options):
     if "RANK" in os.environ or options.prepare_only or name not in NUMBERED:
         return execute(source, target, values, options)
     with alone(Path(values["run_dir"]), name):
-        return launch(options.processes) if options.processes > 1 else execute(source, target, values, options)
+        return (
+            launch(options.processes)
+            if options.processes > 1
+            else execute(source, target, values, options)
+        )
 
 
 def execute(source, target, values, options):
@@ -68,20 +82,30 @@ def execute(source, target, values, options):
     os.environ.update(quiet, PYTHONUTF8="1", JUPYTER_PREFER_ENV_PATH="1")  # the kernel's
     from papermill import execute_notebook
 
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # to it, parameters of other cells are unknown
+    logging.getLogger("papermill").setLevel(
+        logging.ERROR
+    )  # to it, parameters of other cells are unknown
     rank = int(os.environ.get("RANK", 0))
     mark = f".process{rank}" if rank else ""
     partial = target.with_suffix(f"{mark}.partial.ipynb")
-    how = {"prepare_only": options.prepare_only, "progress_bar": source.stem in NUMBERED and not rank}
+    how = {
+        "prepare_only": options.prepare_only,
+        "progress_bar": source.stem in NUMBERED and not rank,
+    }
     try:
         try:
             execute_notebook(source, partial, values, **how)
-        except RuntimeError as error:  # of kernels that start at the same moment, two can pick the same port
+        except (
+            RuntimeError
+        ) as error:  # of kernels that start at the same moment, two can pick the same port
             if "died before replying" not in str(error):
                 raise
             execute_notebook(source, partial, values, **how)
     except BaseException as error:
-        kind, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error)).strip()
+        kind, text = (
+            getattr(error, "ename", type(error).__name__),
+            str(getattr(error, "evalue", error)).strip(),
+        )
         line = f"\n{source.stem}{mark}: " + ("" if kind == "StageError" else f"{kind}: ") + text
         sys.exit(line if kind == "StageError" else f"{line}\nSee the end of {partial}.")
     partial.unlink() if rank else partial.replace(target)
@@ -93,17 +117,27 @@ def launch(processes):
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # what shards leave free is used again
+    os.environ.setdefault(
+        "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+    )  # what shards leave free is used again
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # a checkpoint is no good on cpu:0
     elif torch.cuda.device_count() < processes:
         sys.exit(f"GPUS={processes}, but there are {torch.cuda.device_count()} here.")
-    how = ["--config_file", "profiles/accelerate/gpus.yaml", "--num_processes", str(processes), "--module"]
+    how = [
+        "--config_file",
+        "profiles/accelerate/gpus.yaml",
+        "--num_processes",
+        str(processes),
+        "--module",
+    ]
     try:
         launch_command(launch_command_parser().parse_args([*how, "tabletune", *sys.argv[1:]]))
     except ChildFailedError as error:
         process, failure = error.get_first_failure()
-        sys.exit(f"Process {process} failed first (exit code {failure.exitcode}); the others were stopped.")
+        sys.exit(
+            f"Process {process} failed first (exit code {failure.exitcode}); the others were stopped."
+        )
 
 
 def write_if_changed(path, text):
@@ -145,9 +179,13 @@ def sweep(options):
     axes = {name: values for name, values in grid.items() if isinstance(values, list)}
     for name, values in axes.items():
         if not values or name in options.words:
-            sys.exit(f"{options.grid}: {name} {'is given in ARGS, too.' if values else 'has no values.'}")
+            sys.exit(
+                f"{options.grid}: {name} {'is given in ARGS, too.' if values else 'has no values.'}"
+            )
     if not axes or "run_dir" in grid:
-        sys.exit(f"{options.grid}: {'make sets run_dir.' if axes else 'no parameter has a list of values.'}")
+        sys.exit(
+            f"{options.grid}: {'make sets run_dir.' if axes else 'no parameter has a list of values.'}"
+        )
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, lambda sent, _: sys.exit(128 + sent))
     points, finished, failed = list(itertools.product(*axes.values())), [], {}
@@ -156,12 +194,16 @@ def sweep(options):
         run_dir = Path(options.folder) / "_".join(itertools.starmap(short, point.items()))[:200]
         print(f"{number} of {len(points)}: {run_dir}", flush=True)
         profile = run_dir / "profile.yaml"
-        write_if_changed(profile, as_yaml({**given(options), **grid, **point}, "a point of a sweep"))
+        write_if_changed(
+            profile, as_yaml({**given(options), **grid, **point}, "a point of a sweep")
+        )
         if make("04_evaluate", f"RUN_DIR={run_dir}", f"PROFILE_FILE={profile}", "MODEL=", "ARGS="):
             finished.append(str(run_dir))
         else:
             failed[run_dir] = reason(run_dir)
-    compared = not finished or make("compare", f"RUNS={' '.join(finished)}", f"OUT={options.folder}/compare.html")
+    compared = not finished or make(
+        "compare", f"RUNS={' '.join(finished)}", f"OUT={options.folder}/compare.html"
+    )
     if failed:
         lines = [f"{run_dir}: {why}" for run_dir, why in failed.items()]
         sys.exit("\n".join([f"\n{len(failed)} of {len(points)} points failed:", *lines]))
@@ -189,7 +231,9 @@ def summary(options):
         rates = [generation.get(rate) for rate in ("stop_rate", "structure_rate")]
         stop, structure = ("-" if rate is None else f"{rate:.0%}" for rate in rates)
         print(f"{name:10}{perplexity['response']:20.2f}{interval:>18}{stop:>8}{structure:>12}")
-    print(f"\nmodel {run_dir / 'merged'}, adapter {run_dir / 'adapter'}, metrics and samples {run_dir / 'evaluation'}")
+    print(
+        f"\nmodel {run_dir / 'merged'}, adapter {run_dir / 'adapter'}, metrics and samples {run_dir / 'evaluation'}"
+    )
 
 
 def sync(options):
@@ -202,33 +246,56 @@ def sync(options):
     if options.repository:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repository):
             raise ValueError(f"{options.repository!r}: use owner/name, as on GitHub.")
-        write_if_changed(path, read(path).replace(f'"{series["repository"]}"', f'"{options.repository}"'))
+        write_if_changed(
+            path, read(path).replace(f'"{series["repository"]}"', f'"{options.repository}"')
+        )
         series["repository"] = options.repository
     kept = {
         r"(?<=colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+/blob/[\w.-]+": "{repository}/blob/{ref}",
         r"(?<=\n#       runtime_version: ).*": "'{colab_runtime}'",
-        r"(?s)(?<=\n# %%\n)(?:import os\n)?import sys\nfrom importlib.util.*?(?=\n\n# %%)": series["install_cell"],
+        r"(?s)(?<=\n# %%\n)(?:import os\n)?import sys\nfrom importlib.util.*?(?=\n\n# %%)": series[
+            "install_cell"
+        ],
     }
-    for path in [Path("README.md"), *Path("docs").glob("*.md"), *sorted(Path("notebooks_py").glob("*.py"))]:
+    for path in [
+        Path("README.md"),
+        *Path("docs").glob("*.md"),
+        *sorted(Path("notebooks_py").glob("*.py")),
+    ]:
         text = read(path)
         for form, new in kept.items():
             text = re.sub(form, lambda _, new=new: new.strip().format(**series), text)
         write_if_changed(path, text)
         cells = [cell.partition("\n") for cell in re.split(r"(?m)^# %%", text)]
-        known = [body for head, _, body in cells if "parameters" in head or body.startswith("# rarely changed")]
+        known = [
+            body
+            for head, _, body in cells
+            if "parameters" in head or body.startswith("# rarely changed")
+        ]
         if path.suffix == ".py":
-            lines = [line for line in ast.parse("".join(known)).body if isinstance(line, ast.Assign)]
+            lines = [
+                line for line in ast.parse("".join(known)).body if isinstance(line, ast.Assign)
+            ]
             found[path.stem] = {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
     write_if_changed(
-        Path("src/tabletune/resources/parameters.json"), json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        Path("src/tabletune/resources/parameters.json"),
+        json.dumps(found, indent=1, ensure_ascii=False) + "\n",
     )
 
 
 def main():
     """Do what the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m tabletune", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tabletune", description=__doc__.partition("\n")[0]
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    places = {run: "notebook target", settings: "run_dir", sweep: "grid folder", summary: "run_dir", sync: ""}
+    places = {
+        run: "notebook target",
+        settings: "run_dir",
+        sweep: "grid folder",
+        summary: "run_dir",
+        sync: "",
+    }
     for function, names in places.items():
         head = function.__doc__.partition("\n")[0]
         command = commands.add_parser(function.__name__, help=head, description=function.__doc__)
@@ -236,13 +303,23 @@ def main():
         for name in names.split():
             command.add_argument(name)
         if function in (run, settings, sweep):
-            command.add_argument("-f", action=Given, dest="files", metavar="FILE", help="a YAML file of parameters")
-            command.add_argument("-y", action=Given, dest="words", metavar="YAML", help="parameters as a YAML text")
+            command.add_argument(
+                "-f", action=Given, dest="files", metavar="FILE", help="a YAML file of parameters"
+            )
+            command.add_argument(
+                "-y", action=Given, dest="words", metavar="YAML", help="parameters as a YAML text"
+            )
             pair = {"action": Given, "dest": "words", "nargs": 2, "metavar": ("NAME", "VALUE")}
-            command.add_argument("-p", "-r", **pair, help="a parameter; its default says of what type VALUE is")
+            command.add_argument(
+                "-p", "-r", **pair, help="a parameter; its default says of what type VALUE is"
+            )
         if function is run:
-            command.add_argument("--processes", type=int, default=1, metavar="N", help="so many, each with a GPU")
-            command.add_argument("--prepare-only", action="store_true", help="write it, but run nothing")
+            command.add_argument(
+                "--processes", type=int, default=1, metavar="N", help="so many, each with a GPU"
+            )
+            command.add_argument(
+                "--prepare-only", action="store_true", help="write it, but run nothing"
+            )
         if function is sync:
             command.add_argument("--repository", help="owner/name, as on GitHub")
     try:

@@ -12,7 +12,9 @@ def features_of(*texts):
     """The features of examples, with more columns of `texts`."""
     text = datasets.Value("string")
     turns = [{"content": text, "role": text}]
-    return datasets.Features({"prompt": turns, "completion": turns, **dict.fromkeys(["text", "group", *texts], text)})
+    return datasets.Features(
+        {"prompt": turns, "completion": turns, **dict.fromkeys(["text", "group", *texts], text)}
+    )
 
 
 def batches(rows, size=1000):
@@ -30,7 +32,11 @@ def in_arrow(rows, features):
 def write_arrow(path, arrow, features):
     """Write Arrow batches as a stream. Returns how many rows. Raises StageError if the disk is full."""
     written, schema = 0, features.arrow_schema
-    with whole(path) as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+    with (
+        whole(path) as partial,
+        pa.OSFile(str(partial), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
         for batch in arrow:
             writer.write_batch(batch)
             written += len(batch)

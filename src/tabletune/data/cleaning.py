@@ -9,9 +9,14 @@ ADDRESS = (
     r"(?:\([^\s()]*\)|[^\s()<>\"\[\]\u2e80-\u9fff\uac00-\ud7af\uf900-\uffef])+"
 )
 # with the brackets or quotes around it; of a link in Markdown the text stays
-URL = re.compile(rf"!?\[([^\[\]\n]*)\]\({ADDRESS}\)|[\[\"(<]{{1,2}}{ADDRESS}[\]\")>]{{1,2}}|{ADDRESS}", re.IGNORECASE)
+URL = re.compile(
+    rf"!?\[([^\[\]\n]*)\]\({ADDRESS}\)|[\[\"(<]{{1,2}}{ADDRESS}[\]\")>]{{1,2}}|{ADDRESS}",
+    re.IGNORECASE,
+)
 # zero-width characters, control characters, and halves of characters; emoji need their joiner (U+200D)
-INVISIBLE = re.compile(r"[\u200b\u2060\ufeff\u00ad\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+INVISIBLE = re.compile(
+    r"[\u200b\u2060\ufeff\u00ad\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]"
+)
 HTML = re.compile(
     r"</?(p|br|div|span|a|img|ul|ol|li|table|tr|td|h[1-6]|b|i|em|strong)\b[^<>]*>|&(amp|lt|gt|nbsp|quot|#\d+);"
 )
@@ -54,14 +59,20 @@ class Cleaning:
         if before != after and name not in self.hit:
             self.hit.add(name)
             pairs = enumerate(zip(before, after, strict=False))
-            same = max(0, next((i for i, (one, other) in pairs if one != other), min(len(before), len(after))) - 20)
+            same = max(
+                0,
+                next((i for i, (one, other) in pairs if one != other), min(len(before), len(after)))
+                - 20,
+            )
             example = {"before": before[same : same + 80], "after": after[same : same + 80]}
             self.changed.setdefault(name, {"rows": 0, **example})["rows"] += 1
 
 
 def single_spaces(text):
     """A text with single spaces in its lines, and one empty line at most between two."""
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(" ".join(line.split()) for line in text.splitlines()).strip())
+    return re.sub(
+        r"\n{3,}", "\n\n", "\n".join(" ".join(line.split()) for line in text.splitlines()).strip()
+    )
 
 
 def text_of_html(text):
@@ -71,6 +82,8 @@ def text_of_html(text):
     soup = BeautifulSoup(text, "html.parser")
     for tag in soup(["script", "style"]):
         tag.decompose()
-    for tag in soup(["br", "p", "div", "li", "tr", "ul", "ol", "table", "h1", "h2", "h3", "h4", "h5", "h6"]):
+    for tag in soup(
+        ["br", "p", "div", "li", "tr", "ul", "ol", "table", "h1", "h2", "h3", "h4", "h5", "h6"]
+    ):
         tag.append("\n")
     return soup.get_text().replace("\u00a0", " ")

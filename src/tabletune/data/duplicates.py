@@ -2,13 +2,18 @@
 
 from tabletune.data.cleaning import Dropped
 
-SPACING = str.maketrans(dict.fromkeys("。，、；：！？…「」『』（）《》", " "))  # these need no spaces around them
+SPACING = str.maketrans(
+    dict.fromkeys("。，、；：！？…「」『』（）《》", " ")
+)  # these need no spaces around them
 OPENING, CLOSING = "\"'“”‘’„«»([{*", ".,;:!?\"'“”‘’„«»)]}*"
 
 
 def words(text):
     """The words of a text in lower case, without the marks around them: "Tea!" is "tea", but "-5" is not "5"."""
-    said = [word.lstrip(OPENING).rstrip(CLOSING) or word for word in text.casefold().translate(SPACING).split()]
+    said = [
+        word.lstrip(OPENING).rstrip(CLOSING) or word
+        for word in text.casefold().translate(SPACING).split()
+    ]
     return [word for word in said if word.strip(".,;:!?")] or said
 
 

@@ -15,5 +15,7 @@ def example_settings(report):
 def read_example(name):
     """The settings of a worked example, {parameter: value}."""
     return from_yaml(
-        resources.files("tabletune").joinpath(f"resources/examples/{name}.yaml").read_text(encoding="utf-8")
+        resources.files("tabletune")
+        .joinpath(f"resources/examples/{name}.yaml")
+        .read_text(encoding="utf-8")
     )

@@ -24,7 +24,15 @@ from tabletune.chat.templates import takes_system, takes_tools
 from tabletune.data.arrow import batches, features_of, in_arrow, read_rows, write_arrow
 from tabletune.data.cleaning import Cleaning, Dropped
 from tabletune.data.duplicates import Copies
-from tabletune.data.shapes import NO_PLACE, conversation, emptier, fields_of, fill, shows_tool_turns, turn_of_calls
+from tabletune.data.shapes import (
+    NO_PLACE,
+    conversation,
+    emptier,
+    fields_of,
+    fill,
+    shows_tool_turns,
+    turn_of_calls,
+)
 from tabletune.data.splits import assign_splits, place, question_key
 from tabletune.errors import StageError
 from tabletune.run.files import set_aside, whole
@@ -51,22 +59,40 @@ class Formatting:
     """
 
     def __init__(self, table, shape, settings, tokenizer, stops):
-        self.table, self.shape, self.settings, self.tokenizer, self.stops = table, shape, settings, tokenizer, stops
-        self.clean = Cleaning(*(settings[name] for name in ("html_to_text", "strip_addresses", "collapse_spaces")))
+        self.table, self.shape, self.settings, self.tokenizer, self.stops = (
+            table,
+            shape,
+            settings,
+            tokenizer,
+            stops,
+        )
+        self.clean = Cleaning(
+            *(settings[name] for name in ("html_to_text", "strip_addresses", "collapse_spaces"))
+        )
         self.emptied = emptier(shape, settings["drop_values"], settings["drop_patterns"])
         self.rows_in, self.dropped, self.shown, self.systems = 0, Counter(), [], 0
-        self.lengths, self.longer, self.places, self.official = array("i"), array("i"), array("d"), []
+        self.lengths, self.longer, self.places, self.official = (
+            array("i"),
+            array("i"),
+            array("d"),
+            [],
+        )
 
     def drop(self, reason, row):
         """Count a dropped row, and keep the first of each reason as they are in the table."""
         self.dropped[reason] += 1
         if self.dropped[reason] <= 5:
-            self.shown.append({"reason": reason, **{field: text[:200] for field, text in row.items()}})
+            self.shown.append(
+                {"reason": reason, **{field: text[:200] for field, text in row.items()}}
+            )
 
     def messages(self, row):
         """The texts of a row's question, and its messages as this model's template takes them. Raises Dropped."""
         asked, messages = conversation(row, self.shape, self.clean, self.emptied)
-        answered = max((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), default=-1) + 1
+        answered = (
+            max((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), default=-1)
+            + 1
+        )
         self.clean.note("turns after the last answer", str(messages[answered:]), "[]")
         for turn in messages[:answered]:
             if turn["role"] == "tool" and not shows_tool_turns(self.tokenizer):
@@ -75,7 +101,10 @@ class Formatting:
                 turn["content"] = turn_of_calls(turn, self.tokenizer)
                 del turn["tool_calls"]
             else:
-                before, turn["content"] = turn["content"], break_markers(turn["content"], self.tokenizer)
+                before, turn["content"] = (
+                    turn["content"],
+                    break_markers(turn["content"], self.tokenizer),
+                )
                 self.clean.note("special tokens broken up", before, turn["content"])
         if not answered or not messages[answered - 1]["content"]:
             raise Dropped("no answer")
@@ -114,7 +143,13 @@ class Formatting:
                 self.drop(str(reason), row)
                 continue
             turns = {"prompt": messages[:-1], "completion": messages[-1:]}
-            yield {**turns, "tools": tools, "key": question_key(asked), "split": official, "row": row}
+            yield {
+                **turns,
+                "tools": tools,
+                "key": question_key(asked),
+                "split": official,
+                "row": row,
+            }
 
     def first(self):
         """The first row that is kept. Raises StageError if there is none."""
@@ -125,7 +160,9 @@ class Formatting:
         """Yield the rows that fit into max_length as examples, with what their ids say as `text`."""
         for batch in batches(rows):
             encoded = self.ids_of(batch)
-            for row, ids, text in zip(batch, encoded, decode_all(encoded, self.tokenizer), strict=True):
+            for row, ids, text in zip(
+                batch, encoded, decode_all(encoded, self.tokenizer), strict=True
+            ):
                 if not ids or len(ids) > self.settings["max_length"]:
                     self.drop("too long" if ids else "refused by the chat template", row["row"])
                     self.longer.extend([len(ids)] if ids else [])
@@ -138,19 +175,31 @@ class Formatting:
     def ids_of(self, rows):
         """The ids of each row, [] where the chat template refuses it."""
         try:
-            return [encoded["input_ids"] for encoded in encode_all(rows, self.tokenizer, self.stops)]
+            return [
+                encoded["input_ids"] for encoded in encode_all(rows, self.tokenizer, self.stops)
+            ]
         except StageError:
             return [[]] if len(rows) == 1 else [ids for row in rows for ids in self.ids_of([row])]
 
     def check_lost(self):
         """Raise StageError if more rows are lost than max_dropped allows, with the settings that keep them."""
-        lost, allowed = self.dropped.total() - self.dropped["duplicate"], self.settings["max_dropped"]
+        lost, allowed = (
+            self.dropped.total() - self.dropped["duplicate"],
+            self.settings["max_dropped"],
+        )
         if self.lengths and lost <= allowed * self.rows_in:
             return
         lengths = np.sort([*self.lengths, *self.longer])
-        keeps = {"too long": f"max_length: {lengths[int(0.95 * (len(lengths) - 1))]} keeps 95%"} if len(lengths) else {}
+        keeps = (
+            {"too long": f"max_length: {lengths[int(0.95 * (len(lengths) - 1))]} keeps 95%"}
+            if len(lengths)
+            else {}
+        )
         advice = {**ADVICE, **keeps}
-        parts = [f"{n:,} {reason} ({advice.get(reason, 'see the table')})" for reason, n in self.dropped.items()]
+        parts = [
+            f"{n:,} {reason} ({advice.get(reason, 'see the table')})"
+            for reason, n in self.dropped.items()
+        ]
         raise StageError(
             f"{lost:,} of {self.rows_in:,} rows would be lost, more than max_dropped={allowed}: {'; '.join(parts)}. "
             f"Change that, or go on without them: max_dropped: {np.ceil(100 * lost / self.rows_in) / 100}."
@@ -165,14 +214,30 @@ class Formatting:
         wanted, template, rows = self.settings["safety_rows"], self.shape.question_template, []
         fields = fields_of(template)
         for line in (
-            resources.files("tabletune").joinpath("resources/texts/safety_rows.txt").read_text("utf-8").splitlines()
+            resources.files("tabletune")
+            .joinpath("resources/texts/safety_rows.txt")
+            .read_text("utf-8")
+            .splitlines()
         ):
             named, question, answer = map(str.strip, line.split("|"))
             worded = named and len(fields) == 1 and template.strip() != f"{{{fields[0]}}}"
             for asked in [question, *([fill(template, {fields[0]: named})] if worded else [])]:
-                user, completion = {"role": "user", "content": asked}, {"role": "assistant", "content": answer}
-                prompt = {"prompt": self.with_system([user]), "completion": [completion], "tools": ""}
-                rows.append({**prompt, "key": question_key([asked]), "group": group_of(question_key([asked]))})
+                user, completion = (
+                    {"role": "user", "content": asked},
+                    {"role": "assistant", "content": answer},
+                )
+                prompt = {
+                    "prompt": self.with_system([user]),
+                    "completion": [completion],
+                    "tools": "",
+                }
+                rows.append(
+                    {
+                        **prompt,
+                        "key": question_key([asked]),
+                        "group": group_of(question_key([asked])),
+                    }
+                )
         usable = [
             {**row, "text": self.tokenizer.decode(ids)}
             for row, ids in zip(rows, self.ids_of(rows), strict=True)
@@ -180,7 +245,9 @@ class Formatting:
         ]
         number = len(usable) if wanted is True else wanted
         if not isinstance(number, int) or not 0 <= number <= len(usable):
-            raise StageError(f"safety_rows={wanted!r}: use true, false, or a number up to {len(usable)}.")
+            raise StageError(
+                f"safety_rows={wanted!r}: use true, false, or a number up to {len(usable)}."
+            )
         return [usable[i] for i in np.linspace(0, len(usable), number, endpoint=False, dtype=int)]
 
 
@@ -191,10 +258,20 @@ def format_table(table, shape, settings, tokenizer, stops, folder, context=None)
     data sets with the same one train the same. `context` is how many tokens the model reads at once. Raises StageError
     if too many rows are lost, or too few questions are left.
     """
-    work, features = Formatting(table, shape, settings, tokenizer, stops), features_of(*{"tools"} & {*shape.columns})
+    work, features = (
+        Formatting(table, shape, settings, tokenizer, stops),
+        features_of(*{"tools"} & {*shape.columns}),
+    )
     waiting = features_of("key", "tools")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        rows = tqdm(work.encoded(work.cleaned()), "formatting", unit=" rows", delay=10, mininterval=10, file=sys.stdout)
+        rows = tqdm(
+            work.encoded(work.cleaned()),
+            "formatting",
+            unit=" rows",
+            delay=10,
+            mininterval=10,
+            file=sys.stdout,
+        )
         path = Path(temporary) / "rows.arrow"
         write_arrow(path, in_arrow(rows, waiting), waiting)
         work.check_lost()
@@ -209,12 +286,17 @@ def format_table(table, shape, settings, tokenizer, stops, folder, context=None)
             for name in sorted(SPLITS):  # save_to_disk would map the whole table into memory
                 (file,) = (partial / name).glob("*.arrow")
                 there = chain(
-                    read_rows(path, split == name, features), in_arrow(safety if name == "train" else [], features)
+                    read_rows(path, split == name, features),
+                    in_arrow(safety if name == "train" else [], features),
                 )
                 sizes[name] = write_arrow(file, with_digest(there, name, digest), features)
-            report = report_of(work, {name: sizes[name] for name in SPLITS}, split, context, len(safety))
+            report = report_of(
+                work, {name: sizes[name] for name in SPLITS}, split, context, len(safety)
+            )
             report["fingerprint"] = digest.hexdigest()[:16]
-            (partial / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+            (partial / "report.json").write_text(
+                json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8"
+            )
             set_aside(folder.parent, folder.name)
     return report
 
@@ -237,23 +319,34 @@ def report_of(work, sizes, split, context, safety_rows):
     beyond, html = int((lengths > (context or lengths.max())).sum()), work.clean.html
     in_front = work.systems and not takes_system(work.tokenizer)
     notes = [
-        html > 0.05 * work.rows_in and f"{html:,} texts look like HTML. html_to_text: true makes text of it.",
+        html > 0.05 * work.rows_in
+        and f"{html:,} texts look like HTML. html_to_text: true makes text of it.",
         beyond
         and f"{beyond:,} examples are longer than the {context} tokens that this model was made to read at once.",
-        leaks and f"Asked in training, too: {leaks} rows. The splits of the source stay as they are.",
-        few and f"Too few questions for an interval: {' and '.join(few)}. More rows would make more of them.",
+        leaks
+        and f"Asked in training, too: {leaks} rows. The splits of the source stay as they are.",
+        few
+        and f"Too few questions for an interval: {' and '.join(few)}. More rows would make more of them.",
         shape.name == "text" and "A lone text has no question: the loss is on all of it.",
-        in_front and "The template has no system role: the system text goes in front of the first question.",
+        in_front
+        and "The template has no system role: the system text goes in front of the first question.",
     ]
     questions = np.unique(np.unique(places, return_counts=True)[1], return_counts=True)
-    texts = {"question": shape.question_template, "answer": shape.answer_template, "answer_column": shape.answer_column}
+    texts = {
+        "question": shape.question_template,
+        "answer": shape.answer_template,
+        "answer_column": shape.answer_column,
+    }
     return {
         "source": {"dataset": settings["dataset"], "files": table.said, "digest": table.digest},
         "dataset_commit": table.commit,
         "shape": shape.name,
         "example": shape.example,
         "templates": texts,
-        **{name: settings[name] for name in ("base_model", "max_length", "system_prompt", "thinking", "template_date")},
+        **{
+            name: settings[name]
+            for name in ("base_model", "max_length", "system_prompt", "thinking", "template_date")
+        },
         "rows_in": work.rows_in,
         "rows_out": len(lengths),
         "changed": work.clean.changed,

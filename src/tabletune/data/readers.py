@@ -69,8 +69,14 @@ def find_encoding(path, name):
     beyond, letters = re.findall(r"[^\0-\x7f]", text), re.findall(r"[A-Za-z]", text)
     damaged = 2 * beyond.count("\ufffd") <= len(beyond)
     if damaged or 2 * len(beyond) > len(letters) or re.search(rb"[\x81\x8d\x8f\x90\x9d]", data):
-        what = "is UTF-8 with damaged bytes" if damaged else "is not UTF-8, and does not look like Windows-1252"
-        raise StageError(f"{name} {what}. Save it as UTF-8, or set `encoding`: cp1251, shift_jis, gb18030, euc_kr, …")
+        what = (
+            "is UTF-8 with damaged bytes"
+            if damaged
+            else "is not UTF-8, and does not look like Windows-1252"
+        )
+        raise StageError(
+            f"{name} {what}. Save it as UTF-8, or set `encoding`: cp1251, shift_jis, gb18030, euc_kr, …"
+        )
     return "cp1252"
 
 
@@ -91,8 +97,15 @@ def find_delimiter(head, tabs_first):
         rows = [row for row in csv.reader(io.StringIO(head, newline=""), delimiter=mark) if row]
         rows = rows[:-1] if len(head) == HEAD else rows
         if rows and len(rows[0]) > 1:
-            scores[mark] = mean(len(row) == len(rows[0]) for row in rows), -head.count(f"{mark} ") / head.count(mark)
-    return head[4] if head.startswith("sep=") else max(scores, key=scores.get, default="\t" if tabs_first else ",")
+            scores[mark] = (
+                mean(len(row) == len(rows[0]) for row in rows),
+                -head.count(f"{mark} ") / head.count(mark),
+            )
+    return (
+        head[4]
+        if head.startswith("sep=")
+        else max(scores, key=scores.get, default="\t" if tabs_first else ",")
+    )
 
 
 def read_csv(path, name, encoding, delimiter, header, **_):
@@ -108,7 +121,10 @@ def read_csv(path, name, encoding, delimiter, header, **_):
 
     def records():
         with path.open(encoding=encoding, newline="") as file:
-            reader, line = csv.reader(file, delimiter=delimiter, strict=True), 1  # pandas' own cuts a cell at a NUL
+            reader, line = (
+                csv.reader(file, delimiter=delimiter, strict=True),
+                1,
+            )  # pandas' own cuts a cell at a NUL
             try:
                 for record in reader:
                     if record and not (line == 1 and record[0].startswith("sep=")):
@@ -149,7 +165,9 @@ def objects(file, name):
     Their numbers come as the texts that are written. Raises StageError if anything else is in between.
     """
     decode = json.JSONDecoder(object_pairs_hook=unique, strict=False).raw_decode
-    verbatim = json.JSONDecoder(parse_float=str, parse_int=str, strict=False).raw_decode  # 1.50 stays 1.50
+    verbatim = json.JSONDecoder(
+        parse_float=str, parse_int=str, strict=False
+    ).raw_decode  # 1.50 stays 1.50
     between, text, place, line, array = re.compile(r"[\s,\[\]]*"), "", 0, 1, None
     while True:
         start = between.match(text, place).end()
@@ -169,7 +187,9 @@ def objects(file, name):
                 return
             line += text.count("\n", 0, place if more else start)
             if not more:
-                raise StageError(f"{name}, line {line} is not JSON ({error}). Mend or remove it.") from None
+                raise StageError(
+                    f"{name}, line {line} is not JSON ({error}). Mend or remove it."
+                ) from None
             text, place = text[place:] + more, 0
 
 
@@ -196,7 +216,13 @@ def read_parquet(path, name, **_):
 
     file = ParquetFile(path, buffer_size=BLOCK)
     columns = file.schema_arrow.names
-    return columns, lambda wanted: rows_of(file.iter_batches(1000, columns=[c for c in wanted if c in columns])), ""
+    return (
+        columns,
+        lambda wanted: rows_of(
+            file.iter_batches(1000, columns=[c for c in wanted if c in columns])
+        ),
+        "",
+    )
 
 
 def read_arrow(path, name, **_):
@@ -205,7 +231,11 @@ def read_arrow(path, name, **_):
 
     file = Dataset.from_file(str(path)).with_format("arrow")
     columns = file.column_names
-    return columns, lambda wanted: rows_of(file.select_columns([c for c in wanted if c in columns]).iter(1000)), ""
+    return (
+        columns,
+        lambda wanted: rows_of(file.select_columns([c for c in wanted if c in columns]).iter(1000)),
+        "",
+    )
 
 
 def read_excel(path, name, header, sheet, **_):
@@ -214,12 +244,22 @@ def read_excel(path, name, header, sheet, **_):
 
     sheets = pd.ExcelFile(path).sheet_names
     if sheet and sheet not in sheets:
-        raise StageError(f"dataset_config={sheet!r}: {name} has no such sheet. It has: {', '.join(sheets)}.")
-    table = pd.read_excel(path, sheet or sheets[0], header=0 if header else None, dtype=str, na_filter=False)
+        raise StageError(
+            f"dataset_config={sheet!r}: {name} has no such sheet. It has: {', '.join(sheets)}."
+        )
+    table = pd.read_excel(
+        path, sheet or sheets[0], header=0 if header else None, dtype=str, na_filter=False
+    )
     table.columns = [str(column if header else column + 1) for column in table.columns]
     rows = table[(table != "").any(axis=1)].to_dict("records")
     return list(table), lambda wanted: iter(rows), f"sheet {sheet or sheets[0]!r} of {len(sheets)}"
 
 
-READERS = {".csv": read_csv, ".tsv": read_csv, ".json": read_objects, ".jsonl": read_objects, ".ndjson": read_objects}
+READERS = {
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".json": read_objects,
+    ".jsonl": read_objects,
+    ".ndjson": read_objects,
+}
 READERS |= {".parquet": read_parquet, ".xlsx": read_excel, ".arrow": read_arrow}

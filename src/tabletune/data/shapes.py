@@ -17,7 +17,9 @@ from tabletune.run.parameters import PARAMETERS
 
 NEEDED = KNOWN["shapes"]
 ROLES = {name: role for role, names in KNOWN["roles"].items() for name in names}
-NO_PLACE = "which this model's chat template has no place for. Leave them out, or take another base_model."
+NO_PLACE = (
+    "which this model's chat template has no place for. Leave them out, or take another base_model."
+)
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -40,10 +42,17 @@ def with_example(table, parameters):
     The example is a table with its columns, unless other columns or another shape were asked for.
     """
     example, defaults = read_example("home_remedies"), PARAMETERS["01_format_dataset"]
-    own = parameters["columns"] not in ({}, example["columns"]) or parameters["shape"] not in ("auto", "columns")
+    own = parameters["columns"] not in ({}, example["columns"]) or parameters["shape"] not in (
+        "auto",
+        "columns",
+    )
     if own or not {"Health Issue", "Home Remedy"} <= set(table.columns):
         return parameters, None
-    settings = {name: value for name, value in example.items() if parameters.get(name) == defaults.get(name, ...)}
+    settings = {
+        name: value
+        for name, value in example.items()
+        if parameters.get(name) == defaults.get(name, ...)
+    }
     return {**parameters, **settings}, "home_remedies"
 
 
@@ -52,32 +61,64 @@ def recognize(table, settings, example=None):
 
     Raises StageError, with the nearest name, if no shape fits, or if a setting names what there is not.
     """
-    wanted, columns = settings["shape"], {str(field): str(name) for field, name in settings["columns"].items()}
-    templates = [settings[name] for name in ("question_template", "answer_template", "answer_column")]
+    wanted, columns = (
+        settings["shape"],
+        {str(field): str(name) for field, name in settings["columns"].items()},
+    )
+    templates = [
+        settings[name] for name in ("question_template", "answer_template", "answer_column")
+    ]
     shapes = ["auto", "columns", *NEEDED]
     if wanted not in shapes:
-        raise StageError(f"shape={wanted!r}: use one of {', '.join(shapes)}.{suggestion(wanted, shapes)}")
+        raise StageError(
+            f"shape={wanted!r}: use one of {', '.join(shapes)}.{suggestion(wanted, shapes)}"
+        )
     chats = {}  # the columns that hold conversations, and the shape that these have
     for name, cell in (item for row in table.sample() for item in row.items()):
         if (not columns or name in columns.values()) and (turns := turns_in(cell)):
             chats[name] = "messages" if "role" in turns[0] else "conversations"
     if wanted == "columns" or (wanted == "auto" and any(templates) and not chats):
         return checked(Shape("columns", columns, *templates, example), table)
-    known = {field.strip().casefold(): name for field, name in (columns or {n: n for n in table.columns}).items()}
+    known = {
+        field.strip().casefold(): name
+        for field, name in (columns or {n: n for n in table.columns}).items()
+    }
     of = dict.fromkeys(KNOWN["columns"])  # the column of each field, None where there is none
     for field, names in KNOWN["columns"].items():
-        of[field] = next((known[name] for name in names if known.get(name) not in (None, *of.values())), None)
+        of[field] = next(
+            (known[name] for name in names if known.get(name) not in (None, *of.values())), None
+        )
     of["chat"] = next((column for column in (of["chat"], *chats) if column in chats), None)
     pair, lists = of["question"] and of["answer"], {of["question"], of["answer"]} <= set(chats)
     if wanted == "auto":
         plain = "prompt_completion" if known.get("prompt") == of["question"] else "instruction"
         lone = of["text"] and len(table.columns) == 1
-        wanted = plain if lists else chats[of["chat"]] if of["chat"] else plain if pair else "text" if lone else None
-    both = ["question", "answer", "system", "tools"] if lists else ["question", "answer", "context", "system", "tools"]
-    fields = {"text": ["text"], "messages": ["chat", "system", "tools"], "conversations": ["chat", "system", "tools"]}
+        wanted = (
+            plain
+            if lists
+            else chats[of["chat"]]
+            if of["chat"]
+            else plain
+            if pair
+            else "text"
+            if lone
+            else None
+        )
+    both = (
+        ["question", "answer", "system", "tools"]
+        if lists
+        else ["question", "answer", "context", "system", "tools"]
+    )
+    fields = {
+        "text": ["text"],
+        "messages": ["chat", "system", "tools"],
+        "conversations": ["chat", "system", "tools"],
+    }
     fields = fields.get(wanted, both if pair else ["answer"])
     if not wanted or not of[fields[0]]:
-        needs = f"shape={wanted} needs {NEEDED[wanted]}" if wanted else "their shape is not recognized"
+        needs = (
+            f"shape={wanted} needs {NEEDED[wanted]}" if wanted else "their shape is not recognized"
+        )
         raise StageError(
             f"The table has the columns {shown(table)}: {needs}. Say which are which, for instance columns: "
             f"{{question: {shown(table)[0]!r}, answer: {shown(table)[-1]!r}}}.{headless(table)}"
@@ -96,13 +137,17 @@ def headless(table):
 
 def shown(table):
     """The first column names, as they are shown in a message."""
-    return [str(name)[:60] for name in table.columns[:30]]  # without a header these are cells, as long as they like
+    return [
+        str(name)[:60] for name in table.columns[:30]
+    ]  # without a header these are cells, as long as they like
 
 
 @lru_cache
 def fields_of(template):
     """The names in single braces in a template, in order. A brace itself is written twice, as in Python's formats."""
-    return tuple(dict.fromkeys(match[1] for match in PLACEHOLDER.finditer(template) if match[1] is not None))
+    return tuple(
+        dict.fromkeys(match[1] for match in PLACEHOLDER.finditer(template) if match[1] is not None)
+    )
 
 
 def checked(shape, table):
@@ -110,22 +155,36 @@ def checked(shape, table):
     for name in ("question_template", "answer_template"):
         template = getattr(shape, name)
         if shape.name == "columns" and not fields_of(template):
-            raise StageError(f"{name}={template!r}: put at least one column in braces, such as {{{shown(table)[0]}}}.")
+            raise StageError(
+                f"{name}={template!r}: put at least one column in braces, such as {{{shown(table)[0]}}}."
+            )
         if any(match[0] in ("{", "}") for match in PLACEHOLDER.finditer(template)):
-            raise StageError(f"{name} has a single brace. Write one that is meant as a brace twice.")
+            raise StageError(
+                f"{name} has a single brace. Write one that is meant as a brace twice."
+            )
     answer = fields_of(shape.answer_template)
     if shape.answer_column not in ("", *answer):
-        raise StageError(f"answer_column={shape.answer_column!r} is not in answer_template, which uses: {list(answer)}")
+        raise StageError(
+            f"answer_column={shape.answer_column!r} is not in answer_template, which uses: {list(answer)}"
+        )
     used = [*fields_of(shape.question_template), *answer] or list(shape.columns)
     used += [field for field in ("system", "tools") if field in shape.columns]
     shape.columns = {field: shape.columns.get(field, field) for field in used}
     for field, column in shape.columns.items():
         if any(names.count(column) > 1 for _, _, names, _ in table.parts):
-            raise StageError(f"The table has more than one column {column!r}. Rename or remove one.")
+            raise StageError(
+                f"The table has more than one column {column!r}. Rename or remove one."
+            )
         if column not in table.columns and not shape.example:
-            braces = f" A brace that is meant as one is written twice: {{{{{field}}}}}." if field == column else ""
+            braces = (
+                f" A brace that is meant as one is written twice: {{{{{field}}}}}."
+                if field == column
+                else ""
+            )
             near = suggestion(column, shown(table)) + braces + headless(table)
-            raise StageError(f"The table has no column {column!r} for {{{field}}}. It has: {shown(table)}.{near}")
+            raise StageError(
+                f"The table has no column {column!r} for {{{field}}}. It has: {shown(table)}.{near}"
+            )
     return shape
 
 
@@ -135,7 +194,11 @@ def fill(template, row):
     for line in template.split("\n"):
         fields = fields_of(line)
         if (not fields or any(row[field] for field in fields)) and (line or lines[-1:] != [""]):
-            lines.append(PLACEHOLDER.sub(lambda match: match[0][0] if match[1] is None else row[match[1]], line))
+            lines.append(
+                PLACEHOLDER.sub(
+                    lambda match: match[0][0] if match[1] is None else row[match[1]], line
+                )
+            )
     return "\n".join(lines).strip()
 
 
@@ -154,7 +217,9 @@ def messages_in(cell, clean):
     for turn in turns_in(cell) or []:
         role = ROLES.get(str(turn.get("role", turn.get("from"))).casefold())
         content = turn.get("content", turn.get("value"))
-        if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+        if isinstance(content, list) and all(
+            isinstance(part, dict) and "text" in part for part in content
+        ):
             content = "\n".join(part["text"] for part in content)
         if role is None or not isinstance(content, (str, type(None))):
             raise Dropped("a turn of an unknown role" if role is None else "a turn that is no text")
@@ -170,19 +235,32 @@ def emptier(shape, values, patterns):
     pattern that is none.
     """
     question, answer = fields_of(shape.question_template), fields_of(shape.answer_template)
-    required = {shape.answer_column, *(fields[0] for fields in (question, answer) if len(fields) == 1)}
+    required = {
+        shape.answer_column,
+        *(fields[0] for fields in (question, answer) if len(fields) == 1),
+    }
     optional, emptied = [field for field in (*question, *answer) if field not in required], {}
     for name, given in (("drop_values", values), ("drop_patterns", patterns)):
-        for field, forms in (given if isinstance(given, dict) else dict.fromkeys(optional, given)).items():
+        for field, forms in (
+            given if isinstance(given, dict) else dict.fromkeys(optional, given)
+        ).items():
             if field not in (*question, *answer):
-                raise StageError(f"{name}: there is no field {field!r}.{suggestion(field, (*question, *answer))}")
+                raise StageError(
+                    f"{name}: there is no field {field!r}.{suggestion(field, (*question, *answer))}"
+                )
             try:
                 forms = forms if isinstance(forms, list) else [forms]
                 forms = [re.escape(str(form)) if name == "drop_values" else form for form in forms]
-                emptied.setdefault(field, []).extend(re.compile(form, re.IGNORECASE) for form in forms)
+                emptied.setdefault(field, []).extend(
+                    re.compile(form, re.IGNORECASE) for form in forms
+                )
             except re.error as error:
-                raise StageError(f"{name}: {error.pattern!r} is no regular expression: {error}.") from None
-    return lambda field, text: "" if any(form.fullmatch(text) for form in emptied.get(field, ())) else text
+                raise StageError(
+                    f"{name}: {error.pattern!r} is no regular expression: {error}."
+                ) from None
+    return lambda field, text: (
+        "" if any(form.fullmatch(text) for form in emptied.get(field, ())) else text
+    )
 
 
 def conversation(row, shape, clean, emptied):
@@ -194,7 +272,11 @@ def conversation(row, shape, clean, emptied):
         text = clean(row["text"])
         return [text], [{"role": "assistant", "content": text}]
     if shape.question_template:
-        cells = {field: emptied(field, clean(text)) for field, text in row.items() if field not in ("system", "tools")}
+        cells = {
+            field: emptied(field, clean(text))
+            for field, text in row.items()
+            if field not in ("system", "tools")
+        }
         asked = [cells[field] for field in fields_of(shape.question_template)]
         texts = fill(shape.question_template, cells), fill(shape.answer_template, cells)
         broken = any(incomplete(line, cells) for line in shape.question_template.split("\n"))
@@ -202,9 +284,16 @@ def conversation(row, shape, clean, emptied):
             raise Dropped("no question")
         if not cells.get(shape.answer_column, texts[1]):
             raise Dropped("no answer")
-        messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
+        messages = [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant"), texts, strict=True)
+        ]
     else:
-        messages = [turn for field in ("chat", "question", "answer") for turn in messages_in(row.get(field), clean)]
+        messages = [
+            turn
+            for field in ("chat", "question", "answer")
+            for turn in messages_in(row.get(field), clean)
+        ]
         asked = [turn["content"] for turn in messages if turn["role"] == "user"]
     if row.get("system") and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": clean(row["system"])})
@@ -220,7 +309,11 @@ def incomplete(line, cells):
 def turn_of_calls(turn, tokenizer):
     """What the chat template writes for a turn that calls tools, as a text. Raises StageError if it cannot."""
     _, before, after = around([USER], tokenizer)
-    turns = render([USER, json.loads(break_markers(json.dumps(turn, ensure_ascii=False), tokenizer))], tokenizer, False)
+    turns = render(
+        [USER, json.loads(break_markers(json.dumps(turn, ensure_ascii=False), tokenizer))],
+        tokenizer,
+        False,
+    )
     text = turns[len(before) : len(turns) - len(after)].strip()
     if not text or not (turns.startswith(before.rstrip()) and turns.endswith(after)):
         raise StageError(f"The table has tool_calls, {NO_PLACE}")

@@ -25,7 +25,9 @@ DESCRIPTIONS = {
     "dataset_dict.json",
     "state.json",
 }  # beside tables, no tables
-KNOWN = from_yaml(resources.files("tabletune").joinpath("resources/texts/shapes.yaml").read_text(encoding="utf-8"))
+KNOWN = from_yaml(
+    resources.files("tabletune").joinpath("resources/texts/shapes.yaml").read_text(encoding="utf-8")
+)
 
 
 @dataclass
@@ -58,15 +60,27 @@ class Table:
     def sample(self, number=20):
         """The first rows of each file, dicts of all columns as the file's library reads them."""
         with explained(self.parts[0][1]):
-            return [row for _, _, names, rows in self.parts[:number] for row in islice(rows(names), number)]
+            return [
+                row
+                for _, _, names, rows in self.parts[:number]
+                for row in islice(rows(names), number)
+            ]
 
     def looks_headless(self):
         """Whether the column names seem to be a row: sentences, numbers, or values that come again in their column."""
-        odd = [name for name in self.columns if re.search(r"[.?!]$|^[-\d.,]+$|^.{60}", str(name).strip(), re.DOTALL)]
-        return bool(odd) or any(row.get(name) == name for row in self.sample(100) for name in self.columns)
+        odd = [
+            name
+            for name in self.columns
+            if re.search(r"[.?!]$|^[-\d.,]+$|^.{60}", str(name).strip(), re.DOTALL)
+        ]
+        return bool(odd) or any(
+            row.get(name) == name for row in self.sample(100) for name in self.columns
+        )
 
 
-def open_table(dataset, revision="main", config="", splits=None, encoding="auto", delimiter="auto", header=True):
+def open_table(
+    dataset, revision="main", config="", splits=None, encoding="auto", delimiter="auto", header=True
+):
     """The Table in a file, a folder, the files of a pattern such as `data/*.csv`, or a Hub data set.
 
     `config` names one of several configurations, or a sheet of a workbook. `splits`, {"train": ..., "test": ...}, says
@@ -119,8 +133,12 @@ def find_files(dataset, revision, config):
     Raises StageError if there are none that are tables.
     """
     path, commit = Path(dataset).expanduser(), None
-    if not path.is_dir() and (path.is_file() or re.search(r"[*?\[]|^[./~]|/.*/", dataset) or kind_of(path)):
-        found = [Path(name) for name in sorted(glob(str(path), recursive=True)) if Path(name).is_file()]
+    if not path.is_dir() and (
+        path.is_file() or re.search(r"[*?\[]|^[./~]|/.*/", dataset) or kind_of(path)
+    ):
+        found = [
+            Path(name) for name in sorted(glob(str(path), recursive=True)) if Path(name).is_file()
+        ]
         found = dict.fromkeys([path] if path.is_file() else found, "")
         if not found:
             raise StageError(f"dataset={dataset}: there is no such file (looked in {Path.cwd()}).")
@@ -128,12 +146,20 @@ def find_files(dataset, revision, config):
     else:
         root = path if path.is_dir() else from_hub(dataset, revision, config)
         commit = None if path.is_dir() else root.name
-        found = {file: label for label, form in patterns_of(root, config) for file in sorted(root.glob(form))}
+        found = {
+            file: label
+            for label, form in patterns_of(root, config)
+            for file in sorted(root.glob(form))
+        }
     files = [
-        (label, file) for file, label in found.items() if kind_of(file) and "/." not in f"/{file.relative_to(root)}"
+        (label, file)
+        for file, label in found.items()
+        if kind_of(file) and "/." not in f"/{file.relative_to(root)}"
     ]
     if not files:
-        raise StageError(f"dataset={dataset}: no file of a kind that is read: {', '.join(READERS)}, each also .gz.")
+        raise StageError(
+            f"dataset={dataset}: no file of a kind that is read: {', '.join(READERS)}, each also .gz."
+        )
     return root, files, commit
 
 
@@ -156,9 +182,15 @@ def patterns_of(folder, config):
     named = configurations(folder)
     if not named and (not config or (folder / config).is_dir()):
         return [("", f"{config or '.'}/**/*")]
-    usual = [name for name, entry in named.items() if entry.get("default") or name == "default"] or list(named)
+    usual = [
+        name for name, entry in named.items() if entry.get("default") or name == "default"
+    ] or list(named)
     if config not in named and (config or len(usual) > 1):
-        use = f"use one of {', '.join(named)}" if named else f"{folder} has no such configuration or folder"
+        use = (
+            f"use one of {', '.join(named)}"
+            if named
+            else f"{folder} has no such configuration or folder"
+        )
         raise StageError(f"dataset_config={config!r}: {use}.{suggestion(config, named)}")
     entry = named[config or usual[0]]
     files = listed(entry.get("data_files", f"{entry.get('data_dir', '.')}/**/*"))
@@ -175,7 +207,11 @@ def from_hub(name, revision, config):
     try:
         card = Path(snapshot_download(name, **source, allow_patterns=["README.md"]))
         if configurations(card):
-            kinds = [form for _, path in patterns_of(card, config) for form in (path, path.replace("**/", ""))]
+            kinds = [
+                form
+                for _, path in patterns_of(card, config)
+                for form in (path, path.replace("**/", ""))
+            ]
         return Path(snapshot_download(name, **source, allow_patterns=kinds))
     except (OSError, ValueError) as error:
         raise hub_error(f"dataset={name} (no such file in {Path.cwd()})", error) from None
@@ -194,23 +230,43 @@ def choose_splits(dataset, files, splits, root):
         relative = path.relative_to(root)
         own[path] = split_of(label or str(relative))
         shards = [re.sub(r"(-\d+-of-\d+)?\..*", "", part) for part in relative.parts]
-        for name in {label, own[path], str(relative), *shards, path.name}:  # what `splits` may call it
+        for name in {
+            label,
+            own[path],
+            str(relative),
+            *shards,
+            path.name,
+        }:  # what `splits` may call it
             named.setdefault(name, []).append(path)
-    for split, source in ((split, source) for split, sources in splits.items() for source in listed(sources)):
+    for split, source in (
+        (split, source) for split, sources in splits.items() for source in listed(sources)
+    ):
         if split not in KNOWN["splits"]:
             raise StageError(
                 f"splits: {split!r} is none of train, validation, test.{suggestion(split, KNOWN['splits'])}"
             )
-        other = [Path(file) for folder in (root, Path()) for file in sorted(glob(str(folder / str(source))))]
+        other = [
+            Path(file)
+            for folder in (root, Path())
+            for file in sorted(glob(str(folder / str(source))))
+        ]
         found = named.get(source) or [file for file in other if kind_of(file)]
         if not found:
             has = ", ".join(sorted(filter(None, named))[:20])
-            raise StageError(f"splits: {dataset} has no {source!r}. It has: {has}.{suggestion(source, named)}")
+            raise StageError(
+                f"splits: {dataset} has no {source!r}. It has: {has}.{suggestion(source, named)}"
+            )
         chosen |= dict.fromkeys(found, split)
     if not splits:
         held_out = {"test", "validation"} & set(own.values())
-        chosen = {path: own[path] or "train" for label, path in files if own[path] or not (label and held_out)}
+        chosen = {
+            path: own[path] or "train"
+            for label, path in files
+            if own[path] or not (label and held_out)
+        }
     elif "train" not in splits:
-        chosen |= {path: "train" for path in own if path not in chosen and own[path] in ("", "train")}
+        chosen |= {
+            path: "train" for path in own if path not in chosen and own[path] in ("", "train")
+        }
     ours = len(set(chosen.values())) == 1 or "train" not in chosen.values()
     return [("" if ours else split, path) for path, split in chosen.items()]

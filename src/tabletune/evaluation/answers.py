@@ -45,11 +45,19 @@ def generate(model, tokenizer, stops, prompts, batch_size, max_new_tokens, seed=
     """
     model.eval()
     processes, answers, begun = PartialState(), {}, time.perf_counter()
-    settings = {"do_sample": False, **sampling, "max_new_tokens": max_new_tokens, "eos_token_id": stops}
+    settings = {
+        "do_sample": False,
+        **sampling,
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": stops,
+    }
     settings = GenerationConfig(**settings, pad_token_id=tokenizer.pad_token_id)
     rows = [prompt if isinstance(prompt, dict) else {"prompt": prompt} for prompt in prompts]
     tools = [json.loads(row["tools"]) if row.get("tools") else None for row in rows]
-    ids = [encode_prompt(row["prompt"], tokenizer, known) for row, known in zip(rows, tools, strict=True)]
+    ids = [
+        encode_prompt(row["prompt"], tokenizer, known)
+        for row, known in zip(rows, tools, strict=True)
+    ]
     most = min(batch_size, math.ceil(len(ids) / processes.num_processes))
     longest = max(map(len, ids), default=1) + max_new_tokens
     batch_size = rows_that_fit(model, longest, max(1, most), with_logits=False)
@@ -60,12 +68,18 @@ def generate(model, tokenizer, stops, prompts, batch_size, max_new_tokens, seed=
         for batch in tqdm(mine, "answering", unit="batch", file=sys.stdout):
             set_seed(seed + batch[0])
             # on the left, so that each answer follows its prompt directly
-            padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt")
+            padded = tokenizer.pad(
+                {"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt"
+            )
             cache = fixed_cache(model, padded["input_ids"].shape[1] + max_new_tokens)
             loop = {"custom_generate": decode, "past_key_values": cache} if cache else {}
             output = model.generate(**padded.to(model.device), generation_config=settings, **loop)
-            for i, new in zip(batch, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
+            for i, new in zip(
+                batch, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True
+            ):
                 answers[i] = answer_text(new, tokenizer, stops)
     answers = {i: answer for part in gather_object([answers]) for i, answer in part.items()}
-    table = pd.DataFrame([answers[i] for i in range(len(ids))], columns=["answer", "stopped", "new_tokens"])
+    table = pd.DataFrame(
+        [answers[i] for i in range(len(ids))], columns=["answer", "stopped", "new_tokens"]
+    )
     return table, time.perf_counter() - begun

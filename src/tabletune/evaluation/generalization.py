@@ -16,7 +16,14 @@ from tabletune.errors import StageError
 from tabletune.evaluation.safety import DATA, safety_differences, summarize_safety
 from tabletune.evaluation.scoring import perplexity
 from tabletune.report.text import with_interval
-from tabletune.stats import difference, interval, mean_difference, mean_interval, perplexity_interval, resampled
+from tabletune.stats import (
+    difference,
+    interval,
+    mean_difference,
+    mean_interval,
+    perplexity_interval,
+    resampled,
+)
 
 
 def texts_to_read(splits, tokenizer, stops, split_rows, seed, outside_text):
@@ -26,8 +33,12 @@ def texts_to_read(splits, tokenizer, stops, split_rows, seed, outside_text):
     """
     texts = []
     for part in ("train", "validation", "test"):
-        rows = splits[part] if part == "test" else islice(splits[part].shuffle(seed=seed), split_rows)
-        texts += [{"part": part, "group": row["group"], **encode(row, tokenizer, stops)} for row in rows]
+        rows = (
+            splits[part] if part == "test" else islice(splits[part].shuffle(seed=seed), split_rows)
+        )
+        texts += [
+            {"part": part, "group": row["group"], **encode(row, tokenizer, stops)} for row in rows
+        ]
     return texts + outside_rows(outside_text, tokenizer)
 
 
@@ -39,11 +50,20 @@ def outside_rows(outside_text, tokenizer):
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise StageError(f"outside_text={outside_text}: this text file cannot be read: {error}.") from None
+        raise StageError(
+            f"outside_text={outside_text}: this text file cannot be read: {error}."
+        ) from None
     bos, rows = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], []
     for paragraph in filter(str.strip, re.split(r"\n\s*\n", text)):
         ids = bos + tokenizer(" ".join(paragraph.split()), add_special_tokens=False)["input_ids"]
-        rows.append({"part": "outside", "group": paragraph, "input_ids": ids, "completion_mask": [1] * len(ids)})
+        rows.append(
+            {
+                "part": "outside",
+                "group": paragraph,
+                "input_ids": ids,
+                "completion_mask": [1] * len(ids),
+            }
+        )
     return rows
 
 
@@ -51,7 +71,10 @@ def summarize_trust(scores, judged, grounded, *sampling):
     """The entry of a model in the metrics: `by_split`, `outside`, `grounding`, `safety`, as far as measured."""
     entry = {"by_split": {}, "grounding": grounded}
     for part, rows in scores.groupby("part", sort=False):
-        value, ci95 = perplexity(rows, "response"), perplexity_interval(rows, "response", rows["group"], *sampling)
+        value, ci95 = (
+            perplexity(rows, "response"),
+            perplexity_interval(rows, "response", rows["group"], *sampling),
+        )
         entry["by_split"][part] = {"response": value, "response_ci95": ci95, "rows": len(rows)}
     if outside := entry["by_split"].pop("outside", None):
         entry["outside"] = {"perplexity": outside["response"], "ci95": outside["response_ci95"]}
@@ -71,7 +94,9 @@ def trust_differences(scores, judged, *sampling):
 
 def forgetting(entry):
     """A sentence on what the model forgot, by how much more surprised by other text it is than the base."""
-    said = verdict(entry, "It has forgotten", "It has not forgotten", "Whether it has forgotten cannot be told")
+    said = verdict(
+        entry, "It has forgotten", "It has not forgotten", "Whether it has forgotten cannot be told"
+    )
     return f"{said}: on other text its perplexity is {as_ratio(entry, '.2f')} times that of the base model."
 
 
@@ -87,10 +112,16 @@ def memorization(base, adapter, draws, seed):
         gain, tokens = one["response_nll"] - other["response_nll"], one["response_tokens"]
         groups.append(one["group"])
         drawn.append(resampled(gain, tokens, one["group"], draws, seed + k))
-        gains.append(difference(gain.sum() / tokens.sum(), interval(drawn[k], one["group"]), one["group"]))
+        gains.append(
+            difference(gain.sum() / tokens.sum(), interval(drawn[k], one["group"]), one["group"])
+        )
     (here, there), fewer = gains, min(groups, key=lambda group: group.nunique())
-    more = difference(here["difference"] - there["difference"], interval(drawn[0] - drawn[1], fewer), fewer)
-    generalizes = verdict(there, "It generalizes", "It harms", "Whether it generalizes cannot be told")
+    more = difference(
+        here["difference"] - there["difference"], interval(drawn[0] - drawn[1], fewer), fewer
+    )
+    generalizes = verdict(
+        there, "It generalizes", "It harms", "Whether it generalizes cannot be told"
+    )
     memorizes = verdict(more, "It memorizes", *["It does not measurably memorize"] * 2)
     return [
         f"{generalizes}: fine-tuning divides the perplexity of test rows by {as_ratio(there, '.2f')}, of training rows "
@@ -106,13 +137,18 @@ def verdict(entry, higher, lower, neither):
 
 def as_ratio(entry, form):
     """A difference of logarithms as a ratio with its interval, as text."""
-    return with_interval(math.exp(entry["difference"]), entry["ci95"] and np.exp(entry["ci95"]), form)
+    return with_interval(
+        math.exp(entry["difference"]), entry["ci95"] and np.exp(entry["ci95"]), form
+    )
 
 
 def fidelity(table, *sampling):
     """The entry of a way to merge in the metrics' `fidelity`, by its `divergence`; `sampling` begins with groups."""
     kl = table["response_kl"], table["response_tokens"]
-    entry = {"perplexity": perplexity(table, "response"), "ci95": perplexity_interval(table, "response", *sampling)}
+    entry = {
+        "perplexity": perplexity(table, "response"),
+        "ci95": perplexity_interval(table, "response", *sampling),
+    }
     return entry | {"kl": kl[0].sum() / kl[1].sum(), "kl_ci95": mean_interval(*kl, *sampling)}
 
 
@@ -125,16 +161,34 @@ def what_to_ship(variants, *sampling):
     """
     trained, lines = next(iter(variants.values()), None), []
     for what, suffix in (("in 16 bits", ""), ("in NF4", ", NF4 again")):
-        there = [name for way in ("original", "dequantized") if (name := f"merged, {way}{suffix}") in variants]
+        there = [
+            name
+            for way in ("original", "dequantized")
+            if (name := f"merged, {way}{suffix}") in variants
+        ]
         if not there:
             continue
         a, b, tokens = variants[there[-1]], variants[there[0]], trained["response_tokens"]
-        nll, kl = (mean_difference(a[c], b[c], tokens, *sampling) for c in ("response_nll", "response_kl"))
-        reasons = {"its perplexity is lower": nll["significant"], "it is nearer to what was trained": kl["significant"]}
-        reasons |= {"there is no other here": not there[1:], "it is simpler, and no worse measurably": True}
+        nll, kl = (
+            mean_difference(a[c], b[c], tokens, *sampling) for c in ("response_nll", "response_kl")
+        )
+        reasons = {
+            "its perplexity is lower": nll["significant"],
+            "it is nearer to what was trained": kl["significant"],
+        }
+        reasons |= {
+            "there is no other here": not there[1:],
+            "it is simpler, and no worse measurably": True,
+        }
         name = verdict(nll if nll["significant"] else kl, there[0], there[-1], there[0])
-        cost = mean_difference(variants[name]["response_nll"], trained["response_nll"], tokens, *sampling)
+        cost = mean_difference(
+            variants[name]["response_nll"], trained["response_nll"], tokens, *sampling
+        )
         said = verdict(cost, "worse", "better", "no different, measurably")
-        lines.append(f'Ship {what}: "{name}", as {next(why for why, holds in reasons.items() if holds)}.')
-        lines.append(f"Against what was trained it is {said}: perplexity ratio {as_ratio(cost, '.4f')}.")
+        lines.append(
+            f'Ship {what}: "{name}", as {next(why for why, holds in reasons.items() if holds)}.'
+        )
+        lines.append(
+            f"Against what was trained it is {said}: perplexity ratio {as_ratio(cost, '.4f')}."
+        )
     return lines

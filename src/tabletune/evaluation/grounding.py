@@ -28,7 +28,9 @@ def item_values(answer, answer_template, item_field):
         return None
     # re.escape writes a backslash before the braces of a field, which may have any name
     fields = re.sub(
-        r"\\{(.+?)\\}", lambda m: "(.*?)" if m[0] == re.escape(f"{{{item_field}}}") else ".*?", re.escape(line.strip())
+        r"\\{(.+?)\\}",
+        lambda m: "(.*?)" if m[0] == re.escape(f"{{{item_field}}}") else ".*?",
+        re.escape(line.strip()),
     )
     return [value for value in re.findall(rf"(?m)^[ \t]*{fields}[ \t]*$", answer) if value.strip()]
 
@@ -58,7 +60,10 @@ def ground(group, answer, items, answer_template, item_field):
         known = {singular_words(value)} & everything or mentioned(value, everything)
         named |= known or ({singular_words(value)} - {""} if values else set())
     here = named & items.get(group, set())
-    return [PLACES[0] if item in here else PLACES[1] if item in everything else PLACES[2] for item in sorted(named)]
+    return [
+        PLACES[0] if item in here else PLACES[1] if item in everything else PLACES[2]
+        for item in sorted(named)
+    ]
 
 
 def mentioned(text, items):
@@ -74,7 +79,10 @@ def mentioned(text, items):
 def singular_words(text):
     """The words of a text in lower case, English plurals made singular, as a string with single spaces."""
     words = re.findall(r"\w+", text.casefold().replace("'s", "").replace("’s", ""))
-    return " ".join(next((re.sub(a, b, w) for a, b in PLURALS if len(w) > 3 and re.search(a, w)), w) for w in words)
+    return " ".join(
+        next((re.sub(a, b, w) for a, b in PLURALS if len(w) > 3 and re.search(a, w)), w)
+        for w in words
+    )
 
 
 def summarize_grounding(places, groups):
@@ -101,12 +109,19 @@ def ground_answers(samples, splits, answer_template, item_field):
 
     {} if the table names no items, or if there are no answers.
     """
-    rows = [row for split in splits.values() for row in split.select_columns(["group", "completion"])]
+    rows = [
+        row for split in splits.values() for row in split.select_columns(["group", "completion"])
+    ]
     items = table_of_items(rows, answer_template, item_field)
-    group_of = {row["prompt"][-1]["content"]: row["group"] for row in splits["test"] if row["prompt"]}
+    group_of = {
+        row["prompt"][-1]["content"]: row["group"] for row in splits["test"] if row["prompt"]
+    }
     asked, summary = [(group_of.get(sample["question"]), sample) for sample in samples], {}
     for name in ("base", "adapter", "merged") if items and samples else ():
-        places = [ground(group, sample[name], items, answer_template, item_field) for group, sample in asked]
+        places = [
+            ground(group, sample[name], items, answer_template, item_field)
+            for group, sample in asked
+        ]
         summary[name] = summarize_grounding(places, [group for group, _ in asked])
     return summary
 

@@ -35,7 +35,9 @@ def has_structure(answer, answer_template, answer_column):
         pattern += rf"(?:{filled}\s*)" + ("" if required else "?")
         labels.append(line.split("{")[0])
     found = [label for label in labels if label and label in answer]
-    in_order = sorted(found, key=answer.index) == found and all(answer.count(label) == 1 for label in found)
+    in_order = sorted(found, key=answer.index) == found and all(
+        answer.count(label) == 1 for label in found
+    )
     return in_order and re.fullmatch(pattern, answer.strip()) is not None
 
 
@@ -46,10 +48,14 @@ def check_answers(made, questions, report):
     matches if it is one of its references word for word, in tables whose answers are labels or short: half of the
     references have at most `SHORT` words.
     """
-    template, column = ((report.get("templates") or {}).get(key) or "" for key in ("answer", "answer_column"))
+    template, column = (
+        (report.get("templates") or {}).get(key) or "" for key in ("answer", "answer_column")
+    )
     known = [reference for question in questions for reference in question["references"]]
     made = made[: len(questions)].copy()
-    if re.search(r"\w", re.sub("{.+?}", "", template)) and all(has_structure(text, template, column) for text in known):
+    if re.search(r"\w", re.sub("{.+?}", "", template)) and all(
+        has_structure(text, template, column) for text in known
+    ):
         made["structured"] = [has_structure(answer, template, column) for answer in made["answer"]]
     if known and median(len(reference.split()) for reference in known) <= SHORT:
         pairs = zip(made["answer"], questions, strict=True)
@@ -63,7 +69,9 @@ def check_answers(made, questions, report):
 @torch.no_grad()
 def joined_perplexity(model, tokenizer, texts):
     """The perplexity of texts joined into one sequence, their prompts in it: how it is often done."""
-    ids = tokenizer("\n".join(texts), return_tensors="pt")["input_ids"][:, : context_length(model.config)]
+    ids = tokenizer("\n".join(texts), return_tensors="pt")["input_ids"][
+        :, : context_length(model.config)
+    ]
     return math.exp(model(ids.to(model.device), labels=ids.to(model.device)).loss.item())
 
 
@@ -84,7 +92,9 @@ def summarize(scores, made, groups, draws, seed):
             figures[name] = made[column].mean().item() if column in made else None
             figures[f"{name}_ci95"] = rate_interval(made[column]) if column in made else None
         figures["mean_new_tokens"] = made["new_tokens"].mean().item()
-        figures["mean_new_tokens_ci95"] = mean_interval(made["new_tokens"], np.ones(len(made)), None, draws, seed)
+        figures["mean_new_tokens_ci95"] = mean_interval(
+            made["new_tokens"], np.ones(len(made)), None, draws, seed
+        )
     return entry
 
 
@@ -93,11 +103,16 @@ def summarize_all(results, questions, groups, report, draws, seed):
 
     `results` has for each name (scores, answers, seconds), where the first answers are those to `questions`.
     """
-    checked = {name: (scores, check_answers(made, questions, report)) for name, (scores, made, _) in results.items()}
+    checked = {
+        name: (scores, check_answers(made, questions, report))
+        for name, (scores, made, _) in results.items()
+    }
     metrics = {name: summarize(*result, groups, draws, seed) for name, result in checked.items()}
     for name, (_, made, seconds) in results.items():
         if questions:
-            metrics[name]["generation"]["tokens_per_second"] = round(made["new_tokens"].sum().item() / seconds, 1)
+            metrics[name]["generation"]["tokens_per_second"] = round(
+                made["new_tokens"].sum().item() / seconds, 1
+            )
     metrics["differences"] = {
         f"{one} - {other}": differences(checked[one], checked[other], groups, draws, seed)
         for one, other in (("adapter", "base"), ("merged", "adapter"))

@@ -21,7 +21,10 @@ def own_question(text, questions):
     If `text` is empty it is the first of `questions` once more.
     """
     system = [
-        message for question in questions[:1] for message in question["prompt"][:1] if message["role"] == "system"
+        message
+        for question in questions[:1]
+        for message in question["prompt"][:1]
+        if message["role"] == "system"
     ]
     texts = [text or question["prompt"][-1]["content"] for question in questions[:1]]
     return [{"prompt": [*system, {"role": "user", "content": text}]} for text in texts], texts

@@ -39,7 +39,9 @@ def padded_logits(model, texts, pad_token_id):
     Padding is masked, so that a result depends on its batch by rounding only.
     """
     ids = [torch.tensor(text) for text in texts]
-    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(model.device)
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(
+        model.device
+    )
     lengths = torch.tensor([len(text) for text in texts], device=model.device)
     attention_mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
     return model(input_ids=ids, attention_mask=attention_mask).logits, ids
@@ -55,7 +57,11 @@ def score(model, rows, pad_token_id, batch_size, window, stride):
     """
     model.eval()
     processes, totals = PartialState(), np.zeros((len(rows), 4))
-    work = [(i, *span) for i, row in enumerate(rows) for span in spans(len(row["input_ids"]), window, stride)]
+    work = [
+        (i, *span)
+        for i, row in enumerate(rows)
+        for span in spans(len(row["input_ids"]), window, stride)
+    ]
     work.sort(key=lambda item: item[2] - item[1])
     batch_size = rows_that_fit(model, work[-1][2] - work[-1][1], batch_size) if work else 1
     work = work[processes.process_index :: processes.num_processes]
@@ -75,7 +81,9 @@ def score(model, rows, pad_token_id, batch_size, window, stride):
             totals[i] += [scored @ mask, mask.sum(), scored.sum(), len(scored)]
     totals = reduce(torch.tensor(totals, device=processes.device), "sum").cpu()
     check_numbers(totals, model)
-    return pd.DataFrame(totals.numpy(), columns=["response_nll", "response_tokens", "full_nll", "full_tokens"])
+    return pd.DataFrame(
+        totals.numpy(), columns=["response_nll", "response_tokens", "full_nll", "full_tokens"]
+    )
 
 
 def perplexity(scores, part):
@@ -88,7 +96,9 @@ def response_logits(model, rows, pad_token_id, batch_size):
     """The logits that predict each row's response, as computed: a list of tensors [tokens, vocabulary] on the CPU."""
     model.eval()
     kept = []
-    batch_size = rows_that_fit(model, max((len(row["input_ids"]) for row in rows), default=1), batch_size)
+    batch_size = rows_that_fit(
+        model, max((len(row["input_ids"]) for row in rows), default=1), batch_size
+    )
     for k in range(0, len(rows), batch_size):
         batch = rows[k : k + batch_size]
         logits, _ = padded_logits(model, [row["input_ids"] for row in batch], pad_token_id)
@@ -109,5 +119,7 @@ def divergence(trained, variant, rows):
         response = torch.tensor(row["input_ids"])[1:][np.flatnonzero(row["completion_mask"][1:])]
         nll = -log_q.gather(-1, response[:, None]).double().sum().item()
         kl = (log_p.exp() * (log_p - log_q)).double().sum().item()
-        lines.append({"response_nll": nll, "response_kl": max(kl, 0.0), "response_tokens": len(response)})
+        lines.append(
+            {"response_nll": nll, "response_kl": max(kl, 0.0), "response_tokens": len(response)}
+        )
     return pd.DataFrame(lines)

@@ -29,7 +29,9 @@ def two_answers(model, tokenizer, stops, messages, max_new_tokens):
     ids, new, config = encode_prompt(messages, tokenizer), [[], []], model.peft_config["default"]
     settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops)
     settings.pad_token_id = tokenizer.pad_token_id
-    experts = any("expert" in name and hasattr(module, "lora_A") for name, module in model.named_modules())
+    experts = any(
+        "expert" in name and hasattr(module, "lora_A") for name, module in model.named_modules()
+    )
     ways = [([0, 1], {"adapter_names": ["__base__", "default"]}, nullcontext())]
     if config.use_dora or config.target_parameters or experts:
         ways = [([0], {}, model.disable_adapter()), ([1], {}, nullcontext())]
@@ -44,10 +46,18 @@ def two_answers(model, tokenizer, stops, messages, max_new_tokens):
 def stream(model, prompts, config, **how):
     """Yield the new ids of all rows, [rows], after each step of `generate`, which ends when nobody listens any more."""
     ids, steps, closed = torch.tensor(prompts, device=model.device), Queue(), Event()
-    streamer = SimpleNamespace(put=lambda new: new.dim() == 1 and steps.put(new.tolist()), end=lambda: None)
-    how |= {"streamer": streamer, "stopping_criteria": [lambda *_: closed.is_set()], "generation_config": config}
+    streamer = SimpleNamespace(
+        put=lambda new: new.dim() == 1 and steps.put(new.tolist()), end=lambda: None
+    )
+    how |= {
+        "streamer": streamer,
+        "stopping_criteria": [lambda *_: closed.is_set()],
+        "generation_config": config,
+    }
     with without_settings(model), ThreadPoolExecutor(1) as thread:
-        work = thread.submit(model.generate, input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+        work = thread.submit(
+            model.generate, input_ids=ids, attention_mask=torch.ones_like(ids), **how
+        )
         work.add_done_callback(lambda _: steps.put(None))
         try:
             yield from iter(steps.get, None)
@@ -83,15 +93,26 @@ def chat_page(model, tokenizer, stops, rows, disclaimer, window, max_new_tokens)
     with gr.Blocks(title="Base and fine-tuned side by side") as page:
         gr.HTML(f"<strong>{escape(disclaimer)}</strong>", elem_id="disclaimer")
         with gr.Row():
-            chats = [gr.Chatbot(label=name, height="55vh", buttons=["copy"]) for name in ("Base model", "Fine-tuned")]
+            chats = [
+                gr.Chatbot(label=name, height="55vh", buttons=["copy"])
+                for name in ("Base model", "Fine-tuned")
+            ]
         with gr.Row():
-            box = gr.Textbox(placeholder="Your question", show_label=False, scale=4, max_lines=4, autofocus=True)
+            box = gr.Textbox(
+                placeholder="Your question", show_label=False, scale=4, max_lines=4, autofocus=True
+            )
             send = gr.Button("Ask", variant="primary", scale=1, min_width=80)
             stop = gr.Button("Stop", variant="stop", scale=1, min_width=80)
             gr.ClearButton([box, *chats], value="Clear", scale=1, min_width=80)
         examples = dict.fromkeys(prompt[-1]["content"] for prompt in prompts)
-        gr.Examples([[text] for text in list(examples)[:3]], box, label="Questions that were not in training")
-        asking = gr.on([box.submit, send.click], ask, [box, *chats], [box, *chats], concurrency_limit=1)
+        gr.Examples(
+            [[text] for text in list(examples)[:3]],
+            box,
+            label="Questions that were not in training",
+        )
+        asking = gr.on(
+            [box.submit, send.click], ask, [box, *chats], [box, *chats], concurrency_limit=1
+        )
         stop.click(None, cancels=[asking])
     return page.queue(max_size=20)
 
@@ -112,8 +133,23 @@ def open_page(page, inline=True):
         with socket.socket() as any_free:
             any_free.bind(("127.0.0.1", 0))
             port = any_free.getsockname()[1]
-        place = {"server_port": port, "root_path": eval_js(f"google.colab.kernel.proxyPort({port})")}
-    style = (resources.files("tabletune") / "resources/templates/chat.css").read_text(encoding="utf-8")
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
-    page.launch(share=False, quiet=True, prevent_thread_lock=True, inline=inline, css=style, theme=theme, **place)
+        place = {
+            "server_port": port,
+            "root_path": eval_js(f"google.colab.kernel.proxyPort({port})"),
+        }
+    style = (resources.files("tabletune") / "resources/templates/chat.css").read_text(
+        encoding="utf-8"
+    )
+    theme = gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    )  # none from the network
+    page.launch(
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        inline=inline,
+        css=style,
+        theme=theme,
+        **place,
+    )
     return place.get("root_path", page.local_url)

@@ -34,11 +34,15 @@ def prepare(model, copy, begins_with_bos):
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
     if "ByteLevel" in json.dumps(state["pre_tokenizer"]):
         state["model"]["byte_fallback"] = False
-        if about.model_type == "phi3":  # a Phi-4, which the converter tells from a Phi-3 by this name
+        if (
+            about.model_type == "phi3"
+        ):  # a Phi-4, which the converter tells from a Phi-3 by this name
             config["tokenizer_class"] = "GPT2Tokenizer"
     elif state["model"].get("byte_fallback"):
         (copy / "tokenizer.model").write_bytes(sentencepiece_model(state, rows))
-        files["added_tokens.json"] = {t["content"]: t["id"] for t in state["added_tokens"] if not t["special"]}
+        files["added_tokens.json"] = {
+            t["content"]: t["id"] for t in state["added_tokens"] if not t["special"]
+        }
         state["post_processor"], config["add_bos_token"] = None, begins_with_bos
     for name, content in files.items():
         (copy / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
@@ -51,13 +55,21 @@ def sentencepiece_model(state, rows):
     rank, kind = {}, schema.ModelProto.SentencePiece
     for k, pair in enumerate(state["model"]["merges"]):
         rank.setdefault("".join(pair if isinstance(pair, list) else pair.split(" ")), k)
-    ids = state["model"]["vocab"] | {token["content"]: token["id"] for token in state["added_tokens"]}
+    ids = state["model"]["vocab"] | {
+        token["content"]: token["id"] for token in state["added_tokens"]
+    }
     kinds = dict.fromkeys(range(rows), kind.UNUSED) | dict.fromkeys(ids.values(), kind.NORMAL)
-    kinds |= {ids[byte]: kind.BYTE for byte in (f"<0x{value:02X}>" for value in range(256)) if byte in ids}
-    kinds |= {t["id"]: kind.CONTROL if t["special"] else kind.USER_DEFINED for t in state["added_tokens"]}
+    kinds |= {
+        ids[byte]: kind.BYTE for byte in (f"<0x{value:02X}>" for value in range(256)) if byte in ids
+    }
+    kinds |= {
+        t["id"]: kind.CONTROL if t["special"] else kind.USER_DEFINED for t in state["added_tokens"]
+    }
     kinds[ids[state["model"]["unk_token"] or "<unk>"]] = kind.UNKNOWN
     names = {i: f"[PAD{i}]" for i in range(rows)} | {i: token for token, i in ids.items()}
-    model = schema.ModelProto(trainer_spec={"model_type": schema.TrainerSpec.BPE, "byte_fallback": True})
+    model = schema.ModelProto(
+        trainer_spec={"model_type": schema.TrainerSpec.BPE, "byte_fallback": True}
+    )
     for i in range(rows):
         model.pieces.add(piece=names[i], score=-rank.get(names[i], len(rank)), type=kinds[i])
     return model.SerializeToString()
@@ -77,7 +89,15 @@ def make_gguf(found, kind):
             prepare(found.merged, Path(copy), first == found.tokenizer.bos_token_id)
             # by this name llama.cpp knows that special tokens swallow the white space after them
             swallow = any(token.rstrip for token in found.tokenizer.added_tokens_decoder.values())
-            command = [sys.executable, fetch_converter(), copy, "--outtype", "f16", "--outfile", partial]
+            command = [
+                sys.executable,
+                fetch_converter(),
+                copy,
+                "--outtype",
+                "f16",
+                "--outfile",
+                partial,
+            ]
             command += ["--model-name", found.name + " (Phi-3)" * swallow]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -101,6 +121,8 @@ def check_tokens(found, file):
             trained_on = tokenizer(text, add_special_tokens=not row["prompt"])["input_ids"]
             if model.cut(text, tokenizer.bos_token) != trained_on:
                 shutil.rmtree(file.parent)
-                raise StageError(f"llama.cpp cuts {text[:60]!r}… into other tokens than training: no GGUF is kept.")
+                raise StageError(
+                    f"llama.cpp cuts {text[:60]!r}… into other tokens than training: no GGUF is kept."
+                )
             number += 1
     return number

@@ -17,7 +17,9 @@ from huggingface_hub.constants import HF_ASSETS_CACHE
 from tabletune.errors import StageError
 from tabletune.run.files import whole
 
-LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source package is llama.cpp: library, quantizer and converter
+LLAMA_CPP = (
+    "llama-cpp-python==0.3.36"  # its source package is llama.cpp: library, quantizer and converter
+)
 EXTRAS = f"{LLAMA_CPP} sentencepiece==0.2.2 gguf==0.19.0"
 
 
@@ -30,11 +32,15 @@ def usable_types(gguf_types):
     Raises StageError if llama.cpp does not know one of them.
     """
     if gguf_types and not all(map(find_spec, ("llama_cpp", "sentencepiece"))):
-        print(f"Cards only: llama.cpp is missing here. `make export` brings it, or pip install {EXTRAS}.")
+        print(
+            f"Cards only: llama.cpp is missing here. `make export` brings it, or pip install {EXTRAS}."
+        )
         return []
     for kind in gguf_types:
         if kind != "F16" and not hasattr(llama(), f"LLAMA_FTYPE_MOSTLY_{kind}"):
-            raise StageError(f"gguf_types: llama.cpp does not know {kind!r}; common are F16, Q8_0, Q5_K_M, Q4_K_M.")
+            raise StageError(
+                f"gguf_types: llama.cpp does not know {kind!r}; common are F16, Q8_0, Q5_K_M, Q4_K_M."
+            )
     return list(dict.fromkeys(["F16", *gguf_types])) if gguf_types else []
 
 
@@ -44,10 +50,14 @@ def llama():
 
     With the layout for AMX the library of llama-cpp-python 0.3.36 crashes on Xeons that have it.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the processor to others that work
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # waiting threads leave the processor to others that work
     import llama_cpp
 
-    llama_cpp.silent = llama_cpp.llama_log_callback(lambda *_: None)  # it is called as long as the library lives
+    llama_cpp.silent = llama_cpp.llama_log_callback(
+        lambda *_: None
+    )  # it is called as long as the library lives
     llama_cpp.llama_log_set(llama_cpp.silent, None)
     default = llama_cpp.llama_model_default_params
 
@@ -68,10 +78,16 @@ def fetch_converter():
             how = ["--no-deps", "--no-binary=:all:", f"--dest={place}"]
             pip = [sys.executable, "-m", "pip", "download", *how, LLAMA_CPP]
             if subprocess.run(pip, capture_output=True).returncode:
-                raise StageError(f"pip could not download {LLAMA_CPP} with llama.cpp's converter. Is there a network?")
-            wanted = re.compile(r".*/vendor/llama\.cpp/(convert_hf_to_gguf\.py|conversion/|gguf-py/gguf/)")
+                raise StageError(
+                    f"pip could not download {LLAMA_CPP} with llama.cpp's converter. Is there a network?"
+                )
+            wanted = re.compile(
+                r".*/vendor/llama\.cpp/(convert_hf_to_gguf\.py|conversion/|gguf-py/gguf/)"
+            )
             with tarfile.open(next(Path(place).glob("*.tar.gz"))) as archive:
-                archive.extractall(unfinished, [file for file in archive if wanted.match(file.name)], filter="data")
+                archive.extractall(
+                    unfinished, [file for file in archive if wanted.match(file.name)], filter="data"
+                )
     return next(converter.glob("*/vendor/llama.cpp/convert_hf_to_gguf.py"))
 
 
@@ -85,12 +101,20 @@ class InLlamaCpp(torch.nn.Module):
 
     def __init__(self, file, window=8):
         super().__init__()
-        how = {"n_ctx": window, "n_batch": window, "n_threads": os.cpu_count(), "logits_all": True, "verbose": False}
+        how = {
+            "n_ctx": window,
+            "n_batch": window,
+            "n_threads": os.cpu_count(),
+            "logits_all": True,
+            "verbose": False,
+        }
         try:
             self.model = llama().Llama(str(file), **how)
         except ValueError as error:
             raise StageError(f"llama.cpp cannot read {file}: {error}") from None
-        self.adds_bos = bool(llama().llama_vocab_get_add_bos(llama().llama_model_get_vocab(self.model.model)))
+        self.adds_bos = bool(
+            llama().llama_vocab_get_add_bos(llama().llama_model_get_vocab(self.model.model))
+        )
 
     def forward(self, input_ids, **_):
         """The logits of one text, `input_ids` [1, tokens], as a model of transformers gives them."""
@@ -101,9 +125,14 @@ class InLlamaCpp(torch.nn.Module):
     def generate(self, input_ids, generation_config, **_):
         """`input_ids` [1, tokens] with a greedy answer behind them."""
         ids = input_ids[0].tolist()
-        for number, token in enumerate(self.model.generate(list(ids), temp=0.0, repeat_penalty=1.0), 1):
+        for number, token in enumerate(
+            self.model.generate(list(ids), temp=0.0, repeat_penalty=1.0), 1
+        ):
             ids.append(token)
-            if token in generation_config.eos_token_id or number == generation_config.max_new_tokens:
+            if (
+                token in generation_config.eos_token_id
+                or number == generation_config.max_new_tokens
+            ):
                 return torch.tensor([ids])
 
     def cut(self, text, bos=""):

@@ -34,16 +34,26 @@ def take_apart(render):
 
     def around(*roles):
         marks = [f"«{k}»" for k in range(len(roles))]
-        text = render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)])
+        text = render(
+            [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        )
         if re.findall("«.»", text) != marks:
             raise ValueError("it leaves out messages or repeats them")
         return dict(zip(pairwise(["", *roles, ""]), re.split("«.»", text), strict=True))
 
     texts = around("user", "assistant", "user")
-    with suppress(jinja2.TemplateError, StageError, ValueError):  # it may have no place for a system message
+    with suppress(
+        jinja2.TemplateError, StageError, ValueError
+    ):  # it may have no place for a system message
         texts = around("system", "user") | texts
-    for roles in (["user"], ["user", "assistant"] * 2 + ["user"], ["system", "user", "assistant", "user"]):
-        messages = [{"role": role, "content": f'{k}. *Say* "{role}"'} for k, role in enumerate(roles)]
+    for roles in (
+        ["user"],
+        ["user", "assistant"] * 2 + ["user"],
+        ["system", "user", "assistant", "user"],
+    ):
+        messages = [
+            {"role": role, "content": f'{k}. *Say* "{role}"'} for k, role in enumerate(roles)
+        ]
         if ("", roles[0]) in texts and put_together(texts, messages) != render(messages):
             raise ValueError("it does more than put texts around the messages")
     return texts
@@ -68,11 +78,15 @@ def write_modelfile(found, file, prompts):
         texts = {(a, b): text if a else text.removeprefix(bos) for (a, b), text in texts.items()}
         asked = [put_together(texts, prompt) for prompt in prompts]
     except (ValueError, KeyError, StageError) as error:
-        print(f"No Modelfile: the chat template cannot be written in Ollama's language, as {error}.")
+        print(
+            f"No Modelfile: the chat template cannot be written in Ollama's language, as {error}."
+        )
         return None
     for prompt, text in zip(prompts, asked, strict=True):
         if model.cut(text) != encode_prompt(prompt, tokenizer):
-            raise StageError(f"Ollama's prompt for {prompt[-1]['content']!r} is not the training's: no Modelfile.")
+            raise StageError(
+                f"Ollama's prompt for {prompt[-1]['content']!r} is not the training's: no Modelfile."
+            )
     text = modelfile(found, file.name, texts)
     put_text(file.with_name("Modelfile"), text)
     return text
@@ -80,7 +94,9 @@ def write_modelfile(found, file, prompts):
 
 def modelfile(found, file, texts):
     """The text of a Modelfile for the GGUF named `file`, from the `texts` of the chat template."""
-    source = (resources.files("tabletune") / "resources/templates/Modelfile.j2").read_text(encoding="utf-8")
+    source = (resources.files("tabletune") / "resources/templates/Modelfile.j2").read_text(
+        encoding="utf-8"
+    )
     template = jinja2.Template(source, keep_trailing_newline=True)
     quoted = partial(json.dumps, ensure_ascii=False)  # which is how Go quotes, too
     return template.render(**vars(found), file=file, texts=texts, quoted=quoted)

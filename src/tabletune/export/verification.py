@@ -17,7 +17,15 @@ from tabletune.model.loading import load_model
 from tabletune.run.files import read_json, set_aside, write_json
 from tabletune.stats import mean_difference, perplexity_interval
 
-PROOF = ("seed", "proof_rows", "proof_questions", "max_new_tokens", "window", "stride", "bootstrap_samples")
+PROOF = (
+    "seed",
+    "proof_rows",
+    "proof_questions",
+    "max_new_tokens",
+    "window",
+    "stride",
+    "bootstrap_samples",
+)
 
 
 def prove_files(found, files):
@@ -34,16 +42,24 @@ def prove_files(found, files):
     rows, asked = [encode(row, found.tokenizer, found.stops) for row in test], questions(found)
     longest = max((len(encode_prompt(prompt, found.tokenizer)) for prompt in asked), default=0)
     if longest + told.max_new_tokens > told.window:
-        raise StageError(f"window={told.window} has no room for the longest question and {told.max_new_tokens} tokens.")
+        raise StageError(
+            f"window={told.window} has no room for the longest question and {told.max_new_tokens} tokens."
+        )
     entries, reference = {}, None
     for kind in ("merged", *files):
-        model = InLlamaCpp(files[kind], told.window) if kind in files else load_reference(found.merged)
+        model = (
+            InLlamaCpp(files[kind], told.window) if kind in files else load_reference(found.merged)
+        )
         scores = score(model, rows, found.tokenizer.pad_token_id, 1, told.window, told.stride)
-        made, _ = generate(model, found.tokenizer, found.stops, asked, 1, told.max_new_tokens, told.seed)
+        made, _ = generate(
+            model, found.tokenizer, found.stops, asked, 1, told.max_new_tokens, told.seed
+        )
         model = gc.collect()
         reference = reference or (scores["response_nll"], made["answer"])
         resampling = (test["group"], told.bootstrap_samples, told.seed)
-        ratio = mean_difference(scores["response_nll"], reference[0], scores["response_tokens"], *resampling)
+        ratio = mean_difference(
+            scores["response_nll"], reference[0], scores["response_tokens"], *resampling
+        )
         paths = [files[kind]] if kind in files else found.merged.glob("*.safetensors")
         entries[kind] = {
             "mib": round(sum(path.stat().st_size for path in paths) / 2**20, 1),
@@ -53,13 +69,17 @@ def prove_files(found, files):
                 "response_ci95": perplexity_interval(scores, "response", *resampling),
             },
             "ratio_to_merged": math.exp(ratio["difference"]),
-            "ratio_to_merged_ci95": None if ratio["ci95"] is None else np.exp(ratio["ci95"]).tolist(),
+            "ratio_to_merged_ci95": None
+            if ratio["ci95"] is None
+            else np.exp(ratio["ci95"]).tolist(),
             "same_answers": int((made["answer"] == reference[1]).sum()),
             "questions": len(asked),
         }
     if "F16" in files and not abs(entries["F16"]["ratio_to_merged"] - 1) < 0.005:
         set_aside(found.folder, "gguf")
-        raise StageError(f"In 16 bits the perplexity is {entries['F16']['ratio_to_merged']:.2%} of the merged model's.")
+        raise StageError(
+            f"In 16 bits the perplexity is {entries['F16']['ratio_to_merged']:.2%} of the merged model's."
+        )
     about = {"rows": len(rows), "llama_cpp": LLAMA_CPP, "settings": settings}
     write_json(found.folder / "metrics.json", found.made_of | about | entries)
     return entries

@@ -12,7 +12,9 @@ from tabletune.model.compat import dequantize_4bit, quantize_4bit
 def scaling(config, module):
     """The factor of B · A for a module: α / r, or α / √r with rsLoRA (https://arxiv.org/abs/2312.03732)."""
     r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    alpha = config.alpha_pattern.get(
+        get_pattern_key(config.alpha_pattern, module), config.lora_alpha
+    )
     return alpha / (r**0.5 if config.use_rslora else r)
 
 

@@ -29,7 +29,13 @@ from tabletune.model.weights import OnDisk, weight_files
 from tabletune.run.artifacts import same_model
 from tabletune.run.files import read_json
 
-OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that change the base's weights, too
+OWN_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # ways to begin that change the base's weights, too
 
 
 # --- a model in memory
@@ -41,11 +47,17 @@ def quantized_layers(model):
     These are the linear layers without the output layer. Experts that transformers keeps in one tensor are none, and
     stay as they are.
     """
-    tied = model.all_tied_weights_keys  # as transformers' get_keys_to_not_convert, which sees them before they are tied
+    tied = (
+        model.all_tied_weights_keys
+    )  # as transformers' get_keys_to_not_convert, which sees them before they are tied
     last = list(model.named_parameters(remove_duplicate=False))[-1][0]
     skipped = [name.removesuffix(".weight") for name in (*tied, *tied.values(), last)]
     layers = linear_layers(model).items()
-    return [(n, m) for n, m in layers if type(m) in (torch.nn.Linear, Conv1D) and should_convert_module(n, skipped)]
+    return [
+        (n, m)
+        for n, m in layers
+        if type(m) in (torch.nn.Linear, Conv1D) and should_convert_module(n, skipped)
+    ]
 
 
 def quantize_again(model):
@@ -59,7 +71,11 @@ def quantize_again(model):
 def is_plain(config, adapter):
     """Whether an adapter is nothing but products B · A, to be added to the base's own linear layers."""
     products = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in adapter)
-    return products and not config.target_parameters and not str(config.init_lora_weights).startswith(OWN_BASE)
+    return (
+        products
+        and not config.target_parameters
+        and not str(config.init_lora_weights).startswith(OWN_BASE)
+    )
 
 
 def merge_in_memory(model, folder, base_weights, training_dtype):
@@ -67,7 +83,10 @@ def merge_in_memory(model, folder, base_weights, training_dtype):
 
     `base_weights` is "original" or "dequantized". More than plain LoRA is PEFT's; raises StageError if it cannot.
     """
-    config, adapter = PeftConfig.from_pretrained(folder), load_file(folder / "adapter_model.safetensors")
+    config, adapter = (
+        PeftConfig.from_pretrained(folder),
+        load_file(folder / "adapter_model.safetensors"),
+    )
     quantized = dict(quantized_layers(model)) if base_weights == "dequantized" else {}
     plain = is_plain(config, adapter)
     for name, layer in model.named_modules():
@@ -75,7 +94,9 @@ def merge_in_memory(model, folder, base_weights, training_dtype):
         if name in quantized or adapted:
             weight = upright(layer, layer.weight.data)
             new = (
-                through_nf4(weight, training_dtype) if name in quantized else weight.cpu().to(torch.float32, copy=True)
+                through_nf4(weight, training_dtype)
+                if name in quantized
+                else weight.cpu().to(torch.float32, copy=True)
             )
             weight.copy_(add_lora(new, adapter, config, name) if adapted else new)
     try:
@@ -94,20 +115,31 @@ def load_adapter(folder, base_model):
     """
     provenance = read_json(folder / "provenance.json", "02_finetune_qlora")
     try:
-        config, weights = PeftConfig.from_pretrained(folder), load_file(folder / "adapter_model.safetensors")
+        config, weights = (
+            PeftConfig.from_pretrained(folder),
+            load_file(folder / "adapter_model.safetensors"),
+        )
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise StageError(f"The adapter in {folder} is damaged ({error}). Run 02_finetune_qlora again.") from None
+        raise StageError(
+            f"The adapter in {folder} is damaged ({error}). Run 02_finetune_qlora again."
+        ) from None
     trained_on = config.base_model_name_or_path
     if not same_model(trained_on, base_model):
-        raise StageError(f"The adapter in {folder} was trained on {trained_on}, but base_model is {base_model}.")
+        raise StageError(
+            f"The adapter in {folder} was trained on {trained_on}, but base_model is {base_model}."
+        )
     if not all(tensor.isfinite().all() for tensor in weights.values()):
-        raise StageError(f"The adapter in {folder} holds infinity or NaN: its training diverged. Train it again.")
+        raise StageError(
+            f"The adapter in {folder} holds infinity or NaN: its training diverged. Train it again."
+        )
     return config, provenance, weights
 
 
 def module_of(name):
     """The module that a tensor of an adapter belongs to: `base_model.model.` and `.lora_A.weight` are taken off."""
-    head, *tail = re.split(r"\.lora_|\.token_adapter\.|\.base_layer\.", name.removeprefix("base_model.model."))
+    head, *tail = re.split(
+        r"\.lora_|\.token_adapter\.|\.base_layer\.", name.removeprefix("base_model.model.")
+    )
     return head if tail else head.rpartition(".")[0]
 
 
@@ -120,9 +152,14 @@ def model_names(stored, model):
     mapping, own, names = get_model_conversion_mapping(model), model.state_dict(), {}
     renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
-    targets = {source: entry.target_patterns for entry in converters for source in entry.source_patterns}
+    targets = {
+        source: entry.target_patterns for entry in converters for source in entry.source_patterns
+    }
     for name in sorted(stored, key=loading.dot_natural_key):
-        for rules in ((renamings, converters), ([], [])):  # a name that needs no change may fit a rule by chance
+        for rules in (
+            (renamings, converters),
+            ([], []),
+        ):  # a name that needs no change may fit a rule by chance
             new, source = loading.rename_source_key(name, *rules, model.base_model_prefix, own)
             if new in own and name not in names:
                 first, *others = targets.get(source, [""])
@@ -143,22 +180,43 @@ class Plan:
         self.training_dtype = getattr(torch, self.provenance["dtype"])
         self.base = fetch(base_model, revision)
         self.files = weight_files(self.base)
-        in_4_bits = [name for name in self.files if f"{name}.quant_state.bitsandbytes__nf4" in self.files]
-        self.parts = {name: [part for part in self.files if part.startswith(f"{name}.")] for name in in_4_bits}
+        in_4_bits = [
+            name for name in self.files if f"{name}.quant_state.bitsandbytes__nf4" in self.files
+        ]
+        self.parts = {
+            name: [part for part in self.files if part.startswith(f"{name}.")] for name in in_4_bits
+        }
         if self.parts and base_weights == "original":
             self.base_weights = "dequantized"
-            print("The base model is stored in 4 bits, without its original weights: base_weights is 'dequantized'.")
+            print(
+                "The base model is stored in 4 bits, without its original weights: base_weights is 'dequantized'."
+            )
         if self.base_weights not in ("original", "dequantized"):
             raise StageError(f'base_weights={base_weights!r}: use "original" or "dequantized".')
-        if self.base_weights == "dequantized" and self.provenance.get("quantization", "nf4") != "nf4":
-            raise StageError('base_weights="dequantized": the adapter was not trained on NF4. Use "original".')
+        if (
+            self.base_weights == "dequantized"
+            and self.provenance.get("quantization", "nf4") != "nf4"
+        ):
+            raise StageError(
+                'base_weights="dequantized": the adapter was not trained on NF4. Use "original".'
+            )
         self.model = skeleton(AutoConfig.from_pretrained(self.base))
         statistics = {part for parts in self.parts.values() for part in parts}
         self.names = model_names(self.files.keys() - statistics, self.model)
         self.adapted = {module_of(name) for name in self.adapter}
-        self.quantized = set(dict(quantized_layers(self.model))) if self.base_weights == "dequantized" else set()
-        single = {name: new[0].removesuffix(".weight") for name, new in self.names.items() if len(new) == 1}
-        self.modules = {name: module for name, module in single.items() if module in self.adapted | self.quantized}
+        self.quantized = (
+            set(dict(quantized_layers(self.model))) if self.base_weights == "dequantized" else set()
+        )
+        single = {
+            name: new[0].removesuffix(".weight")
+            for name, new in self.names.items()
+            if len(new) == 1
+        }
+        self.modules = {
+            name: module
+            for name, module in single.items()
+            if module in self.adapted | self.quantized
+        }
         self.check_fit()
         self.tensors, self.merged = {}, {}
         for file in dict.fromkeys(self.files.values()):
@@ -173,13 +231,24 @@ class Plan:
         every_layer_alone = sorted(self.modules.values()) == sorted(self.adapted | self.quantized)
         self.plain = is_plain(self.config, self.adapter) and every_layer_alone
         for module in sorted(self.adapted):
-            a, b = (self.adapter.get(f"base_model.model.{module}.lora_{matrix}.weight") for matrix in "AB")
-            if module not in layers or (self.plain and sizes(layers[module]) != (a.shape[1], len(b))):
-                raise StageError(f"The adapter changes {module}, which {self.base_model} does not have in that shape.")
+            a, b = (
+                self.adapter.get(f"base_model.model.{module}.lora_{matrix}.weight")
+                for matrix in "AB"
+            )
+            if module not in layers or (
+                self.plain and sizes(layers[module]) != (a.shape[1], len(b))
+            ):
+                raise StageError(
+                    f"The adapter changes {module}, which {self.base_model} does not have in that shape."
+                )
             if f"{module}.weight" in {*tied, *tied.values()}:
-                raise StageError(f"The adapter changes {module}, which is tied to another layer: it cannot be merged.")
+                raise StageError(
+                    f"The adapter changes {module}, which is tied to another layer: it cannot be merged."
+                )
         if self.parts and not self.plain:
-            raise StageError(f"{self.base_model} is stored in 4 bits, and only plain LoRA can be merged into that.")
+            raise StageError(
+                f"{self.base_model} is stored in 4 bits, and only plain LoRA can be merged into that."
+            )
 
     def described(self, name):
         """What a tensor will be, on `meta`.
@@ -197,8 +266,15 @@ class Plan:
         """A tensor as it is stored, on the CPU; dequantized to fp32 if that is in 4 bits."""
         parts = [name, *self.parts.get(name, [])]
         tensor, *rest = (OnDisk(self.files[part], part, "cpu")[...] for part in parts)
-        state = {part.removeprefix(f"{name}."): value for part, value in zip(parts[1:], rest, strict=True)}
-        return dequantize_4bit(tensor, QuantState.from_dict(state, torch.device("cpu"))).float() if state else tensor
+        state = {
+            part.removeprefix(f"{name}."): value
+            for part, value in zip(parts[1:], rest, strict=True)
+        }
+        return (
+            dequantize_4bit(tensor, QuantState.from_dict(state, torch.device("cpu"))).float()
+            if state
+            else tensor
+        )
 
     def read(self, name):
         """The weight that B · A is added to, fp32 and [out, in]; with "dequantized", after its way through NF4."""
@@ -210,8 +286,18 @@ class Plan:
     def merge(self, name):
         """One tensor of the merged model, contiguous, in its dtype."""
         module = self.modules.get(name) if self.plain else None
-        tensor = self.merged[name] if name in self.merged else self.read(name) if module else self.stored(name)
-        tensor = add_lora(tensor, self.adapter, self.config, module) if module in self.adapted else tensor
+        tensor = (
+            self.merged[name]
+            if name in self.merged
+            else self.read(name)
+            if module
+            else self.stored(name)
+        )
+        tensor = (
+            add_lora(tensor, self.adapter, self.config, module)
+            if module in self.adapted
+            else tensor
+        )
         tensor = upright(self.model.get_submodule(module), tensor) if module else tensor
         return tensor.to(self.tensors[name].dtype).contiguous()
 
@@ -219,8 +305,13 @@ class Plan:
         """Let PEFT merge what is more than plain LoRA, which takes the memory of the whole model."""
         model = load_model(self.base, None, self.dtype, device="cpu")
         model = merge_in_memory(model, self.folder, self.base_weights, self.training_dtype)
-        new, changed = loading.revert_weight_conversion(model, model.state_dict()), self.adapted | self.quantized
-        owners = {name: {own.rpartition(".")[0] for own in names} for name, names in self.names.items()}
+        new, changed = (
+            loading.revert_weight_conversion(model, model.state_dict()),
+            self.adapted | self.quantized,
+        )
+        owners = {
+            name: {own.rpartition(".")[0] for own in names} for name, names in self.names.items()
+        }
         self.merged = {name: new[name] for name, modules in owners.items() if modules & changed}
 
     def gib(self, shards):
@@ -230,4 +321,6 @@ class Plan:
         """
         largest = max(sum(self.tensors[name].nbytes for name in shard) for shard in shards)
         matrix = max((4 * self.tensors[name].numel() for name in self.modules), default=0)
-        return (largest + (matrix * (3 if self.quantized else 1) if self.plain else self.size)) / 2**30
+        return (
+            largest + (matrix * (3 if self.quantized else 1) if self.plain else self.size)
+        ) / 2**30

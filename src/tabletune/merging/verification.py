@@ -27,8 +27,17 @@ def in_fp32(model):
         for weight, data in stored.pop(module):
             weight.data = data
 
-    layers = [layer for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
-    alone = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    layers = [
+        layer
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList)
+        for layer in module
+    ]
+    alone = [
+        module
+        for module in model.modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
     modules = dict.fromkeys([*layers, *alone])
     hooks = [module.register_forward_pre_hook(cast) for module in modules]
     hooks += [module.register_forward_hook(restore) for module in modules]
@@ -65,10 +74,16 @@ def prove(plan, folder, rows):
     in what computing in its own dtype changes: of a mixture a lot, as its router picks other experts. The figures are
     None if memory does not suffice. Raises StageError if the two differ by more than rounding explains.
     """
-    keys, room, dtype = ("max_logit_difference", "logit_range", "same_next_token"), room_gib(), plan.dtype
+    keys, room, dtype = (
+        ("max_logit_difference", "logit_range", "same_next_token"),
+        room_gib(),
+        plan.dtype,
+    )
     needed = 1.05 * plan.size / 2**30
     if room < needed:
-        print(f"UNPROVEN: comparing takes {needed:.1f} GiB of memory, and there are {room:.1f} GiB.")
+        print(
+            f"UNPROVEN: comparing takes {needed:.1f} GiB of memory, and there are {room:.1f} GiB."
+        )
         return dict.fromkeys(keys)
 
     def logits(merged=False, exactly=True):
@@ -78,14 +93,21 @@ def prove(plan, folder, rows):
             return logits_of(load_model(folder, None, dtype), rows)
         original = plan.base_weights == "original"
         load, its_dtype = (load_model, dtype) if original else (load_base, plan.training_dtype)
-        return logits_of(attach_adapter(load(plan.base, None, its_dtype), plan.folder), rows, exactly)
+        return logits_of(
+            attach_adapter(load(plan.base, None, its_dtype), plan.folder), rows, exactly
+        )
 
     expected, actual = logits(), logits(merged=True)
-    difference, span = (actual - expected).abs().max().item(), (expected.max() - expected.min()).item()
+    difference, span = (
+        (actual - expected).abs().max().item(),
+        (expected.max() - expected.min()).item(),
+    )
     limit = (0.1 if dtype == torch.bfloat16 else 0.05) * span
     if not difference < limit:
         limit = 2 * (logits(exactly=False) - expected).abs().max().item()
     if not difference < limit:
-        raise StageError(f"The merged model differs by {difference:.3g} in logits that span {span:.3g}: not kept.")
+        raise StageError(
+            f"The merged model differs by {difference:.3g} in logits that span {span:.3g}: not kept."
+        )
     same = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
     return dict(zip(keys, (difference, span, same), strict=True))

@@ -22,9 +22,11 @@ from tabletune.run.artifacts import load_dataset_of_run
 from tabletune.run.files import read_json, set_aside, whole, write_json
 from tabletune.run.machine import peak_memory_gib
 
-NOT_COPIED = re.compile(  # weights, what describes the base on the Hub, and what comes from the adapter
-    r".*\.(safetensors|bin|pth|pt|gguf|md|index\.json)|\..*"
-    r"|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|generation_config).*"
+NOT_COPIED = (
+    re.compile(  # weights, what describes the base on the Hub, and what comes from the adapter
+        r".*\.(safetensors|bin|pth|pt|gguf|md|index\.json)|\..*"
+        r"|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|generation_config).*"
+    )
 )
 
 
@@ -34,17 +36,25 @@ def merge_adapter(plan, stage, max_shard_gb=1.0):
     What was made of the same adapter with the same settings stays; what was made of another is set aside. Where Google
     Drive has no room, the merged model is in `runs/`. Raises StageError if there is no room, or if the proof fails.
     """
-    inputs = {"adapter": hashlib.sha256((plan.folder / "adapter_model.safetensors").read_bytes()).hexdigest()}
+    inputs = {
+        "adapter": hashlib.sha256(
+            (plan.folder / "adapter_model.safetensors").read_bytes()
+        ).hexdigest()
+    }
     on_drive = str(stage.parameters["run_dir"]).startswith("drive:")
     places = [stage.folder, *([Path("runs") / stage.folder.name] if on_drive else [])]
     for place in places:
-        if (place / "merged").exists() and stage.is_done(inputs, [os.path.relpath(place / "merged", stage.folder)]):
+        if (place / "merged").exists() and stage.is_done(
+            inputs, [os.path.relpath(place / "merged", stage.folder)]
+        ):
             return place / "merged", read_json(place / "merged" / "merge_report.json", stage.name)
     tokenizer, stops = load_tokenizer_of_run(plan.folder)
     rows = load_dataset_of_run(stage.folder)[0]["test"].select(range(2))
     rows = [encode(row, tokenizer, stops)["input_ids"] for row in rows]
     pattern, limit = "model{suffix}.safetensors", max(1, int(max_shard_gb * 1e9))
-    split = split_torch_state_dict_into_shards(plan.tensors, filename_pattern=pattern, max_shard_size=limit)
+    split = split_torch_state_dict_into_shards(
+        plan.tensors, filename_pattern=pattern, max_shard_size=limit
+    )
     place = check_room(plan, split.filename_to_tensors.values(), places)
     for other in places:
         if (other / "merged").exists():
@@ -54,15 +64,26 @@ def merge_adapter(plan, stage, max_shard_gb=1.0):
         started = time.perf_counter()
         if not plan.plain:
             plan.merge_by_peft()
-        for file, names in tqdm(split.filename_to_tensors.items(), "merging", unit="file", file=sys.stdout):
-            save_file({name: plan.merge(name) for name in names}, folder / file, metadata={"format": "pt"})
+        for file, names in tqdm(
+            split.filename_to_tensors.items(), "merging", unit="file", file=sys.stdout
+        ):
+            save_file(
+                {name: plan.merge(name) for name in names}, folder / file, metadata={"format": "pt"}
+            )
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(folder / "model.safetensors.index.json", index)
         seconds, gib = round(time.perf_counter() - started, 1), peak_memory_gib()["host"]
         write_settings(plan, folder, tokenizer, stops)
-        report = {"base_model": plan.base_model, "base_weights": plan.base_weights, "merged_modules": len(plan.adapted)}
-        report |= {"shards": len(split.filename_to_tensors), "dtype": str(plan.dtype).removeprefix("torch.")}
+        report = {
+            "base_model": plan.base_model,
+            "base_weights": plan.base_weights,
+            "merged_modules": len(plan.adapted),
+        }
+        report |= {
+            "shards": len(split.filename_to_tensors),
+            "dtype": str(plan.dtype).removeprefix("torch."),
+        }
         report |= {"seconds": seconds, "peak_rss_gib": gib, **prove(plan, folder, rows)}
         write_json(folder / "merge_report.json", report | {"adapter_sha256": inputs["adapter"]})
     stage.record(plan.provenance["dataset_fingerprint"], inputs)
@@ -73,18 +94,26 @@ def check_room(plan, shards, places):
     """The first of `places` with room on its disk. Says what merging takes; raises StageError if it is not there."""
     memory, room = plan.gib(shards), psutil.virtual_memory().available / 2**30
     way = (
-        "" if plan.plain else ": the adapter is more than plain LoRA, so PEFT merges it with the whole model in memory"
+        ""
+        if plan.plain
+        else ": the adapter is more than plain LoRA, so PEFT merges it with the whole model in memory"
     )
     print(f"merging takes {memory:.1f} GiB of RAM, and {room:.1f} GiB are free{way}")
     if memory > room:
-        raise StageError(f"Merging takes {memory:.1f} GiB of RAM, and {room:.1f} GiB are free. Lower max_shard_gb.")
+        raise StageError(
+            f"Merging takes {memory:.1f} GiB of RAM, and {room:.1f} GiB are free. Lower max_shard_gb."
+        )
     place = places[-1] if plan.size > shutil.disk_usage(places[0]).free / 2 else places[0]
     if place != places[0]:
-        print(f"{plan.size / 2**30:.1f} GiB are too much for Google Drive: the merged model stays here, in {place}.")
+        print(
+            f"{plan.size / 2**30:.1f} GiB are too much for Google Drive: the merged model stays here, in {place}."
+        )
         place.mkdir(parents=True, exist_ok=True)
     needed, free = plan.size / 2**20, shutil.disk_usage(place).free / 2**20
     if needed > free:
-        raise StageError(f"The merged model needs {needed:,.1f} MiB, and {place} has {free:,.1f}. Free some space.")
+        raise StageError(
+            f"The merged model needs {needed:,.1f} MiB, and {place} has {free:,.1f}. Free some space."
+        )
     return place
 
 
@@ -97,13 +126,17 @@ def write_settings(plan, folder, tokenizer, stops):
         if path.is_file() and not NOT_COPIED.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
     if plan.parts:
-        config = read_json(folder / "config.json", plan.base_model) | {"dtype": str(plan.dtype).removeprefix("torch.")}
+        config = read_json(folder / "config.json", plan.base_model) | {
+            "dtype": str(plan.dtype).removeprefix("torch.")
+        }
         del config["quantization_config"]
         write_json(folder / "config.json", config)
     save_tokenizer(folder, tokenizer, stops)
     known = (plan.base / "generation_config.json").exists()
     generation = GenerationConfig.from_pretrained(plan.base) if known else GenerationConfig()
-    generation.update(eos_token_id=stops, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+    generation.update(
+        eos_token_id=stops, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     if not generation.do_sample:
         generation.update(temperature=None, top_p=None, top_k=None)
     generation.save_pretrained(folder)

@@ -36,4 +36,6 @@ def load_adapter_weights(adapted, folder, *_, **__):
     lacking = [name for name in result.missing_keys if "lora_" in name]
     if lacking or result.unexpected_keys:
         odd = (lacking or result.unexpected_keys)[0]
-        raise StageError(f"The adapter in {folder} does not fit the base model ({odd}). Run 02_finetune_qlora again.")
+        raise StageError(
+            f"The adapter in {folder} does not fit the base model ({odd}). Run 02_finetune_qlora again."
+        )

@@ -23,7 +23,11 @@ def packing_leaks(model):
     one, other = ids.repeat(2, 1), torch.cat([ids[:16].flip(0), ids[16:]]).repeat(2, 1)
     positions = torch.arange(16).repeat(2, 2)
     first, second = (
-        model(input_ids=rows.to(model.device), position_ids=positions.to(model.device), use_cache=False)
+        model(
+            input_ids=rows.to(model.device),
+            position_ids=positions.to(model.device),
+            use_cache=False,
+        )
         .logits[:, 16:]
         .float()
         for rows in (one, other)
@@ -57,8 +61,12 @@ def check_forward(model, ids):
     with model.get_input_embeddings().register_forward_hook(keep):
         hidden = text_part(model)(input_ids=ids.to(model.device), use_cache=False)[0].float()
     check_numbers(hidden, model)
-    weights = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device)  # a plain sum is constant behind a norm
-    gradients = torch.autograd.grad((hidden[0, 0] * weights).sum(), embedded[:1]) if embedded else []
+    weights = torch.linspace(
+        -1, 1, hidden.shape[-1], device=hidden.device
+    )  # a plain sum is constant behind a norm
+    gradients = (
+        torch.autograd.grad((hidden[0, 0] * weights).sum(), embedded[:1]) if embedded else []
+    )
     if any(gradient[0, 1:].nan_to_num().any() for gradient in gradients):
         raise StageError(
             "This model sees the words that are still to come, so it would learn none. Take a chat model. If this is "

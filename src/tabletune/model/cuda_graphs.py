@@ -79,11 +79,20 @@ class RecordedLayers(TrainerCallback):
     def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
         shape = (args.per_device_train_batch_size, args.max_length)
         packed = "seq_lengths" in getattr(train_dataloader.dataset, "column_names", [])
-        drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-        fit = is_small(*shape, args.world_size) and packed and not (drops or args.gradient_checkpointing)
+        drops = any(
+            isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()
+        )
+        fit = (
+            is_small(*shape, args.world_size)
+            and packed
+            and not (drops or args.gradient_checkpointing)
+        )
         if fit and model.device.type == "cuda" and layers_can_be_recorded(model):
             dtype = dtype_of(args)
-            with suppress(RuntimeError), torch.autocast("cuda", dtype, dtype != torch.float32, cache_enabled=False):
+            with (
+                suppress(RuntimeError),
+                torch.autocast("cuda", dtype, dtype != torch.float32, cache_enabled=False),
+            ):
                 record_layers(text_part(model.get_base_model()), shape)
 
 
@@ -95,7 +104,9 @@ class Layers(torch.nn.Module):
         self.decoder, self.usual = decoder, decoder.forward
 
     def forward(self, input_ids, position_ids):
-        return self.usual(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        return self.usual(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
 
 
 def record_layers(decoder, shape):
@@ -104,20 +115,40 @@ def record_layers(decoder, shape):
     decoder.train()
     ids = torch.zeros(shape, dtype=torch.long, device=decoder.device)
     # two examples a row: what is alone in its row is masked in another way
-    positions = torch.arange(shape[1], device=decoder.device).remainder(shape[1] // 2 + 1).repeat(shape[0], 1)
+    positions = (
+        torch.arange(shape[1], device=decoder.device)
+        .remainder(shape[1] // 2 + 1)
+        .repeat(shape[0], 1)
+    )
     # the adapter's gradients come from the stream that recorded them, which is no mistake here
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     replay = torch.cuda.make_graphed_callables(layers, (ids, positions), num_warmup_iters=1)
     for parameter in layers.parameters():
-        if parameter.requires_grad:  # the graph's own gradient would be kept, and overwritten by the next batch's
+        if (
+            parameter.requires_grad
+        ):  # the graph's own gradient would be kept, and overwritten by the next batch's
             parameter.register_hook(torch.clone)
 
     def forward(input_ids=None, attention_mask=None, position_ids=None, **others):
         like = input_ids is not None and position_ids is not None and input_ids.shape[1] == shape[1]
-        if like and len(input_ids) <= shape[0] and attention_mask is None and torch.is_grad_enabled():
-            lacking = (0, 0, 0, shape[0] - len(input_ids))  # of the last batch: as much memory again would be taken
-            full = (torch.nn.functional.pad(tensor, lacking) for tensor in (input_ids, position_ids))
+        if (
+            like
+            and len(input_ids) <= shape[0]
+            and attention_mask is None
+            and torch.is_grad_enabled()
+        ):
+            lacking = (
+                0,
+                0,
+                0,
+                shape[0] - len(input_ids),
+            )  # of the last batch: as much memory again would be taken
+            full = (
+                torch.nn.functional.pad(tensor, lacking) for tensor in (input_ids, position_ids)
+            )
             return BaseModelOutputWithPast(last_hidden_state=replay(*full)[: len(input_ids)])
-        return layers.usual(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **others)
+        return layers.usual(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **others
+        )
 
     decoder.forward = forward

@@ -26,7 +26,13 @@ def unpack_weights(model):
         for name, layer in parent.named_children()
         if isinstance(layer, bnb.nn.Linear4bit)
     ]
-    size = sum(layer.weight.quant_state.shape.numel() * layer.compute_dtype.itemsize for _, _, layer in layers) / 2**30
+    size = (
+        sum(
+            layer.weight.quant_state.shape.numel() * layer.compute_dtype.itemsize
+            for _, _, layer in layers
+        )
+        / 2**30
+    )
     if not layers or 2 * size > room_gib():
         return False
     for parent, name, layer in layers:
@@ -34,7 +40,9 @@ def unpack_weights(model):
         state.dtype = layer.compute_dtype
         with torch.device("meta"):
             plain = Linear(layer.in_features, layer.out_features, bias=False)
-        plain.weight = torch.nn.Parameter(dequantize_4bit(layer.weight.data, state), requires_grad=False)
+        plain.weight = torch.nn.Parameter(
+            dequantize_4bit(layer.weight.data, state), requires_grad=False
+        )
         plain.bias = layer.bias
         setattr(parent, name, plain)
     return True

@@ -17,9 +17,13 @@ def fixed_cache(model, length):
     if model.device.type != "cuda" or not can_be_recorded(model):
         return None
     with torch.no_grad():
-        own = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+        own = model(
+            input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True
+        )
     layers = getattr(own.get("past_key_values"), "layers", [])
-    usual = layers and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    usual = layers and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
+    )
     return Cache(layers=[StaticLayer(length) for _ in layers]) if usual else None
 
 
@@ -29,10 +33,16 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
     `input_ids` are [rows, tokens], padded on the left; `prepared` is what else `generate` has for the model. Returns
     them with the answers, [rows, tokens and new ones].
     """
-    begin, end, pad = input_ids.shape[1], generation_config.max_length, generation_config.pad_token_id
+    begin, end, pad = (
+        input_ids.shape[1],
+        generation_config.max_length,
+        generation_config.pad_token_id,
+    )
     ids = torch.nn.functional.pad(input_ids, (0, end - begin), value=pad)
     positions, seen = prepared.pop("position_ids"), prepared["attention_mask"]
-    prepared["attention_mask"] = torch.nn.functional.pad(seen, (0, end - begin), value=1)  # what comes later is masked
+    prepared["attention_mask"] = torch.nn.functional.pad(
+        seen, (0, end - begin), value=1
+    )  # what comes later is masked
     logits = model(input_ids=input_ids, position_ids=positions, **prepared).logits[:, -1].float()
     token, position = input_ids[:, -1:].clone(), positions[:, -1:] + 1
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -44,7 +54,11 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
 
     for now in range(begin, end):
         scores = logits_processor(ids[:, :now], logits)
-        new = scores.softmax(-1).multinomial(1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
+        new = (
+            scores.softmax(-1).multinomial(1)[:, 0]
+            if generation_config.do_sample
+            else scores.argmax(-1)
+        )
         ids[:, now] = new.masked_fill(done, pad)
         done |= stopping_criteria(ids[:, : now + 1], None)
         if done.all():

@@ -18,13 +18,17 @@ def base_config(base_model, revision=None):
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = stored.get("quant_method", "bitsandbytes")
-    if stored and (method != "bitsandbytes" or not (stored.get("load_in_4bit") or stored.get("_load_in_4bit"))):
+    if stored and (
+        method != "bitsandbytes" or not (stored.get("load_in_4bit") or stored.get("_load_in_4bit"))
+    ):
         raise StageError(
             f"base_model={base_model} is stored in {method}, through which no adapter is trained here. Take the same "
             "model in 16 bits, or one that bitsandbytes has stored in 4."
         )
     if config.is_encoder_decoder:
-        raise StageError(f"base_model={base_model} is an encoder and a decoder. Take a causal language model.")
+        raise StageError(
+            f"base_model={base_model} is an encoder and a decoder. Take a causal language model."
+        )
     model_class(config)
     return config
 
@@ -44,13 +48,16 @@ def linear_layers(model):
         if isinstance(module, (Linear, Conv1D))
         and id(module) in inside
         and module is not output
-        and "Router" not in type(module).__name__  # of a mixture; some are linear layers that give two results
+        and "Router"
+        not in type(module).__name__  # of a mixture; some are linear layers that give two results
     }
 
 
 def sizes(layer):
     """How many numbers a linear layer takes and gives: (in, out)."""
-    return layer.weight.shape if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+    return (
+        layer.weight.shape if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+    )
 
 
 def context_length(config):

@@ -45,11 +45,17 @@ def fetch(model, revision=None):
             files = snapshot_download(model, dry_run=True, **wanted)
             size = sum(file.file_size for file in files if file.will_download)
             cache = Path(HF_HUB_CACHE)
-            free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+            free = shutil.disk_usage(
+                next(path for path in (cache, *cache.parents) if path.exists())
+            ).free
             if size:
-                print(f"to download: {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of {cache} are free")
+                print(
+                    f"to download: {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of {cache} are free"
+                )
             if size > free:
-                raise StageError(f"There is no room for {model} in {cache}. Free some space, or set HF_HOME elsewhere.")
+                raise StageError(
+                    f"There is no room for {model} in {cache}. Free some space, or set HF_HOME elsewhere."
+                )
         return Path(snapshot_download(model, **wanted))
     except (OSError, ValueError) as error:
         raise hub_error(model, error) from None
@@ -70,7 +76,9 @@ def model_class(config):
         if issubclass(made_with, GenerationMixin):
             return made_with
     if named:
-        raise StageError(f"A {named[0].__name__} writes no text, so it cannot be fine-tuned here. Take a chat model.")
+        raise StageError(
+            f"A {named[0].__name__} writes no text, so it cannot be fine-tuned here. Take a chat model."
+        )
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
@@ -99,14 +107,23 @@ def attention_of(config, wanted="auto"):
     has["flash_attention_2"] = text._supports_flash_attn
     if not has.get(wanted):
         there = ", ".join(name for name, supported in has.items() if supported)
-        raise StageError(f'attn_implementation="{wanted}": {kind.__name__} has no such attention. It has: {there}.')
-    here = {"flash_attention_2": is_flash_attn_2_available(), "flex_attention": torch.cuda.is_available()}
+        raise StageError(
+            f'attn_implementation="{wanted}": {kind.__name__} has no such attention. It has: {there}.'
+        )
+    here = {
+        "flash_attention_2": is_flash_attn_2_available(),
+        "flex_attention": torch.cuda.is_available(),
+    }
     if not here.get(wanted, True):
-        raise StageError(f'attn_implementation="{wanted}" needs a GPU, or a package, that is not here. Use "auto".')
+        raise StageError(
+            f'attn_implementation="{wanted}" needs a GPU, or a package, that is not here. Use "auto".'
+        )
     return wanted
 
 
-def load_model(model, revision, dtype, attn_implementation="auto", quantization_config=None, device=None):
+def load_model(
+    model, revision, dtype, attn_implementation="auto", quantization_config=None, device=None
+):
     """A language model, a folder or a name on the Hub, with its generation config; on the GPU if there is one.
 
     It is read one tensor at a time, or a few. `from_pretrained` alone keeps all files mapped until the last tensor is
@@ -114,7 +131,9 @@ def load_model(model, revision, dtype, attn_implementation="auto", quantization_
     A model stored in 4 bits is small enough, and needs the statistics beside its tensors. Raises StageError if the
     files lack a tensor, or have one of another shape: transformers would make random ones up.
     """
-    device = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
+    device = device or (
+        f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    )
     folder = fetch(model, revision)
     config = AutoConfig.from_pretrained(folder)
     kind = model_class(config)
@@ -128,10 +147,14 @@ def load_model(model, revision, dtype, attn_implementation="auto", quantization_
     if hasattr(config, "quantization_config"):
         return complete(folder, *kind.from_pretrained(folder, use_safetensors=True, **options))
     weights = {name: OnDisk(file, name, device) for name, file in weight_files(folder).items()}
-    weights = read_ahead(weights) if quantization_config else weights  # without one, transformers does so itself
+    weights = (
+        read_ahead(weights) if quantization_config else weights
+    )  # without one, transformers does so itself
     options |= {"config": config, "state_dict": weights, "quantization_config": quantization_config}
     loaded = complete(folder, *kind.from_pretrained(None, **options))
-    loaded.name_or_path = loaded.config.name_or_path = str(model)  # what an adapter will say it was trained on
+    loaded.name_or_path = loaded.config.name_or_path = str(
+        model
+    )  # what an adapter will say it was trained on
     if (folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(folder)
     return loaded
@@ -140,12 +163,20 @@ def load_model(model, revision, dtype, attn_implementation="auto", quantization_
 def complete(folder, model, report):
     """The model, if its files have all of its weights, in its shapes, by transformers' `report`; else StageError."""
     for name in sorted(report["missing_keys"]):
-        raise StageError(f"The model in {folder} lacks {name}. Get its files again, or take another model.")
+        raise StageError(
+            f"The model in {folder} lacks {name}. Get its files again, or take another model."
+        )
     wrong = {name for name, *_ in report["mismatched_keys"]}
     for name, layer in model.named_modules():  # of quantized layers it reports none
         if isinstance(layer, torch.nn.Linear):
             stored = getattr(layer.weight, "quant_state", None) or layer.weight
-            wrong |= {f"{name}.weight"} if stored.shape != (layer.out_features, layer.in_features) else set()
+            wrong |= (
+                {f"{name}.weight"}
+                if stored.shape != (layer.out_features, layer.in_features)
+                else set()
+            )
     for name in sorted(wrong):
-        raise StageError(f"{name} in {folder} has another shape than config.json says. Get the files again.")
+        raise StageError(
+            f"{name} in {folder} has another shape than config.json says. Get the files again."
+        )
     return model

@@ -17,7 +17,12 @@ def bytes_a_token(model, with_logits=True):
         ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
         output = model(input_ids=ids, use_cache=True)
         layers = getattr(output.get("past_key_values"), "layers", [])
-        kept = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+        kept = [
+            value
+            for layer in layers
+            for value in vars(layer).values()
+            if isinstance(value, torch.Tensor)
+        ]
         return sum(tensor.nbytes for tensor in kept), output.logits
 
     (few, _), (more, logits) = read(8), read(16)

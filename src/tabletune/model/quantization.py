@@ -23,7 +23,9 @@ def nf4(dtype, sharded=False):
     )
 
 
-def load_base(base_model, revision, dtype, attn_implementation="auto", sharded=False, quantization="nf4"):
+def load_base(
+    base_model, revision, dtype, attn_implementation="auto", sharded=False, quantization="nf4"
+):
     """The base model as training has it: quantized, or in `dtype` with `quantization` "none"; on a GPU if there is one.
 
     `quantization` is "nf4", "8bit", "none", or a BitsAndBytesConfig. A model that is to be `sharded` waits in RAM.
@@ -33,13 +35,23 @@ def load_base(base_model, revision, dtype, attn_implementation="auto", sharded=F
     (`Linear4bit.forward` in bitsandbytes 0.50). The attribute that asks for the repacking is switched off here.
     Raises StageError for any other `quantization`.
     """
-    configs = {"nf4": nf4(dtype, sharded), "8bit": BitsAndBytesConfig(load_in_8bit=True), "none": None}
+    configs = {
+        "nf4": nf4(dtype, sharded),
+        "8bit": BitsAndBytesConfig(load_in_8bit=True),
+        "none": None,
+    }
     if isinstance(quantization, str) and quantization not in configs:
         raise StageError(f'quantization="{quantization}": use nf4, 8bit or none.')
     config = configs[quantization] if isinstance(quantization, str) else quantization
-    model = load_model(base_model, revision, dtype, attn_implementation, config, "cpu" if sharded else None)
+    model = load_model(
+        base_model, revision, dtype, attn_implementation, config, "cpu" if sharded else None
+    )
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # a Linear4bit; bitsandbytes takes seconds to import
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # a Linear4bit; bitsandbytes takes seconds to import
             module.support_avx512bf16_for_cpu = False
-            module.compute_dtype = dtype  # a base stored in 4 bits brings the dtype of whoever stored it
+            module.compute_dtype = (
+                dtype  # a base stored in 4 bits brings the dtype of whoever stored it
+            )
     return model

@@ -29,7 +29,9 @@ def find_merged(run, run_dir):
 
 def load_adapted(adapter, base_model, revision, dtype, attn_implementation="auto"):
     """The base model as it was trained on, with the adapter of a folder beside it: a PeftModel, for inference."""
-    quantization = read_json(adapter / "provenance.json", "02_finetune_qlora").get("quantization", "nf4")
+    quantization = read_json(adapter / "provenance.json", "02_finetune_qlora").get(
+        "quantization", "nf4"
+    )
     base = load_base(base_model, revision, dtype, attn_implementation, quantization=quantization)
     adapted = attach_adapter(base, adapter)
     unpack_weights(adapted)
@@ -44,12 +46,16 @@ def load_merged(folder, adapter, base_model, revision, dtype, attn_implementatio
     """
     gc.collect()  # what was let go of, in circles, is still there
     torch.cuda.empty_cache()
-    size = skeleton(AutoConfig.from_pretrained(folder or base_model, revision=None if folder else revision))
+    size = skeleton(
+        AutoConfig.from_pretrained(folder or base_model, revision=None if folder else revision)
+    )
     size, room = size.num_parameters() * dtype.itemsize / 2**30, min(gather_object([room_gib()]))
     if folder and size <= room:
         return load_model(folder, None, dtype, attn_implementation), None
     if folder:
-        print(f"The merged model takes {size:.1f} GiB of memory, and there are {room:.1f}: it is evaluated in 4 bits.")
+        print(
+            f"The merged model takes {size:.1f} GiB of memory, and there are {room:.1f}: it is evaluated in 4 bits."
+        )
         return load_base(folder, None, dtype, attn_implementation), "NF4"
     if size > room:
         raise StageError(

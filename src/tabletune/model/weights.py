@@ -19,10 +19,14 @@ def weight_files(folder):
     """
     index = folder / "model.safetensors.index.json"
     wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.exists() else None
-    paths = sorted({folder / file for file in wanted.values()} if wanted else folder.glob("*.safetensors"))
+    paths = sorted(
+        {folder / file for file in wanted.values()} if wanted else folder.glob("*.safetensors")
+    )
     missing = [path.name for path in paths if not path.exists()]
     if missing or not paths:
-        raise StageError(f"The model in {folder} lacks {', '.join(missing) or 'weights in safetensors format'}.")
+        raise StageError(
+            f"The model in {folder} lacks {', '.join(missing) or 'weights in safetensors format'}."
+        )
     files = {}
     for path in paths:
         try:

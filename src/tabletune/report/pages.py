@@ -18,9 +18,7 @@ from tabletune.report.tables import side_by_side
 from tabletune.report.text import COLUMNS, figures_of, with_interval
 from tabletune.run.files import read_json
 
-PLAIN = (
-    "mathjax_ignore tex2jax_ignore"  # the classes of HTML in which a $ is a dollar, in notebooks of today and before
-)
+PLAIN = "mathjax_ignore tex2jax_ignore"  # the classes of HTML in which a $ is a dollar, in notebooks of today and before
 STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate", "06_trust"]
 FILES = {  # what the stages leave: (file, its kind, the stage)
     "manifest": ("manifest.json", dict, STAGES[0]),
@@ -70,13 +68,20 @@ def read_run(folder):
         if not isinstance(found[name], kind):
             raise StageError(f"{folder / file} holds no {kind.__name__}. Run {stage} again.")
     if not any(found.values()):
-        raise StageError(f"{folder} is no run folder: no stage has left anything there. Run {STAGES[0]} first.")
+        raise StageError(
+            f"{folder} is no run folder: no stage has left anything there. Run {STAGES[0]} first."
+        )
     found["metrics"] = joined(found["evaluation"], found["trust"])
     found["models"] = figures_of(found["metrics"])
-    found["tuned"] = next((name for name in ("merged", "adapter") if name in found["metrics"]), None)
+    found["tuned"] = next(
+        (name for name in ("merged", "adapter") if name in found["metrics"]), None
+    )
     entries = found["manifest"].values()
     names = {"GPU": "gpu", "platform": "platform", "Python": "python", "commit": "git_commit"}
-    around = [{name: at(e, key) or "none" for name, key in names.items()} | (at(e, "packages") or {}) for e in entries]
+    around = [
+        {name: at(e, key) or "none" for name, key in names.items()} | (at(e, "packages") or {})
+        for e in entries
+    ]
     found["parameters"] = as_texts(at(entry, "parameters") or {} for entry in entries)
     found["surroundings"] = as_texts(around)
     return found
@@ -110,7 +115,9 @@ def read_lines(path):
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:
-        raise StageError(f"{path} cannot be read ({error}). Run the notebook that writes it again.") from None
+        raise StageError(
+            f"{path} cannot be read ({error}). Run the notebook that writes it again."
+        ) from None
 
 
 def figure_of(entry, name):
@@ -125,7 +132,10 @@ def figure_of(entry, name):
 def figures_table(entries, names=FIGURES):
     """The figures `names`, those that were measured, as a frame of texts: a line a figure, a column an entry."""
     lines = {
-        name: {column: with_interval(*figure_of(entry, name), FIGURES[name][1]) for column, entry in entries.items()}
+        name: {
+            column: with_interval(*figure_of(entry, name), FIGURES[name][1])
+            for column, entry in entries.items()
+        }
         for name in names
         if any(figure_of(entry, name)[0] is not None for entry in entries.values())
     }
@@ -138,20 +148,32 @@ def doubts(found):
     ran = [stage for stage in STAGES if stage in manifest]
     risk = figure_of(found["metrics"].get(found["tuned"]), "emergencies: offers a remedy")[0]
     said = [f"In emergencies {risk:.0%} of its answers offer a remedy."] if risk else []
-    said += [f"{stage} left no record: what it makes is missing here." for stage in STAGES[:4] if stage not in ran]
+    said += [
+        f"{stage} left no record: what it makes is missing here."
+        for stage in STAGES[:4]
+        if stage not in ran
+    ]
     for place, stage in enumerate(ran):
         when = str(at(manifest, stage, "finished"))
         older = [later for later in ran[place + 1 :] if str(at(manifest, later, "finished")) < when]
         if older and stage != "04_evaluate":  # on which 05 does not build
-            said.append(f"{stage} ran again after {', '.join(older)}, which tell of something older.")
+            said.append(
+                f"{stage} ran again after {', '.join(older)}, which tell of something older."
+            )
     if len({at(manifest, stage, "dataset_fingerprint") for stage in ran}) > 1:
-        said.append("The stages did not work on the same data set: their figures do not belong together.")
+        said.append(
+            "The stages did not work on the same data set: their figures do not belong together."
+        )
     lost, rows = sum((data.get("dropped") or {}).values()), data.get("rows_in") or 1
     if lost > 0.1 * rows:
-        said.append(f"{lost:,} of {rows:,} rows of the table were dropped, which is {lost / rows:.0%}: see Data.")
+        said.append(
+            f"{lost:,} of {rows:,} rows of the table were dropped, which is {lost / rows:.0%}: see Data."
+        )
     said += data.get("notes") or []
     if any(figure_of(entry, "response perplexity")[1] is None for entry in models.values()):
-        said.append("The test split has too few questions for intervals: others may give quite other figures.")
+        said.append(
+            "The test split has too few questions for intervals: others may give quite other figures."
+        )
     return said
 
 
@@ -173,7 +195,11 @@ def digest_of_test(folder):
     from datasets import load_from_disk  # slow to import
 
     test = folder / "dataset" / "test"
-    rows = load_from_disk(str(test)).select_columns(["prompt", "completion"]).to_list() if test.exists() else None
+    rows = (
+        load_from_disk(str(test)).select_columns(["prompt", "completion"]).to_list()
+        if test.exists()
+        else None
+    )
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -190,20 +216,28 @@ def show_table(texts, without="Not measured in this run."):
     frame = frame if numbered or len(frame) >= frame.shape[1] else frame.T
     frame = frame.astype(str)
     # not by a Styler, which imports matplotlib, half a second; `str` leaves texts as they are
-    how = {"header": not facts, "index": facts or not numbered, "formatters": dict.fromkeys(frame, str)}
+    how = {
+        "header": not facts,
+        "index": facts or not numbered,
+        "formatters": dict.fromkeys(frame, str),
+    }
     with pd.option_context("display.max_colwidth", None):
         display(HTML(frame.to_html(classes=PLAIN, border=0, **how)))
 
 
 def say(*sentences, kind=""):
     """Show sentences as they are, a paragraph each. The page has styles for the kinds "headline" and "doubt"."""
-    display(HTML("".join(f'<p class="{kind} {PLAIN}">{escape(sentence)}</p>' for sentence in sentences)))
+    display(
+        HTML("".join(f'<p class="{kind} {PLAIN}">{escape(sentence)}</p>' for sentence in sentences))
+    )
 
 
 def show_answers(columns, rows, disclaimer):
     """Show `side_by_side`; on a phone a row's texts stand below each other, and a printed page has the disclaimer."""
     headings = "; ".join(f"--heading-{place}: '{name}'" for place, name in enumerate(columns, 1))
-    plain = "".join(c if c.isalnum() else f"\\{ord(c):x} " for c in disclaimer)  # as CSS wants it, and no markup
+    plain = "".join(
+        c if c.isalnum() else f"\\{ord(c):x} " for c in disclaimer
+    )  # as CSS wants it, and no markup
     style = f'<style>@page {{ @bottom-center {{ content: "{plain}" }} }}</style>'
     table = side_by_side(columns, rows, disclaimer).data
     display(HTML(f'<div class="answers {PLAIN}" style="{headings}">{style}{table}</div>'))
@@ -213,5 +247,7 @@ def show(figure, alt):
     """Show a figure in print quality, with a text for those who cannot see it."""
     import matplotlib.pyplot as plt  # as in figures.py
 
-    display(figure, metadata={"image/png": {"alt": alt, "width": round(figure.get_figwidth() * 100)}})
+    display(
+        figure, metadata={"image/png": {"alt": alt, "width": round(figure.get_figwidth() * 100)}}
+    )
     plt.close(figure)

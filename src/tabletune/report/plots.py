@@ -12,7 +12,9 @@ def plot_figures(axes, figures, label, form=",.2f"):
     axes.bar(names, [value for value, _ in figures.values()], color=GREYS, edgecolor="black")
     for k, (value, ci95) in enumerate(figures.values()):
         if ci95 is not None:
-            axes.errorbar(k, value, [[value - ci95[0]], [ci95[1] - value]], color="black", capsize=6)
+            axes.errorbar(
+                k, value, [[value - ci95[0]], [ci95[1] - value]], color="black", capsize=6
+            )
     axes.set_ylabel(label)
     axes.yaxis.set_major_formatter("{x:.0%}" if form.endswith("%") else "{x:,g}")
 
@@ -22,9 +24,20 @@ def plot_results(metrics):
     import matplotlib.pyplot as plt  # half a second, which notebook 2 needs only at its end
 
     models = figures_of(metrics)
-    wanted = ("response perplexity", "answers right word for word", "answers that stop", "mean new tokens")
-    wanted = [column for column in wanted if all(stored(entry, column)[0] is not None for entry in models.values())]
-    figure, panels = plt.subplots(1, len(wanted), figsize=(4 * len(wanted), 3.5), layout="constrained", squeeze=False)
+    wanted = (
+        "response perplexity",
+        "answers right word for word",
+        "answers that stop",
+        "mean new tokens",
+    )
+    wanted = [
+        column
+        for column in wanted
+        if all(stored(entry, column)[0] is not None for entry in models.values())
+    ]
+    figure, panels = plt.subplots(
+        1, len(wanted), figsize=(4 * len(wanted), 3.5), layout="constrained", squeeze=False
+    )
     for axes, column in zip(panels[0], wanted, strict=True):
         bars = {model: stored(entry, column) for model, entry in models.items()}
         plot_figures(axes, bars, column, COLUMNS[column][2])

@@ -20,7 +20,9 @@ def with_interval(value, ci95, form):
 def figures_of(metrics):
     """The entries of the models among the metrics, {name: entry}, a model that was evaluated in 4 bits named so."""
     models = {name: metrics[name] for name in ("base", "adapter", "merged") if name in metrics}
-    return {name + ", in 4 bits" * ("evaluated_in" in entry): entry for name, entry in models.items()}
+    return {
+        name + ", in 4 bits" * ("evaluated_in" in entry): entry for name, entry in models.items()
+    }
 
 
 def stored(entry, column):

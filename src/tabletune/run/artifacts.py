@@ -15,7 +15,9 @@ def load_dataset_of_run(run, otherwise=""):
     try:
         return datasets.load_from_disk(run / "dataset"), report
     except (OSError, ValueError) as error:
-        raise StageError(f"{run / 'dataset'} is damaged ({error}). Run 01_format_dataset again.") from None
+        raise StageError(
+            f"{run / 'dataset'} is damaged ({error}). Run 01_format_dataset again."
+        ) from None
 
 
 def same_model(one, other):
@@ -30,13 +32,26 @@ def check_run(run, merged, report, base_model):
     """
     for folder, stage in ((run / "adapter", "02_finetune_qlora"), (merged, "03_merge_adapter")):
         if folder and not folder.exists():
-            raise StageError(f"{folder} is missing. Run {stage} first, with the same run_dir, in Colab one in Drive.")
+            raise StageError(
+                f"{folder} is missing. Run {stage} first, with the same run_dir, in Colab one in Drive."
+            )
     provenance = read_json(run / "adapter" / "provenance.json", "02_finetune_qlora")
-    digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256(
+        (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    ).hexdigest()
     if not same_model(provenance["base_model"], base_model):
-        raise StageError(f"The adapter was trained on {provenance['base_model']}, but base_model is {base_model}.")
+        raise StageError(
+            f"The adapter was trained on {provenance['base_model']}, but base_model is {base_model}."
+        )
     if provenance["dataset_fingerprint"] != report["fingerprint"]:
-        raise StageError("The adapter was trained on another data set. Run 02_finetune_qlora again.")
-    if merged and read_json(merged / "merge_report.json", "03_merge_adapter")["adapter_sha256"] != digest:
-        raise StageError("The merged model was made from another adapter. Run 03_merge_adapter again.")
+        raise StageError(
+            "The adapter was trained on another data set. Run 02_finetune_qlora again."
+        )
+    if (
+        merged
+        and read_json(merged / "merge_report.json", "03_merge_adapter")["adapter_sha256"] != digest
+    ):
+        raise StageError(
+            "The merged model was made from another adapter. Run 03_merge_adapter again."
+        )
     return digest

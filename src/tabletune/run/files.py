@@ -42,12 +42,16 @@ def whole(path):
         remove(partial)
         yield partial
         if path.is_dir():
-            raise StageError(f"{path} is there already, and nothing finished is deleted. Move it away and run again.")
+            raise StageError(
+                f"{path} is there already, and nothing finished is deleted. Move it away and run again."
+            )
         partial.replace(path)
     except BaseException as error:
         remove(partial)
         if "No space left" in str(error):
-            raise StageError(f"The disk is full, so {path} was not written. Free some space and run again.") from None
+            raise StageError(
+                f"The disk is full, so {path} was not written. Free some space and run again."
+            ) from None
         raise
 
 

@@ -16,7 +16,9 @@ def open_run(run_dir):
         try:
             from google.colab import drive
         except ImportError:
-            raise StageError(f"run_dir={run_dir}: only Colab can mount Google Drive. Use a folder here.") from None
+            raise StageError(
+                f"run_dir={run_dir}: only Colab can mount Google Drive. Use a folder here."
+            ) from None
         drive.mount(str(Path.cwd() / "drive"))
         return Path.cwd() / "drive" / "MyDrive" / name
     if place != "hub":
@@ -30,7 +32,9 @@ def open_run(run_dir):
             try:
                 with whole(run / part) as folder:
                     snapshot_download(name, repo_type=kind, local_dir=folder)
-            except RepositoryNotFoundError as error:  # not made yet; but to those who are not its owner, private is 404
+            except (
+                RepositoryNotFoundError
+            ) as error:  # not made yet; but to those who are not its owner, private is 404
                 if not is_mine(name.split("/")[0]):
                     raise hub_error(f"run_dir={run_dir}", error) from None
             except (OSError, ValueError) as error:
@@ -64,4 +68,6 @@ def hand_over(run_dir, folder):
             upload_folder(repo_id=name, repo_type=kind, folder_path=folder)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise StageError(f"{folder} is here, but could not go to the Hub as {name}: {reason}") from None
+        raise StageError(
+            f"{folder} is here, but could not go to the Hub as {name}: {reason}"
+        ) from None

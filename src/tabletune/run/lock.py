@@ -19,7 +19,9 @@ def alone(run_dir, name):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            sys.exit(f"{run_dir}: {file.read()} is at work here already. Wait for it to end, or take another RUN_DIR.")
+            sys.exit(
+                f"{run_dir}: {file.read()} is at work here already. Wait for it to end, or take another RUN_DIR."
+            )
         except OSError:  # not every file system has locks
             pass
         file.truncate(0)

@@ -10,7 +10,9 @@ def peak_memory_gib():
 
     import torch
 
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    unit = (
+        2**30 if sys.platform == "darwin" else 2**20
+    )  # ru_maxrss is in bytes on macOS, in KiB on Linux
     peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)}
     if torch.cuda.is_available():
         peak["gpu"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)

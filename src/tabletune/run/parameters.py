@@ -12,16 +12,30 @@ from pathlib import Path
 import yaml
 
 # {notebook: {parameter: its default}}; `make sync` writes it from the notebooks' parameter cells
-PARAMETERS = json.loads(resources.files("tabletune").joinpath("resources/parameters.json").read_text(encoding="utf-8"))
+PARAMETERS = json.loads(
+    resources.files("tabletune").joinpath("resources/parameters.json").read_text(encoding="utf-8")
+)
 DEFAULTS = {name: default for known in PARAMETERS.values() for name, default in known.items()}
 ABOVE_0 = 5e-324  # the smallest number above it
 RANGES = {  # {parameter: the least and the most}; of other numbers these are 0 and none
-    **{"max_dropped": (0, 1), "validation_fraction": (0, 0.5), "test_fraction": (0, 0.5), "lora_dropout": (0, 0.99)},
+    **{
+        "max_dropped": (0, 1),
+        "validation_fraction": (0, 0.5),
+        "test_fraction": (0, 0.5),
+        "lora_dropout": (0, 0.99),
+    },
     **{"top_p": (ABOVE_0, 1), "seed": (0, 2**32 - 1), "max_length": (1, 10**9)},
     **dict.fromkeys(["window", "bootstrap_samples"], (2, math.inf)),
-    **dict.fromkeys(["epochs", "learning_rate", "lora_alpha", "temperature", "max_shard_gb"], (ABOVE_0, math.inf)),
-    **dict.fromkeys(["lora_r", "gradient_accumulation_steps", "min_steps", "evaluations"], (1, math.inf)),
-    **dict.fromkeys(["eval_batch_size", "stride", "max_new_tokens", "safety_tokens"], (1, math.inf)),
+    **dict.fromkeys(
+        ["epochs", "learning_rate", "lora_alpha", "temperature", "max_shard_gb"],
+        (ABOVE_0, math.inf),
+    ),
+    **dict.fromkeys(
+        ["lora_r", "gradient_accumulation_steps", "min_steps", "evaluations"], (1, math.inf)
+    ),
+    **dict.fromkeys(
+        ["eval_batch_size", "stride", "max_new_tokens", "safety_tokens"], (1, math.inf)
+    ),
 }
 FRACTIONS = {"epochs"}  # may be no whole numbers, although their defaults are
 
@@ -60,7 +74,9 @@ def read(path):
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         there = ", ".join(sorted(other.stem for other in Path(path).parent.glob("*.yaml")))
-        why = getattr(error, "strerror", "it is not UTF-8") + (f"; there are {there}" if there else "")
+        why = getattr(error, "strerror", "it is not UTF-8") + (
+            f"; there are {there}" if there else ""
+        )
         raise ValueError(f"{path} cannot be read: {why}") from None
 
 
@@ -77,7 +93,10 @@ def read_parameters(text, what, grid=False):
         for name, value in values.items():
             default = DEFAULTS.get(name)
             if grid and isinstance(value, list):
-                values[name] = [fit(name, one, default, text) for one, text in zip(value, texts[name], strict=True)]
+                values[name] = [
+                    fit(name, one, default, text)
+                    for one, text in zip(value, texts[name], strict=True)
+                ]
             else:
                 values[name] = fit(name, value, default, texts[name])
     except ValueError as error:
@@ -96,10 +115,20 @@ def number(name, value, default):
     low, high = RANGES.get(name, (0, math.inf))
     whole = isinstance(default, int) and name not in FRACTIONS
     if not isinstance(value, (int, float)) or not low <= value <= high or (whole and value % 1):
-        least = "above 0" if low == ABOVE_0 else f"of {low} or more" if high == math.inf else f"from {low}"
+        least = (
+            "above 0"
+            if low == ABOVE_0
+            else f"of {low} or more"
+            if high == math.inf
+            else f"from {low}"
+        )
         most = "" if high == math.inf else f" to {high}"
         raise ValueError(f"{name}={value!r}: a {'whole ' * whole}number {least}{most} is wanted.")
-    return int(value) if isinstance(default, int) and isinstance(value, float) and value.is_integer() else value
+    return (
+        int(value)
+        if isinstance(default, int) and isinstance(value, float) and value.is_integer()
+        else value
+    )
 
 
 def fit(name, value, default, text=None):
@@ -132,7 +161,11 @@ def check_names(names, notebooks):
     known = {name for notebook in notebooks for name in PARAMETERS[notebook]}
     for name in sorted(set(names) - known, key=str):
         near = get_close_matches(str(name), known, n=1)
-        said = "No notebook has a parameter" if len(notebooks) > 1 else f"{notebooks[0]} has no parameter"
+        said = (
+            "No notebook has a parameter"
+            if len(notebooks) > 1
+            else f"{notebooks[0]} has no parameter"
+        )
         raise ValueError(f"{said} {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
 
 

@@ -17,7 +17,9 @@ from tabletune.run.hub import open_run
 from tabletune.run.machine import installed, peak_memory_gib
 from tabletune.run.parameters import PARAMETERS, check_names, fit, injected_names
 
-warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm looks for widgets, and does without
+warnings.filterwarnings(
+    "ignore", message="IProgress not found"
+)  # tqdm looks for widgets, and does without
 PACKAGES = [
     "torch",
     "transformers",
@@ -29,7 +31,12 @@ PACKAGES = [
     "safetensors",
     "tabletune",
 ]
-NOT_IN_RESULTS = {"run_dir", "push_dataset_to", "your_question", "ignore_memory"}  # they change no result
+NOT_IN_RESULTS = {
+    "run_dir",
+    "push_dataset_to",
+    "your_question",
+    "ignore_memory",
+}  # they change no result
 
 
 @dataclass
@@ -44,7 +51,9 @@ class Stage:
     @property
     def settings(self):
         """The parameters that a result depends on."""
-        return {name: value for name, value in self.parameters.items() if name not in NOT_IN_RESULTS}
+        return {
+            name: value for name, value in self.parameters.items() if name not in NOT_IN_RESULTS
+        }
 
     def is_done(self, inputs, outputs):
         """Whether this stage has made `outputs`, names in the folder, from these `inputs` with these settings.
@@ -52,10 +61,14 @@ class Stage:
         `inputs` is a dict of what identifies them (fingerprints, digests). Says so in a line if it is done.
         """
         entry = self.entries().get(self.name, {})
-        same = entry.get("inputs") == inputs and settled(entry.get("parameters", {})) == settled(self.parameters)
+        same = entry.get("inputs") == inputs and settled(entry.get("parameters", {})) == settled(
+            self.parameters
+        )
         done = same and all((self.folder / name).exists() for name in outputs)
         if done:
-            print(f"All is done already: {', '.join(outputs)}, made on {entry['finished'][:16].replace('T', ' ')}.")
+            print(
+                f"All is done already: {', '.join(outputs)}, made on {entry['finished'][:16].replace('T', ' ')}."
+            )
         return done
 
     def entries(self):
@@ -67,7 +80,12 @@ class Stage:
         """Write this stage's entry in `manifest.json`: what ran, from what, on what, for how long."""
         import torch
 
-        ask = {"args": ["git", "rev-parse", "HEAD"], "cwd": Path(__file__).parent, "capture_output": True, "text": True}
+        ask = {
+            "args": ["git", "rev-parse", "HEAD"],
+            "cwd": Path(__file__).parent,
+            "capture_output": True,
+            "text": True,
+        }
         commit = subprocess.run(**ask).stdout.strip() if shutil.which("git") else ""
         entry = {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -87,8 +105,16 @@ class Stage:
 
 def settled(parameters):
     """The parameters that a result depends on, as JSON has them, a file or folder of this machine by its full path."""
-    kept = json.loads(json.dumps({name: value for name, value in parameters.items() if name not in NOT_IN_RESULTS}))
-    here = {name: Path(kept[name]) for name in ("base_model", "dataset") if isinstance(kept.get(name), str)}
+    kept = json.loads(
+        json.dumps(
+            {name: value for name, value in parameters.items() if name not in NOT_IN_RESULTS}
+        )
+    )
+    here = {
+        name: Path(kept[name])
+        for name in ("base_model", "dataset")
+        if isinstance(kept.get(name), str)
+    }
     return kept | {name: str(path.resolve()) for name, path in here.items() if path.exists()}
 
 
@@ -102,7 +128,10 @@ def begin(name, variables):
     """
     try:
         injected = injected_names(variables.get("In", []))
-        check_names(injected, [name] if name[0] != "0" else [known for known in PARAMETERS if known[0] == "0"])
+        check_names(
+            injected,
+            [name] if name[0] != "0" else [known for known in PARAMETERS if known[0] == "0"],
+        )
         known = {key: default for key, default in PARAMETERS[name].items() if key in variables}
         parameters = {key: fit(key, variables[key], default) for key, default in known.items()}
     except ValueError as error:
@@ -111,12 +140,18 @@ def begin(name, variables):
         try:
             json.dumps(value)
         except (TypeError, ValueError):
-            raise StageError(f"{key}={value!r}: use a text, a number, a truth value, a list or a dictionary.") from None
+            raise StageError(
+                f"{key}={value!r}: use a text, a number, a truth value, a list or a dictionary."
+            ) from None
     model, usual = parameters.get("base_model"), PARAMETERS[name].get("base_model_revision")
     same = model == PARAMETERS[name].get("base_model") or parameters["base_model_revision"] != usual
     if not same and not Path(model).is_dir():
-        print(f"base_model_revision: main of {model}. Set it to a commit to get the same model tomorrow.")
+        print(
+            f"base_model_revision: main of {model}. Set it to a commit to get the same model tomorrow."
+        )
         parameters["base_model_revision"] = "main"
     variables.update(parameters)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, as it warns at each fork otherwise
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "true"
+    )  # said, as it warns at each fork otherwise
     return Stage(name, open_run(parameters["run_dir"]), parameters)

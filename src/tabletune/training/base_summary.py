@@ -26,5 +26,7 @@ def look_at_base(model, targets="auto", attn_implementation="auto", quantization
         "in memory": f"{numbers / 1e6:,.1f} million weights in {bits} bits, {rest / 1e6:,.1f} million in 16"
         + (", the mixture's experts among them" if experts else ""),
         "weights": f"{(numbers * bits + rest * 16) / 8 / 2**30:,.2f} GiB",
-        "reads at once": f"{context_length(config):,} tokens" if context_length(config) else "unknown",
+        "reads at once": f"{context_length(config):,} tokens"
+        if context_length(config)
+        else "unknown",
     }

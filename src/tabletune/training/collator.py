@@ -24,13 +24,23 @@ class Collator:
         longest = max(len(example["input_ids"]) for example in examples)
         length = self.max_length if packed and torch.cuda.is_available() else longest
         shape = (len(examples), length)
-        batch = {"input_ids": torch.full(shape, self.pad_token_id), "labels": torch.full(shape, IGNORED)}
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "labels": torch.full(shape, IGNORED),
+        }
         seen = "position_ids" if packed else "attention_mask"
         batch[seen] = torch.zeros(shape, dtype=torch.long)
         for row, example in enumerate(examples):
-            ids, in_loss = torch.tensor(example["input_ids"]), torch.tensor(example["completion_mask"]).bool()
+            ids, in_loss = (
+                torch.tensor(example["input_ids"]),
+                torch.tensor(example["completion_mask"]).bool(),
+            )
             batch["input_ids"][row, : len(ids)] = ids
             batch["labels"][row, : len(ids)] = ids.where(in_loss, IGNORED)
-            positions = [torch.arange(n) for n in example["seq_lengths"]] if packed else [torch.ones_like(ids)]
+            positions = (
+                [torch.arange(n) for n in example["seq_lengths"]]
+                if packed
+                else [torch.ones_like(ids)]
+            )
             batch[seen][row, : len(ids)] = torch.cat(positions)
         return batch

@@ -17,7 +17,9 @@ def load_examples(run, published_dataset, processes):
     with processes.main_process_first():
         if published_dataset and not (run / "dataset").exists():
             take_published(published_dataset, run / "dataset")
-    return load_dataset_of_run(run, " Or set published_dataset to one that notebook 1 has published.")
+    return load_dataset_of_run(
+        run, " Or set published_dataset to one that notebook 1 has published."
+    )
 
 
 def take_published(name, folder):
@@ -30,7 +32,10 @@ def take_published(name, folder):
     except (OSError, ValueError) as error:
         raise hub_error(f"published_dataset={name}", error) from None
     columns = {column for split in splits.values() for column in split.column_names}
-    if not {"train", "validation", "test"} <= splits.keys() or not {"prompt", "completion"} <= columns:
+    if (
+        not {"train", "validation", "test"} <= splits.keys()
+        or not {"prompt", "completion"} <= columns
+    ):
         raise StageError(
             f"published_dataset={name} lacks the splits train, validation and test or the columns prompt and "
             "completion. Give it to notebook 1 as its dataset instead."
@@ -50,12 +55,20 @@ def encode_splits(splits, tokenizer, stops, max_length):
     """
 
     def encode_batch(columns):
-        rows = pd.DataFrame(encode_all(pd.DataFrame(dict(columns)).to_dict("records"), tokenizer, stops))
-        sizes = {"tokens": rows["input_ids"].map(len), "in the loss": rows["completion_mask"].map(sum)}
+        rows = pd.DataFrame(
+            encode_all(pd.DataFrame(dict(columns)).to_dict("records"), tokenizer, stops)
+        )
+        sizes = {
+            "tokens": rows["input_ids"].map(len),
+            "in the loss": rows["completion_mask"].map(sum),
+        }
         return rows.assign(**sizes).to_dict("list")
 
     encoded = splits.map(encode_batch, batched=True, remove_columns=splits["train"].column_names)
-    sizes = {name: split.select_columns(["tokens", "in the loss"]).to_pandas() for name, split in encoded.items()}
+    sizes = {
+        name: split.select_columns(["tokens", "in the loss"]).to_pandas()
+        for name, split in encoded.items()
+    }
     longest = max(size["tokens"].max() for size in sizes.values())
     if longest > max_length:
         raise StageError(
@@ -63,6 +76,8 @@ def encode_splits(splits, tokenizer, stops, max_length):
             "Raise max_length, or run 01_format_dataset again with this one."
         )
     encoded = encoded.remove_columns(["tokens", "in the loss"])
-    encoded["validation"] = encoded["validation"].select(sizes["validation"]["tokens"].argsort(kind="stable"))
+    encoded["validation"] = encoded["validation"].select(
+        sizes["validation"]["tokens"].argsort(kind="stable")
+    )
     counts = {name: {"examples": len(size), **size.sum()} for name, size in sizes.items()}
     return encoded, pd.DataFrame(counts).T

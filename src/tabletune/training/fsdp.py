@@ -25,7 +25,9 @@ def check_sharding(config, base_model, optim, unsharded_gib):
             "4 bits stored as float32."
         )
     if any(name in optim for name in ("paged", "bit", "bnb")):
-        raise StageError(f"optim={optim}: the optimizers of bitsandbytes know no shards. Use adamw_torch_fused.")
+        raise StageError(
+            f"optim={optim}: the optimizers of bitsandbytes know no shards. Use adamw_torch_fused."
+        )
     read = 0 if stored else unsharded_gib * int(os.environ["LOCAL_WORLD_SIZE"])
     if read > (free := psutil.virtual_memory().available / 2**30):
         raise StageError(
@@ -49,7 +51,9 @@ class ShardedTraining(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         model._set_unshard_async_op(True)
-        for unit, following in pairwise(module for module in model.modules() if isinstance(module, FSDPModule)):
+        for unit, following in pairwise(
+            module for module in model.modules() if isinstance(module, FSDPModule)
+        ):
             unit.set_modules_to_forward_prefetch([following])
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -66,6 +70,8 @@ def shard(trainer, model, dtype):
     plugin, device = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.device
     plugin.mixed_precision_policy = None  # no casts
     plugin.ignored_modules = [model.get_output_embeddings().to(device)]
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+    autocast = torch.autocast(
+        device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
+    )
     model.forward = autocast(model.forward)
     trainer.add_callback(ShardedTraining())

@@ -23,8 +23,14 @@ def lora_targets(model, wanted="auto"):
     layers, parents = linear_layers(model), dict(model.named_modules())
     owner = {name: type(parents[name.rpartition(".")[0]]).__name__ for name in layers}
     # the fused kernels of Mamba read the weight of out_proj and pass by its adapter
-    usable = [n for n in layers if not (re.search("Mamba|Mixer", owner[n]) and n.endswith("out_proj"))]
-    mixture = any(parameter.dim() == 3 for name, parameter in text_part(model).named_parameters() if "conv" not in name)
+    usable = [
+        n for n in layers if not (re.search("Mamba|Mixer", owner[n]) and n.endswith("out_proj"))
+    ]
+    mixture = any(
+        parameter.dim() == 3
+        for name, parameter in text_part(model).named_parameters()
+        if "conv" not in name
+    )
     usable = [n for n in usable if not (mixture and n.rpartition(".")[2] in EXPERTS)]
     if wanted in ("auto", "all-linear"):
         return [n for n in usable if wanted != "auto" or ATTENTION.search(owner[n])] or usable

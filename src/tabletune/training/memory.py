@@ -15,7 +15,11 @@ def intermediate_size(config):
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     width = max(width) if isinstance(width, (list, tuple)) else width
     experts = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
-    return max(width, experts * (getattr(config, "moe_intermediate_size", None) or width)) if experts else width
+    return (
+        max(width, experts * (getattr(config, "moe_intermediate_size", None) or width))
+        if experts
+        else width
+    )
 
 
 def expected_gib(model, dtype, tokens, gpu, targets="auto", lora_r=64, lora_dropout=0.0, optim="adamw_torch",
@@ -39,18 +43,33 @@ def expected_gib(model, dtype, tokens, gpu, targets="auto", lora_r=64, lora_drop
     bits = size if unpacked else {"nf4": 0.5, "8bit": 1}.get(quantization, size)
     adapted = [sizes(model.get_submodule(name)) for name in lora_targets(model, targets)]
     adapter = sum(lora_r * (taken + given) for taken, given in adapted)
-    norms = [p.numel() for name, p in text_part(model).named_parameters() if "norm" in name and name.endswith("weight")]
+    norms = [
+        p.numel()
+        for name, p in text_part(model).named_parameters()
+        if "norm" in name and name.endswith("weight")
+    ]
     heads = getattr(text, "num_attention_heads", None) or 1
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
     # keys, values and results are as wide as queries once they meet; queries and keys also before a norm of their own
     queries = heads * head * (5 if head in norms else 4)
-    residual = (norms.count(text.hidden_size) // layers + (1 if use_liger_kernel else 4)) * text.hidden_size
+    residual = (
+        norms.count(text.hidden_size) // layers + (1 if use_liger_kernel else 4)
+    ) * text.hidden_size
     layer = (residual + queries + (2 if use_liger_kernel else 4) * intermediate_size(text)) * size
     layer += sum(taken for taken, _ in adapted) / layers * (size + 1) if lora_dropout else 0
-    activations = layers * text.hidden_size * size + layer if gradient_checkpointing else layers * layer
-    logits = text.vocab_size * (size + 4 * 4)  # as computed; in fp32: shifted, softmax, gradient, entropy
-    if use_liger_kernel:  # of so many tokens at once, as in liger_kernel.ops.fused_linear_cross_entropy
-        piece = 1 << (math.ceil(tokens / math.ceil(text.vocab_size / text.hidden_size)) - 1).bit_length()
+    activations = (
+        layers * text.hidden_size * size + layer if gradient_checkpointing else layers * layer
+    )
+    logits = text.vocab_size * (
+        size + 4 * 4
+    )  # as computed; in fp32: shifted, softmax, gradient, entropy
+    if (
+        use_liger_kernel
+    ):  # of so many tokens at once, as in liger_kernel.ops.fused_linear_cross_entropy
+        piece = (
+            1
+            << (math.ceil(tokens / math.ceil(text.vocab_size / text.hidden_size)) - 1).bit_length()
+        )
     states = 0 if "paged" in optim else 2 if "8bit" in optim else 8
     parts = {
         "base model": numbers * (bits / shards + (8.25 / 8 / 64 if quantization == "nf4" else 0))
@@ -61,7 +80,9 @@ def expected_gib(model, dtype, tokens, gpu, targets="auto", lora_r=64, lora_drop
     }
     if shards > 1:
         output_layer = model.get_output_embeddings().weight.numel() * size
-        parts["gathered layers"] = 6 / layers * (numbers * 0.5 + adapter * 4) + output_layer * (1 - 1 / shards)
+        parts["gathered layers"] = 6 / layers * (numbers * 0.5 + adapter * 4) + output_layer * (
+            1 - 1 / shards
+        )
     if not gpu:  # freed memory is used again less than on a GPU: half as much more, measured at 256 and 512 tokens
         parts |= {name: 1.5 * parts[name] for name in ("activations", "logits")}
         parts["Python and its libraries"] = psutil.Process().memory_info().rss

@@ -31,12 +31,24 @@ def look_and_check(chosen, config, dtype, tokenizer, stops):
     """
     check_choices(chosen, config, dtype)
     model = skeleton(config)
-    look = look_at_base(model, *(chosen[n] for n in ("lora_target_modules", "attn_implementation", "quantization")))
+    look = look_at_base(
+        model, *(chosen[n] for n in ("lora_target_modules", "attn_implementation", "quantization"))
+    )
     look = pd.Series(look | describe_template(tokenizer, stops), name="this base").to_frame()
     return targets_to_adapt(chosen, model), look
 
 
-def rows_and_steps(rows, epochs, batch_size, min_steps, accumulation=1, processes=1, fits=16, kept=math.inf, least=1):
+def rows_and_steps(
+    rows,
+    epochs,
+    batch_size,
+    min_steps,
+    accumulation=1,
+    processes=1,
+    fits=16,
+    kept=math.inf,
+    least=1,
+):
     """What an optimizer step is: (rows that each GPU takes at once, how often before it, how many steps there are).
 
     `batch_size` is taken as it is. "auto" is as many as fit, at most 16, but so few that there are `min_steps` steps: a
@@ -59,12 +71,16 @@ def steps_as_chosen(chosen, rows, processes, fits, kept):
     """`rows_and_steps` with the parameters of notebook 2, `chosen`."""
     names = ("epochs", "batch_size", "min_steps", "gradient_accumulation_steps")
     least = math.ceil(LEAST_TOKENS / chosen["max_length"])
-    return rows_and_steps(rows, *(chosen[n] for n in names), processes.num_processes, max(1, fits), kept, least)
+    return rows_and_steps(
+        rows, *(chosen[n] for n in names), processes.num_processes, max(1, fits), kept, least
+    )
 
 
 def plan_steps(chosen, rows, examples, room, processes):
     """`steps_as_chosen` where there is such room; prints in one line what a step on these rows of examples will be."""
-    batch_size, accumulation, steps = steps_as_chosen(chosen, len(rows), processes, room.fits, room.kept)
+    batch_size, accumulation, steps = steps_as_chosen(
+        chosen, len(rows), processes, room.fits, room.kept
+    )
     parts = [f"{batch_size} rows"] + [f"× {accumulation} accumulated"] * (accumulation > 1)
     parts += [f"× {processes.num_processes} GPUs"] * (processes.num_processes > 1)
     of_all = batch_size * accumulation * processes.num_processes * len(examples) / len(rows)
@@ -100,11 +116,16 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
     options = {name: chosen[name] for name in names}
 
     def memory(batch, shards=1, recomputed=checkpointing):
-        tokens, how = batch * chosen["max_length"], {"shards": shards, "gradient_checkpointing": recomputed}
+        tokens, how = (
+            batch * chosen["max_length"],
+            {"shards": shards, "gradient_checkpointing": recomputed},
+        )
         return expected_gib(model, dtype, tokens, gpu, targets, **options, **how)
 
     def most_that_fit(room, **how):
-        one, two = (memory(batch, **how).sum() for batch in (1, 2))  # what each row adds is the same
+        one, two = (
+            memory(batch, **how).sum() for batch in (1, 2)
+        )  # what each row adds is the same
         return max(0, int((room - (2 * one - two)) / (two - one)))
 
     room = min(gather_object([room_gib()]))
@@ -116,20 +137,29 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
     expected = whole = memory(batch_size, recomputed=batch_size > kept)
     sharded = several and bool(whole.sum() > room)
     if sharded:
-        print(f"on each GPU the whole model would take {whole.sum():.1f} GiB, and there is room for {room:.1f} GiB")
+        print(
+            f"on each GPU the whole model would take {whole.sum():.1f} GiB, and there is room for {room:.1f} GiB"
+        )
         print(f"so it is sharded over {processes.num_processes} GPUs (FSDP)")
         check_sharding(config, chosen["base_model"], chosen["optim"], whole["base model"])
-        fits, kept = most_that_fit(room, shards=processes.num_processes), 0 if checkpointing else math.inf
+        fits, kept = (
+            most_that_fit(room, shards=processes.num_processes),
+            0 if checkpointing else math.inf,
+        )
         batch_size = steps_as_chosen(chosen, rows, processes, fits, kept)[0]
         expected = memory(batch_size, processes.num_processes)
     elif processes.num_processes > 1:
-        print(f"each of {processes.num_processes} processes has the whole model, and its share of the rows (DDP)")
+        print(
+            f"each of {processes.num_processes} processes has the whole model, and its share of the rows (DDP)"
+        )
     if checkpointing and batch_size <= kept:
         print("there is room to keep all activations: nothing is recomputed in the backward pass")
     small = is_small(batch_size, chosen["max_length"], processes.num_processes)
     if gpu and small and batch_size <= kept and layers_can_be_recorded(model):
         # what is recorded keeps its memory to itself, and the validation takes other: 0.5 to 0.6 GiB more of a 7B
-        expected = pd.concat([expected, pd.Series({"recorded steps": 0.1 * expected.sum()}, name=expected.name)])
+        expected = pd.concat(
+            [expected, pd.Series({"recorded steps": 0.1 * expected.sum()}, name=expected.name)]
+        )
     print(f"expected peak memory: {expected.sum():.1f} GiB; there is room for {room:.1f} GiB")
     if expected["base model"] > room and not chosen["ignore_memory"]:
         raise StageError(
@@ -138,7 +168,9 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
         )
     if expected.sum() > room:
         advice = "" if checkpointing else ", or set gradient_checkpointing"
-        print(f"If it does not fit: lower batch_size and raise gradient_accumulation_steps by as much{advice}.")
+        print(
+            f"If it does not fit: lower batch_size and raise gradient_accumulation_steps by as much{advice}."
+        )
     return Room(expected, max(1, min(16, fits)), kept, sharded)
 
 
@@ -151,17 +183,26 @@ def rows_to_train_on(model, examples, packed, packing):
     check_forward(model, torch.tensor([examples[0]["input_ids"][:32]]))
     leak = 0 if not packing else packing_leaks(model)
     if packing and leak <= LEAK:
-        print(f"{len(examples):,} examples packed into {len(packed):,} rows; they do not see each other ({leak:.1%})")
+        print(
+            f"{len(examples):,} examples packed into {len(packed):,} rows; they do not see each other ({leak:.1%})"
+        )
         return packed
     reason = "as asked" if not packing else "packed examples would see each other in this model"
-    print(f"not packed, {reason} ({leak:.1%}): a row is one example, and a batch has rows of like length")
+    print(
+        f"not packed, {reason} ({leak:.1%}): a row is one example, and a batch has rows of like length"
+    )
     return examples
 
 
 def inputs_of(report, dtype, processes, room):
     """What a training depends on beside its parameters: the data set, and what computes."""
     hardware = {"dtype": str(dtype).removeprefix("torch."), "device": processes.device.type}
-    return {"dataset": report["fingerprint"], **hardware, "processes": processes.num_processes, "sharded": room.sharded}
+    return {
+        "dataset": report["fingerprint"],
+        **hardware,
+        "processes": processes.num_processes,
+        "sharded": room.sharded,
+    }
 
 
 def trainer_settings(stage, done, dtype, room, batch_size, steps, packed):
@@ -173,25 +214,28 @@ def trainer_settings(stage, done, dtype, room, batch_size, steps, packed):
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "training" / "tensorboard")
     each = math.ceil(steps / chosen["evaluations"])
     same = ("seed", "use_liger_kernel", "max_length", "lr_scheduler_type", "max_grad_norm")
-    return {name: chosen[name] for name in same} | {
-        "output_dir": str(stage.folder / "checkpoints"),
-        "warmup_steps": chosen["warmup"],
-        "report_to": "none" if done else chosen["report_to"],
-        "use_cpu": not gpu,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "per_device_eval_batch_size": max(batch_size, min(8, room.fits)) if gpu else batch_size,
-        "train_sampling_strategy": "random" if packed else "group_by_length",
-        "gradient_checkpointing": batch_size > room.kept,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "fsdp": room.sharded,
-        "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
-        "ddp_find_unused_parameters": False,
-        **when_to_evaluate(chosen["training_options"], each),
-        "save_total_limit": 2,
-        "restore_callback_states_from_checkpoint": chosen["early_stopping_patience"] > 0,
-        "logging_steps": 0.05,
-        "logging_nan_inf_filter": False,  # it would hide a loss that is NaN, and wait for the GPU in every step
-        "disable_tqdm": False,
-        "dataloader_pin_memory": gpu,
-    }
+    return (
+        {name: chosen[name] for name in same}
+        | {
+            "output_dir": str(stage.folder / "checkpoints"),
+            "warmup_steps": chosen["warmup"],
+            "report_to": "none" if done else chosen["report_to"],
+            "use_cpu": not gpu,
+            "bf16": dtype == torch.bfloat16,
+            "fp16": dtype == torch.float16,
+            "per_device_eval_batch_size": max(batch_size, min(8, room.fits)) if gpu else batch_size,
+            "train_sampling_strategy": "random" if packed else "group_by_length",
+            "gradient_checkpointing": batch_size > room.kept,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "fsdp": room.sharded,
+            "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
+            "ddp_find_unused_parameters": False,
+            **when_to_evaluate(chosen["training_options"], each),
+            "save_total_limit": 2,
+            "restore_callback_states_from_checkpoint": chosen["early_stopping_patience"] > 0,
+            "logging_steps": 0.05,
+            "logging_nan_inf_filter": False,  # it would hide a loss that is NaN, and wait for the GPU in every step
+            "disable_tqdm": False,
+            "dataloader_pin_memory": gpu,
+        }
+    )

@@ -21,8 +21,14 @@ def training_metrics(trainer, tokens_an_epoch, examples, before):
     """The content of `training/metrics.json`: steps, tokens without padding, seconds, losses in nats a token."""
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry] or [history[-1]["train_loss"]]
-    seconds = next(entry["seconds"] for entry in history[::-1] if "seconds" in entry and "eval_loss" not in entry)
-    trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    seconds = next(
+        entry["seconds"]
+        for entry in history[::-1]
+        if "seconds" in entry and "eval_loss" not in entry
+    )
+    trainable = sum(
+        parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad
+    )
     tokens, peak = round(tokens_an_epoch * trainer.state.epoch), peak_memory_gib()
     after = trainer.state.best_metric
     if after is None:  # training_options have left out the choice of a checkpoint
@@ -36,7 +42,9 @@ def training_metrics(trainer, tokens_an_epoch, examples, before):
         "tokens_per_second": round(tokens / seconds, 1),
         "peak_memory_gib": peak.get("gpu", peak["host"]),
         "trainable_parameters": trainable,
-        "trainable_percent": round(100 * trainable / trainer.model.base_model.model.num_parameters(), 4),
+        "trainable_percent": round(
+            100 * trainable / trainer.model.base_model.model.num_parameters(), 4
+        ),
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "eval_loss_before": before,
@@ -56,7 +64,9 @@ def save_training(stage, trainer, metrics, tokenizer, stops, inputs):
     }
     if trainer.is_world_process_zero():
         run, chosen = stage.folder, stage.parameters
-        provenance = {name: chosen[name] for name in ("base_model", "base_model_revision", "quantization")}
+        provenance = {
+            name: chosen[name] for name in ("base_model", "base_model_revision", "quantization")
+        }
         provenance |= {"dataset_fingerprint": inputs["dataset"], "dtype": inputs["dtype"]}
         write_json(run / "training" / "metrics.json", metrics)
         write_json(run / "training" / "log_history.json", trainer.state.log_history)

@@ -48,17 +48,25 @@ class TokenTrainer(SFTTrainer):
     """
 
     def __init__(self, model, args, **kwargs):
-        model.load_adapter = partial(load_adapter_weights, model)  # peft's fails, see `models.attach_adapter`
+        model.load_adapter = partial(
+            load_adapter_weights, model
+        )  # peft's fails, see `models.attach_adapter`
         if not torch.cuda.is_available():
             unpack_weights(model)
-        args._n_gpu = 1  # of several GPUs Trainer takes all, and multiplies batch and loss by their number
+        args._n_gpu = (
+            1  # of several GPUs Trainer takes all, and multiplies batch and loss by their number
+        )
         super().__init__(model=model, args=args, **kwargs)
-        self.tokens_seen = torch.zeros((), dtype=torch.long, device=args.device)  # since the last log
+        self.tokens_seen = torch.zeros(
+            (), dtype=torch.long, device=args.device
+        )  # since the last log
         altup = any("AltUp" in type(module).__name__ for module in model.modules())
         if altup and not model.get_input_embeddings().weight[self.data_collator.pad_token_id].any():
             # Gemma 3n takes a root, whose gradient at 0 is NaN, also of padding that counts for nothing
             self.data_collator.pad_token_id = self.processing_class.eos_token_id
-        for parameter in self.model.parameters():  # TRL has cast the adapter of a 4-bit model to bf16
+        for (
+            parameter
+        ) in self.model.parameters():  # TRL has cast the adapter of a 4-bit model to bf16
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         if args.fsdp:
@@ -67,11 +75,15 @@ class TokenTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs.pop("_prediction_loss_only", None)
         if model.training:
-            tokens = inputs.get("attention_mask", inputs["input_ids"] != self.data_collator.pad_token_id)
+            tokens = inputs.get(
+                "attention_mask", inputs["input_ids"] != self.data_collator.pad_token_id
+            )
             self.tokens_seen += tokens.sum()
         inputs["use_cache"] = False
         if self.args.use_liger_kernel:
-            inputs["skip_logits"] = True  # in the evaluation, too: whole logits take more memory than training
+            inputs["skip_logits"] = (
+                True  # in the evaluation, too: whole logits take more memory than training
+            )
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -82,7 +94,9 @@ class TokenTrainer(SFTTrainer):
     def log(self, logs, *args, **kwargs):
         self.state.num_input_tokens_seen += self.accelerator.gather(self.tokens_seen).sum().item()
         self.tokens_seen.zero_()
-        super().log(logs | {"num_input_tokens_seen": self.state.num_input_tokens_seen}, *args, **kwargs)
+        super().log(
+            logs | {"num_input_tokens_seen": self.state.num_input_tokens_seen}, *args, **kwargs
+        )
 
     def create_model_card(self, *args, **kwargs):
         """None for checkpoints: TRL reads its template in the locale's encoding, and stops where that is ASCII."""
@@ -105,7 +119,9 @@ class Stopwatch(TrainerCallback):
     start = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter() - next((e["seconds"] for e in state.log_history[::-1] if "seconds" in e), 0)
+        self.start = time.perf_counter() - next(
+            (e["seconds"] for e in state.log_history[::-1] if "seconds" in e), 0
+        )
 
     def on_log(self, args, state, control, **kwargs):
         state.log_history[-1]["seconds"] = round(time.perf_counter() - self.start, 2)
