@@ -101,7 +101,7 @@ early_stopping_patience = (
 )
 
 # %%
-from tabletune.chat.tokenizer import load_tokenizer, pinned_in
+from tabletune.chat.tokenizer import load_tokenizer, template_settings
 from tabletune.model.devices import compute_dtype
 from tabletune.model.inspection import base_config
 from tabletune.model.quantization import load_base
@@ -111,7 +111,7 @@ from tabletune.run.stage import begin
 from tabletune.training.checkpoints import checkpoint_to_resume, claim_checkpoints
 from tabletune.training.collator import Collator
 from tabletune.training.examples import encode_splits, load_examples
-from tabletune.training.lora_targets import short_names
+from tabletune.training.lora_targets import shortest_target_names
 from tabletune.training.planning import (
     inputs_of,
     look_and_check,
@@ -120,8 +120,8 @@ from tabletune.training.planning import (
     rows_to_train_on,
     trainer_settings,
 )
-from tabletune.training.results import loss_of_base, save_training, training_metrics
-from tabletune.training.trainer import TokenTrainer, callbacks, free_memory
+from tabletune.training.results import base_model_loss, save_training, training_metrics
+from tabletune.training.trainer import TokenTrainer, free_memory, training_callbacks
 
 stage = begin("02_finetune_qlora", globals())
 run = stage.folder
@@ -149,7 +149,7 @@ splits, report = load_examples(run, published_dataset, processes)
 # `encode` is what notebook 1 showed: token ids, and a mask of the answers, which is all that the loss will see.
 
 # %%
-tokenizer, stops = load_tokenizer(base_model, base_model_revision, *pinned_in(report))
+tokenizer, stops = load_tokenizer(base_model, base_model_revision, *template_settings(report))
 encoded, counts = encode_splits(splits, tokenizer, stops, max_length)
 counts
 
@@ -238,7 +238,7 @@ chosen = dict(
     r=lora_r,
     lora_alpha=lora_alpha,
     lora_dropout=lora_dropout,
-    target_modules=short_names(model, targets),
+    target_modules=shortest_target_names(model, targets),
     task_type="CAUSAL_LM",
 )
 with model.device:  # where the adapter is made
@@ -284,7 +284,7 @@ trainer = TokenTrainer(
     eval_dataset=encoded["validation"],
     data_collator=Collator(tokenizer.pad_token_id, max_length),
     processing_class=tokenizer,
-    callbacks=callbacks(early_stopping_patience),
+    callbacks=training_callbacks(early_stopping_patience),
 )
 
 # %% [markdown]
@@ -304,7 +304,7 @@ if not done:
 
 # %% tags=["nbval-ignore-output"]
 if not done:
-    before = loss_of_base(trainer)
+    before = base_model_loss(trainer)
     tokens = sum(map(len, encoded["train"]["input_ids"]))
     metrics = training_metrics(trainer, tokens, len(encoded["train"]), before)
     save_training(stage, trainer, metrics, tokenizer, stops, inputs)

@@ -126,13 +126,13 @@ assert torch.allclose(merged, by_package, rtol=1e-4, atol=1e-5)
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
-from tabletune.merging.lora import through_nf4
+from tabletune.merging.lora import nf4_round_trip
 
 moved = pd.Series(
     {
         "the adapter": merged - weight,
         f"rounding to {plan.dtype}": merged.to(plan.dtype).float() - merged,
-        "NF4 and back": through_nf4(weight, plan.training_dtype) - weight,
+        "NF4 and back": nf4_round_trip(weight, plan.training_dtype) - weight,
     }
 )
 moved.map(lambda change: f"{(change.norm() / weight.norm()).item():.3%}").to_frame("moves W by")

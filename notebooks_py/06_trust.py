@@ -102,7 +102,7 @@ from tabletune.evaluation.safety import (
     seeks_help,
 )
 from tabletune.evaluation.scoring import divergence, response_logits, score
-from tabletune.merging.plan import merge_in_memory, quantize_again
+from tabletune.merging.plan import merge_in_memory, nf4_round_trip_model
 from tabletune.model.devices import compute_dtype
 from tabletune.model.inspection import base_config
 from tabletune.model.loading import load_model
@@ -278,7 +278,7 @@ if not done:
     put_to_the_test("merged", merged)
     if not evaluated_in:
         compare_way(f"merged, {made_from}", merged)
-        quantize_again(merged)
+        nf4_round_trip_model(merged)
     compare_way(f"merged, {made_from}, NF4 again", merged)
     merged = None
 
@@ -296,7 +296,7 @@ if not done and compared and not evaluated_in and not hasattr(stored, "quantizat
         source[2]
     )
     compare_way(f"merged, {other}", plain)
-    compare_way(f"merged, {other}, NF4 again", quantize_again(plain))
+    compare_way(f"merged, {other}, NF4 again", nf4_round_trip_model(plain))
     plain = None
 
 # %% [markdown]

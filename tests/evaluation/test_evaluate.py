@@ -29,10 +29,10 @@ from tabletune.evaluation.questions import own_question, questions_of
 from tabletune.evaluation.scoring import divergence, perplexity, response_logits, score, spans
 from tabletune.model import dequantize, run_models
 from tabletune.model import memory as memory_module
-from tabletune.model.cuda_graphs import recorded
-from tabletune.model.dequantize import unpack_weights
-from tabletune.model.generation import decode, fixed_cache
-from tabletune.model.memory import bytes_a_token, rows_that_fit
+from tabletune.model.cuda_graphs import cuda_graph
+from tabletune.model.dequantize import dequantize_layers
+from tabletune.model.generation import decode, static_cache
+from tabletune.model.memory import bytes_per_token, max_batch_size
 from tabletune.model.quantization import load_base
 from tabletune.model.run_models import find_merged
 from tabletune.report import plots as plots_module
@@ -177,15 +177,15 @@ def test_weights_unpacked_once_give_the_same_logits(rows, monkeypatch):
 
     before = logits()
     assert not torch.equal(*before)
-    monkeypatch.setattr(dequantize, "room_gib", lambda: 0.001)
-    assert not unpack_weights(adapted)
+    monkeypatch.setattr(dequantize, "available_memory_gib", lambda: 0.001)
+    assert not dequantize_layers(adapted)
     monkeypatch.undo()
-    assert unpack_weights(adapted)
+    assert dequantize_layers(adapted)
     assert not any(isinstance(module, bnb.nn.Linear4bit) for module in adapted.modules())
     assert all(map(torch.equal, before, logits()))
-    assert not unpack_weights(adapted), "once is enough"
+    assert not dequantize_layers(adapted), "once is enough"
     half = load_base(str(TINY), None, torch.bfloat16)
-    unpack_weights(half)
+    dequantize_layers(half)
     assert half.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
 
 
@@ -195,12 +195,14 @@ def test_how_many_rows_fit_is_measured(model, monkeypatch):
         2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     )
     token = keys_and_values + config.vocab_size * 12
-    assert bytes_a_token(model) == token
-    monkeypatch.setattr(memory_module, "room_gib", lambda: 10.2 * 100 * token / 0.8 / 2**30)
-    assert [rows_that_fit(model, 100, most) for most in (4, 16)] == [4, 10]
-    assert rows_that_fit(model, 100, 999, with_logits=False) == int(10.2 * token / keys_and_values)
-    assert rows_that_fit(model, 10_000_000, 16) == 1
-    assert rows_that_fit(object(), 100, 1) == 1, "where one is asked for, nothing is measured"
+    assert bytes_per_token(model) == token
+    monkeypatch.setattr(
+        memory_module, "available_memory_gib", lambda: 10.2 * 100 * token / 0.8 / 2**30
+    )
+    assert [max_batch_size(model, 100, most) for most in (4, 16)] == [4, 10]
+    assert max_batch_size(model, 100, 999, with_logits=False) == int(10.2 * token / keys_and_values)
+    assert max_batch_size(model, 10_000_000, 16) == 1
+    assert max_batch_size(object(), 100, 1) == 1, "where one is asked for, nothing is measured"
 
 
 @pytest.mark.parametrize(
@@ -226,8 +228,8 @@ def test_without_a_gpu_nothing_is_recorded(model):
     def step():
         return 1
 
-    assert recorded(step) is step
-    assert fixed_cache(model, 10) is None
+    assert cuda_graph(step) is step
+    assert static_cache(model, 10) is None
 
 
 def test_where_the_merged_model_is(tmp_path, monkeypatch):
@@ -705,7 +707,7 @@ def test_a_merged_model_that_is_not_at_hand_or_does_not_fit(
     if fits:
         monkeypatch.setattr(run_models, "find_merged", lambda run, run_dir: None)
     else:
-        monkeypatch.setattr(run_models, "room_gib", lambda: 0.9 * 1_000_000 * 4 / 2**30)
+        monkeypatch.setattr(run_models, "available_memory_gib", lambda: 0.9 * 1_000_000 * 4 / 2**30)
     run_tiny("04_evaluate", run_dir, **NO_SETTINGS)
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
     before = json.loads((finished_run / "evaluation" / "metrics.json").read_text())
@@ -715,7 +717,7 @@ def test_a_merged_model_that_is_not_at_hand_or_does_not_fit(
     )
     if fits:
         assert one == pytest.approx(other, rel=1e-4) and "evaluated_in" not in metrics["merged"]
-        monkeypatch.setattr(run_models, "room_gib", lambda: 0.0001)
+        monkeypatch.setattr(run_models, "available_memory_gib", lambda: 0.0001)
         with pytest.raises(StageError, match="run this notebook on a larger machine"):
             run_models.load_merged(None, run_dir / "adapter", str(TINY), None, torch.float32)
     else:

@@ -24,8 +24,8 @@ from tabletune.errors import StageError
 from tabletune.merging import lora as lora_module
 from tabletune.merging import verification
 from tabletune.merging import write as write_module
-from tabletune.merging.lora import through_nf4
-from tabletune.merging.plan import Plan, merge_in_memory, quantize_again, quantized_layers
+from tabletune.merging.lora import nf4_round_trip
+from tabletune.merging.plan import Plan, merge_in_memory, nf4_round_trip_model, quantized_layers
 from tabletune.model.adapters import attach_adapter
 from tabletune.model.loading import load_model, skeleton
 from tabletune.model.quantization import load_base
@@ -334,7 +334,7 @@ def test_merging_in_memory_gives_what_is_written(tmp_path, base_weights, config)
 
 
 def test_quantize_again_is_keeping_it_in_4_bits():
-    again = logits(quantize_again(load_model(TINY, None, torch.float32)))
+    again = logits(nf4_round_trip_model(load_model(TINY, None, torch.float32)))
     assert torch.allclose(again, logits(load_base(str(TINY), None, torch.float32)), atol=1e-4)
     assert not torch.allclose(again, logits_of(TINY), atol=1e-3)
 
@@ -532,7 +532,7 @@ def test_what_rounding_does_to_a_model_is_no_mistake_of_the_merge(
 
 
 def test_without_memory_for_the_proof_the_report_says_so(run, monkeypatch, capsys):
-    monkeypatch.setattr(verification, "room_gib", lambda: 0.001)
+    monkeypatch.setattr(verification, "available_memory_gib", lambda: 0.001)
     report = merge(run)
     assert "UNPROVEN: comparing takes" in capsys.readouterr().out
     assert (
@@ -715,4 +715,4 @@ def test_nf4_is_what_bitsandbytes_makes_of_a_weight():
     weight = load_model(TINY, None, torch.float32).model.layers[0].self_attn.q_proj.weight.data
     layer = load_base(str(TINY), None, torch.float32).model.layers[0].self_attn.q_proj
     identity = torch.eye(weight.shape[1])
-    assert torch.allclose(through_nf4(weight, torch.float32), layer(identity).T, atol=1e-6)
+    assert torch.allclose(nf4_round_trip(weight, torch.float32), layer(identity).T, atol=1e-6)

@@ -37,15 +37,21 @@ from tabletune.errors import StageError
 from tabletune.model import devices, loading
 from tabletune.model import weights as weights_module
 from tabletune.model.adapters import attach_adapter
-from tabletune.model.checks import check_forward, packing_leaks
+from tabletune.model.checks import check_forward, packing_leak
 from tabletune.model.devices import compute_dtype
 from tabletune.model.inspection import base_config
-from tabletune.model.loading import attention_of, fetch, load_model, model_class, skeleton
+from tabletune.model.loading import (
+    attention_implementation,
+    download_model,
+    load_model,
+    model_class,
+    skeleton,
+)
 from tabletune.model.quantization import load_base
 from tabletune.model.weights import AHEAD, read_ahead, weight_files
 from tabletune.run import artifacts
-from tabletune.training.base_summary import look_at_base
-from tabletune.training.lora_targets import lora_targets, short_names
+from tabletune.training.base_summary import summarize_base_model
+from tabletune.training.lora_targets import lora_targets, shortest_target_names
 from tabletune.training.memory import expected_gib
 from tabletune.training.planning import LEAK
 
@@ -122,8 +128,8 @@ def test_auto_adapts_the_attention_of_every_kind(kind):
     model = skeleton(KINDS[kind])
     targets = lora_targets(model)
     assert expected_gib(model, torch.float32, 64, False, targets).sum() > 0
-    assert "million parameters" in look_at_base(model)["architecture"]
-    short = short_names(model, targets)
+    assert "million parameters" in summarize_base_model(model)["architecture"]
+    short = shortest_target_names(model, targets)
     assert [
         name.rpartition("self_attention.")[2].rpartition("attention.")[2] or name for name in short
     ] == TARGETS[kind]
@@ -170,13 +176,13 @@ def test_an_untied_output_layer_can_be_adapted():
 
 
 def test_attention_is_what_the_model_has():
-    assert attention_of(KINDS["llama"]) == "sdpa"
+    assert attention_implementation(KINDS["llama"]) == "sdpa"
     oss = GptOssConfig(**SMALL, num_key_value_heads=1, head_dim=16, num_local_experts=2)
-    assert attention_of(oss) == "eager"
+    assert attention_implementation(oss) == "eager"
     with pytest.raises(
         StageError, match=r'attn_implementation="sdpa": GptOssForCausalLM has no such attention'
     ):
-        attention_of(oss, "sdpa")
+        attention_implementation(oss, "sdpa")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +191,7 @@ def test_attention_is_what_the_model_has():
 def test_packing_is_tried_on_the_model_itself(kind, leaks):
     torch.manual_seed(0)
     model = model_class(KINDS[kind])(KINDS[kind])
-    assert (packing_leaks(model) > LEAK) == leaks
+    assert (packing_leak(model) > LEAK) == leaks
 
 
 @pytest.mark.parametrize(
@@ -292,15 +298,15 @@ def test_a_download_needs_room_on_the_disk(monkeypatch, tmp_path, capsys):
 
     for size in (2**30, None):
         monkeypatch.setattr(loading, "snapshot_download", hub(size))
-        assert fetch("some-one/model", "abc") == tmp_path
+        assert download_model("some-one/model", "abc") == tmp_path
     assert "to download: 1.0 GiB" in capsys.readouterr().out
     assert all(
         wanted["revision"] == "abc" and "*.bin" not in wanted["allow_patterns"] for wanted in asked
     )
     monkeypatch.setattr(loading, "snapshot_download", hub(2**60))
     with pytest.raises(StageError, match="no room for some-one/model"):
-        fetch("some-one/model", "abc")
-    assert fetch(str(TINY), None) == TINY
+        download_model("some-one/model", "abc")
+    assert download_model(str(TINY), None) == TINY
 
 
 def test_the_same_weights_are_not_fetched_twice(monkeypatch, tmp_path):
@@ -324,7 +330,7 @@ def test_the_same_weights_are_not_fetched_twice(monkeypatch, tmp_path):
         "snapshot_download",
         lambda m, dry_run=False, **wanted: taken.update(wanted) or ([] if dry_run else tmp_path),
     )
-    fetch("some-one/model")
+    download_model("some-one/model")
     patterns = {name: taken[name] for name in ("allow_patterns", "ignore_patterns")}
     assert list(filter_repo_objects(there, **patterns)) == [*there[:3], "chat_template.jinja"]
 
@@ -594,7 +600,7 @@ def test_the_expected_memory_of_the_cpu_profile():
 def test_room_is_what_the_machine_has(monkeypatch):
     room = psutil.virtual_memory()._replace(available=3 * 2**30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
-    assert devices.room_gib() == 3
+    assert devices.available_memory_gib() == 3
 
 
 def test_a_local_folder_is_one_model_by_any_path(tmp_path, monkeypatch):

@@ -711,11 +711,11 @@ def test_the_token_comes_from_environment_login_or_secrets_in_that_order(
     program = f"""if True:
         from tabletune.chat.tokenizer import load_tokenizer
         from tabletune.errors import StageError
-        from tabletune.model.loading import fetch
+        from tabletune.model.loading import download_model
         load_tokenizer({str(TINY)!r})
         attempts = [
             lambda: load_tokenizer("some-one/gated", "main"),
-            lambda: fetch("some-one/gated", "main"),
+            lambda: download_model("some-one/gated", "main"),
         ]
         for attempt in attempts:
             try:

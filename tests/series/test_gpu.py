@@ -17,7 +17,7 @@ from tabletune.chat.tokenizer import load_tokenizer, load_tokenizer_of_run
 from tabletune.errors import StageError
 from tabletune.evaluation import answers as answers_module
 from tabletune.model import cuda_graphs, generation
-from tabletune.model.cuda_graphs import recorded
+from tabletune.model.cuda_graphs import cuda_graph
 from tabletune.model.quantization import load_base
 from tabletune.run.artifacts import load_dataset_of_run
 from tabletune.run.parameters import PARAMETERS
@@ -256,11 +256,11 @@ def test_recorded_steps_write_the_same_answers(run_dir, monkeypatch):
     prompts = load_from_disk(run_dir / "dataset")["test"]["prompt"][:6]
     graphs = []
     monkeypatch.setattr(
-        generation, "recorded", lambda step: graphs.append(recorded(step)) or graphs[-1]
+        generation, "cuda_graph", lambda step: graphs.append(cuda_graph(step)) or graphs[-1]
     )
     ours = answers_module.generate(model, tokenizer, stops, prompts, 4, 24)[0]
     assert [graph.__name__ for graph in graphs] == ["replay", "replay"]
-    monkeypatch.setattr(answers_module, "fixed_cache", lambda *_: None)
+    monkeypatch.setattr(answers_module, "static_cache", lambda *_: None)
     assert answers_module.generate(model, tokenizer, stops, prompts, 4, 24)[0].equals(ours)
 
 
@@ -268,7 +268,7 @@ def test_recorded_layers_train_as_others_do(run_dir, monkeypatch):
     one_row = {"precision": "bf16", "batch_size": 1, "epochs": 0.2}
     _, after, _, stage = train(run_dir, **one_row)
     decoder = stage.trainer.model.get_base_model().model
-    assert "record_layers" in decoder.forward.__qualname__
+    assert "graph_layers" in decoder.forward.__qualname__
     monkeypatch.setattr(cuda_graphs, "MOST_TOKENS", 0)
     assert train(run_dir, **one_row)[1] == pytest.approx(after, abs=NOISE)
 

@@ -16,13 +16,13 @@ import yaml
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
-from tabletune.chat.tokenizer import stop_ids
-from tabletune.model.checks import packing_leaks
-from tabletune.model.cuda_graphs import can_be_recorded, layers_can_be_recorded
+from tabletune.chat.tokenizer import find_stop_token_ids
+from tabletune.model.checks import packing_leak
+from tabletune.model.cuda_graphs import layers_support_cuda_graph, supports_cuda_graph
 from tabletune.model.loading import model_class, skeleton
 from tabletune.run.parameters import DEFAULTS
-from tabletune.training.base_summary import look_at_base
-from tabletune.training.lora_targets import lora_targets, short_names
+from tabletune.training.base_summary import summarize_base_model
+from tabletune.training.lora_targets import lora_targets, shortest_target_names
 from tabletune.training.memory import expected_gib
 
 ROOT = Path(__file__).parent.parent.parent
@@ -90,11 +90,11 @@ def test_adapters_go_on_all_of_its_attention_and_on_nothing_that_sees(name):
     assert Counter(layer.rpartition(".")[2] for layer in found) == published["adapters_on"]
     assert not re.search("vision|visual", " ".join(found))
     named = [layer for layer, _ in model.named_modules()]
-    ends = short_names(model, found)
+    ends = shortest_target_names(model, found)
     assert {
         layer for layer in named if any(layer == end or layer.endswith(f".{end}") for end in ends)
     } == set(found)
-    looked = look_at_base(model)
+    looked = summarize_base_model(model)
     for layer, count in published["adapters_on"].items():
         assert f"{count} × {layer}" in looked["adapters on"]
 
@@ -117,7 +117,7 @@ def test_an_answer_stops_where_the_model_was_made_to_stop(name, tmp_path):
     )
     if "generation" in turns:
         GenerationConfig(eos_token_id=turns["generation"]).save_pretrained(tmp_path)
-    stops = stop_ids(tokenizer, str(tmp_path), None, config)
+    stops = find_stop_token_ids(tokenizer, str(tmp_path), None, config)
     assert sorted(stops) == turns["stops"]
     assert max(stops) < config.get_text_config().vocab_size
 
@@ -179,7 +179,7 @@ def test_examples_are_packed_only_where_they_do_not_see_each_other(name):
     published = facts(name)
     torch.manual_seed(0)
     config = AutoConfig.for_model(**small(published["config"]))
-    leak = packing_leaks(model_class(config)._from_config(config).eval())
+    leak = packing_leak(model_class(config)._from_config(config).eval())
     assert (leak < 1e-4) == published["packed"], leak
 
 
@@ -198,7 +198,7 @@ def test_examples_are_packed_only_where_they_do_not_see_each_other(name):
 )
 def test_layers_are_recorded_where_they_get_token_ids(name, model, layers):
     shape = shape_of(name)
-    assert (can_be_recorded(shape), layers_can_be_recorded(shape)) == (model, layers)
+    assert (supports_cuda_graph(shape), layers_support_cuda_graph(shape)) == (model, layers)
 
 
 def settings_of(name, profile):

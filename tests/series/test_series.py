@@ -121,7 +121,7 @@ def test_only_times_and_pictures_are_ignored(name):
         "room",
         "score(",
         "pipeline(",
-        "through_nf4(",  # whose last digits differ between processors
+        "nf4_round_trip(",  # whose last digits differ between processors
     )
     for cell in notebook_of(name).cells:
         if "nbval-ignore-output" in cell.metadata.get("tags", []):

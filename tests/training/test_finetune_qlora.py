@@ -308,7 +308,7 @@ def test_the_step_is_said_in_one_line(capsys):
 
 
 def test_rows_that_may_not_be_packed_are_not(stage, capsys, monkeypatch):
-    monkeypatch.setattr(planning, "packing_leaks", lambda model: 0.085)
+    monkeypatch.setattr(planning, "packing_leak", lambda model: 0.085)
     examples = planning.rows_to_train_on(
         stage.trainer.model, stage.encoded["train"], stage.packed, True
     )
@@ -528,7 +528,7 @@ def test_only_weights_that_do_not_fit_are_refused(monkeypatch, capsys):
     config, processes = AutoConfig.from_pretrained(TINY), PartialState(cpu=True)
 
     def ask(room, **change):
-        monkeypatch.setattr(planning, "room_gib", lambda: room)
+        monkeypatch.setattr(planning, "available_memory_gib", lambda: room)
         return room_for_training({**chosen, **change}, config, torch.float32, "auto", 40, processes)
 
     assert ask(64).fits == 16 and "If it does not fit" not in capsys.readouterr().out
@@ -567,7 +567,7 @@ def test_nothing_is_recomputed_where_a_gpu_has_room_for_all(monkeypatch, capsys)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def ask(room, **change):
-        monkeypatch.setattr(planning, "room_gib", lambda: room)
+        monkeypatch.setattr(planning, "available_memory_gib", lambda: room)
         return room_for_training({**chosen, **change}, config, torch.float32, "auto", 40, processes)
 
     kept = ask(64)
@@ -614,7 +614,7 @@ def test_rows_of_a_step_are_taken_in_parts_of_which_nothing_is_recomputed(monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def ask(room, **change):
-        monkeypatch.setattr(planning, "room_gib", lambda: room)
+        monkeypatch.setattr(planning, "available_memory_gib", lambda: room)
         found = room_for_training(
             {**chosen, **change}, config, torch.float32, "auto", 400, processes
         )
@@ -677,7 +677,7 @@ def test_recorded_layers_accumulate_and_take_fewer_rows(monkeypatch):
         )
 
     losses, usual = gradients()
-    cuda_graphs.record_layers(model.model, (4, 32))
+    cuda_graphs.graph_layers(model.model, (4, 32))
     losses_recorded, recorded = gradients()
     assert replayed == [((4, 32), (4, 32))] * 2
     assert losses_recorded == pytest.approx(losses, abs=1e-6)
@@ -816,7 +816,7 @@ def test_a_model_that_one_gpu_cannot_hold_is_sharded_over_two(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     config = AutoConfig.from_pretrained(TINY)
     for room, sharded in ((64, False), (0.7, True)):
-        monkeypatch.setattr(planning, "room_gib", lambda room=room: room)
+        monkeypatch.setattr(planning, "available_memory_gib", lambda room=room: room)
         assert (
             room_for_training(chosen, config, torch.float32, "auto", 40, processes).sharded
             == sharded

@@ -39,7 +39,7 @@ def encode(example, tokenizer, stops):
 
 def encode_all(examples, tokenizer, stops):
     """`encode` for many examples, whose texts are cut into tokens all at once."""
-    texts = [texts_of(example, tokenizer) for example in examples]
+    texts = [prompt_and_completion(example, tokenizer) for example in examples]
     prompts = tokenizer([prompt for prompt, _ in texts] or [""], add_special_tokens=False)[
         "input_ids"
     ]
@@ -86,14 +86,14 @@ def encode_text(text, tokenizer, stops):
     return {"input_ids": ids, "completion_mask": [1] * len(ids)}
 
 
-def texts_of(example, tokenizer):
+def prompt_and_completion(example, tokenizer):
     """An example as two texts: the prompt as the model will be asked, and all that it is to write."""
     if not example["prompt"]:
         return "", ""
     tools = json.loads(example["tools"]) if example.get("tools") else None
     prompt = render(example["prompt"], tokenizer, True, tools)
     roles = tuple(message["role"] for message in example["prompt"])
-    between, after = written_around(tokenizer.chat_template, roles, tokenizer)
+    between, after = template_parts(tokenizer.chat_template, roles, tokenizer)
     answer = example["completion"][0]["content"]
     if thinking_is_on(tokenizer):
         reasoning, _, answer = answer.rpartition("</think>")
@@ -105,7 +105,7 @@ def texts_of(example, tokenizer):
 
 
 @lru_cache(maxsize=256)
-def written_around(template, roles, tokenizer):
+def template_parts(template, roles, tokenizer):
     """The white space that `template` writes between a prompt of these roles and the answer, and all after it."""
     try:
         opened, before, after = around(

@@ -7,7 +7,7 @@ from tabletune.chat.tokenizer import special_ids
 
 
 @lru_cache(maxsize=8)
-def markers_of(tokenizer):
+def special_markers(tokenizer):
     """What a text must not contain: the special tokens, and the markers that the template writes as plain text."""
     special = set(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))))
     written = set(
@@ -22,7 +22,7 @@ def markers_of(tokenizer):
 
 def break_markers(text, tokenizer):
     """Put a space into every marker that occurs in `text`, so that the tokenizer reads it as plain text."""
-    for marker in markers_of(tokenizer):
+    for marker in special_markers(tokenizer):
         if marker in text:
             text = text.replace(marker, marker[0] + " " + marker[1:])
     return text

@@ -70,7 +70,7 @@ def pinned_template(tokenizer, thinking, date):
     if thinking:
         return THINKING_ON + template
     tokenizer.chat_template = template
-    closing = json.dumps(closing_of(tokenizer))
+    closing = json.dumps(thinking_suffix(tokenizer))
     return template + (
         f"{{%- if add_generation_prompt %}}{{{{ {closing} }}}}{{%- endif %}}"
         if closing != '""'
@@ -78,7 +78,7 @@ def pinned_template(tokenizer, thinking, date):
     )
 
 
-def closing_of(tokenizer):
+def thinking_suffix(tokenizer):
     """What is missing between a template's prompt and an answer without thinking; "" if nothing is.
 
     Raises StageError if the prompt opens a thinking with a mark that is not known here.

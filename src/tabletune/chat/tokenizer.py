@@ -46,7 +46,7 @@ def load_tokenizer(base_model, revision=None, thinking=False, date="2026-01-01")
     tokenizer.padding_side = "right"
     tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of the text
     tokenizer.chat_template = pinned_template(tokenizer, thinking, date)
-    stops = [i for i in stop_ids(tokenizer, base_model, revision, config) if i < rows]
+    stops = [i for i in find_stop_token_ids(tokenizer, base_model, revision, config) if i < rows]
     opened, _, after = around([USER], tokenizer)
     beyond = [
         i for i in tokenizer(opened + after, add_special_tokens=False)["input_ids"] if i >= rows
@@ -59,7 +59,7 @@ def load_tokenizer(base_model, revision=None, thinking=False, date="2026-01-01")
     return tokenizer, stops
 
 
-def pinned_in(report):
+def template_settings(report):
     """Whether the model thinks, and which day a template takes for today, in the data set that a `report` is of."""
     return report.get("thinking", False), report.get("template_date", "2026-01-01")
 
@@ -119,7 +119,7 @@ def load_tokenizer_of_run(folder):
     return tokenizer, [stops] if isinstance(stops, int) else list(stops)
 
 
-def stop_ids(tokenizer, base_model, revision, config):
+def find_stop_token_ids(tokenizer, base_model, revision, config):
     """Where an answer ends: EOS, what the model's generation config says, and what the template ends a turn with."""
     try:
         generation = GenerationConfig.from_pretrained(base_model, revision=revision)

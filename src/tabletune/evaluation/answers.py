@@ -15,8 +15,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, set_seed
 
 from tabletune.chat.encoding import answer_text, encode_prompt
-from tabletune.model.generation import decode, fixed_cache
-from tabletune.model.memory import rows_that_fit
+from tabletune.model.generation import decode, static_cache
+from tabletune.model.memory import max_batch_size
 
 # --- answers
 
@@ -60,7 +60,7 @@ def generate(model, tokenizer, stops, prompts, batch_size, max_new_tokens, seed=
     ]
     most = min(batch_size, math.ceil(len(ids) / processes.num_processes))
     longest = max(map(len, ids), default=1) + max_new_tokens
-    batch_size = rows_that_fit(model, longest, max(1, most), with_logits=False)
+    batch_size = max_batch_size(model, longest, max(1, most), with_logits=False)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
     with without_settings(model):
@@ -71,7 +71,7 @@ def generate(model, tokenizer, stops, prompts, batch_size, max_new_tokens, seed=
             padded = tokenizer.pad(
                 {"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt"
             )
-            cache = fixed_cache(model, padded["input_ids"].shape[1] + max_new_tokens)
+            cache = static_cache(model, padded["input_ids"].shape[1] + max_new_tokens)
             loop = {"custom_generate": decode, "past_key_values": cache} if cache else {}
             output = model.generate(**padded.to(model.device), generation_config=settings, **loop)
             for i, new in zip(

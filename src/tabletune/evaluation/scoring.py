@@ -14,8 +14,8 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from tqdm import tqdm
 
-from tabletune.model.checks import check_numbers
-from tabletune.model.memory import rows_that_fit
+from tabletune.model.checks import check_finite
+from tabletune.model.memory import max_batch_size
 
 # --- perplexity
 
@@ -63,7 +63,7 @@ def score(model, rows, pad_token_id, batch_size, window, stride):
         for span in spans(len(row["input_ids"]), window, stride)
     ]
     work.sort(key=lambda item: item[2] - item[1])
-    batch_size = rows_that_fit(model, work[-1][2] - work[-1][1], batch_size) if work else 1
+    batch_size = max_batch_size(model, work[-1][2] - work[-1][1], batch_size) if work else 1
     work = work[processes.process_index :: processes.num_processes]
     for k in tqdm(range(0, len(work), batch_size), "scoring", unit="batch", file=sys.stdout):
         batch = work[k : k + batch_size]
@@ -80,7 +80,7 @@ def score(model, rows, pad_token_id, batch_size, window, stride):
             mask = np.array(rows[i]["completion_mask"][first:end])
             totals[i] += [scored @ mask, mask.sum(), scored.sum(), len(scored)]
     totals = reduce(torch.tensor(totals, device=processes.device), "sum").cpu()
-    check_numbers(totals, model)
+    check_finite(totals, model)
     return pd.DataFrame(
         totals.numpy(), columns=["response_nll", "response_tokens", "full_nll", "full_tokens"]
     )
@@ -96,7 +96,7 @@ def response_logits(model, rows, pad_token_id, batch_size):
     """The logits that predict each row's response, as computed: a list of tensors [tokens, vocabulary] on the CPU."""
     model.eval()
     kept = []
-    batch_size = rows_that_fit(
+    batch_size = max_batch_size(
         model, max((len(row["input_ids"]) for row in rows), default=1), batch_size
     )
     for k in range(0, len(rows), batch_size):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from tabletune.chat.encoding import encode, texts_of
+from tabletune.chat.encoding import encode, prompt_and_completion
 from tabletune.errors import StageError
 from tabletune.export.llama_cpp import InLlamaCpp, fetch_converter, llama
 from tabletune.run.files import whole
@@ -117,7 +117,7 @@ def check_tokens(found, file):
     model, tokenizer, number = InLlamaCpp(file), found.tokenizer, 0
     for split in found.splits.values():
         for row in split.select(range(min(len(split), 1000))):
-            text = "".join(texts_of(row, tokenizer)) or row["completion"][0]["content"]
+            text = "".join(prompt_and_completion(row, tokenizer)) or row["completion"][0]["content"]
             trained_on = tokenizer(text, add_special_tokens=not row["prompt"])["input_ids"]
             if model.cut(text, tokenizer.bos_token) != trained_on:
                 shutil.rmtree(file.parent)

@@ -12,7 +12,7 @@ from tabletune.evaluation.answers import generate
 from tabletune.evaluation.scoring import perplexity, score
 from tabletune.export.cards import questions
 from tabletune.export.llama_cpp import LLAMA_CPP, InLlamaCpp
-from tabletune.model.devices import compute_dtype, room_gib
+from tabletune.model.devices import available_memory_gib, compute_dtype
 from tabletune.model.loading import load_model
 from tabletune.run.files import read_json, set_aside, write_json
 from tabletune.stats import mean_difference, perplexity_interval
@@ -88,5 +88,5 @@ def prove_files(found, files):
 def load_reference(folder):
     """The merged model in transformers: in 32 bits where there is room, as llama.cpp's sums have 32 bits, too."""
     gib = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30  # in 16 bits
-    dtype = torch.float32 if 2.4 * gib < room_gib() else compute_dtype("auto")
+    dtype = torch.float32 if 2.4 * gib < available_memory_gib() else compute_dtype("auto")
     return load_model(folder, None, dtype)

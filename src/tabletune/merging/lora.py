@@ -24,12 +24,12 @@ def add_lora(weight, adapter, config, module):
     return weight.addmm_(b, a, alpha=scaling(config, module))
 
 
-def through_nf4(weight, dtype):
+def nf4_round_trip(weight, dtype):
     """A weight as training saw it: cast to `dtype`, quantized to NF4 with double quantization, and back, in fp32."""
     weight = weight.to("cuda" if torch.cuda.is_available() else "cpu", dtype).float().contiguous()
     return dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True)).cpu()
 
 
-def upright(layer, weight):
+def transpose_conv1d(layer, weight):
     """A layer's weight as [out, in], or back: a view. GPT-2's `Conv1D` keeps it the other way round."""
     return weight.T if isinstance(layer, Conv1D) else weight

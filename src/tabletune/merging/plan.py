@@ -20,16 +20,16 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from tabletune.errors import StageError
-from tabletune.merging.lora import add_lora, through_nf4, upright
+from tabletune.merging.lora import add_lora, nf4_round_trip, transpose_conv1d
 from tabletune.model.adapters import attach_adapter
 from tabletune.model.compat import QuantState, dequantize_4bit
-from tabletune.model.inspection import linear_layers, sizes
-from tabletune.model.loading import fetch, load_model, skeleton
+from tabletune.model.inspection import in_out_features, linear_layers
+from tabletune.model.loading import download_model, load_model, skeleton
 from tabletune.model.weights import OnDisk, weight_files
 from tabletune.run.artifacts import same_model
 from tabletune.run.files import read_json
 
-OWN_BASE = (
+CHANGES_BASE = (
     "pissa",
     "olora",
     "corda",
@@ -60,21 +60,21 @@ def quantized_layers(model):
     ]
 
 
-def quantize_again(model):
+def nf4_round_trip_model(model):
     """Send the linear layers of a plain model through NF4 and back, in place. Returns it."""
     for _, layer in quantized_layers(model):
-        weight = upright(layer, layer.weight.data)
-        weight.copy_(through_nf4(weight, weight.dtype))
+        weight = transpose_conv1d(layer, layer.weight.data)
+        weight.copy_(nf4_round_trip(weight, weight.dtype))
     return model
 
 
-def is_plain(config, adapter):
+def is_plain_lora(config, adapter):
     """Whether an adapter is nothing but products B · A, to be added to the base's own linear layers."""
     products = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in adapter)
     return (
         products
         and not config.target_parameters
-        and not str(config.init_lora_weights).startswith(OWN_BASE)
+        and not str(config.init_lora_weights).startswith(CHANGES_BASE)
     )
 
 
@@ -88,13 +88,13 @@ def merge_in_memory(model, folder, base_weights, training_dtype):
         load_file(folder / "adapter_model.safetensors"),
     )
     quantized = dict(quantized_layers(model)) if base_weights == "dequantized" else {}
-    plain = is_plain(config, adapter)
+    plain = is_plain_lora(config, adapter)
     for name, layer in model.named_modules():
         adapted = plain and f"base_model.model.{name}.lora_A.weight" in adapter
         if name in quantized or adapted:
-            weight = upright(layer, layer.weight.data)
+            weight = transpose_conv1d(layer, layer.weight.data)
             new = (
-                through_nf4(weight, training_dtype)
+                nf4_round_trip(weight, training_dtype)
                 if name in quantized
                 else weight.cpu().to(torch.float32, copy=True)
             )
@@ -135,7 +135,7 @@ def load_adapter(folder, base_model):
     return config, provenance, weights
 
 
-def module_of(name):
+def base_module_name(name):
     """The module that a tensor of an adapter belongs to: `base_model.model.` and `.lora_A.weight` are taken off."""
     head, *tail = re.split(
         r"\.lora_|\.token_adapter\.|\.base_layer\.", name.removeprefix("base_model.model.")
@@ -178,7 +178,7 @@ class Plan:
         self.folder, self.base_model, self.base_weights = run / "adapter", base_model, base_weights
         self.config, self.provenance, self.adapter = load_adapter(self.folder, base_model)
         self.training_dtype = getattr(torch, self.provenance["dtype"])
-        self.base = fetch(base_model, revision)
+        self.base = download_model(base_model, revision)
         self.files = weight_files(self.base)
         in_4_bits = [
             name for name in self.files if f"{name}.quant_state.bitsandbytes__nf4" in self.files
@@ -203,7 +203,7 @@ class Plan:
         self.model = skeleton(AutoConfig.from_pretrained(self.base))
         statistics = {part for parts in self.parts.values() for part in parts}
         self.names = model_names(self.files.keys() - statistics, self.model)
-        self.adapted = {module_of(name) for name in self.adapter}
+        self.adapted = {base_module_name(name) for name in self.adapter}
         self.quantized = (
             set(dict(quantized_layers(self.model))) if self.base_weights == "dequantized" else set()
         )
@@ -229,14 +229,14 @@ class Plan:
         """Raise StageError if the model lacks what the adapter changes, or if what changes is tied or cannot change."""
         layers, tied = dict(self.model.named_modules()), self.model.all_tied_weights_keys
         every_layer_alone = sorted(self.modules.values()) == sorted(self.adapted | self.quantized)
-        self.plain = is_plain(self.config, self.adapter) and every_layer_alone
+        self.plain = is_plain_lora(self.config, self.adapter) and every_layer_alone
         for module in sorted(self.adapted):
             a, b = (
                 self.adapter.get(f"base_model.model.{module}.lora_{matrix}.weight")
                 for matrix in "AB"
             )
             if module not in layers or (
-                self.plain and sizes(layers[module]) != (a.shape[1], len(b))
+                self.plain and in_out_features(layers[module]) != (a.shape[1], len(b))
             ):
                 raise StageError(
                     f"The adapter changes {module}, which {self.base_model} does not have in that shape."
@@ -278,9 +278,9 @@ class Plan:
 
     def read(self, name):
         """The weight that B · A is added to, fp32 and [out, in]; with "dequantized", after its way through NF4."""
-        weight = upright(self.model.get_submodule(self.modules[name]), self.stored(name))
+        weight = transpose_conv1d(self.model.get_submodule(self.modules[name]), self.stored(name))
         if self.modules[name] in self.quantized and name not in self.parts:
-            return through_nf4(weight, self.training_dtype)
+            return nf4_round_trip(weight, self.training_dtype)
         return weight.to(torch.float32, copy=True)
 
     def merge(self, name):
@@ -298,7 +298,7 @@ class Plan:
             if module in self.adapted
             else tensor
         )
-        tensor = upright(self.model.get_submodule(module), tensor) if module else tensor
+        tensor = transpose_conv1d(self.model.get_submodule(module), tensor) if module else tensor
         return tensor.to(self.tensors[name].dtype).contiguous()
 
     def merge_by_peft(self):

@@ -7,7 +7,7 @@ import torch
 
 from tabletune.errors import StageError
 from tabletune.model.adapters import attach_adapter
-from tabletune.model.devices import room_gib
+from tabletune.model.devices import available_memory_gib
 from tabletune.model.loading import load_model
 from tabletune.model.quantization import load_base
 
@@ -67,7 +67,7 @@ def logits_of(model, rows, exactly=True):
     return compute()
 
 
-def prove(plan, folder, rows):
+def verify_merge(plan, folder, rows):
     """Compare the logits of the model in `folder` with those of base and adapter, on `rows` of token ids.
 
     Computed in fp32, so that only the rounding of the merged weights is left. How much a model makes of rounding shows
@@ -76,7 +76,7 @@ def prove(plan, folder, rows):
     """
     keys, room, dtype = (
         ("max_logit_difference", "logit_range", "same_next_token"),
-        room_gib(),
+        available_memory_gib(),
         plan.dtype,
     )
     needed = 1.05 * plan.size / 2**30

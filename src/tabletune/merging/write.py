@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from tabletune.chat.encoding import encode
 from tabletune.chat.tokenizer import load_tokenizer_of_run, save_tokenizer
 from tabletune.errors import StageError
-from tabletune.merging.verification import prove
+from tabletune.merging.verification import verify_merge
 from tabletune.run.artifacts import load_dataset_of_run
 from tabletune.run.files import read_json, set_aside, whole, write_json
 from tabletune.run.machine import peak_memory_gib
@@ -84,7 +84,7 @@ def merge_adapter(plan, stage, max_shard_gb=1.0):
             "shards": len(split.filename_to_tensors),
             "dtype": str(plan.dtype).removeprefix("torch."),
         }
-        report |= {"seconds": seconds, "peak_rss_gib": gib, **prove(plan, folder, rows)}
+        report |= {"seconds": seconds, "peak_rss_gib": gib, **verify_merge(plan, folder, rows)}
         write_json(folder / "merge_report.json", report | {"adapter_sha256": inputs["adapter"]})
     stage.record(plan.provenance["dataset_fingerprint"], inputs)
     return place / "merged", read_json(place / "merged" / "merge_report.json", stage.name)

@@ -9,7 +9,7 @@ from tabletune.model.inspection import text_part
 
 
 @torch.no_grad()
-def packing_leaks(model):
+def packing_leak(model):
     """Whether examples that are packed into one row see each other in this model, as a share of the logits' range.
 
     Two rows hold two examples each, with positions that begin anew; the first one is varied, and what the second one
@@ -35,7 +35,7 @@ def packing_leaks(model):
     return ((first - second).abs().max() / (first.max() - first.min())).item()
 
 
-def check_numbers(results, model):
+def check_finite(results, model):
     """Raise StageError if there is infinity or NaN in what `model` computed, a tensor, as with Gemma 3 in fp16.
 
     fp16 ends at 65,504, and some models' activations do not (https://unsloth.ai/blog/gemma3).
@@ -60,7 +60,7 @@ def check_forward(model, ids):
 
     with model.get_input_embeddings().register_forward_hook(keep):
         hidden = text_part(model)(input_ids=ids.to(model.device), use_cache=False)[0].float()
-    check_numbers(hidden, model)
+    check_finite(hidden, model)
     weights = torch.linspace(
         -1, 1, hidden.shape[-1], device=hidden.device
     )  # a plain sum is constant behind a norm

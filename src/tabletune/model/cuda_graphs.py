@@ -19,7 +19,7 @@ from tabletune.model.inspection import text_part
 MOST_TOKENS = 2048  # of a batch: with more, the GPU is the slower one
 
 
-def is_small(batch_size, max_length, processes):
+def is_small_batch(batch_size, max_length, processes):
     """Whether a batch of a training is one that recording makes faster: a small one, in one process."""
     return batch_size * max_length <= MOST_TOKENS and processes == 1
 
@@ -29,7 +29,7 @@ def dtype_of(args):
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def can_be_recorded(model):
+def supports_cuda_graph(model):
     """Whether a model asks for nothing on its way that depends on what it computes.
 
     transformers says so of each architecture. Mixtures of experts are left out, as their way depends on the tokens.
@@ -42,13 +42,13 @@ def can_be_recorded(model):
     )
 
 
-def layers_can_be_recorded(model):
+def layers_support_cuda_graph(model):
     """Whether a model can be recorded and hands its layers the token ids; a multimodal one hands them embeddings."""
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    return can_be_recorded(plain) and plain.base_model is text_part(plain)
+    return supports_cuda_graph(plain) and plain.base_model is text_part(plain)
 
 
-def recorded(step):
+def cuda_graph(step):
     """A function that has run before, to be run again and again: its CUDA graph, or itself if there can be none.
 
     The graph reads and writes the same memory each time: its inputs are to be changed in place.
@@ -69,7 +69,7 @@ def recorded(step):
     return replay
 
 
-class RecordedLayers(TrainerCallback):
+class CudaGraphCallback(TrainerCallback):
     """Record the layers of a model, forward and backward, before a training on small batches of packed rows begins.
 
     Embedding to last hidden state, that is: the loss waits for the GPU. What has more rows or another length, and what
@@ -83,17 +83,17 @@ class RecordedLayers(TrainerCallback):
             isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()
         )
         fit = (
-            is_small(*shape, args.world_size)
+            is_small_batch(*shape, args.world_size)
             and packed
             and not (drops or args.gradient_checkpointing)
         )
-        if fit and model.device.type == "cuda" and layers_can_be_recorded(model):
+        if fit and model.device.type == "cuda" and layers_support_cuda_graph(model):
             dtype = dtype_of(args)
             with (
                 suppress(RuntimeError),
                 torch.autocast("cuda", dtype, dtype != torch.float32, cache_enabled=False),
             ):
-                record_layers(text_part(model.get_base_model()), shape)
+                graph_layers(text_part(model.get_base_model()), shape)
 
 
 class Layers(torch.nn.Module):
@@ -109,7 +109,7 @@ class Layers(torch.nn.Module):
         ).last_hidden_state
 
 
-def record_layers(decoder, shape):
+def graph_layers(decoder, shape):
     """Replace the forward of `decoder` for ids of this shape, [rows, tokens], or fewer rows, with gradients."""
     layers = Layers(decoder).train()
     decoder.train()

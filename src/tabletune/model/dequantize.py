@@ -3,7 +3,7 @@
 import torch
 
 from tabletune.model.compat import bnb, dequantize_4bit
-from tabletune.model.devices import room_gib
+from tabletune.model.devices import available_memory_gib
 
 
 class Linear(torch.nn.Linear):
@@ -13,7 +13,7 @@ class Linear(torch.nn.Linear):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-def unpack_weights(model):
+def dequantize_layers(model):
     """Keep the 4-bit weights of a model as the numbers that they stand for, in place, if there is room for that.
 
     bitsandbytes unpacks all weights at every forward pass, that is for each token of an answer, and computes with the
@@ -33,7 +33,7 @@ def unpack_weights(model):
         )
         / 2**30
     )
-    if not layers or 2 * size > room_gib():
+    if not layers or 2 * size > available_memory_gib():
         return False
     for parent, name, layer in layers:
         state = layer.weight.quant_state

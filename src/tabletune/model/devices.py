@@ -25,7 +25,7 @@ def compute_dtype(precision):
 # --- what is there, and what belongs together
 
 
-def room_gib():
+def available_memory_gib():
     """Memory in GiB that models can take here: on the GPU, within this process's share of it, or RAM without one."""
     if not torch.cuda.is_available():
         return psutil.virtual_memory().available / 2**30

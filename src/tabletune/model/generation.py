@@ -3,18 +3,18 @@
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from tabletune.model.cuda_graphs import can_be_recorded, recorded
+from tabletune.model.cuda_graphs import cuda_graph, supports_cuda_graph
 
 # --- answers, a token at a time
 
 
-def fixed_cache(model, length):
+def static_cache(model, length):
     """A cache with room for `length` tokens, or None where the model takes no such cache, or there is no GPU.
 
     It is made of the layers that the model's own cache has: keys and values of every token. That of a sliding window
     may keep them all, since the mask leaves out what is too far back.
     """
-    if model.device.type != "cuda" or not can_be_recorded(model):
+    if model.device.type != "cuda" or not supports_cuda_graph(model):
         return None
     with torch.no_grad():
         own = model(
@@ -28,7 +28,7 @@ def fixed_cache(model, length):
 
 
 def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
-    """The loop of `generate` over a `fixed_cache`, for its argument `custom_generate`: same tokens, recorded steps.
+    """The loop of `generate` over a `static_cache`, for its argument `custom_generate`: same tokens, recorded steps.
 
     `input_ids` are [rows, tokens], padded on the left; `prepared` is what else `generate` has for the model. Returns
     them with the answers, [rows, tokens and new ones].
@@ -65,6 +65,6 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
             break
         token.copy_(ids[:, now : now + 1])
         if now == begin + 1:
-            step = recorded(step)
+            step = cuda_graph(step)
         logits = step()
     return ids[:, : now + 1]

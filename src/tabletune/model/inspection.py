@@ -53,7 +53,7 @@ def linear_layers(model):
     }
 
 
-def sizes(layer):
+def in_out_features(layer):
     """How many numbers a linear layer takes and gives: (in, out)."""
     return (
         layer.weight.shape if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)

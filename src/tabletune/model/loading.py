@@ -27,7 +27,7 @@ datasets.disable_caching()
 transformers.utils.logging.set_verbosity_error()
 
 
-def fetch(model, revision=None):
+def download_model(model, revision=None):
     """The folder of a model: a folder here, or its files from the Hub: safetensors, JSON, tokenizer and template.
 
     What a repository holds beside them (`original/`, `consolidated.safetensors`: the same weights again) stays there.
@@ -94,7 +94,7 @@ def skeleton(config):
         return model_class(config)._from_config(config)
 
 
-def attention_of(config, wanted="auto"):
+def attention_implementation(config, wanted="auto"):
     """The attention implementation to load a model with: SDPA where the model has it, else the eager one it always has.
 
     Raises StageError if `wanted` is none that the model has.
@@ -134,24 +134,26 @@ def load_model(
     device = device or (
         f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     )
-    folder = fetch(model, revision)
+    folder = download_model(model, revision)
     config = AutoConfig.from_pretrained(folder)
     kind = model_class(config)
     options = {
         "dtype": dtype,
         "device_map": {"": device},
-        "attn_implementation": attention_of(config, attn_implementation),
+        "attn_implementation": attention_implementation(config, attn_implementation),
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # they are in what it outputs
     }
     if hasattr(config, "quantization_config"):
-        return complete(folder, *kind.from_pretrained(folder, use_safetensors=True, **options))
+        return check_loaded_weights(
+            folder, *kind.from_pretrained(folder, use_safetensors=True, **options)
+        )
     weights = {name: OnDisk(file, name, device) for name, file in weight_files(folder).items()}
     weights = (
         read_ahead(weights) if quantization_config else weights
     )  # without one, transformers does so itself
     options |= {"config": config, "state_dict": weights, "quantization_config": quantization_config}
-    loaded = complete(folder, *kind.from_pretrained(None, **options))
+    loaded = check_loaded_weights(folder, *kind.from_pretrained(None, **options))
     loaded.name_or_path = loaded.config.name_or_path = str(
         model
     )  # what an adapter will say it was trained on
@@ -160,7 +162,7 @@ def load_model(
     return loaded
 
 
-def complete(folder, model, report):
+def check_loaded_weights(folder, model, report):
     """The model, if its files have all of its weights, in its shapes, by transformers' `report`; else StageError."""
     for name in sorted(report["missing_keys"]):
         raise StageError(

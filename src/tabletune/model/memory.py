@@ -3,11 +3,11 @@
 import torch
 from accelerate.utils import gather_object
 
-from tabletune.model.devices import room_gib
+from tabletune.model.devices import available_memory_gib
 
 
 @torch.no_grad()
-def bytes_a_token(model, with_logits=True):
+def bytes_per_token(model, with_logits=True):
     """What a token takes while it is read: what the cache keeps of it, and logits, as computed and twice in fp32.
 
     Measured, as caches differ: keys and values of some layers, or states that do not grow.
@@ -29,7 +29,7 @@ def bytes_a_token(model, with_logits=True):
     return (more - few) // 8 + with_logits * logits.shape[-1] * (logits.element_size() + 4 + 4)
 
 
-def rows_that_fit(model, length, most, with_logits=True):
+def max_batch_size(model, length, most, with_logits=True):
     """How many rows of `length` tokens, up to `most`, have room in memory beside `model`.
 
     A fifth of the free memory is left alone. An answer needs no logits but the last. Of several processes, the one with
@@ -38,5 +38,10 @@ def rows_that_fit(model, length, most, with_logits=True):
     if most <= 1:
         return 1
     model.eval()
-    room = 0.8 * room_gib() * 2**30 / (length * max(1, bytes_a_token(model, with_logits)))
+    room = (
+        0.8
+        * available_memory_gib()
+        * 2**30
+        / (length * max(1, bytes_per_token(model, with_logits)))
+    )
     return min(gather_object([max(1, min(most, int(room)))]))

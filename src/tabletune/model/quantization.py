@@ -7,7 +7,7 @@ from tabletune.errors import StageError
 from tabletune.model.loading import load_model
 
 
-def nf4(dtype, sharded=False):
+def nf4_config(dtype, sharded=False):
     """How QLoRA keeps the base: NF4 with double quantization, computing in `dtype` (https://arxiv.org/abs/2305.14314).
 
     To be `sharded`, the 4-bit numbers are stored as if they were float32: FSDP shards only floats, and of 16-bit ones,
@@ -36,7 +36,7 @@ def load_base(
     Raises StageError for any other `quantization`.
     """
     configs = {
-        "nf4": nf4(dtype, sharded),
+        "nf4": nf4_config(dtype, sharded),
         "8bit": BitsAndBytesConfig(load_in_8bit=True),
         "none": None,
     }

@@ -9,8 +9,8 @@ from transformers import AutoConfig
 
 from tabletune.errors import StageError
 from tabletune.model.adapters import attach_adapter
-from tabletune.model.dequantize import unpack_weights
-from tabletune.model.devices import room_gib
+from tabletune.model.dequantize import dequantize_layers
+from tabletune.model.devices import available_memory_gib
 from tabletune.model.loading import load_model, skeleton
 from tabletune.model.quantization import load_base
 from tabletune.run.files import read_json
@@ -34,7 +34,7 @@ def load_adapted(adapter, base_model, revision, dtype, attn_implementation="auto
     )
     base = load_base(base_model, revision, dtype, attn_implementation, quantization=quantization)
     adapted = attach_adapter(base, adapter)
-    unpack_weights(adapted)
+    dequantize_layers(adapted)
     return adapted
 
 
@@ -49,7 +49,10 @@ def load_merged(folder, adapter, base_model, revision, dtype, attn_implementatio
     size = skeleton(
         AutoConfig.from_pretrained(folder or base_model, revision=None if folder else revision)
     )
-    size, room = size.num_parameters() * dtype.itemsize / 2**30, min(gather_object([room_gib()]))
+    size, room = (
+        size.num_parameters() * dtype.itemsize / 2**30,
+        min(gather_object([available_memory_gib()])),
+    )
     if folder and size <= room:
         return load_model(folder, None, dtype, attn_implementation), None
     if folder:

@@ -3,11 +3,11 @@
 import pandas as pd
 
 from tabletune.model.inspection import context_length, linear_layers, text_part
-from tabletune.model.loading import attention_of
+from tabletune.model.loading import attention_implementation
 from tabletune.training.lora_targets import lora_targets
 
 
-def look_at_base(model, targets="auto", attn_implementation="auto", quantization="nf4"):
+def summarize_base_model(model, targets="auto", attn_implementation="auto", quantization="nf4"):
     """What this base is and how it will be treated, {what: a short text}. Raises StageError for what cannot work.
 
     Of `model` only the shapes are read: a `skeleton` will do.
@@ -21,7 +21,7 @@ def look_at_base(model, targets="auto", attn_implementation="auto", quantization
     bits = {"nf4": 4, "8bit": 8, "none": 16}[quantization]
     return {
         "architecture": f"{type(model).__name__}, {model.num_parameters() / 1e6:,.1f} million parameters",
-        "attention": attention_of(config, attn_implementation),
+        "attention": attention_implementation(config, attn_implementation),
         "adapters on": ", ".join(f"{count} × {name}" for name, count in sorted(counts.items())),
         "in memory": f"{numbers / 1e6:,.1f} million weights in {bits} bits, {rest / 1e6:,.1f} million in 16"
         + (", the mixture's experts among them" if experts else ""),

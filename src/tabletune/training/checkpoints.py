@@ -35,14 +35,14 @@ def newest_checkpoint(folder):
     """
     while newest := get_last_checkpoint(folder):
         try:
-            state_of(newest)
+            trainer_state(newest)
             return newest
         except (OSError, ValueError):
             remove(Path(newest))
     return None
 
 
-def state_of(checkpoint):
+def trainer_state(checkpoint):
     """What a checkpoint says of the training."""
     with open(f"{checkpoint}/trainer_state.json", encoding="utf-8") as file:
         return json.load(file)
@@ -51,14 +51,14 @@ def state_of(checkpoint):
 def checkpoint_to_resume(trainer):
     """The newest whole checkpoint in a trainer's folder, or None. If the training had ended there, it is only read."""
     checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
-    if has_ended(checkpoint):
+    if training_has_ended(checkpoint):
         trainer.args.num_train_epochs, trainer.args.max_steps = 0, -1
     print(f"going on from {Path(checkpoint).name}" if checkpoint else "starting from the beginning")
     return checkpoint
 
 
-def has_ended(checkpoint):
+def training_has_ended(checkpoint):
     """Whether the training had come to its end, early or not, at this checkpoint."""
-    state = state_of(checkpoint) if checkpoint else {}
+    state = trainer_state(checkpoint) if checkpoint else {}
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
     return control.get("should_training_stop", False)

@@ -61,7 +61,7 @@ def no_such(name, layers):
     raise StageError(f'lora_target_modules: no layer is called "{name}". This model has: {there}.')
 
 
-def short_names(model, targets):
+def shortest_target_names(model, targets):
     """The shortest ends of the names of `targets` that match them and no other module, as PEFT matches a list."""
     every, wanted = [name for name, _ in model.named_modules()], set(targets)
     for parts in (1, 2, 3):

@@ -5,8 +5,8 @@ import math
 import pandas as pd
 import psutil
 
-from tabletune.model.devices import room_gib
-from tabletune.model.inspection import linear_layers, sizes, text_part
+from tabletune.model.devices import available_memory_gib
+from tabletune.model.inspection import in_out_features, linear_layers, text_part
 from tabletune.training.lora_targets import lora_targets
 
 
@@ -39,9 +39,11 @@ def expected_gib(model, dtype, tokens, gpu, targets="auto", lora_r=64, lora_drop
     text, size = model.config.get_text_config(), dtype.itemsize
     layers, every = text.num_hidden_layers, linear_layers(model)
     numbers = sum(layer.weight.numel() for layer in every.values())
-    unpacked = not gpu and quantization == "nf4" and 2 * numbers * size / 2**30 <= room_gib()
+    unpacked = (
+        not gpu and quantization == "nf4" and 2 * numbers * size / 2**30 <= available_memory_gib()
+    )
     bits = size if unpacked else {"nf4": 0.5, "8bit": 1}.get(quantization, size)
-    adapted = [sizes(model.get_submodule(name)) for name in lora_targets(model, targets)]
+    adapted = [in_out_features(model.get_submodule(name)) for name in lora_targets(model, targets)]
     adapter = sum(lora_r * (taken + given) for taken, given in adapted)
     norms = [
         p.numel()

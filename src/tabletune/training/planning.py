@@ -11,11 +11,11 @@ from accelerate.utils import gather_object
 
 from tabletune.chat.templates import describe_template
 from tabletune.errors import StageError
-from tabletune.model.checks import check_forward, packing_leaks
-from tabletune.model.cuda_graphs import is_small, layers_can_be_recorded
-from tabletune.model.devices import room_gib
+from tabletune.model.checks import check_forward, packing_leak
+from tabletune.model.cuda_graphs import is_small_batch, layers_support_cuda_graph
+from tabletune.model.devices import available_memory_gib
 from tabletune.model.loading import skeleton
-from tabletune.training.base_summary import look_at_base
+from tabletune.training.base_summary import summarize_base_model
 from tabletune.training.fsdp import check_sharding
 from tabletune.training.memory import expected_gib
 from tabletune.training.validation import check_choices, targets_to_adapt, when_to_evaluate
@@ -31,7 +31,7 @@ def look_and_check(chosen, config, dtype, tokenizer, stops):
     """
     check_choices(chosen, config, dtype)
     model = skeleton(config)
-    look = look_at_base(
+    look = summarize_base_model(
         model, *(chosen[n] for n in ("lora_target_modules", "attn_implementation", "quantization"))
     )
     look = pd.Series(look | describe_template(tokenizer, stops), name="this base").to_frame()
@@ -128,7 +128,7 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
         )  # what each row adds is the same
         return max(0, int((room - (2 * one - two)) / (two - one)))
 
-    room = min(gather_object([room_gib()]))
+    room = min(gather_object([available_memory_gib()]))
     several = processes.distributed_type == DistributedType.MULTI_GPU
     fits, kept = most_that_fit(room), 0 if checkpointing else math.inf
     if checkpointing and gpu:
@@ -154,8 +154,8 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
         )
     if checkpointing and batch_size <= kept:
         print("there is room to keep all activations: nothing is recomputed in the backward pass")
-    small = is_small(batch_size, chosen["max_length"], processes.num_processes)
-    if gpu and small and batch_size <= kept and layers_can_be_recorded(model):
+    small = is_small_batch(batch_size, chosen["max_length"], processes.num_processes)
+    if gpu and small and batch_size <= kept and layers_support_cuda_graph(model):
         # what is recorded keeps its memory to itself, and the validation takes other: 0.5 to 0.6 GiB more of a 7B
         expected = pd.concat(
             [expected, pd.Series({"recorded steps": 0.1 * expected.sum()}, name=expected.name)]
@@ -181,7 +181,7 @@ def rows_to_train_on(model, examples, packed, packing):
     Raises StageError if this model computes no numbers, or is no causal one.
     """
     check_forward(model, torch.tensor([examples[0]["input_ids"][:32]]))
-    leak = 0 if not packing else packing_leaks(model)
+    leak = 0 if not packing else packing_leak(model)
     if packing and leak <= LEAK:
         print(
             f"{len(examples):,} examples packed into {len(packed):,} rows; they do not see each other ({leak:.1%})"

@@ -8,7 +8,7 @@ from tabletune.run.machine import peak_memory_gib
 # --- what is left of it
 
 
-def loss_of_base(trainer):
+def base_model_loss(trainer):
     """The validation loss of the untouched base, in nats a token: that of the model with its adapter switched off."""
     logged = len(trainer.state.log_history)
     with trainer.model.disable_adapter():

@@ -12,8 +12,8 @@ from trl import SFTTrainer
 
 from tabletune.errors import StageError
 from tabletune.model.adapters import load_adapter_weights
-from tabletune.model.cuda_graphs import RecordedLayers, dtype_of
-from tabletune.model.dequantize import unpack_weights
+from tabletune.model.cuda_graphs import CudaGraphCallback, dtype_of
+from tabletune.model.dequantize import dequantize_layers
 from tabletune.training.fsdp import shard
 
 IGNORED = -100  # what PyTorch's cross entropy leaves out
@@ -52,7 +52,7 @@ class TokenTrainer(SFTTrainer):
             load_adapter_weights, model
         )  # peft's fails, see `models.attach_adapter`
         if not torch.cuda.is_available():
-            unpack_weights(model)
+            dequantize_layers(model)
         args._n_gpu = (
             1  # of several GPUs Trainer takes all, and multiplies batch and loss by their number
         )
@@ -127,8 +127,8 @@ class Stopwatch(TrainerCallback):
         state.log_history[-1]["seconds"] = round(time.perf_counter() - self.start, 2)
 
 
-def callbacks(early_stopping_patience):
+def training_callbacks(early_stopping_patience):
     """The callbacks of a training: a stopwatch, recorded steps where a step is small, and early stopping if so many
     evaluations of patience are given."""
     stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
-    return [Stopwatch(), RecordedLayers(), *stopping]
+    return [Stopwatch(), CudaGraphCallback(), *stopping]

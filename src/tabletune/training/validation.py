@@ -12,9 +12,9 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from tabletune.errors import StageError, suggestion
-from tabletune.merging.plan import OWN_BASE, is_plain, module_of
+from tabletune.merging.plan import CHANGES_BASE, base_module_name, is_plain_lora
 from tabletune.model.inspection import context_length
-from tabletune.training.lora_targets import lora_targets, short_names
+from tabletune.training.lora_targets import lora_targets, shortest_target_names
 
 # what SFTConfig takes, and would do nothing here: the rows are made by notebooks 1 and 2
 ROWS = "packing packing_strategy eval_packing padding_free pad_to_multiple_of max_length completion_only_loss "
@@ -115,7 +115,7 @@ def check_options(chosen):
                 f"report_to={logger}: there is no such package here. Install it, or take another one."
             )
     begun = str(chosen["lora_options"].get("init_lora_weights"))
-    if begun.startswith(OWN_BASE) and chosen["quantization"] != "none":
+    if begun.startswith(CHANGES_BASE) and chosen["quantization"] != "none":
         raise StageError(
             f'lora_options: "{begun}" changes the base\'s weights. Set quantization to "none".'
         )
@@ -134,7 +134,7 @@ def targets_to_adapt(chosen, model):
         "lora_dropout": chosen["lora_dropout"],
     }
     options |= (
-        {"target_modules": short_names(model, targets)}
+        {"target_modules": shortest_target_names(model, targets)}
         | chosen["lora_options"]
         | {"init_lora_weights": True}
     )
@@ -145,13 +145,13 @@ def targets_to_adapt(chosen, model):
         adapted.merge_and_unload()
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise StageError(f"lora_options: {error}") from None
-    if getattr(model.config, "quantization_config", None) and not is_plain(
+    if getattr(model.config, "quantization_config", None) and not is_plain_lora(
         adapted.peft_config["default"], saved
     ):
         raise StageError(
             "lora_options: this base is stored in 4 bits, and only plain LoRA can be merged into that."
         )
-    for module in map(module_of, saved):
+    for module in map(base_module_name, saved):
         if f"{module}.weight" in {*tied, *tied.values()}:
             raise StageError(
                 f"lora_options would change {module}, which is tied to another layer: that has no merge."
