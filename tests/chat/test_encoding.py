@@ -268,7 +268,7 @@ def test_system_and_tools(base):
 def test_a_template_that_changes_earlier_answers_is_refused(base):
     tokenizer, stops = load_tokenizer(base(LOOP.replace("m.content", "m.content | upper") + OPEN))
     encode(ONE, tokenizer, stops)
-    with pytest.raises(StageError, match="changes a user's turn: 'What helps"):
+    with pytest.raises(StageError, match="changes an earlier answer: 'Tea, twice a day"):
         encode(TWO, tokenizer, stops)
     with pytest.raises(StageError, match="leaves out the answer or repeats it"):
         load_tokenizer(base("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"))
@@ -322,7 +322,7 @@ def test_a_pad_token_that_is_eos_or_has_no_row_is_replaced(tokenizer, base, tmp_
 
 
 def test_a_missing_model_is_named():
-    with pytest.raises(StageError, match="base_model=no-such-folder-here: not a model folder here"):
+    with pytest.raises(StageError, match="no-such-folder-here: not on this machine, and the Hub"):
         load_tokenizer("no-such-folder-here")
 
 

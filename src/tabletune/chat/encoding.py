@@ -1,182 +1,310 @@
-"""From messages to token ids: the chat template, what the loss sees, and where an answer stops.
+"""From messages to token ids: what the model reads, and which tokens count in the loss.
 
-One rule is kept for every template: what the model sees when it is asked is, token by token, the beginning of what it
-was trained on. So the ids of an example are the ids of its prompt, as the template opens the answer, and after them the
-answer and the token that ends the turn.
+One rule holds for every chat template: the prompt at inference is, token by token, the beginning of
+the training example. So the ids of an example are the ids of its prompt, up to where the template
+opens the answer, followed by the answer and the token that ends the turn.
 """
 
 import json
-from functools import lru_cache
 from html import escape
+from typing import Any
 
-from tabletune.chat.templates import USER, around, render, thinking_is_on
+from transformers import PreTrainedTokenizerBase
+
+from tabletune.chat.caching import cached_per_template
+from tabletune.chat.templates import MARK, USER, around, render, thinking_is_on
 from tabletune.chat.tokenizer import special_ids
 from tabletune.errors import StageError
 
+THOUGHT_END = "</think>"
 
-def encode_prompt(messages, tokenizer, tools=None):
-    """Token ids of messages up to where the answer begins. Without messages: what the tokenizer puts before a text."""
-    if not messages:
-        return (
-            tokenizer("")["input_ids"][:1]
-            if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-            else []
-        )
-    return tokenizer(render(messages, tokenizer, True, tools), add_special_tokens=False)[
-        "input_ids"
-    ]
+Messages = list[dict[str, Any]]
 
 
-def encode(example, tokenizer, stops):
-    """Token ids of a conversation and the mask of what the loss sees: `input_ids`, `completion_mask`, equally long.
-
-    `example` has `prompt`, messages up to the last answer, `completion`, that answer as one message, and perhaps
-    `tools` as a JSON text. In the loss are the answers of all turns, each with the stop that ends it. Without a prompt
-    the completion is a plain text, all of it in the loss. Raises StageError if the template cannot be used.
+def encode_prompt(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: list[dict] | None = None
+) -> list[int]:
+    """Token ids of messages up to where the answer begins. Without messages: what the tokenizer
+    puts before a text.
     """
-    return encode_all([example], tokenizer, stops)[0]
+    if messages:
+        return tokenizer(render(messages, tokenizer, True, tools), add_special_tokens=False)[
+            "input_ids"
+        ]
+    first_ids = tokenizer("")["input_ids"][:1]
+    return first_ids if first_ids == [tokenizer.bos_token_id] else []
 
 
-def encode_all(examples, tokenizer, stops):
-    """`encode` for many examples, whose texts are cut into tokens all at once."""
+def encode(
+    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
+) -> dict[str, list]:
+    """Token ids of a conversation and its loss mask: `input_ids` and `completion_mask`, lists of
+    equal length.
+
+    `example` has `prompt`, the messages up to the last answer, `completion`, that answer as a list
+    of one message, and perhaps `tools` as a JSON text. The mask is 1 for the answers of all turns,
+    each with the stop token that ends it, and 0 elsewhere. `learned` may leave out earlier answers:
+    "1 0" are a flag for each of them, "" means all. Without a prompt the completion is a plain
+    text, all of it in the loss. Raises StageError if the template cannot be used.
+    """
+    return encode_all([example], tokenizer, stop_token_ids)[0]
+
+
+def encode_all(
+    examples: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
+) -> list[dict[str, list]]:
+    """`encode` for many examples: their texts are tokenized in one call."""
+    if not examples:
+        return []
     texts = [prompt_and_completion(example, tokenizer) for example in examples]
-    prompts = tokenizer([prompt for prompt, _ in texts] or [""], add_special_tokens=False)[
-        "input_ids"
-    ]
-    turns = any(
-        message["role"] == "assistant" for example in examples for message in example["prompt"]
-    )
-    wholes = tokenizer(
-        [prompt + answer for prompt, answer in texts] or [""],
-        add_special_tokens=False,
-        return_offsets_mapping=turns,
-    )
+    prompts = [prompt for prompt, _ in texts]
+    all_prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    conversations = [prompt + completion for prompt, completion in texts]
+    all_ids = tokenizer(conversations, add_special_tokens=False)["input_ids"]
     encoded = []
-    for i, example in enumerate(examples):
+    for example, (prompt, completion), prompt_ids, ids in zip(
+        examples, texts, all_prompt_ids, all_ids, strict=True
+    ):
         if not example["prompt"]:
-            encoded.append(encode_text(example["completion"][0]["content"], tokenizer, stops))
+            encoded.append(
+                encode_text(example["completion"][0]["content"], tokenizer, stop_token_ids)
+            )
             continue
-        ids, prompt = wholes["input_ids"][i], prompts[i]
-        joined = ids[: len(prompt)] == prompt
-        answer = ids[len(prompt) :] if joined else continuation(texts[i][1], tokenizer)
-        end = min((answer.index(stop) for stop in stops if stop in answer), default=None)
-        answer = [*answer, tokenizer.eos_token_id] if end is None else answer[: end + 1]
-        mask = [0] * len(prompt)
-        if any(message["role"] == "assistant" for message in example["prompt"]):
-            offsets = tokenizer(texts[i][0], add_special_tokens=False, return_offsets_mapping=True)[
-                "offset_mapping"
-            ]
-            mask = mask_of_turns(example["prompt"], texts[i][0], prompt, offsets, stops)
-        encoded.append({"input_ids": prompt + answer, "completion_mask": mask + [1] * len(answer)})
+        if ids[: len(prompt_ids)] == prompt_ids:
+            answer_ids = ids[len(prompt_ids) :]
+        else:  # the tokenizer would merge the end of the prompt with the beginning of the answer
+            answer_ids = continuation(completion, tokenizer)
+        answer_ids = end_at_stop(answer_ids, tokenizer, stop_token_ids)
+        mask = mask_earlier_answers(example, prompt, prompt_ids, tokenizer, stop_token_ids)
+        encoded.append(
+            {"input_ids": prompt_ids + answer_ids, "completion_mask": mask + [1] * len(answer_ids)}
+        )
     return encoded
 
 
-def decode_all(rows, tokenizer):
-    """The texts of rows of ids, special tokens included, all at once where the tokenizer can do that."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return (
-        backend.decode_batch(rows, skip_special_tokens=False) if backend else tokenizer.decode(rows)
-    )
-
-
-def encode_text(text, tokenizer, stops):
-    """A text that is no conversation, with the tokenizer's own BOS if it has one, and a stop at its end."""
+def encode_text(
+    text: str, tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
+) -> dict[str, list]:
+    """A text that is no conversation, with the tokenizer's own BOS if it has one, and a stop token
+    at its end.
+    """
     ids = tokenizer(text)["input_ids"]
-    ids = ids if ids and ids[-1] in stops else [*ids, tokenizer.eos_token_id]
+    if not ids or ids[-1] not in stop_token_ids:
+        ids = [*ids, tokenizer.eos_token_id]
     return {"input_ids": ids, "completion_mask": [1] * len(ids)}
 
 
-def prompt_and_completion(example, tokenizer):
-    """An example as two texts: the prompt as the model will be asked, and all that it is to write."""
+def decode_all(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts of rows of token ids, special tokens included; in one call where the tokenizer can
+    do that.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return backend.decode_batch(rows, skip_special_tokens=False)
+    return [tokenizer.decode(ids) for ids in rows]
+
+
+def prompt_and_completion(
+    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    """An example as two texts: the prompt as the model will be asked, and all that the model is to
+    write after it.
+    """
     if not example["prompt"]:
         return "", ""
-    tools = json.loads(example["tools"]) if example.get("tools") else None
-    prompt = render(example["prompt"], tokenizer, True, tools)
+    prompt = render(example["prompt"], tokenizer, True, tools_of(example))
     roles = tuple(message["role"] for message in example["prompt"])
-    between, after = template_parts(tokenizer.chat_template, roles, tokenizer)
+    between, after = template_parts(tokenizer, roles)
     answer = example["completion"][0]["content"]
     if thinking_is_on(tokenizer):
-        reasoning, _, answer = answer.rpartition("</think>")
+        reasoning, _, answer = answer.rpartition(THOUGHT_END)
         reasoning = reasoning.rpartition("<think>")[2].strip("\n")
         opening = "" if prompt.rstrip().endswith("<think>") else "<think>\n"
-        between = f"{opening}{reasoning}\n</think>\n\n"
+        between = f"{opening}{reasoning}\n{THOUGHT_END}\n\n"
         answer = answer.lstrip("\n")
     return prompt, between + answer + after
 
 
-@lru_cache(maxsize=256)
-def template_parts(template, roles, tokenizer):
-    """The white space that `template` writes between a prompt of these roles and the answer, and all after it."""
+def tools_of(example: dict[str, Any]) -> list[dict] | None:
+    """The tools of an example, or None."""
+    return json.loads(example["tools"]) if example.get("tools") else None
+
+
+@cached_per_template
+def template_parts(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> tuple[str, str]:
+    """What the template writes around the last answer: the white space before it, and all that
+    follows it.
+
+    `roles` are those of the prompt's messages: some templates end the last turn of a longer
+    conversation otherwise.
+    """
     try:
         opened, before, after = around(
             [{"role": role, "content": "x"} for role in roles], tokenizer
         )
-    except StageError:  # a tool's turn, say, needs more than a text
+    except StageError:  # a tool's turn, for example, needs more than a text
         opened, before, after = around([USER], tokenizer)
     between = before[len(opened) :] if before.startswith(opened) else ""
-    return between if not between.strip() else "", after
+    if between.strip():
+        between = ""
+    return between, after
 
 
-def continuation(text, tokenizer):
-    """The ids of a text that follows something, which is not to merge with it: without a space put in front."""
+def continuation(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a text that continues another one: without the space that some tokenizers put at
+    the start.
+    """
     for before in ("\n", "a", "."):
-        first = tokenizer(before, add_special_tokens=False)["input_ids"]
+        first_ids = tokenizer(before, add_special_tokens=False)["input_ids"]
         ids = tokenizer(before + text, add_special_tokens=False)["input_ids"]
-        if ids[: len(first)] == first:
-            return ids[len(first) :]
+        if ids[: len(first_ids)] == first_ids:
+            return ids[len(first_ids) :]
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def mask_of_turns(messages, text, ids, offsets, stops):
-    """The mask of the earlier answers in a prompt, each with its stop: a list as long as `ids`.
-
-    Raises StageError if the template changes an earlier answer, so that it cannot be found.
+def end_at_stop(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
+) -> list[int]:
+    """The ids up to their first stop token; with EOS at the end if there is no stop token among
+    them.
     """
-    mask, place = [0] * len(ids), 0
-    for message in messages:
-        content = message["content"].strip()
-        kept = next(
-            (
-                part
-                for part in (content, content.rpartition("</think>")[2].strip())
-                if part in text[place:]
-            ),
-            None,
+    for position, token_id in enumerate(ids):
+        if token_id in stop_token_ids:
+            return ids[: position + 1]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def mask_earlier_answers(
+    example: dict[str, Any],
+    text: str,
+    ids: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: list[int],
+) -> list[int]:
+    """The loss mask of an example's prompt, as long as `ids`.
+
+    It is 1 for the tokens of the earlier answers, each with its stop token. `text` is the rendered
+    prompt, and `ids` are its tokens. White space between an answer and its stop token is in the
+    loss, as the model has to write it. An earlier turn may end with a token that is no stop token
+    (gpt-oss has one for the last turn only): then only the answer itself is in the loss. Raises
+    StageError if an answer cannot be located.
+    """
+    mask = [0] * len(ids)
+    spans = earlier_answer_spans(example, text, tokenizer)
+    if not spans:
+        return mask
+    if not tokenizer.is_fast:
+        raise StageError(
+            "This model's tokenizer does not say where its tokens stand in a text, so earlier "
+            "answers cannot be trained. Use a table with one answer a row, or another model."
         )
-        if kept is None:
-            raise StageError(
-                f"The model's chat template changes a {message['role']}'s turn: {content[:60]!r} is not in it."
-            )
-        start = text.index(kept, place)
-        place = start + len(kept)
-        if message["role"] != "assistant" or not kept:
-            continue
-        inside = [k for k, (first, last) in enumerate(offsets) if last > start and first < place]
-        end = next((k for k in range(inside[-1] + 1, len(ids)) if ids[k] in stops), inside[-1])
-        mask[inside[0] : end + 1] = [1] * (end + 1 - inside[0])
+    # [tokens, 2]: the first character of each token, and the one after its last
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
+    for start, end in spans:
+        inside = [k for k, (first, last) in enumerate(offsets) if last > start and first < end]
+        stop = inside[-1]
+        for k in range(inside[-1] + 1, len(ids)):
+            if ids[k] in stop_token_ids:
+                stop = k
+                break
+            if text[slice(*offsets[k])].strip():
+                break  # the next turn begins, or the turn ends with a token that is no stop token
+        mask[inside[0] : stop + 1] = [1] * (stop + 1 - inside[0])
     return mask
 
 
-def answer_text(ids, tokenizer, stops):
-    """What a person reads of generated ids: (text, whether it stopped, how many tokens it took, the stop included)."""
-    end = next((k for k, token in enumerate(ids) if token in stops), None)
-    ids = ids if end is None else ids[: end + 1]
+def earlier_answer_spans(
+    example: dict[str, Any], text: str, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int]]:
+    """Where the earlier answers that are learned stand in `text`, the rendered prompt: (start, end)
+    in characters.
+
+    An answer is located by its position, never by its text, which may occur anywhere ("a" is in
+    "assistant"). The conversation is rendered once more with a mark in place of that answer: what
+    is before and after the mark is the template's and the other turns', and what remains of `text`
+    between them is the answer. White space around an answer is left out, and so is a thought that
+    the template drops. Raises StageError if the template writes an earlier answer otherwise than it
+    stands in the data.
+    """
+    messages, tools = example["prompt"], tools_of(example)
+    mark = unused_mark(messages)
+    spans = []
+    for index in learned_turns(example):
+        message = messages[index]
+        with_mark = [*messages[:index], {**message, "content": mark}, *messages[index + 1 :]]
+        rendered = render(with_mark, tokenizer, True, tools)
+        before, _, after = rendered.partition(mark)
+        start, end = len(before), len(text) - len(after)
+        is_located = (
+            rendered.count(mark) == 1
+            and start <= end
+            and text.startswith(before)
+            and text.endswith(after)
+        )
+        content = message["content"]
+        written = text[start:end]
+        without_thought = content.rpartition(THOUGHT_END)[2]
+        if not is_located or written.strip() not in (content.strip(), without_thought.strip()):
+            raise StageError(
+                "The model's chat template changes an earlier answer: "
+                f"{content.strip()[:60]!r} is not in the prompt as it stands in the data. "
+                "Use a table with one answer a row, or another model."
+            )
+        if written.strip():
+            start += len(written) - len(written.lstrip())
+            spans.append((start, start + len(written.strip())))
+    return spans
+
+
+def learned_turns(example: dict[str, Any]) -> list[int]:
+    """The positions, in the prompt, of the earlier answers that are in the loss: those with a text
+    and no flag 0.
+    """
+    messages = example["prompt"]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    flags = (example.get("learned") or "").split() or ["1"] * len(answers)
+    learned = [i for i, flag in zip(answers, flags, strict=True) if flag != "0"]
+    return [i for i in learned if messages[i]["content"].strip()]
+
+
+def unused_mark(messages: Messages) -> str:
+    """A character for private use that occurs in none of the messages (icon fonts use some of them
+    in texts).
+    """
+    contents = "".join(message["content"] for message in messages)
+    return next(mark for mark in map(chr, range(ord(MARK), 0xF8FF)) if mark not in contents)
+
+
+def answer_text(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
+) -> tuple[str, bool, int]:
+    """What a person reads of generated ids: (text, whether it stopped, number of tokens with the
+    stop token).
+    """
+    end = next((k for k, token_id in enumerate(ids) if token_id in stop_token_ids), None)
+    if end is not None:
+        ids = ids[: end + 1]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     if thinking_is_on(tokenizer):
-        text = text.rpartition("</think>")[2]
+        text = text.rpartition(THOUGHT_END)[2]
     return text.strip(), end is not None, len(ids)
 
 
-def show_tokens(encoded, tokenizer):
-    """HTML of an encoded row: what is not in the loss grey, what is on colour, special tokens bold."""
+def show_tokens(encoded: dict[str, list], tokenizer: PreTrainedTokenizerBase):
+    """An HTML object of an encoded row: tokens in the loss on colour, the others grey, special
+    tokens bold.
+    """
     from IPython.display import HTML
 
-    spans, special = [], special_ids(tokenizer)
+    special = special_ids(tokenizer)
+    spans = []
     for token_id, in_loss in zip(encoded["input_ids"], encoded["completion_mask"], strict=True):
         text = escape(tokenizer.decode([token_id])).replace("\n", "⏎")
         style = "background:#cfe8fc;color:#000" if in_loss else "color:#777"
-        style += ";font-weight:bold;text-decoration:underline" if token_id in special else ""
-        spans.append(
-            f'<span style="{style};border:1px solid #bbb;margin:1px;padding:0 2px">{text or "&nbsp;"}</span>'
-        )
+        if token_id in special:
+            style += ";font-weight:bold;text-decoration:underline"
+        style += ";border:1px solid #bbb;margin:1px;padding:0 2px"
+        spans.append(f'<span style="{style}">{text or "&nbsp;"}</span>')
     return HTML("<div style='line-height:1.9'>" + " ".join(spans) + "</div>")

@@ -1,10 +1,18 @@
-"""Chat templates: what a model's own template makes of messages, pinned so that it is the same everywhere."""
+"""Chat templates: what a model's own template makes of messages.
+
+A template is pinned, so that it gives the same text wherever the tokenizer is saved.
+"""
 
 import json
 import re
 from datetime import date as Date
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from tabletune.errors import StageError
+
+Messages = list[dict[str, Any]]
 
 # for a base model that brings no template: Llama 2's turns, with a BOS where there is one
 PLAIN_TEMPLATE = (
@@ -12,13 +20,18 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' ' + eos_token }}"
     "{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
 )
-MARK = "\ue000"  # a character for private use stands for an answer, to see what a template writes around it
+MARK = "\ue000"  # a private-use character stands for an answer, to see what is written around it
 USER = {"role": "user", "content": "Hello"}
 THINKING_ON = "{# the prompt leaves the thinking to the model #}"
 
 
-def render(messages, tokenizer, generation_prompt=True, tools=None):
-    """What the chat template makes of messages: a text. Raises StageError if it refuses them."""
+def render(
+    messages: Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_prompt: bool = True,
+    tools: list[dict] | None = None,
+) -> str:
+    """What the chat template makes of messages. Raises StageError if the template refuses them."""
     try:
         return tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
@@ -28,29 +41,34 @@ def render(messages, tokenizer, generation_prompt=True, tools=None):
         roles = ", ".join(message["role"] for message in messages)
         raise StageError(
             f"The model's chat template refuses messages of the roles {roles}: {reason}"
-        ) from None
+        ) from error
 
 
-def around(prompt, tokenizer):
-    """What a template writes around an answer, three texts: the prompt, all before the answer, all after it.
+def around(prompt: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """What a template writes around an answer: the prompt, all before the answer, all after it.
 
-    Mostly the second begins with the first. Raises StageError if the answer is left out or repeated.
+    In most templates the second text begins with the first. Raises StageError if the template
+    leaves the answer out or repeats it.
     """
-    whole = render([*prompt, {"role": "assistant", "content": MARK}], tokenizer, False)
-    if whole.count(MARK) != 1:
+    conversation = render([*prompt, {"role": "assistant", "content": MARK}], tokenizer, False)
+    if conversation.count(MARK) != 1:
         raise StageError(
-            "The model's chat template leaves out the answer or repeats it, so it cannot be trained."
+            "The model's chat template leaves out the answer or repeats it, so it cannot be "
+            "trained."
         )
-    return render(prompt, tokenizer), *whole.split(MARK)
+    before, after = conversation.split(MARK)
+    return render(prompt, tokenizer), before, after
 
 
-def pinned_template(tokenizer, thinking, date):
-    """The tokenizer's chat template with `date` for today's, and with the model's thinking on or off.
+def pinned_template(tokenizer: PreTrainedTokenizerBase, thinking: bool, date: str) -> str:
+    """The tokenizer's chat template with a fixed `date`, and with the model's thinking on or off.
 
-    Off, the prompt goes on to where the answer proper begins: past an empty block of thinking, or past the header that
-    the model would write first. On, it stays as it is, and the model begins with its thinking. Either way the template
-    says it without being asked, so that whoever loads it later (`pipeline`, vLLM, llama.cpp) asks as in the training.
-    Raises StageError if the template has no thinking of a kind that is known here, and it is to be on, or to be closed.
+    With thinking off, the prompt goes on to where the answer proper begins: past an empty block of
+    thinking, or past the header that the model would write first. With thinking on, the prompt
+    stays as it is, and the model begins with its thinking. Either is the template's default, so
+    that whoever loads it later (`pipeline`, vLLM, llama.cpp) asks as in the training. Raises
+    StageError if thinking is to be on or to be closed, and the template has no thinking of a known
+    kind.
     """
     template = tokenizer.chat_template or PLAIN_TEMPLATE
     if isinstance(template, dict):
@@ -63,59 +81,55 @@ def pinned_template(tokenizer, thinking, date):
         raise StageError(
             "thinking=true, but this model's chat template has no <think>. Set it to false."
         )
+    value = "true" if thinking else "false"
     for name in ("enable_thinking", "thinking"):
         if re.search(rf"(?<![\w.'\"]){name}\b(?!['\"])", template):
-            value = "true" if thinking else "false"
-            template = f"{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}{template}"
+            default = f"{{%- set {name} = {value} %}}"
+            template = f"{{%- if {name} is not defined %}}{default}{{%- endif %}}{template}"
     if thinking:
         return THINKING_ON + template
     tokenizer.chat_template = template
-    closing = json.dumps(thinking_suffix(tokenizer))
-    return template + (
-        f"{{%- if add_generation_prompt %}}{{{{ {closing} }}}}{{%- endif %}}"
-        if closing != '""'
-        else ""
-    )
+    suffix = thinking_suffix(tokenizer)
+    if suffix:
+        template += f"{{%- if add_generation_prompt %}}{{{{ {json.dumps(suffix)} }}}}{{%- endif %}}"
+    return template
 
 
-def thinking_suffix(tokenizer):
-    """What is missing between a template's prompt and an answer without thinking; "" if nothing is.
+def thinking_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text between a template's prompt and an answer without thinking; "" if there is none.
 
-    Raises StageError if the prompt opens a thinking with a mark that is not known here.
+    Raises StageError if the prompt opens a block of thinking with a mark that is not known here.
     """
     opened, before, _ = around([USER], tokenizer)
-    same = next(
-        k
-        for k in range(len(opened) + 1)
-        if opened[k : k + 1] != before[k : k + 1] or k == len(opened)
-    )
-    if opened.rfind("<", 0, same) > opened.rfind(
-        ">", 0, same
-    ):  # two marks that begin alike are two marks
-        same = opened.rfind("<", 0, same)
-    extra, lead = opened[same:], before[same:]
+    shared = 0
+    while shared < len(opened) and opened[shared : shared + 1] == before[shared : shared + 1]:
+        shared += 1
+    if opened.rfind("<", 0, shared) > opened.rfind(">", 0, shared):
+        shared = opened.rfind("<", 0, shared)  # two marks that begin alike are two marks
+    only_in_prompt, only_before_answer = opened[shared:], before[shared:]
     if opened.rstrip().endswith("<think>"):
-        return (
-            lead
-            if not extra and "</think>" in lead
-            else ("\n" if opened.endswith("\n") else "\n\n") + "</think>\n\n"
-        )
-    if re.search(r"think|reason", extra, re.IGNORECASE) and not re.search(
-        r"</|END|<\w+\|>$", extra
-    ):
+        if not only_in_prompt and "</think>" in only_before_answer:
+            return only_before_answer
+        line_break = "\n" if opened.endswith("\n") else "\n\n"
+        return f"{line_break}</think>\n\n"
+    opens_thinking = re.search(r"think|reason", only_in_prompt, re.IGNORECASE)
+    if opens_thinking and not re.search(r"</|END|<\w+\|>$", only_in_prompt):
         raise StageError(
-            f"The model's chat template opens a thinking that cannot be closed here: {extra!r}."
+            "The model's chat template opens a thinking that cannot be closed here: "
+            f"{only_in_prompt!r}."
         )
-    closes_itself = extra and "think" in lead
-    return lead if lead.strip() and not closes_itself else ""
+    closes_itself = only_in_prompt and "think" in only_before_answer
+    if closes_itself or not only_before_answer.strip():
+        return ""
+    return only_before_answer
 
 
-def thinking_is_on(tokenizer):
+def thinking_is_on(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a pinned template leaves the thinking to the model."""
     return (tokenizer.chat_template or "").startswith(THINKING_ON)
 
 
-def takes_system(tokenizer):
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template has a place for a system message."""
     try:
         return MARK in render([{"role": "system", "content": MARK}, USER], tokenizer)
@@ -123,30 +137,34 @@ def takes_system(tokenizer):
         return False
 
 
-def takes_tools(tokenizer):
+def takes_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template shows tools to the model."""
-    tool = {
-        "type": "function",
-        "function": {"name": MARK, "description": "", "parameters": {"properties": {}}},
-    }
+    function = {"name": MARK, "description": "", "parameters": {"properties": {}}}
     try:
-        return MARK in render([USER], tokenizer, tools=[tool])
+        return MARK in render([USER], tokenizer, tools=[{"type": "function", "function": function}])
     except StageError:
         return False
 
 
-def describe_template(tokenizer, stops):
+def describe_template(
+    tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
+) -> dict[str, str]:
     """What a reader should know of the format, {what: a short text}."""
     opened = render([USER], tokenizer)
+    opening = opened if len(opened) <= 60 else f"…{opened[-60:]}"
+    system = "no place: it goes before the first question"
+    if takes_system(tokenizer):
+        system = "has a place"
+    thinking = "none"
+    if thinking_is_on(tokenizer):
+        thinking = "on: the answer begins with it"
+    elif re.search(r"<think>|thinking|analysis", tokenizer.chat_template):
+        thinking = "off: the prompt closes it"
     dated = re.search(r"\d{1,2} \w{3} 20\d\d|20\d\d-\d\d-\d\d|[A-Z]\w+ \d{1,2}, 20\d\d", opened)
-    thinks = re.search(r"<think>|thinking|analysis", tokenizer.chat_template)
-    off = "off: the prompt closes it" if thinks else "none"
     return {
-        "an answer follows": repr("…" * (len(opened) > 60) + opened[-60:]),
-        "an answer stops at": ", ".join(tokenizer.convert_ids_to_tokens(stops)),
-        "system message": "has a place"
-        if takes_system(tokenizer)
-        else "no place: it goes before the first question",
-        "thinking": "on: the answer begins with it" if thinking_is_on(tokenizer) else off,
+        "an answer follows": repr(opening),
+        "an answer stops at": ", ".join(tokenizer.convert_ids_to_tokens(stop_token_ids)),
+        "system message": system,
+        "thinking": thinking,
         "date in the template": dated[0] if dated else "none",
     }
