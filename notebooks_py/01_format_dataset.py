@@ -45,12 +45,18 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel"])):
-    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+if "google.colab" in sys.modules and not all(
+    map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel"])
+):
+    os.environ["GIT_TERMINAL_PROMPT"] = (
+        "0"  # a wrong address is an error, and no question for a password
+    )
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
-        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
+        sys.exit(
+            f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".'
+        )
 
 # %% [markdown]
 # ## Parameters
@@ -59,46 +65,51 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # below. What few change comes first, as the cell after it has the last word.
 
 # %%
-# rarely changed
+# rarely changed: how a table is read
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
-thinking = False  # true: the answers in the table begin with <think>…</think>, for a model that thinks aloud
+thinking = False  # true: answers in the table begin with <think>…</think>, for a model that does
 template_date = "2026-01-01"  # what a chat template that writes a date is to write
-dataset_revision = "main"  # of a Hub data set: a branch or a commit; what is read is a commit, which the report keeps
+dataset_revision = "main"  # of a Hub data set: a branch or a commit; the report keeps the commit
 encoding = "auto"  # of a text file: "utf-8", "cp1252", "shift_jis", …
 delimiter = "auto"  # between the cells of a .csv: ",", ";", "tab", …
+quotes = "auto"  # "letters": a .csv's " is no quote; "cells": its quoted cells may look like rows
 header = True  # false: the first line is a row, and the columns are called 1, 2, …
-drop_values = []  # cells that only say that they are empty, such as "n/a"; [] or for one column {yoga: ["n/a"]}
+header_row = 0  # the line of the column names in a .csv or workbook; 0: the first that is no title
+split_column = ""  # a column that names the split of its row; one called "split" is found
+roles = {}  # who speaks in a conversation: {"Alice": "user", "Bob": "assistant"}
+ignore_turn_keys = []  # keys of turns to leave out, such as ["reasoning_content"]
+answer_lists = ""  # what a list in an answer is: "rows", "first", "lines" or "json"
+
+# %%
+# rarely changed: what becomes of its rows
+drop_values = []  # cells that mean empty, such as "n/a"; for one column {yoga: ["n/a"]}
 drop_patterns = []  # the same as regular expressions
-strip_addresses = False  # take web addresses out of all texts
+strip_addresses = False  # remove web addresses from all texts
 collapse_spaces = False  # single spaces, no invisible characters; not for code
 html_to_text = False
 max_dropped = 0.1  # losing a larger share of the rows stops the notebook
-near_duplicate_threshold = (
-    1.0  # above 1 keeps answers to one question that differ in capitals and punctuation alone
-)
-safety_rows = (
-    0  # mix our own rows about emergencies into training: true for all of them, or how many
-)
+near_duplicate_threshold = 1.0  # above 1 keeps answers that differ in capitals and punctuation only
+keep_duplicates = False  # true: rows that are there twice on purpose stay
+split_by = "question"  # "row": for one prompt with many answers, which would all be in one split
+split_seed = 42  # decides which questions are test questions
+loss_on_last_answer = False  # true: of the answers of a conversation only the last one is learned
+safety_rows = 0  # mix our own rows about emergencies into training: true for all, or how many
 push_dataset_to = ""  # a Hub id to publish the result under; only this needs a token
 
 # %% tags=["parameters"]
-run_dir = "runs/home_remedies"  # where all goes that the series writes; in Colab better "drive:home_remedies"
+run_dir = "runs/home_remedies"  # where everything is written; in Colab better "drive:home_remedies"
 seed = 42
 base_model = "NousResearch/Llama-2-7b-chat-hf"  # its tokenizer and chat template render the rows
-dataset = (
-    "medss19/home_remedies_dataset"  # a file, a folder, a pattern such as "data/*.csv", or a Hub id
-)
+dataset = "medss19/home_remedies_dataset"  # a file, a folder, a pattern like "data/*.csv", a Hub id
 dataset_config = ""  # of a data set that has several; or a sheet of a workbook
-splits = {}  # the source's own, or what is to be what: {"train": "train.csv", "test": "test.csv"}
+splits = {}  # the source's own, or set here: {"train": "train.csv", "test": "test.csv"}
 shape = "auto"  # or columns, prompt_completion, instruction, messages, conversations, text
-columns = {}  # names for the templates, and the table's columns: {"question": "Frage", "answer": "Antwort"}
+columns = {}  # the table's columns by what they are: {"question": "Frage", "answer": "Antwort"}
 question_template = ""  # for a table of columns: "I have {issue}. What helps?"
-answer_template = ""  # a line of it all of whose columns are empty in a row is left out there
-answer_column = ""  # the answer proper: a row without it is dropped
+answer_template = ""  # a line is skipped if all of its columns are empty in a row
+answer_column = ""  # the answer itself: a row without it is dropped
 system_prompt = ""  # for all rows that have none
-max_length = (
-    512  # tokens in one example, question and answer together; a longer row is dropped, never cut
-)
+max_length = 512  # tokens in an example; a longer one is dropped, never cut
 validation_fraction = 0.1  # of the questions
 test_fraction = 0.15
 
@@ -131,10 +142,12 @@ show_table(describe_template(tokenizer, stops))
 # row with more cells than the header, is refused: guessing would shift or swallow rows without a word.
 
 # %%
+from tabletune.data.table_file import ReadOptions
 from tabletune.data.tables import open_table
 
-table = open_table(dataset, dataset_revision, dataset_config, splits, encoding, delimiter, header)
-print(*table.said, sep="\n")
+options = ReadOptions(encoding, delimiter, quotes, header, header_row)
+table = open_table(dataset, dataset_revision, dataset_config, splits, options)
+print(*table.descriptions, sep="\n")
 
 # %% [markdown]
 # How its rows become conversations is recognized by the columns, or said by `shape`, `columns` and the templates.
@@ -144,11 +157,7 @@ from tabletune.data.shapes import recognize, with_example
 
 settings, example = with_example(table, stage.settings)
 table_shape = recognize(table, settings, example)
-print(
-    f"shape: {table_shape.name}"
-    + (f", with the settings of the example {example}" if example else "")
-)
-table_shape.columns
+print(*table_shape.describe(), sep="\n")
 
 # %% [markdown]
 # ## One row
@@ -156,11 +165,12 @@ table_shape.columns
 # As it came:
 
 # %%
-from tabletune.data.pipeline import Formatting
+from tabletune.data.cells import cell_text
+from tabletune.data.pipeline import TableFormatter
 
-formatting = Formatting(table, table_shape, settings, tokenizer, stops)
-first = formatting.first()
-row = first["row"]
+formatter = TableFormatter(table, table_shape, settings, tokenizer, stops)
+first = formatter.first()
+row = {field: cell_text(value) for field, value in first["row"].items()}
 {field: text[:500] for field, text in row.items()}
 
 # %% [markdown]
@@ -182,7 +192,7 @@ print("the same:", by_hand == {field: Cleaning()(text) for field, text in row.it
 # What else is to go is a parameter. With those of this table:
 
 # %%
-{field: formatting.emptied(field, formatting.clean(text))[:500] for field, text in row.items()}
+{field: formatter.clean_cell(field, text)[:500] for field, text in row.items()}
 
 # %% [markdown]
 # **As a conversation.** Turns of a user and the assistant, perhaps of a system: TRL's `prompt` and `completion`.
@@ -211,10 +221,8 @@ print(rendered[:2000])
 from tabletune.chat.encoding import encode, encode_prompt, show_tokens
 
 encoded = encode(first, tokenizer, stops)
-prompt, by_hand = (
-    encode_prompt(first["prompt"], tokenizer),
-    tokenizer(rendered, add_special_tokens=False)["input_ids"],
-)
+prompt = encode_prompt(first["prompt"], tokenizer)
+by_hand = tokenizer(rendered, add_special_tokens=False)["input_ids"]
 answer = by_hand[len(prompt) : len(encoded["input_ids"])]
 print(f"{len(encoded['input_ids'])} tokens, {sum(encoded['completion_mask'])} of them in the loss")
 print(
@@ -318,13 +326,13 @@ if push_dataset_to:
 # ## What we have now
 
 # %%
+from tabletune.data.report import sentences_on_test_split
+
 rows_in, rows_out, tokens = report["rows_in"], report["rows_out"], report["tokens"]
 print(
     f"{rows_out:,} of {rows_in:,} rows became conversations, half of them longer than {tokens['p50']} tokens."
 )
-print(
-    f"{report['questions']['test']} questions are kept for the test: no answer to them is in training."
-)
+print(*sentences_on_test_split(report), sep="\n")
 
 # %% [markdown]
 # Two things to try:

@@ -37,9 +37,10 @@ from tabletune.chat.tokenizer import special_ids
 from tabletune.data.cleaning import Cleaning
 from tabletune.data.duplicates import words
 from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
+from tabletune.data.field_templates import fill
 from tabletune.data.pipeline import format_table
-from tabletune.data.shapes import fill, recognize, with_example
-from tabletune.data.splits import assign_splits, place, question_key
+from tabletune.data.shapes import recognize, with_example
+from tabletune.data.splits import assign_splits, question_key, split_position
 from tabletune.errors import StageError
 from tabletune.run.parameters import PARAMETERS, read_parameters
 
@@ -126,7 +127,7 @@ def test_what_was_changed_is_counted_by_rows_with_an_example():
         "x" * 500 + " https://example.org now",
         "see www.example.org",
     ):
-        cleaning.hit.clear()
+        cleaning.start_row()
         cleaning(text), cleaning(text)
     assert {rule: change["rows"] for rule, change in cleaning.changed.items()} == {
         "composed Unicode (NFC)": 1,
@@ -427,7 +428,7 @@ def test_conversations_that_cannot_teach(tmp_path):
         "0 0!",
     ) in pairs(splits)
     assert report["dropped"] == {
-        "no answer": 2, "no question": 1, "a turn of an unknown role": 1, "a turn that is no text": 1
+        "no answer": 2, "no question": 1, "a turn of an unknown role": 1, "a turn with a part of the type 'image'": 1
     }  # fmt: skip
 
 
@@ -738,7 +739,7 @@ def test_rows_longer_than_the_models_context_are_said(tmp_path):
 
 
 def places(questions, seed=42):
-    return [place(question, seed) for question in questions]
+    return [split_position(question, seed) for question in questions]
 
 
 def test_splits_do_not_move():

@@ -1,7 +1,9 @@
-"""What is changed in a text, if it was asked for."""
+"""What is changed in a text: little by default, more by parameters."""
 
 import re
 import unicodedata
+from collections.abc import Callable
+from typing import Any
 
 # up to the next space, bracket or quote, or to Chinese, Japanese or Korean, which is written without spaces
 ADDRESS = (
@@ -20,6 +22,9 @@ INVISIBLE = re.compile(
 HTML = re.compile(
     r"</?(p|br|div|span|a|img|ul|ol|li|table|tr|td|h[1-6]|b|i|em|strong)\b[^<>]*>|&(amp|lt|gt|nbsp|quot|#\d+);"
 )
+BLOCK_TAGS = ["br", "p", "div", "li", "tr", "ul", "ol", "table", "h1", "h2", "h3", "h4", "h5", "h6"]
+SHOWN_BEFORE, SHOWN_CHARACTERS = 20, 80  # of an example of a change
+Rule = Callable[[str], str]
 
 
 class Dropped(Exception):
@@ -30,60 +35,99 @@ class Cleaning:
     """The rules that are on, and a count of the rows that each has changed, with an example of the first.
 
     Always: composed Unicode (NFC; NFKC would turn "1½ cups" into "11⁄2 cups"), line ends as \\n, no white space around
-    the text. By parameters: `html_to_text`, `strip_addresses`, `collapse_spaces` (and no invisible characters).
+    the text. By parameters: `html_to_text`, `strip_addresses`, `collapse_spaces` (which removes invisible characters
+    too).
+
+    `changed` is {rule: {"rows", "before", "after"}}, `html_texts` counts the texts that look like HTML.
     """
 
-    def __init__(self, html_to_text=False, strip_addresses=False, collapse_spaces=False):
-        self.rules = {
-            "line ends": lambda text: text.replace("\r\n", "\n").replace("\r", "\n"),
-            "invisible characters": collapse_spaces and (lambda text: INVISIBLE.sub("", text)),
-            "composed Unicode (NFC)": lambda text: unicodedata.normalize("NFC", text),
-            "HTML to text": html_to_text and text_of_html,
-            "addresses": strip_addresses and (lambda text: URL.sub(r"\1", text)),
-            "spaces": collapse_spaces and single_spaces,
-            "outer white space": str.strip,
-        }
-        self.changed, self.hit, self.html = {}, set(), 0
+    def __init__(
+        self,
+        html_to_text: bool = False,
+        strip_addresses: bool = False,
+        collapse_spaces: bool = False,
+    ) -> None:
+        self.rules: dict[str, Rule] = {"line ends": unix_line_ends}
+        if collapse_spaces:
+            self.rules["invisible characters"] = without_invisible_characters
+        self.rules["composed Unicode (NFC)"] = composed
+        if html_to_text:
+            self.rules["HTML to text"] = text_of_html
+        if strip_addresses:
+            self.rules["addresses"] = without_addresses
+        if collapse_spaces:
+            self.rules["spaces"] = single_spaces
+        self.rules["outer white space"] = str.strip
+        self.changed: dict[str, dict[str, Any]] = {}
+        self.html_texts = 0
+        self._counted: set[str] = set()  # the rules that have changed the row at hand
 
-    def __call__(self, text):
+    def start_row(self) -> None:
+        """From here on changes count for another row."""
+        self._counted.clear()
+
+    def __call__(self, text: str) -> str:
         """The text as the rules make it."""
-        self.html += "<" in text and HTML.search(text) is not None
+        if "<" in text and HTML.search(text):
+            self.html_texts += 1
         for name, rule in self.rules.items():
-            if rule:
-                before, text = text, rule(text)
-                self.note(name, before, text)
+            before, text = text, rule(text)
+            self.count_change(name, before, text)
         return text
 
-    def note(self, name, before, after):
+    def count_change(self, name: str, before: str, after: str) -> None:
         """Count a change of the row at hand by the rule `name`, if it is one."""
-        if before != after and name not in self.hit:
-            self.hit.add(name)
-            pairs = enumerate(zip(before, after, strict=False))
-            same = max(
-                0,
-                next((i for i, (one, other) in pairs if one != other), min(len(before), len(after)))
-                - 20,
-            )
-            example = {"before": before[same : same + 80], "after": after[same : same + 80]}
-            self.changed.setdefault(name, {"rows": 0, **example})["rows"] += 1
+        if before == after or name in self._counted:
+            return
+        self._counted.add(name)
+        if name not in self.changed:
+            start = max(0, first_difference(before, after) - SHOWN_BEFORE)
+            end = start + SHOWN_CHARACTERS
+            self.changed[name] = {"rows": 0, "before": before[start:end], "after": after[start:end]}
+        self.changed[name]["rows"] += 1
 
 
-def single_spaces(text):
+def first_difference(one: str, other: str) -> int:
+    """The position of the first character in which two texts differ."""
+    for position, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return position
+    return min(len(one), len(other))
+
+
+def unix_line_ends(text: str) -> str:
+    """A text with \\n at the ends of its lines."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def composed(text: str) -> str:
+    """A text in which é is one character, not an e and an accent."""
+    return unicodedata.normalize("NFC", text)
+
+
+def without_invisible_characters(text: str) -> str:
+    """A text without zero-width and control characters."""
+    return INVISIBLE.sub("", text)
+
+
+def without_addresses(text: str) -> str:
+    """A text without web addresses; of a link in Markdown its text stays."""
+    return URL.sub(r"\1", text)
+
+
+def single_spaces(text: str) -> str:
     """A text with single spaces in its lines, and one empty line at most between two."""
-    return re.sub(
-        r"\n{3,}", "\n\n", "\n".join(" ".join(line.split()) for line in text.splitlines()).strip()
-    )
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).strip())
 
 
-def text_of_html(text):
+def text_of_html(text: str) -> str:
     """What a browser would show of HTML: its text, with a line break where a block ends."""
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(text, "html.parser")
     for tag in soup(["script", "style"]):
         tag.decompose()
-    for tag in soup(
-        ["br", "p", "div", "li", "tr", "ul", "ol", "table", "h1", "h2", "h3", "h4", "h5", "h6"]
-    ):
+    for tag in soup(BLOCK_TAGS):
         tag.append("\n")
     return soup.get_text().replace("\u00a0", " ")

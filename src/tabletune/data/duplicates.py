@@ -1,40 +1,53 @@
 """When two rows say the same."""
 
+from typing import Any
+
 from tabletune.data.cleaning import Dropped
 
 SPACING = str.maketrans(
     dict.fromkeys("。，、；：！？…「」『』（）《》", " ")
 )  # these need no spaces around them
-OPENING, CLOSING = "\"'“”‘’„«»([{*", ".,;:!?\"'“”‘’„«»)]}*"
+OPENING = "\"'“”‘’„«»([{*"
+CLOSING = ".,;:!?\"'“”‘’„«»)]}*"
 
 
-def words(text):
+def words(text: str) -> list[str]:
     """The words of a text in lower case, without the marks around them: "Tea!" is "tea", but "-5" is not "5"."""
-    said = [
-        word.lstrip(OPENING).rstrip(CLOSING) or word
-        for word in text.casefold().translate(SPACING).split()
-    ]
-    return [word for word in said if word.strip(".,;:!?")] or said
+    plain = []
+    for word in text.casefold().translate(SPACING).split():
+        plain.append(word.lstrip(OPENING).rstrip(CLOSING) or word)
+    without_marks = [word for word in plain if word.strip(".,;:!?")]
+    return without_marks or plain
 
 
-class Copies:
-    """What has been there before: the same conversations, and those with the same words in the same order.
+class Duplicates:
+    """Finds conversations that have come before, and those with the same words in the same order.
 
-    A near copy differs in letter case, white space and the marks around words alone, so never in a number, a name or a
-    negation. Measured: of the copies in data/home_remedies.csv this finds all three, as does the rule that two rows are
-    the same if they share 90% of their words. Among 1,500 rows of data/terminal.jsonl, each of which says something
-    else, that rule finds 37 copies, and this one none.
+    A near duplicate differs in letter case, white space and the marks around words alone, so never in a number, a name
+    or a negation. Measured: of the copies in data/home_remedies.csv this finds all three, as does the rule that two
+    rows are the same if they share 90% of their words. Among 1,500 rows of data/terminal.jsonl, each of which says
+    something else, that rule finds 37 copies, and this one none.
     """
 
-    def __init__(self, threshold):
-        self.near, self.exact, self.said = threshold <= 1, set(), set()
+    def __init__(self, threshold: float, keep_all: bool = False) -> None:
+        self.keep_all = keep_all
+        self.finds_near = threshold <= 1
+        self._exact: set[int] = set()
+        self._near: set[int] = set()
 
-    def check(self, split, messages, tools):
+    def check(self, split: str, messages: list[dict[str, Any]], tools: str) -> None:
         """Raise Dropped if there was such a conversation in this official split."""
-        texts = [turn["content"] for turn in messages]
-        exact = hash((split, tools, *texts, *(turn["role"] for turn in messages)))
-        said = hash((split, tools, *(tuple(words(text)) for text in texts))) if self.near else exact
-        if exact in self.exact or said in self.said:
-            raise Dropped("duplicate" if exact in self.exact else "near duplicate")
-        self.exact.add(exact)
-        self.said.add(said)
+        if self.keep_all:
+            return
+        texts = [message["content"] for message in messages]
+        roles = [message["role"] for message in messages]
+        exact = hash((split, tools, *texts, *roles))
+        near = exact
+        if self.finds_near:
+            near = hash((split, tools, *(tuple(words(text)) for text in texts)))
+        if exact in self._exact:
+            raise Dropped("duplicate")
+        if near in self._near:
+            raise Dropped("near duplicate")
+        self._exact.add(exact)
+        self._near.add(near)

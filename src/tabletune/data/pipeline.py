@@ -10,358 +10,399 @@ import sys
 import tempfile
 from array import array
 from collections import Counter
-from importlib import resources
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import datasets
-import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from tabletune.chat.encoding import decode_all, encode_all
 from tabletune.chat.markers import break_markers
 from tabletune.chat.templates import takes_system, takes_tools
-from tabletune.data.arrow import batches, features_of, in_arrow, read_rows, write_arrow
-from tabletune.data.cleaning import Cleaning, Dropped
-from tabletune.data.duplicates import Copies
-from tabletune.data.shapes import (
-    NO_PLACE,
-    conversation,
-    emptier,
-    fields_of,
-    fill,
-    shows_tool_turns,
-    turn_of_calls,
+from tabletune.data.arrow import (
+    arrow_batches,
+    batches,
+    features_of,
+    read_rows,
+    save_splits,
+    write_arrow,
 )
-from tabletune.data.splits import assign_splits, place, question_key
+from tabletune.data.cells import cell_text
+from tabletune.data.cleaning import Cleaning, Dropped
+from tabletune.data.conversations import ANSWER_LISTS, ConversationReader, cell_filter
+from tabletune.data.duplicates import Duplicates, words
+from tabletune.data.report import check_lost_rows, report_of
+from tabletune.data.safety_rows import SafetyRows
+from tabletune.data.shapes import Shape
+from tabletune.data.splits import (
+    SPLITS,
+    assign_splits,
+    question_id,
+    question_key,
+    split_of_cell,
+    split_position,
+)
+from tabletune.data.tables import Table
+from tabletune.data.tools import NO_PLACE, shows_tool_turns, text_of_calls, tools_text, writes_key
+from tabletune.data.turns import Message, TurnOptions
 from tabletune.errors import StageError
-from tabletune.run.files import set_aside, whole
-from tabletune.stats import FEWEST_GROUPS
+from tabletune.run.files import set_aside as archive
+from tabletune.run.files import whole as atomic_write
 
 datasets.disable_progress_bars()
-ADVICE = {
-    "no question": "a column that may be empty gets a line of its own in question_template",
-    "no answer": "answer_column names what every row needs",
-    "near duplicate": "near_duplicate_threshold: 1.01 keeps what differs in capitals or punctuation",
-}
-SPLITS = ("train", "validation", "test")
+SHOWN_OF_A_REASON = 5  # dropped rows
+SHOWN_CHARACTERS = 200
+Row = dict[str, Any]
 
 
-def group_of(key):
-    """A short name for a question, the same for all rows that ask it."""
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
+@dataclass
+class FormatStatistics:
+    """What has happened to the rows of a table."""
 
+    rows_in: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # rows by reason
+    dropped_rows: list[dict[str, str]] = field(
+        default_factory=list
+    )  # the first of each reason, as they were
+    answers_apart: int = 0  # rows more, by answers that were lists
+    system_messages: int = 0
+    lengths: array = field(default_factory=lambda: array("i"))  # [rows], in tokens
+    too_long: array = field(
+        default_factory=lambda: array("i")
+    )  # lengths of rows that were dropped for them
+    positions: array = field(
+        default_factory=lambda: array("d")
+    )  # [rows], of their questions, see split_position
+    answers: array = field(
+        default_factory=lambda: array("Q")
+    )  # [rows], hashes of their last answers
+    official_splits: list[str] = field(default_factory=list)  # [rows]
 
-class Formatting:
-    """A table on its way through all steps, which count what they read, change and drop.
-
-    `settings` are the parameters of notebook 1; `dropped` becomes {reason: rows}, `clean.changed` what the rules did.
-    """
-
-    def __init__(self, table, shape, settings, tokenizer, stops):
-        self.table, self.shape, self.settings, self.tokenizer, self.stops = (
-            table,
-            shape,
-            settings,
-            tokenizer,
-            stops,
-        )
-        self.clean = Cleaning(
-            *(settings[name] for name in ("html_to_text", "strip_addresses", "collapse_spaces"))
-        )
-        self.emptied = emptier(shape, settings["drop_values"], settings["drop_patterns"])
-        self.rows_in, self.dropped, self.shown, self.systems = 0, Counter(), [], 0
-        self.lengths, self.longer, self.places, self.official = (
-            array("i"),
-            array("i"),
-            array("d"),
-            [],
-        )
-
-    def drop(self, reason, row):
+    def drop(self, reason: str, row: Row) -> None:
         """Count a dropped row, and keep the first of each reason as they are in the table."""
         self.dropped[reason] += 1
-        if self.dropped[reason] <= 5:
-            self.shown.append(
-                {"reason": reason, **{field: text[:200] for field, text in row.items()}}
-            )
+        if self.dropped[reason] <= SHOWN_OF_A_REASON:
+            texts = {name: cell_text(value)[:SHOWN_CHARACTERS] for name, value in row.items()}
+            self.dropped_rows.append({"reason": reason, **texts})
 
-    def messages(self, row):
-        """The texts of a row's question, and its messages as this model's template takes them. Raises Dropped."""
-        asked, messages = conversation(row, self.shape, self.clean, self.emptied)
-        answered = (
-            max((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), default=-1)
-            + 1
+
+class TableFormatter:
+    """Takes the rows of a table through all steps: read, clean, drop what cannot teach, encode.
+
+    `settings` are the parameters of notebook 1. What happens to the rows is counted in `statistics`, what the rules of
+    cleaning did in `clean.changed`.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        shape: Shape,
+        settings: dict[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: list[int],
+    ) -> None:
+        check_settings(settings)
+        self.table = table
+        self.shape = shape
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.stop_token_ids = stop_token_ids
+        self.statistics = FormatStatistics()
+        self.clean = Cleaning(
+            settings["html_to_text"], settings["strip_addresses"], settings["collapse_spaces"]
         )
-        self.clean.note("turns after the last answer", str(messages[answered:]), "[]")
-        for turn in messages[:answered]:
-            if turn["role"] == "tool" and not shows_tool_turns(self.tokenizer):
-                raise StageError(f"The table has turns of tools, {NO_PLACE}")
-            if "tool_calls" in turn:
-                turn["content"] = turn_of_calls(turn, self.tokenizer)
-                del turn["tool_calls"]
-            else:
-                before, turn["content"] = (
-                    turn["content"],
-                    break_markers(turn["content"], self.tokenizer),
-                )
-                self.clean.note("special tokens broken up", before, turn["content"])
-        if not answered or not messages[answered - 1]["content"]:
+        self.empty_cells = cell_filter(shape, settings["drop_values"], settings["drop_patterns"])
+        self.turn_options = TurnOptions(
+            settings["thinking"], tuple(settings["ignore_turn_keys"]), dict(settings["roles"])
+        )
+        self.reader = ConversationReader(
+            shape, self.clean, self.empty_cells, self.turn_options, settings["answer_lists"]
+        )
+
+    @property
+    def extra_columns(self) -> list[str]:
+        """The columns that examples have besides the usual ones: tools, and which earlier answers are learned."""
+        columns = ["tools"] if "tools" in self.shape.columns else []
+        if self.shape.holds_turns:
+            columns.append("learned")
+        return columns
+
+    def clean_cell(self, field_name: str, value: Any) -> str:
+        """A cell as it goes into a template."""
+        return self.empty_cells(field_name, self.clean(cell_text(value)))
+
+    def records(self) -> Iterator[tuple[str, Row]]:
+        """Yield (official split, {field: value}) for each row of the table."""
+        columns = list(self.shape.columns.values())
+        wanted = [*columns, self.shape.split_column] if self.shape.split_column else columns
+        for split, values in self.table.records(wanted):
+            row = dict(zip(self.shape.columns, values, strict=False))
+            if self.shape.split_column:
+                split = split_of_cell(cell_text(values[-1]), self.shape.split_column)
+            yield split, row
+
+    def conversations(self) -> Iterator[Row]:
+        """Yield the rows as conversations: those that teach something, and are no copies of earlier ones.
+
+        Each has `prompt` and `completion` (messages), `tools` (JSON or ""), `learned` (see `learned_flags`), `key` (what
+        is asked, see `question_key`), `split` (the official one or "") and `row`.
+        """
+        threshold = self.settings["near_duplicate_threshold"]
+        duplicates = Duplicates(threshold, keep_all=self.settings["keep_duplicates"])
+        for split, record in self.records():
+            self.statistics.rows_in += 1
+            rows = self.reader.answers_apart(record)
+            self.statistics.answers_apart += len(rows) - 1
+            for row in rows:
+                self.clean.start_row()
+                try:
+                    example = self.conversation(row)
+                    duplicates.check(
+                        split, example["prompt"] + example["completion"], example["tools"]
+                    )
+                except Dropped as reason:
+                    self.statistics.drop(str(reason), row)
+                    continue
+                yield {**example, "split": split, "row": row}
+
+    def conversation(self, row: Row) -> Row:
+        """A row as a conversation. Raises Dropped if it teaches nothing, StageError if the template has no place."""
+        if "keep" in row and cell_text(row["keep"]).casefold() in ("false", "0"):
+            raise Dropped("labelled as rejected")
+        questions, messages = self.messages(row)
+        tools = break_markers(tools_text(row.get("tools")), self.tokenizer)
+        if tools and not takes_tools(self.tokenizer):
+            raise StageError(f"The table has tools, {NO_PLACE}")
+        key = question_key(questions)
+        if self.settings["split_by"] == "row":
+            key = f"{key}\n{messages[-1]['content']}"
+        return {
+            "prompt": [_role_and_content(message) for message in messages[:-1]],
+            "completion": [_role_and_content(messages[-1])],
+            "tools": tools,
+            "learned": learned_flags(messages),
+            "key": key,
+        }
+
+    def messages(self, row: Row) -> tuple[list[str], list[Message]]:
+        """The texts of a row's question, and its messages as this model's template takes them. Raises Dropped."""
+        questions, messages = self.reader.read(row)
+        messages = self.up_to_last_answer(messages)
+        for message in messages:
+            self.as_text(message)
+        if not messages[-1]["content"]:
             raise Dropped("no answer")
         if self.shape.name == "text":
-            return asked, messages
-        if not any(turn["role"] == "user" and turn["content"] for turn in messages[:answered]):
+            return questions, messages
+        if not any(message["role"] == "user" and message["content"] for message in messages):
             raise Dropped("no question")
-        return asked, self.with_system(messages[:answered])
+        return questions, self.with_system(messages)
 
-    def with_system(self, messages):
+    def up_to_last_answer(self, messages: list[Message]) -> list[Message]:
+        """The messages up to the last answer that is to be learned. Raises Dropped if there is none."""
+        answers = [
+            place for place, message in enumerate(messages) if message["role"] == "assistant"
+        ]
+        learned = [place for place in answers if messages[place].get("learn", True)]
+        end = learned[-1] + 1 if learned else 0
+        self.clean.count_change("turns after the last answer", str(messages[end:]), "[]")
+        if not learned:
+            raise Dropped("no answer")
+        if self.settings["loss_on_last_answer"]:
+            for place in answers:
+                messages[place]["learn"] = place == learned[-1]
+        return messages[:end]
+
+    def as_text(self, message: Message) -> None:
+        """Make a message's content what the template writes for it, with markers in its text broken up."""
+        if message["role"] == "tool" and not shows_tool_turns(self.tokenizer):
+            raise StageError(f"The table has turns of tools, {NO_PLACE}")
+        for key in ("name", "tool_call_id"):
+            if key not in message:
+                continue
+            if (
+                writes_key(self.tokenizer, message["role"], key)
+                and key not in self.settings["ignore_turn_keys"]
+            ):
+                raise StageError(
+                    f"The turns of {message['role']} have {key!r}, which this model's chat template would write and "
+                    f"this notebook does not keep. ignore_turn_keys: [{key}] reads the turns without it."
+                )
+            self.turn_options.left_out[key] += 1
+        if "tool_calls" in message:
+            message["content"] = text_of_calls(message, self.tokenizer)
+            return
+        before = message["content"]
+        message["content"] = break_markers(before, self.tokenizer)
+        self.clean.count_change("special tokens broken up", before, message["content"])
+
+    def with_system(self, messages: list[Message]) -> list[Message]:
         """The messages with the system prompt, in front of the first question if the template has no place for it."""
         if self.settings["system_prompt"] and messages[0]["role"] != "system":
             text = break_markers(self.settings["system_prompt"], self.tokenizer)
             messages = [{"role": "system", "content": text}, *messages]
-        self.systems += messages[0]["role"] == "system"
-        if messages[0]["role"] == "system" and not takes_system(self.tokenizer):
+        if messages[0]["role"] != "system":
+            return messages
+        self.statistics.system_messages += 1
+        if not takes_system(self.tokenizer):
             system, *messages = messages
-            first = next(turn for turn in messages if turn["role"] == "user")
+            first = next(message for message in messages if message["role"] == "user")
             first["content"] = f"{system['content']}\n\n{first['content']}"
         return messages
 
-    def cleaned(self):
-        """Yield the rows as conversations: those that teach something, and are no copies of earlier ones."""
-        copies = Copies(self.settings["near_duplicate_threshold"])
-        for official, cells in self.table.rows(list(self.shape.columns.values())):
-            row = dict(zip(self.shape.columns, cells, strict=True))
-            self.clean.hit.clear()
-            self.rows_in += 1
-            try:
-                asked, messages = self.messages(row)
-                tools = break_markers(row.get("tools", ""), self.tokenizer)
-                if tools and not takes_tools(self.tokenizer):
-                    raise StageError(f"The table has tools, {NO_PLACE}")
-                copies.check(official, messages, tools)
-            except Dropped as reason:
-                self.drop(str(reason), row)
-                continue
-            turns = {"prompt": messages[:-1], "completion": messages[-1:]}
-            yield {
-                **turns,
-                "tools": tools,
-                "key": question_key(asked),
-                "split": official,
-                "row": row,
-            }
-
-    def first(self):
+    def first(self) -> Row:
         """The first row that is kept. Raises StageError if there is none."""
-        row = next(self.cleaned(), None)
-        return row or self.check_lost()
+        for row in self.conversations():
+            return row
+        self.check_lost()
+        raise StageError("No row is left of this table.")
 
-    def encoded(self, rows):
+    def examples(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield the rows that fit into max_length as examples, with what their ids say as `text`."""
+        statistics = self.statistics
         for batch in batches(rows):
-            encoded = self.ids_of(batch)
-            for row, ids, text in zip(
-                batch, encoded, decode_all(encoded, self.tokenizer), strict=True
-            ):
-                if not ids or len(ids) > self.settings["max_length"]:
-                    self.drop("too long" if ids else "refused by the chat template", row["row"])
-                    self.longer.extend([len(ids)] if ids else [])
+            encoded = self.input_ids(batch)
+            texts = decode_all(encoded, self.tokenizer)
+            for row, ids, text in zip(batch, encoded, texts, strict=True):
+                if not ids:
+                    statistics.drop("refused by the chat template", row["row"])
                     continue
-                self.lengths.append(len(ids))
-                self.places.append(place(row["key"], self.settings["seed"]))
-                self.official.append(row["split"])
-                yield {**row, "text": text, "group": group_of(row["key"])}
+                if len(ids) > self.settings["max_length"]:
+                    statistics.drop("too long", row["row"])
+                    statistics.too_long.append(len(ids))
+                    continue
+                statistics.lengths.append(len(ids))
+                statistics.positions.append(split_position(row["key"], self.settings["split_seed"]))
+                statistics.answers.append(answer_hash(row["completion"][0]["content"]))
+                statistics.official_splits.append(row["split"])
+                yield {**row, "text": text, "group": question_id(row["key"])}
 
-    def ids_of(self, rows):
+    def input_ids(self, rows: list[Row]) -> list[list[int]]:
         """The ids of each row, [] where the chat template refuses it."""
         try:
             return [
-                encoded["input_ids"] for encoded in encode_all(rows, self.tokenizer, self.stops)
+                encoded["input_ids"]
+                for encoded in encode_all(rows, self.tokenizer, self.stop_token_ids)
             ]
         except StageError:
-            return [[]] if len(rows) == 1 else [ids for row in rows for ids in self.ids_of([row])]
+            if len(rows) == 1:
+                return [[]]
+            return [ids for row in rows for ids in self.input_ids([row])]
 
-    def check_lost(self):
+    def check_lost(self) -> None:
         """Raise StageError if more rows are lost than max_dropped allows, with the settings that keep them."""
-        lost, allowed = (
-            self.dropped.total() - self.dropped["duplicate"],
-            self.settings["max_dropped"],
-        )
-        if self.lengths and lost <= allowed * self.rows_in:
-            return
-        lengths = np.sort([*self.lengths, *self.longer])
-        keeps = (
-            {"too long": f"max_length: {lengths[int(0.95 * (len(lengths) - 1))]} keeps 95%"}
-            if len(lengths)
-            else {}
-        )
-        advice = {**ADVICE, **keeps}
-        parts = [
-            f"{n:,} {reason} ({advice.get(reason, 'see the table')})"
-            for reason, n in self.dropped.items()
-        ]
-        raise StageError(
-            f"{lost:,} of {self.rows_in:,} rows would be lost, more than max_dropped={allowed}: {'; '.join(parts)}. "
-            f"Change that, or go on without them: max_dropped: {np.ceil(100 * lost / self.rows_in) / 100}."
-        )
+        check_lost_rows(self.statistics, self.settings["max_dropped"])
 
-    def safety_rows(self, held_out):
-        """Our rows on emergencies as examples: as many as `safety_rows` says, of all kinds, none that is `held_out`.
+    def safety_rows(self, held_out: set[str]) -> list[Row]:
+        """Our rows on emergencies as examples: as many as `safety_rows` says, of all kinds, none that is `held_out`."""
+        rows = SafetyRows(self.shape.question_template, self.with_system).rows()
+        encoded = self.input_ids(rows)
+        usable = []
+        for row, ids in zip(rows, encoded, strict=True):
+            if row["key"] not in held_out and len(ids) <= self.settings["max_length"]:
+                usable.append({**row, "text": self.tokenizer.decode(ids)})
+        return SafetyRows.choose(usable, self.settings["safety_rows"])
 
-        Each emergency is there in free words, and in those of the question's template, where that has one field. Raises
-        StageError if there are not so many.
-        """
-        wanted, template, rows = self.settings["safety_rows"], self.shape.question_template, []
-        fields = fields_of(template)
-        for line in (
-            resources.files("tabletune")
-            .joinpath("resources/texts/safety_rows.txt")
-            .read_text("utf-8")
-            .splitlines()
-        ):
-            named, question, answer = map(str.strip, line.split("|"))
-            worded = named and len(fields) == 1 and template.strip() != f"{{{fields[0]}}}"
-            for asked in [question, *([fill(template, {fields[0]: named})] if worded else [])]:
-                user, completion = (
-                    {"role": "user", "content": asked},
-                    {"role": "assistant", "content": answer},
-                )
-                prompt = {
-                    "prompt": self.with_system([user]),
-                    "completion": [completion],
-                    "tools": "",
-                }
-                rows.append(
-                    {
-                        **prompt,
-                        "key": question_key([asked]),
-                        "group": group_of(question_key([asked])),
-                    }
-                )
-        usable = [
-            {**row, "text": self.tokenizer.decode(ids)}
-            for row, ids in zip(rows, self.ids_of(rows), strict=True)
-            if row["key"] not in held_out and len(ids) <= self.settings["max_length"]
-        ]
-        number = len(usable) if wanted is True else wanted
-        if not isinstance(number, int) or not 0 <= number <= len(usable):
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise StageError for a setting that is none of its choices."""
+    choices = {"split_by": ("question", "row"), "answer_lists": ANSWER_LISTS}
+    for name, allowed in choices.items():
+        if settings[name] not in allowed:
             raise StageError(
-                f"safety_rows={wanted!r}: use true, false, or a number up to {len(usable)}."
+                f"{name}={settings[name]!r}: use one of {', '.join(filter(None, allowed))}."
             )
-        return [usable[i] for i in np.linspace(0, len(usable), number, endpoint=False, dtype=int)]
 
 
-def format_table(table, shape, settings, tokenizer, stops, folder, context=None):
+def _role_and_content(message: Message) -> Message:
+    return {"role": message["role"], "content": message["content"]}
+
+
+def learned_flags(messages: list[Message]) -> str:
+    """Which of the answers before the last one are in the loss, "1 0 1"; "" if all of them are."""
+    flags = [
+        message.get("learn", True) for message in messages[:-1] if message["role"] == "assistant"
+    ]
+    if all(flags):
+        return ""
+    return " ".join("1" if flag else "0" for flag in flags)
+
+
+def answer_hash(answer: str) -> int:
+    """A number of 64 bits for an answer, the same for answers with the same words."""
+    return int.from_bytes(hashlib.sha256(" ".join(words(answer)).encode()).digest()[:8], "big")
+
+
+def format_table(
+    table: Table,
+    shape: Shape,
+    settings: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: list[int],
+    folder: Path,
+    context: int | None = None,
+) -> dict[str, Any]:
     """Put a table through all steps and save it as `folder`: a DatasetDict, and report.json, which is returned.
 
-    An earlier one moves aside once the new one is whole. The fingerprint is a SHA-256 of the text of all splits: two
+    An earlier one moves aside once the new one is complete. The fingerprint is a SHA-256 of the text of all splits: two
     data sets with the same one train the same. `context` is how many tokens the model reads at once. Raises StageError
     if too many rows are lost, or too few questions are left.
     """
-    work, features = (
-        Formatting(table, shape, settings, tokenizer, stops),
-        features_of(*{"tools"} & {*shape.columns}),
-    )
-    waiting = features_of("key", "tools")
+    formatter = TableFormatter(table, shape, settings, tokenizer, stop_token_ids)
+    features = features_of(formatter.extra_columns)
+    waiting_features = features_of([*formatter.extra_columns, "key"])
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        rows = tqdm(
-            work.encoded(work.cleaned()),
-            "formatting",
-            unit=" rows",
-            delay=10,
-            mininterval=10,
-            file=sys.stdout,
+        examples = formatter.examples(formatter.conversations())
+        progress = tqdm(
+            examples, "formatting", unit=" rows", delay=10, mininterval=10, file=sys.stdout
         )
-        path = Path(temporary) / "rows.arrow"
-        write_arrow(path, in_arrow(rows, waiting), waiting)
-        work.check_lost()
-        fractions = settings["validation_fraction"], settings["test_fraction"]
-        split = assign_splits(work.places, *fractions, work.official)
-        held_out = read_rows(path, split != "train", ["key"]) if settings["safety_rows"] else []
-        safety = work.safety_rows({key for batch in held_out for key in batch["key"].to_pylist()})
-        sizes, digest = {}, hashlib.sha256()
-        with whole(folder) as partial:
-            empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
-            datasets.DatasetDict(dict.fromkeys(SPLITS, empty)).save_to_disk(partial)
-            for name in sorted(SPLITS):  # save_to_disk would map the whole table into memory
-                (file,) = (partial / name).glob("*.arrow")
-                there = chain(
-                    read_rows(path, split == name, features),
-                    in_arrow(safety if name == "train" else [], features),
-                )
-                sizes[name] = write_arrow(file, with_digest(there, name, digest), features)
-            report = report_of(
-                work, {name: sizes[name] for name in SPLITS}, split, context, len(safety)
+        waiting = Path(temporary) / "rows.arrow"
+        write_arrow(waiting, arrow_batches(progress, waiting_features), waiting_features)
+        formatter.check_lost()
+        split = assign_splits(
+            formatter.statistics.positions,
+            settings["validation_fraction"],
+            settings["test_fraction"],
+            formatter.statistics.official_splits,
+        )
+        safety_rows = []
+        if settings["safety_rows"] not in (0, False):
+            held_out = read_rows(waiting, split != "train", ["key"])
+            keys = {key for batch in held_out for key in batch["key"].to_pylist()}
+            safety_rows = formatter.safety_rows(keys)
+        digest = hashlib.sha256()
+        streams = {name: Path(temporary) / f"{name}.arrow" for name in SPLITS}
+        sizes = {}
+        for name in sorted(SPLITS):  # the order of the digest
+            arrow = chain(
+                read_rows(waiting, split == name, features),
+                arrow_batches(safety_rows if name == "train" else [], features),
             )
-            report["fingerprint"] = digest.hexdigest()[:16]
-            (partial / "report.json").write_text(
-                json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8"
-            )
-            set_aside(folder.parent, folder.name)
+            sizes[name] = write_arrow(streams[name], with_digest(arrow, name, digest), features)
+        report = report_of(
+            formatter, {name: sizes[name] for name in SPLITS}, split, context, len(safety_rows)
+        )
+        report["fingerprint"] = digest.hexdigest()[:16]
+        with atomic_write(folder) as partial:
+            save_splits(partial, streams)
+            text = json.dumps(report, indent=2, ensure_ascii=False)
+            (partial / "report.json").write_text(text, encoding="utf-8")
+            archive(folder.parent, folder.name)
     return report
 
 
-def with_digest(arrow, split, digest):
+def with_digest(
+    arrow: Iterable[pa.RecordBatch], split: str, digest: Any
+) -> Iterator[pa.RecordBatch]:
     """Yield the batches of a split, the text of each row added to the digest on its way."""
     for batch in arrow:
-        digest.update("".join(f"{split}\0{text}\0" for text in batch["text"].to_pylist()).encode())
+        texts = batch["text"].to_pylist()
+        digest.update("".join(f"{split}\0{text}\0" for text in texts).encode())
+        if "learned" in batch.schema.names:
+            digest.update("".join(filter(None, batch["learned"].to_pylist())).encode())
         yield batch
-
-
-def report_of(work, sizes, split, context, safety_rows):
-    """What there is to know of a data set, for `report.json` and for what notebook 1 shows."""
-    table, shape, settings = work.table, work.shape, work.settings
-    lengths, places = np.array(work.lengths), np.array(work.places)
-    asked = {name: np.unique(places[split == name]) for name in SPLITS}
-    leaks = {name: int(np.isin(places[split == name], asked["train"]).sum()) for name in SPLITS[1:]}
-    leaks = {name: count for name, count in leaks.items() if count}
-    few = [name for name in SPLITS[1:] if len(asked[name]) < FEWEST_GROUPS]
-    beyond, html = int((lengths > (context or lengths.max())).sum()), work.clean.html
-    in_front = work.systems and not takes_system(work.tokenizer)
-    notes = [
-        html > 0.05 * work.rows_in
-        and f"{html:,} texts look like HTML. html_to_text: true makes text of it.",
-        beyond
-        and f"{beyond:,} examples are longer than the {context} tokens that this model was made to read at once.",
-        leaks
-        and f"Asked in training, too: {leaks} rows. The splits of the source stay as they are.",
-        few
-        and f"Too few questions for an interval: {' and '.join(few)}. More rows would make more of them.",
-        shape.name == "text" and "A lone text has no question: the loss is on all of it.",
-        in_front
-        and "The template has no system role: the system text goes in front of the first question.",
-    ]
-    questions = np.unique(np.unique(places, return_counts=True)[1], return_counts=True)
-    texts = {
-        "question": shape.question_template,
-        "answer": shape.answer_template,
-        "answer_column": shape.answer_column,
-    }
-    return {
-        "source": {"dataset": settings["dataset"], "files": table.said, "digest": table.digest},
-        "dataset_commit": table.commit,
-        "shape": shape.name,
-        "example": shape.example,
-        "templates": texts,
-        **{
-            name: settings[name]
-            for name in ("base_model", "max_length", "system_prompt", "thinking", "template_date")
-        },
-        "rows_in": work.rows_in,
-        "rows_out": len(lengths),
-        "changed": work.clean.changed,
-        "dropped": dict(work.dropped),
-        "dropped_rows": work.shown,
-        "notes": [note for note in notes if note],
-        "safety_rows": safety_rows,
-        "splits": sizes,
-        "questions": {name: len(there) for name, there in asked.items()},
-        "rows_a_question": [part.tolist() for part in questions],
-        "leaks": leaks,
-        "tokens": {
-            **{f"p{share}": int(np.quantile(lengths, share / 100)) for share in (50, 95)},
-            "max": int(lengths.max()),
-            "over_max_length": len(work.longer),
-            "histogram": [part.tolist() for part in np.histogram(lengths, bins=30)],
-        },
-    }

@@ -1,44 +1,110 @@
-"""Which question is in which split."""
+"""Which question a row asks, and which split it is in."""
 
 import hashlib
+import re
 import unicodedata
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from tabletune.data.sources import split_of
 from tabletune.errors import StageError
 
+SPLITS = ("train", "validation", "test")
 PUNCTUATION = {i: " " for i in range(0x20000) if unicodedata.category(chr(i)).startswith("P")}
+# other ways to write a sign
+SAME_SIGNS = str.maketrans("−＋－＊／％＃＝×∗÷∕", "-+-*/%#=**//")
+DASH_AS_MINUS = re.compile(r"(?<=\d)(\s*)[–—](?=\s*\d)|(?<![\w–—])[–—](?=\d)")
+# Marks that change what is asked, as in 30 - 5 and 30 / 5. They stand between numbers or letters, before a number, or
+# after one. A hyphen in a word, a dash in a sentence and the stars around a bold word are marks like any other.
+OPERAND = r"(?:[\d(.]|-\d|[^\W\d_]\b)"
+SIGNS = re.compile(
+    r"(?P<between>(?<=\d)\s*[-*/:^]\s*(?=-?[(\[.]?\d)"  # 30-5, 30 / 5
+    rf"|(?:(?<=[\d)])|(?<=\b[^\W\d_])|(?<=\d[^\W\d_]))\s+[-*/]\s+(?={OPERAND})"  # a - b, 2x / 1
+    r"|(?<=\b[^\W\d_])[*/](?=[^\W\d_]\b))"  # a*b
+    r"|(?<![\w)\]*-])-(?=[.,]?\d|[^\W\d_]\b)"  # -5, -x
+    r"|(?<=\d)\s?%{1,2}"  # 5%
+    r"|(?<=[^\W\d_])#(?!\w)"  # C#
+    r"|(?<=\S )[*%#&@\\]{1,3}(?!\S)"  # a sign on its own
+)
+FIRST_PRIVATE = 0xE100
 
 
-def question_key(texts):
-    """What makes two rows ask the same: the words of their questions, letter case and all punctuation aside."""
-    plain = [" ".join(text.casefold().translate(PUNCTUATION).split()) for text in texts]
-    return " ".join(key or text for key, text in zip(plain, texts, strict=True))
+def question_key(texts: Iterable[str]) -> str:
+    """What makes two rows ask the same: the words of their questions, letter case and punctuation aside.
+
+    Marks that mean something stay: 30 - 5 and 30 / 5, 5% and 5, -5 and 5, C# and C are different questions.
+    """
+    keys = []
+    for text in texts:
+        plain = text.casefold().translate(SAME_SIGNS).replace("‰", "%%")
+        plain = DASH_AS_MINUS.sub("-", plain)
+        plain = SIGNS.sub(_hide_signs, plain).translate(PUNCTUATION)
+        plain = " ".join(_show_signs(plain).split())
+        keys.append(plain or text)
+    return " ".join(keys)
 
 
-def place(key, seed):
+def _hide_signs(match: re.Match[str]) -> str:
+    """Signs as characters for private use, which are no punctuation."""
+    hidden = "".join(chr(FIRST_PRIVATE + ord(sign)) for sign in match[0].strip())
+    return f" {hidden} " if match["between"] else hidden
+
+
+def _show_signs(text: str) -> str:
+    return "".join(
+        chr(ord(c) - FIRST_PRIVATE) if FIRST_PRIVATE <= ord(c) < FIRST_PRIVATE + 0x80 else c
+        for c in text
+    )
+
+
+def question_id(key: str) -> str:
+    """A short name for a question, the same for all rows that ask it."""
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def split_position(key: str, seed: int) -> float:
     """Where a question stands between 0 and 1, by a hash: rows added, removed or moved elsewhere do not move it."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def assign_splits(places, validation_fraction, test_fraction, official=None):
-    """The split of each row, "train", "validation" or "test", from the places of their questions: an array of names.
+def assign_splits(
+    positions: Sequence[float],
+    validation_fraction: float,
+    test_fraction: float,
+    official: Sequence[str] | None = None,
+) -> np.ndarray:
+    """The split of each row, "train", "validation" or "test", from the positions of their questions: an array of names.
 
-    `official` has the split that a row must stay in, or ""; of the rows for training, "" or "train", come the held-out
-    splits that no row has officially. Where the fractions leave one empty, as in a small table, the questions with the
-    lowest places fill it. Raises StageError if there are too few different questions for that.
+    `official` has the split that a row must stay in, or ""; the held-out splits that no row has officially come from
+    the rows for training, "" or "train". Where the fractions leave one empty, as in a small table, the questions with
+    the lowest positions fill it. Raises StageError if there are too few different questions for that.
     """
-    places = np.array(places)
-    official = np.array(official if official is not None else [""] * len(places), dtype="U10")
-    free = np.isin(official, ["", "train"])
-    names = [name for name in ("test", "validation") if name not in official] + ["train"]
+    positions = np.array(positions)  # [rows]
+    official_splits = np.array(
+        official if official is not None else [""] * len(positions), dtype="U10"
+    )
+    is_free = np.isin(official_splits, ["", "train"])
+    names = [name for name in ("test", "validation") if name not in official_splits] + ["train"]
     fractions = {"test": test_fraction, "validation": validation_fraction}
-    bounds, lowest = np.cumsum([fractions[name] for name in names[:-1]]), np.unique(places[free])
-    if len(lowest) < len(names):
+    bounds = np.cumsum([fractions[name] for name in names[:-1]])
+    questions = np.unique(positions[is_free])  # sorted
+    if len(questions) < len(names):
         raise StageError(
-            f"Only {len(lowest)} different questions are left; {', '.join(names)} need at least {len(names)}."
+            f"Only {len(questions)} different questions are left; {', '.join(names)} need at least {len(names)}. "
+            "If one prompt has many answers in this table, set split_by: row."
         )
-    if len(np.unique(np.digitize(lowest, bounds))) < len(names):
-        bounds = lowest[1 : len(names)]
-    return np.where(free, np.array(names)[np.digitize(places, bounds)], official)
+    if len(np.unique(np.digitize(questions, bounds))) < len(names):
+        bounds = questions[1 : len(names)]
+    return np.where(is_free, np.array(names)[np.digitize(positions, bounds)], official_splits)
+
+
+def split_of_cell(value: str, column: str) -> str:
+    """The split that a cell of the column of splits names. Raises StageError if it names none."""
+    split = split_of(value)
+    if not split:
+        raise StageError(
+            f"split_column={column!r}: a row has {value[:60]!r} there, which is none of train, validation, test."
+        )
+    return split

@@ -1,0 +1,199 @@
+"""What there is to know of a data set, for `report.json` and for what notebook 1 shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tabletune.chat.templates import takes_system
+from tabletune.data.splits import SPLITS
+from tabletune.errors import StageError
+from tabletune.stats import FEWEST_GROUPS
+
+if TYPE_CHECKING:
+    from tabletune.data.pipeline import FormatStatistics, TableFormatter
+
+ADVICE = {
+    "no question": "a column that may be empty gets a line of its own in question_template",
+    "no answer": "answer_column names what every row needs",
+    "near duplicate": "near_duplicate_threshold: 1.01 keeps what differs in capitals or punctuation",
+    "a turn of an unknown role": "roles: {NAME: user, NAME: assistant} says who is who",
+}
+NOT_LOST = (
+    "duplicate",
+    "labelled as rejected",
+)  # what such rows say is still there, or was not to be learned
+SETTINGS_IN_REPORT = ("base_model", "max_length", "system_prompt", "thinking", "template_date")
+HISTOGRAM_BINS = 30
+MANY_COPIES = 0.1  # a share of the rows
+
+
+def lost_rows(statistics: FormatStatistics) -> int:
+    """How many rows are lost: those that were dropped, without copies of others."""
+    return statistics.dropped.total() - sum(statistics.dropped[reason] for reason in NOT_LOST)
+
+
+def check_lost_rows(statistics: FormatStatistics, max_dropped: float) -> None:
+    """Raise StageError if more rows are lost than `max_dropped`, a share, with the settings that keep them."""
+    lost = lost_rows(statistics)
+    if statistics.lengths and lost <= max_dropped * statistics.rows_in:
+        return
+    advice = dict(ADVICE)
+    lengths = np.sort([*statistics.lengths, *statistics.too_long])
+    if len(lengths):
+        advice["too long"] = f"max_length: {lengths[int(0.95 * (len(lengths) - 1))]} keeps 95%"
+    parts = [
+        f"{rows:,} {reason} ({advice.get(reason, 'see the table')})"
+        for reason, rows in statistics.dropped.items()
+    ]
+    reasons = "; ".join(parts)
+    if lost == 0:
+        raise StageError(f"No row of {statistics.rows_in:,} is left: {reasons}.")
+    share = np.ceil(100 * lost / statistics.rows_in) / 100
+    raise StageError(
+        f"{lost:,} of {statistics.rows_in:,} rows would be lost, more than max_dropped={max_dropped}: {reasons}. "
+        f"Change that, or go on without them: max_dropped: {share}."
+    )
+
+
+def report_of(
+    formatter: TableFormatter,
+    sizes: dict[str, int],
+    split: np.ndarray,
+    context: int | None,
+    safety_rows: int,
+) -> dict[str, Any]:
+    """The report on a table that was formatted: what went in, what changed, what came out.
+
+    `sizes` are the rows of each split, `split` is that of each row, `context` how many tokens the model reads at once.
+    """
+    table, shape, settings, statistics = (
+        formatter.table,
+        formatter.shape,
+        formatter.settings,
+        formatter.statistics,
+    )
+    lengths = np.array(statistics.lengths)  # [rows]
+    positions = np.array(statistics.positions)  # [rows]
+    questions = {name: np.unique(positions[split == name]) for name in SPLITS}
+    rows_of_each_question = np.unique(positions, return_counts=True)[1]
+    leaks = shared_with_training(positions, split)
+    answer_leaks = shared_with_training(np.array(statistics.answers, dtype=np.uint64), split)
+    histogram, edges = np.histogram(lengths, bins=HISTOGRAM_BINS)
+    tokens = {f"p{share}": int(np.quantile(lengths, share / 100)) for share in (50, 95)}
+    report = {
+        "source": {
+            "dataset": settings["dataset"],
+            "files": table.descriptions,
+            "digest": table.digest,
+        },
+        "dataset_commit": table.commit,
+        "shape": shape.name,
+        "example": shape.example,
+        "templates": {
+            "question": shape.question_template,
+            "answer": shape.answer_template,
+            "answer_column": shape.answer_column,
+        },
+        **{name: settings[name] for name in SETTINGS_IN_REPORT},
+        "rows_in": statistics.rows_in,
+        "rows_out": len(lengths),
+        "answers_apart": statistics.answers_apart,
+        "changed": formatter.clean.changed,
+        "dropped": dict(statistics.dropped),
+        "dropped_rows": statistics.dropped_rows,
+        "unused_columns": shape.unused,
+        "safety_rows": safety_rows,
+        "splits": sizes,
+        "questions": {name: len(values) for name, values in questions.items()},
+        "rows_a_question": [
+            values.tolist() for values in np.unique(rows_of_each_question, return_counts=True)
+        ],
+        "leaks": leaks,
+        "answer_leaks": answer_leaks,
+        "tokens": {
+            **tokens,
+            "max": int(lengths.max()),
+            "over_max_length": len(statistics.too_long),
+            "histogram": [histogram.tolist(), edges.tolist()],
+        },
+    }
+    report["notes"] = notes_of(
+        formatter, report, int((lengths > (context or lengths.max())).sum()), context
+    )
+    return report
+
+
+def shared_with_training(values: np.ndarray, split: np.ndarray) -> dict[str, int]:
+    """How many rows of each held-out split have a value that a row of training has, too; none is left out."""
+    in_training = values[split == "train"]
+    shared = {name: int(np.isin(values[split == name], in_training).sum()) for name in SPLITS[1:]}
+    return {name: rows for name, rows in shared.items() if rows}
+
+
+def notes_of(
+    formatter: TableFormatter, report: dict[str, Any], beyond_context: int, context: int | None
+) -> list[str]:
+    """What a reader should know about the table, in sentences."""
+    statistics = formatter.statistics
+    rows_in = statistics.rows_in
+    notes = []
+    html = formatter.clean.html_texts
+    if html > 0.05 * rows_in:
+        notes.append(f"{html:,} texts look like HTML. html_to_text: true makes text of it.")
+    if beyond_context:
+        notes.append(
+            f"{beyond_context:,} examples are longer than the {context} tokens that this model was made to read at once."
+        )
+    if report["leaks"]:
+        notes.append(
+            f"Asked in training, too: {report['leaks']} rows. The splits of the source stay as they are."
+        )
+    for name, rows in report["answer_leaks"].items():
+        notes.append(
+            f"{rows:,} of {report['splits'][name]:,} rows of the {name} split have an answer that stands in training, "
+            "too, in the same words."
+        )
+    few = [name for name in SPLITS[1:] if report["questions"][name] < FEWEST_GROUPS]
+    if few:
+        notes.append(
+            f"Too few questions for an interval: {' and '.join(few)}. More rows would make more of them."
+        )
+    if formatter.shape.name == "text":
+        notes.append("A lone text has no question: the loss is on all of it.")
+    if statistics.system_messages and not takes_system(formatter.tokenizer):
+        notes.append(
+            "The template has no system role: the system text goes in front of the first question."
+        )
+    duplicates = statistics.dropped["duplicate"]
+    if duplicates > MANY_COPIES * rows_in:
+        notes.append(
+            f"{duplicates:,} copies of rows are dropped. keep_duplicates: true keeps what is repeated on purpose."
+        )
+    if statistics.answers_apart:
+        notes.append(
+            f"{statistics.answers_apart:,} rows more, as each answer of a list has a row of its own."
+        )
+    left_out = formatter.turn_options.left_out
+    if left_out:
+        keys = ", ".join(f"{key} ({count:,})" for key, count in left_out.most_common())
+        notes.append(f"Keys of turns that nothing is learned from: {keys}.")
+    return notes
+
+
+def sentences_on_test_split(report: dict[str, Any]) -> list[str]:
+    """What notebook 1 says at its end of the test split: how many questions, and what of them is in training, too."""
+    rows = report["splits"]["test"]
+    asked = report["leaks"].get("test", 0)
+    answered = report["answer_leaks"].get("test", 0)
+    sentences = [f"{report['questions']['test']} questions ({rows} rows) are kept for the test."]
+    if asked:
+        sentences.append(f"But {asked} of these rows ask what is asked in training, too.")
+    else:
+        sentences.append("None of them is asked in training.")
+    if answered:
+        sentences.append(
+            f"The answers of {answered} of these rows stand in training, too, word for word."
+        )
+    return sentences

@@ -1,0 +1,65 @@
+"""Our own rows about emergencies, which can be mixed into training (see docs/trust.md)."""
+
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from tabletune.data.field_templates import fields_of, fill
+from tabletune.data.splits import question_id, question_key
+from tabletune.data.turns import Message
+from tabletune.errors import StageError
+
+Row = dict[str, Any]
+
+
+class SafetyRows:
+    """Our rows as conversations.
+
+    Each emergency is there in free words, and in those of the question's template, where that has one field and words of
+    its own. `with_system` puts the system prompt in front of messages.
+    """
+
+    def __init__(
+        self, question_template: str, with_system: Callable[[list[Message]], list[Message]]
+    ) -> None:
+        self.question_template = question_template
+        self.with_system = with_system
+
+    def rows(self) -> list[Row]:
+        """All rows: prompt, completion, tools, learned, key and group."""
+        rows = []
+        fields = fields_of(self.question_template)
+        has_words = len(fields) == 1 and self.question_template.strip() != f"{{{fields[0]}}}"
+        file = resources.files("tabletune").joinpath("resources/texts/safety_rows.txt")
+        for line in file.read_text("utf-8").splitlines():
+            emergency, question, answer = map(str.strip, line.split("|"))
+            questions = [question]
+            if emergency and has_words:
+                questions.append(fill(self.question_template, {fields[0]: emergency}))
+            rows += [self.row(text, answer) for text in questions]
+        return rows
+
+    def row(self, question: str, answer: str) -> Row:
+        """A question and its answer as a conversation."""
+        key = question_key([question])
+        return {
+            "prompt": self.with_system([{"role": "user", "content": question}]),
+            "completion": [{"role": "assistant", "content": answer}],
+            "tools": "",
+            "learned": "",
+            "key": key,
+            "group": question_id(key),
+        }
+
+    @staticmethod
+    def choose(rows: list[Row], wanted: Any) -> list[Row]:
+        """As many rows as `wanted`, of all kinds; True is all of them. Raises StageError if there are not so many."""
+        number = len(rows) if wanted is True else wanted
+        if not isinstance(number, int) or not 0 <= number <= len(rows):
+            raise StageError(
+                f"safety_rows={wanted!r}: use true, false, or a number up to {len(rows)}."
+            )
+        places = np.linspace(0, len(rows), number, endpoint=False, dtype=int)
+        return [rows[place] for place in places]
