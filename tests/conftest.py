@@ -72,23 +72,16 @@ def locked(path):
 def what_a_run_depends_on():
     """A digest of all that the tiny profile's run is made from."""
     digest = hashlib.sha256()
-    parts = [
-        ROOT / name
-        for name in (
-            "src/tabletune",
-            "notebooks",
-            "profiles",
-            "data",
-            "Makefile",
-            "requirements.txt",
-        )
-    ]
-    files = [
-        file for part in parts for file in ([part] if part.is_file() else sorted(part.rglob("*")))
-    ]
-    for file in [file for file in files if file.is_file() and "__pycache__" not in file.parts]:
-        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    files = [ROOT / "requirements.txt"]
+    for name in ("src/tabletune", "notebooks", "profiles", "data"):
+        files += sorted((ROOT / name).rglob("*"))
+    for file in files:
+        if file.is_file() and "__pycache__" not in file.parts:
+            digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+KEPT_RUNS = 6  # finished runs of other states of the code, which somebody may come back to
 
 
 @pytest.fixture(scope="session")
@@ -102,26 +95,19 @@ def finished_run(tmp_path_factory):
     made = cache / what_a_run_depends_on()
     with locked(cache / ".lock"):
         if not made.exists():
-            for other in cache.glob("*"):
+            newest_first = sorted(cache.glob("*"), key=lambda run: -run.stat().st_mtime)
+            for other in [cache / "partial", *newest_first[KEPT_RUNS:]]:
                 shutil.rmtree(other, ignore_errors=True)
-            partial = made.with_name("partial")
+            partial = cache / "partial"
             place = hostile(tmp_path_factory.mktemp("place") / "Zoë's home")
-            run_dir = partial.relative_to(
-                ROOT
-            )  # make takes no spaces, which the folders above it may have
+            run_dir = partial.relative_to(ROOT)
             command = run_of_make("run-all", "PROFILE=tiny", f"RUN_DIR={run_dir}")
-            done = subprocess.run(
-                **{**command, "env": {**command["env"], **place}}, capture_output=True
-            )
+            environment = {**command["env"], **place}
+            done = subprocess.run(**{**command, "env": environment}, capture_output=True)
             assert done.returncode == 0, done.stderr
             (partial / "where").write_text(f"LC_ALL={place['LC_ALL']}, HF_HOME={place['HF_HOME']}")
             partial.rename(made)
-        run_dir = copy_of(made, tmp_path_factory.mktemp("finished") / "run")
-    for name in ["settings", *(f"{stage}.ipynb" for stage in STAGES)]:
-        (
-            run_dir / name
-        ).touch()  # newer than notebooks that were written again since, with the same content
-    return run_dir
+        return copy_of(made, tmp_path_factory.mktemp("finished") / "run")
 
 
 def copy_of(run_dir, target, *names):
@@ -154,11 +140,9 @@ def run_script(name, before=None, **parameters):
 
 def profile_parameters(profile, run_dir, **parameters):
     """The parameters of a profile of ours that needs no Hub, its paths made absolute, and `parameters` on top."""
-    from tabletune.run.parameters import read_parameters
+    from tabletune.run.parameters import read_profile
 
-    values = read_parameters(
-        (ROOT / "profiles" / f"{profile}.yaml").read_text(encoding="utf-8"), profile
-    )
+    values = read_profile(ROOT / "profiles" / f"{profile}.yaml")
     paths = {name: str(ROOT / values[name]) for name in ("base_model", "dataset")}
     return {**values, **paths, "run_dir": str(run_dir), **parameters}
 

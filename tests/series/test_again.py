@@ -96,7 +96,9 @@ def opened(name, run_dir, **parameters):
 
 def files_of(run_dir):
     """When each file was written, and how large it is; but for those of TensorBoard, which flushes when it wants to."""
-    files = [path for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"]
+    files = [
+        path for path in run_dir.rglob("*") if path.is_file() and not path.name.endswith(".lock")
+    ]
     stats = {str(path.relative_to(run_dir)): path.stat() for path in files}
     return {
         name: "tensorboard" in name or (stat.st_mtime_ns, stat.st_size)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from conftest import STAGES
 
 from tabletune.model.loading import skeleton
 from tabletune.stats import interval, resampled
@@ -59,12 +60,8 @@ def test_links_and_file_names_lead_somewhere(page):
 
 
 def test_what_make_is_asked_for_is_there():
-    targets = set(re.findall(r"(?m)^([\w-]+)(?::|.*?:.*## )", read("Makefile")))
-    targets |= {
-        name
-        for line in re.findall(r"(?m)^([\w$() -]+):", read("Makefile"))
-        for name in line.split()
-    }
+    makefiles = read("Makefile") + read("dev.mk")
+    targets = {*re.findall(r"(?m)^([\w-]+):", makefiles), *STAGES}
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
     code = "\n".join(block for text in texts for block in re.findall(r"```.*?```", text, re.DOTALL))
     asked = {word for text in texts for word in re.findall(r"`make ([a-z][\w-]*)", text)}
@@ -124,7 +121,7 @@ def messages():
                 )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.add(node.value)
-    return found | {read("Makefile")}
+    return found | {read("Makefile"), read("dev.mk")}
 
 
 def test_troubleshooting_quotes_messages_that_the_code_has():

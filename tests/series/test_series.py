@@ -30,7 +30,7 @@ from conftest import (
 )
 
 from tabletune.errors import StageError
-from tabletune.run.parameters import PARAMETERS, read_parameters
+from tabletune.run.parameters import PARAMETERS, read_profile
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks_py").glob("*.py"))
 
@@ -133,12 +133,11 @@ def test_only_times_and_pictures_are_ignored(name):
     "path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_profiles_say_what_they_are_for_and_name_parameters(path):
-    text = path.read_text(encoding="utf-8")
-    assert text.startswith(f"# {path.stem}: ")
+    assert path.read_text(encoding="utf-8").startswith(f"# {path.stem}: ")
     known = {
         name for notebook, defaults in PARAMETERS.items() if notebook[0] == "0" for name in defaults
     }
-    assert set(read_parameters(text, path.name)) <= known
+    assert set(read_profile(path)) <= known | {"gpus"}
 
 
 def test_the_manifest_says_what_ran(finished_run):
@@ -174,7 +173,7 @@ def stamps(folder):
     return {
         path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
         for path in files
-        if path.name != ".lock"
+        if not path.name.endswith(".lock")
     }
 
 
@@ -315,35 +314,6 @@ def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, ar
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["PROFILE=t5"], ["profiles/t5.yaml cannot be read", "a100", "cpu", "t4", "tiny"]),
-        (["PROFILE=tiny", "MODEL=gpt5"], ["models/gpt5.yaml cannot be read", "there are"]),
-        (
-            ["PROFILE=tiny", "ARGS=-p learning_rte 1"],
-            ["'learning_rte'", "Did you mean 'learning_rate'"],
-        ),
-        (
-            ["PROFILE=tiny", "ARGS=-y 'max_lenght: 30'"],
-            ["'max_lenght'", "Did you mean 'max_length'"],
-        ),
-    ],
-)
-def test_what_make_is_told_wrong_ends_in_one_line(tmp_path, words, said):
-    done = make("run-all", f"RUN_DIR={tmp_path / 'run'}", *words)
-    lines = [line for line in done.stderr.splitlines() if said[0] in line]
-    assert done.returncode != 0 and len(lines) == 1, done.stderr
-    assert all(word in lines[0] for word in said), lines
-    assert "Traceback" not in done.stdout + done.stderr and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("run_dir", ["my run", "drive:run"])
-def test_a_folder_that_make_cannot_name_is_refused(tmp_path, run_dir):
-    done = make("run-all", "PROFILE=tiny", f"RUN_DIR={tmp_path / run_dir}")
-    assert done.returncode != 0 and "make wants a name without spaces and colons" in done.stderr
-
-
-@pytest.mark.parametrize(
     ("stage", "missing", "first"),
     [
         ("02_finetune_qlora", "dataset", "Run 01_format_dataset"),
@@ -364,13 +334,6 @@ def test_out_of_order(finished_run, tmp_path, stage, missing, first):
         f"StageError: {caught.value}"
     ]
     assert not (run_dir / {"02": "adapter", "03": "merged", "04": "evaluation"}[stage[:2]]).exists()
-
-
-def test_the_environment_is_checked():
-    done = make(
-        "01_format_dataset", "PROFILE=tiny", "PYTHON=/usr/bin/env -i /usr/bin/python3 -I -S"
-    )
-    assert done.returncode != 0 and "lacks a package" in done.stderr
 
 
 def test_a_changed_table_is_noticed_also_in_a_folder_with_spaces_in_its_name(tmp_path):

@@ -86,7 +86,8 @@ def merge_adapter(plan, stage, max_shard_gb=1.0):
         }
         report |= {"seconds": seconds, "peak_rss_gib": gib, **verify_merge(plan, folder, rows)}
         write_json(folder / "merge_report.json", report | {"adapter_sha256": inputs["adapter"]})
-    stage.record(plan.provenance["dataset_fingerprint"], inputs)
+    output = os.path.relpath(place / "merged", stage.folder)
+    stage.record(plan.provenance["dataset_fingerprint"], inputs, [output])
     return place / "merged", read_json(place / "merged" / "merge_report.json", stage.name)
 
 

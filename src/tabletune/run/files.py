@@ -2,39 +2,45 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 from tabletune.errors import StageError
 
 
-def remove(path):
-    """Delete a file or a folder, if it is there. For what is not finished only: see `set_aside`."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one. Only for what is not finished: see `archive`."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def set_aside(run, *names):
-    """Move what there is of `names` in the folder `run` to `earlier/`, into a folder named by the time, and say so.
+def archive(folder: Path, *names: str) -> Path | None:
+    """Move what exists of `names` in a run folder to `earlier/`, into a folder named by the time, and print it.
 
     Returns that folder, or None if there was nothing to move.
     """
-    there = [name for name in names if (run / name).exists()]
-    if not there:
+    existing = [name for name in names if (folder / name).exists()]
+    if not existing:
         return None
-    aside = run / "earlier" / datetime.now(UTC).strftime("%Y-%m-%d_%H-%M-%S.%f")
-    for name in there:
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        (run / name).rename(aside / name)
-    print(f"{', '.join(there)} of other settings or data: kept in {aside}")
-    return aside
+    destination = folder / "earlier" / datetime.now(UTC).strftime("%Y-%m-%d_%H-%M-%S.%f")
+    for name in existing:
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).rename(destination / name)
+    print(f"{', '.join(existing)} of other settings or data: kept in {destination}")
+    return destination
 
 
 @contextmanager
-def whole(path):
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes `path` when the block ends without an error, and is deleted otherwise.
 
-    A file takes the place of an earlier one; a folder does only after `set_aside`. Raises StageError if the disk is
-    full, or if there is a folder of that name.
+    A file replaces an earlier one; a folder does not: `archive` that first. Raises StageError if the disk is full, or
+    if there is a folder of that name.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -55,18 +61,27 @@ def whole(path):
         raise
 
 
-def write_json(path, content):
-    """Write a JSON file that is whole or absent."""
-    with whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that is complete or absent."""
+    with atomic_write(path) as partial:
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        partial.write_text(text, encoding="utf-8")
 
 
-def read_json(path, stage, otherwise=""):
-    """What `stage` left in a JSON file. Raises StageError if it is not there or not whole."""
+def read_json(path: Path, stage: str, otherwise: str = "") -> Any:
+    """What `stage` left in a JSON file. Raises StageError if the file is missing or damaged.
+
+    `otherwise` is added to the error: what else a reader can do.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = "is missing" if not path.exists() else f"is damaged ({error})"
+        reason = f"is damaged ({error})" if path.exists() else "is missing"
         raise StageError(
             f"{path} {reason}. Run {stage} first, with the same run_dir, in Colab one in Drive.{otherwise}"
         ) from None
+
+
+# the names that these functions had
+whole = atomic_write
+set_aside = archive

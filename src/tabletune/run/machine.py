@@ -1,27 +1,44 @@
 """What the machine is: memory that was used, versions of packages."""
 
+import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 
-def peak_memory_gib():
+def peak_memory_gib() -> dict[str, float]:
     """Peak memory of this process in GiB: {"host": resident, "gpu": reserved, if there is one}."""
     import resource
 
     import torch
 
-    unit = (
-        2**30 if sys.platform == "darwin" else 2**20
-    )  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    # ru_maxrss is in bytes on macOS, in KiB on Linux
+    unit = 2**30 if sys.platform == "darwin" else 2**20
     peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)}
     if torch.cuda.is_available():
         peak["gpu"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
     return peak
 
 
-def installed(package):
-    """The version of a package, or None."""
+def installed(package: str) -> str | None:
+    """The version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def pinned(package: str) -> str:
+    """What to tell pip to get a package of the extras: its name and version.
+
+    The versions stand in pyproject.toml alone, under `[project.optional-dependencies]`.
+    """
+    try:
+        requirements = requires("tabletune") or []
+    except PackageNotFoundError:
+        requirements = []
+    for requirement in requirements:
+        text = requirement.partition(";")[0].strip()
+        name = re.match(r"[\w.-]+", text)
+        if name and name[0].lower() == package.lower():
+            return text
+    return package

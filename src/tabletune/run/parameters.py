@@ -1,47 +1,37 @@
-"""What a notebook can be told: the names of its parameters, and values of YAML's types wherever they come from."""
+"""The parameters of the notebooks: their names and defaults, and values of the right type from every source."""
 
 import ast
 import json
 import math
 import re
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-# {notebook: {parameter: its default}}; `make sync` writes it from the notebooks' parameter cells
-PARAMETERS = json.loads(
-    resources.files("tabletune").joinpath("resources/parameters.json").read_text(encoding="utf-8")
+from tabletune.errors import StageError
+
+# {notebook: {parameter: its default}}; `make sync` writes the file from the notebooks' parameter cells
+PARAMETERS: dict[str, dict[str, Any]] = json.loads(
+    (resources.files("tabletune") / "resources/parameters.json").read_text(encoding="utf-8")
 )
-DEFAULTS = {name: default for known in PARAMETERS.values() for name, default in known.items()}
-ABOVE_0 = 5e-324  # the smallest number above it
-RANGES = {  # {parameter: the least and the most}; of other numbers these are 0 and none
-    **{
-        "max_dropped": (0, 1),
-        "validation_fraction": (0, 0.5),
-        "test_fraction": (0, 0.5),
-        "lora_dropout": (0, 0.99),
-    },
-    **{"top_p": (ABOVE_0, 1), "seed": (0, 2**32 - 1), "max_length": (1, 10**9)},
-    **dict.fromkeys(["window", "bootstrap_samples"], (2, math.inf)),
-    **dict.fromkeys(
-        ["epochs", "learning_rate", "lora_alpha", "temperature", "max_shard_gb"],
-        (ABOVE_0, math.inf),
-    ),
-    **dict.fromkeys(
-        ["lora_r", "gradient_accumulation_steps", "min_steps", "evaluations"], (1, math.inf)
-    ),
-    **dict.fromkeys(
-        ["eval_batch_size", "stride", "max_new_tokens", "safety_tokens"], (1, math.inf)
-    ),
+DEFAULTS: dict[str, Any] = {
+    name: default for parameters in PARAMETERS.values() for name, default in parameters.items()
 }
-FRACTIONS = {"epochs"}  # may be no whole numbers, although their defaults are
+# What a profile may say besides the notebooks' parameters: it is for the command line.
+LAUNCH_DEFAULTS = {"gpus": 1, "extends": ""}
+
+
+# --- YAML
 
 
 class Loader(yaml.SafeLoader):
-    """YAML as people read it, which is its version 1.2: 1e-2 is a number, and no, 007, 1:30, 2026-01-01 are texts."""
+    """YAML 1.2, as people read it: 1e-2 is a number, and no, 007, 1:30 and 2026-01-01 are texts."""
 
 
 Loader.yaml_implicit_resolvers = {}
@@ -49,127 +39,309 @@ for kind, form in {
     "null": r"~|null|Null|NULL|",
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+",
-    "float": r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "float": r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }.items():
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{form})\Z"), None)
 
 
-class Texts(Loader):
-    """The same, with every value as the text that stands there."""
+class TextLoader(Loader):
+    """The same, but every value is the text that is written there."""
 
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  PyYAML's own way
-
-
-def from_yaml(text, texts=False):
-    """The value of a YAML text; with `texts`, what stands there. Raises ValueError, one line, if it is no YAML."""
-    try:
-        return yaml.load(text, Texts if texts else Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  this is how PyYAML is configured
 
 
-def read(path):
-    """The text of a file that a person names. Raises ValueError, one line, if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        there = ", ".join(sorted(other.stem for other in Path(path).parent.glob("*.yaml")))
-        why = getattr(error, "strerror", "it is not UTF-8") + (
-            f"; there are {there}" if there else ""
-        )
-        raise ValueError(f"{path} cannot be read: {why}") from None
+def from_yaml(text: str, texts: bool = False) -> Any:
+    """The value of a YAML text; with `texts`, every scalar stays the text that is written there.
 
-
-def read_parameters(text, what, grid=False):
-    """The parameters of a YAML text, {name: value}, in the types of their defaults (see `fit`).
-
-    In a grid, a list holds values of the parameter. Raises ValueError, one line that begins with `what`, if the text
-    holds no parameters.
+    Raises StageError, one line, if the text is not YAML.
     """
     try:
-        values, texts = from_yaml(text) or {}, from_yaml(text, texts=True)
+        return yaml.load(text, TextLoader if texts else Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise StageError(" ".join(str(error).split())) from None
+
+
+# --- numbers that make sense
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`; with `above`, `low` itself is too small."""
+
+    low: float = 0
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        """Whether a number is in the range. Infinity and NaN never are."""
+        if not math.isfinite(value):
+            return False
+        if self.above and value <= self.low:
+            return False
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        """The range in words, to follow "a number"."""
+        if self.above and self.high == math.inf:
+            return f"above {self.low}"
+        if self.above:
+            return f"above {self.low}, up to {self.high}"
+        if self.high == math.inf:
+            return f"of {self.low} or more"
+        return f"from {self.low} to {self.high}"
+
+
+AT_LEAST_0 = Range()
+AT_LEAST_1 = Range(low=1)
+AT_LEAST_2 = Range(low=2)
+ABOVE_0 = Range(above=True)
+SHARE = Range(high=1)
+
+RANGES = {  # all other numbers must be 0 or more
+    "seed": Range(high=2**32 - 1),
+    "split_seed": Range(high=2**32 - 1),
+    "max_dropped": SHARE,
+    "validation_fraction": Range(high=0.5),
+    "test_fraction": Range(high=0.5),
+    "context_hit_rate": SHARE,
+    "reworded_share": SHARE,
+    "unknown_threshold": SHARE,
+    "copies": ABOVE_0,
+    "max_length": Range(low=1, high=10**9),
+    "lora_r": Range(low=1, high=10**5),
+    "lora_alpha": ABOVE_0,
+    "lora_dropout": Range(high=0.99),
+    "epochs": Range(high=10_000, above=True),
+    "learning_rate": Range(high=1, above=True),
+    "batch_size": AT_LEAST_1,
+    "gradient_accumulation_steps": AT_LEAST_1,
+    "min_steps": AT_LEAST_1,
+    "evaluations": AT_LEAST_1,
+    "max_shard_gb": ABOVE_0,
+    "eval_batch_size": AT_LEAST_1,
+    "window": AT_LEAST_2,
+    "stride": AT_LEAST_1,
+    "max_new_tokens": AT_LEAST_1,
+    "safety_tokens": AT_LEAST_1,
+    "bootstrap_samples": AT_LEAST_2,
+    "temperature": Range(high=100, above=True),
+    "top_p": Range(high=1, above=True),
+    "gpus": AT_LEAST_1,
+}
+FRACTIONS = {"epochs", "copies"}  # these may be fractions although their defaults are whole numbers
+TRUE_FOR_ALL = {"safety_rows"}  # a number of rows, or true for all of them
+AUTO_OR_NUMBER = {"batch_size": 1, "unknown_threshold": 0.5}  # "auto", or a number of this kind
+LISTS_OF_WORDS = {"runs", "gguf_types"}  # a text for one of these is a list of words
+
+
+def check_number(name: str, value: Any, example: float) -> float:
+    """`value` if it is a number that makes sense for the parameter; whole where `example` is whole.
+
+    Raises StageError otherwise: also for true and false, which are numbers to Python, and for infinity.
+    """
+    allowed = RANGES.get(name, AT_LEAST_0)
+    must_be_whole = isinstance(example, int) and name not in FRACTIONS
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or value not in allowed or (must_be_whole and value % 1):
+        kind = "whole number" if must_be_whole else "number"
+        raise StageError(f"{name}={value!r}: use a {kind} {allowed}.")
+    if isinstance(example, int) and float(value).is_integer():
+        return int(value)
+    return value
+
+
+# --- values of the right type
+
+
+def coerce(name: str, value: Any, default: Any, text: str | None = None) -> Any:
+    """The `value` of a parameter in the type of its `default`.
+
+    So 2026 can be a name, "1e-2" a number and "[a, b]" a list. A default of "auto" leaves the type open. An empty value
+    is an empty text, list or dictionary, and a single value for a list is a list of one. `text` is what was written
+    where the value comes from. Raises StageError for a value of another kind, and for a number that makes no sense.
+    """
+    is_text_default = isinstance(default, str) and default != "auto"
+    if value in (None, "") and default == "auto":
+        return "auto"
+    if value in (None, "") and (is_text_default or isinstance(default, (list, dict))):
+        return type(default)()
+    if is_text_default:
+        if isinstance(value, (bool, int, float)):
+            return str(value) if text is None else text
+        return value
+    if isinstance(value, str) and default is not None:
+        value = parse_text(value, default)
+    if default == "auto":
+        return check_auto(name, value, text)
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise StageError(f"{name}={value!r}: use true or false.")
+        return value
+    if isinstance(default, (int, float)):
+        if value is True and name in TRUE_FOR_ALL:
+            return True
+        return check_number(name, value, default)
+    if isinstance(default, dict):
+        if not isinstance(value, dict):
+            raise StageError(f"{name}={value!r}: use names and their values, {{name: value}}.")
+        return value
+    if isinstance(default, list):
+        return as_list(name, value)
+    return value
+
+
+def parse_text(text: str, default: Any) -> Any:
+    """What a text means as YAML, where that is a value of a kind that the parameter takes; else the text."""
+    with suppress(StageError):
+        value = from_yaml(text)
+        if isinstance(value, (bool, int, float, list, type(default))):
+            return value
+    return text
+
+
+def check_auto(name: str, value: Any, text: str | None) -> Any:
+    """The value of a parameter whose default is "auto": a number, a text or a list. Raises StageError."""
+    if name in AUTO_OR_NUMBER and value != "auto":
+        example = AUTO_OR_NUMBER[name]
+        try:
+            return check_number(name, value, example)
+        except StageError as error:
+            raise StageError(f"{str(error).removesuffix('.')}, or auto.") from None
+    if isinstance(value, bool) or value is None:
+        raise StageError(
+            f"{name}={value!r}: use auto, or one of the values that docs/parameters.md names."
+        )
+    if isinstance(value, (int, float)):  # a code page such as 437
+        return str(value) if text is None else text
+    return value
+
+
+def as_list(name: str, value: Any) -> Any:
+    """The value of a parameter that is a list. A single value is a list of one, several names in a text are several.
+
+    A dictionary stays as it is: {column: values}.
+    """
+    if isinstance(value, (list, dict)):
+        return value
+    if name in LISTS_OF_WORDS and isinstance(value, str) and not Path(value).exists():
+        return value.replace(",", " ").split()
+    return [value]
+
+
+# --- files of parameters
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file that a person names. Raises StageError, one line, if it cannot be read."""
+    path = Path(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", "it is not UTF-8")
+        neighbours = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
+        if neighbours:
+            reason += f"; there are {neighbours}"
+        raise StageError(f"{path} cannot be read: {reason}") from None
+
+
+def read_parameters(text: str, source: str, grid: bool = False) -> dict[str, Any]:
+    """The parameters of a YAML text, {name: value}, each in the type of its default (see `coerce`).
+
+    In a grid, a list holds several values of a parameter. Raises StageError, one line that begins with `source`, if the
+    text does not hold parameters.
+    """
+    defaults = DEFAULTS | LAUNCH_DEFAULTS
+    try:
+        values = from_yaml(text) or {}
+        texts = from_yaml(text, texts=True)
         if not isinstance(values, dict):
-            raise ValueError("parameters are wanted, each as name: value.")
+            raise StageError("parameters are expected, each as name: value.")
         for name, value in values.items():
-            default = DEFAULTS.get(name)
+            default = defaults.get(name)
             if grid and isinstance(value, list):
-                values[name] = [
-                    fit(name, one, default, text)
-                    for one, text in zip(value, texts[name], strict=True)
-                ]
+                pairs = zip(value, texts[name], strict=True)
+                values[name] = [coerce(name, one, default, written) for one, written in pairs]
             else:
-                values[name] = fit(name, value, default, texts[name])
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
+                values[name] = coerce(name, value, default, texts[name])
+    except StageError as error:
+        raise StageError(f"{source}: {error}") from None
     return values
 
 
-def as_yaml(values, title):
-    """A parameter file. Each value is written as JSON, which is YAML, so that none is read as something else."""
-    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
-    return "\n".join([f"# {title}", *lines, ""])
+def read_profile(path: str | Path) -> dict[str, Any]:
+    """The parameters of a YAML file, on top of those of the profile that it `extends`.
 
-
-def number(name, value, default):
-    """A number for a parameter: whole where its default is, and in its range. Raises ValueError for what is none."""
-    low, high = RANGES.get(name, (0, math.inf))
-    whole = isinstance(default, int) and name not in FRACTIONS
-    if not isinstance(value, (int, float)) or not low <= value <= high or (whole and value % 1):
-        least = (
-            "above 0"
-            if low == ABOVE_0
-            else f"of {low} or more"
-            if high == math.inf
-            else f"from {low}"
-        )
-        most = "" if high == math.inf else f" to {high}"
-        raise ValueError(f"{name}={value!r}: a {'whole ' * whole}number {least}{most} is wanted.")
-    return (
-        int(value)
-        if isinstance(default, int) and isinstance(value, float) and value.is_integer()
-        else value
-    )
-
-
-def fit(name, value, default, text=None):
-    """The `value` of a parameter in the type of its default: 2026 can be a name, "1e-2" a number, "[a, b]" a list.
-
-    `text` is what stood where the value comes from. A default of "auto" says nothing about the type. What is left empty
-    is an empty text, list or dictionary, and one value for a list is a list of one. Raises ValueError for a value of
-    another kind than the default, and for a number that makes no sense.
+    That one is a file beside it, named with or without .yaml. Raises StageError, also if profiles extend each other in
+    a circle.
     """
-    if value in (None, "") and isinstance(default, (str, list, dict)) and default != "auto":
-        return type(default)()
-    if isinstance(default, str) and default != "auto" and isinstance(value, (bool, int, float)):
-        return str(value) if text is None else text
-    if isinstance(value, str) and (default == "auto" or not isinstance(default, (str, type(None)))):
-        with suppress(ValueError):
-            typed = from_yaml(value)
-            value = typed if isinstance(typed, (bool, int, float, list, type(default))) else value
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r}: true or false is wanted.")
-    elif isinstance(default, (int, float)):
-        return number(name, value, default)
-    if isinstance(default, dict) and not isinstance(value, dict):
-        raise ValueError(f"{name}={value!r}: names and their values are wanted, {{name: value}}.")
-    return [value] if isinstance(default, list) and not isinstance(value, (list, dict)) else value
+    path = Path(path)
+    chain: list[dict[str, Any]] = []
+    visited: set[Path] = set()
+    while True:
+        if path.resolve() in visited:
+            raise StageError(f"{path}: profiles extend each other in a circle.")
+        visited.add(path.resolve())
+        values = read_parameters(read_text(path), str(path))
+        parent = values.pop("extends", "")
+        chain.append(values)
+        if not parent:
+            break
+        path = path.parent / f"{parent.removesuffix('.yaml')}.yaml"
+    merged: dict[str, Any] = {}
+    for values in reversed(chain):
+        merged |= values
+    return merged
 
 
-def check_names(names, notebooks):
-    """Raise ValueError, one line with a suggestion, if a name is a parameter of none of the notebooks."""
-    known = {name for notebook in notebooks for name in PARAMETERS[notebook]}
-    for name in sorted(set(names) - known, key=str):
-        near = get_close_matches(str(name), known, n=1)
-        said = (
+def as_yaml(values: dict[str, Any], title: str) -> str:
+    """A parameter file. Each value is written as JSON, which is YAML, so that it is read back as what it is."""
+    lines = [f"# {title}"]
+    lines += [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
+    return "\n".join([*lines, ""])
+
+
+# --- names
+
+
+def check_names(names: Iterable[Any], notebooks: Iterable[str]) -> None:
+    """Raise StageError, one line with a suggestion, if a name is a parameter of none of the notebooks."""
+    notebooks = list(notebooks)
+    valid = {name for notebook in notebooks for name in PARAMETERS[notebook]}
+    for name in sorted(set(names) - valid, key=str):
+        who = (
             "No notebook has a parameter"
             if len(notebooks) > 1
             else f"{notebooks[0]} has no parameter"
         )
-        raise ValueError(f"{said} {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+        message = f"{who} {name!r}."
+        nearest = get_close_matches(str(name), valid, n=1)
+        if nearest:
+            message += f" Did you mean {nearest[0]!r}?"
+        raise StageError(message)
 
 
-def injected_names(cells):
-    """The names that papermill set in the cell that it put into a notebook; `cells` are the texts of all that ran."""
-    source = next((cell for cell in reversed(cells) if cell.startswith("# Parameters\n")), "")
-    return {node.targets[0].id for node in ast.parse(source).body if isinstance(node, ast.Assign)}
+def injected_names(cells: list[str]) -> set[str]:
+    """The names that papermill set in the cell that it puts into a notebook; `cells` are the texts of all that ran.
+
+    Papermill's cell begins with "# Parameters" and holds nothing but `name = value` lines. A reader's own cell may
+    begin in the same way: one with anything else in it is not papermill's.
+    """
+    for cell in reversed(cells):
+        if cell.startswith("# Parameters\n"):
+            return assigned_names(cell)
+    return set()
+
+
+def assigned_names(source: str) -> set[str]:
+    """The names of a cell that holds `name = value` lines only; else an empty set."""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:  # a line of IPython's own, such as %pip
+        return set()
+    names = set()
+    for statement in statements:
+        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+            return set()
+        names.add(statement.targets[0].id)
+    return names

@@ -1,25 +1,32 @@
-"""A notebook at work in its run folder: its parameters, whether it is done, and its entry in the manifest."""
+"""A notebook at work in its run folder: what it was started with, what is done already, and what made it.
+
+A stage reads only what earlier stages left in the folder, and writes under a temporary name until it is complete. What
+is finished is never deleted: what makes room for something else moves to `earlier/`.
+"""
 
 import json
 import os
 import platform
-import shutil
-import subprocess
-import time
 import warnings
+import weakref
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from tabletune.errors import StageError
 from tabletune.run.files import read_json, write_json
 from tabletune.run.hub import open_run
+from tabletune.run.lock import RunLock, manifest_lock
 from tabletune.run.machine import installed, peak_memory_gib
-from tabletune.run.parameters import PARAMETERS, check_names, fit, injected_names
+from tabletune.run.parameters import PARAMETERS, check_names, coerce, injected_names
+from tabletune.run.provenance import git_commit
+from tabletune.run.stopwatch import Stopwatch
 
 warnings.filterwarnings(
     "ignore", message="IProgress not found"
-)  # tqdm looks for widgets, and does without
+)  # tqdm looks for widgets, and works without them
+
 PACKAGES = [
     "torch",
     "transformers",
@@ -36,106 +43,116 @@ NOT_IN_RESULTS = {
     "push_dataset_to",
     "your_question",
     "ignore_memory",
-}  # they change no result
+}  # no result depends on these
 
 
 @dataclass
 class Stage:
-    """A notebook at work: its `name`, the run's `folder`, its `parameters` by name, and when it `started`."""
+    """A notebook at work: its `name`, the run's `folder`, and its `parameters` by name."""
 
     name: str
     folder: Path
-    parameters: dict
-    started: float = field(default_factory=time.perf_counter)
+    parameters: dict[str, Any]
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    lock: RunLock | None = None
+    outputs: list[str] = field(default_factory=list)
 
     @property
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         """The parameters that a result depends on."""
         return {
             name: value for name, value in self.parameters.items() if name not in NOT_IN_RESULTS
         }
 
-    def is_done(self, inputs, outputs):
-        """Whether this stage has made `outputs`, names in the folder, from these `inputs` with these settings.
+    def is_done(self, inputs: dict[str, Any], outputs: list[str]) -> bool:
+        """Whether this stage has made `outputs`, names in the folder, from `inputs` with these settings.
 
-        `inputs` is a dict of what identifies them (fingerprints, digests). Says so in a line if it is done.
+        `inputs` holds what identifies them (fingerprints, digests). Prints a line if it is done.
         """
+        self.outputs = outputs
         entry = self.entries().get(self.name, {})
-        same = entry.get("inputs") == inputs and settled(entry.get("parameters", {})) == settled(
-            self.parameters
-        )
-        done = same and all((self.folder / name).exists() for name in outputs)
+        done = is_made_from(entry, inputs, self.parameters)
+        done = done and all((self.folder / name).exists() for name in outputs)
         if done:
-            print(
-                f"All is done already: {', '.join(outputs)}, made on {entry['finished'][:16].replace('T', ' ')}."
-            )
+            finished = entry["finished"][:16].replace("T", " ")
+            print(f"All is done already: {', '.join(outputs)}, made on {finished}.")
+            self.close()
         return done
 
-    def entries(self):
-        """What `manifest.json` says, {stage: entry}; empty if there is none. Raises StageError if it is damaged."""
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What `manifest.json` says, {stage: entry}; empty without one. Raises StageError if it is damaged."""
         path = self.folder / "manifest.json"
         return read_json(path, self.name) if path.exists() else {}
 
-    def record(self, dataset_fingerprint, inputs=None):
-        """Write this stage's entry in `manifest.json`: what ran, from what, on what, for how long."""
+    def record(
+        self,
+        dataset_fingerprint: str,
+        inputs: dict[str, Any] | None = None,
+        outputs: list[str] | None = None,
+    ) -> None:
+        """Write this stage's entry in `manifest.json`: what ran, from what, on what, for how long.
+
+        `outputs` are names in the folder; without them, those that `is_done` was asked about.
+        """
         import torch
 
-        ask = {
-            "args": ["git", "rev-parse", "HEAD"],
-            "cwd": Path(__file__).parent,
-            "capture_output": True,
-            "text": True,
-        }
-        commit = subprocess.run(**ask).stdout.strip() if shutil.which("git") else ""
         entry = {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - self.started, 1),
+            "seconds": round(self.stopwatch.seconds, 1),
             "peak_memory_gib": peak_memory_gib(),
             "dataset_fingerprint": dataset_fingerprint,
             "inputs": inputs,
+            "outputs": outputs or self.outputs,
             "parameters": self.parameters,
             "packages": {name: installed(name) for name in PACKAGES},
             "python": platform.python_version(),
             "platform": platform.platform(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "git_commit": commit or None,
+            "git_commit": git_commit(),
         }
-        write_json(self.folder / "manifest.json", self.entries() | {self.name: entry})
+        with manifest_lock(self.folder):
+            write_json(self.folder / "manifest.json", self.entries() | {self.name: entry})
+        self.close()
+
+    def close(self) -> None:
+        """Let other programs work in the run folder: what this stage makes is complete."""
+        if self.lock is not None:
+            self.lock.release()
 
 
-def settled(parameters):
-    """The parameters that a result depends on, as JSON has them, a file or folder of this machine by its full path."""
-    kept = json.loads(
-        json.dumps(
-            {name: value for name, value in parameters.items() if name not in NOT_IN_RESULTS}
-        )
-    )
-    here = {
-        name: Path(kept[name])
-        for name in ("base_model", "dataset")
-        if isinstance(kept.get(name), str)
-    }
-    return kept | {name: str(path.resolve()) for name, path in here.items() if path.exists()}
+def is_made_from(entry: dict[str, Any], inputs: dict[str, Any], parameters: dict[str, Any]) -> bool:
+    """Whether an entry of a manifest tells of these inputs and of parameters that give the same result."""
+    if entry.get("inputs") != inputs:
+        return False
+    return normalized_parameters(entry.get("parameters", {})) == normalized_parameters(parameters)
 
 
-def begin(name, variables):
-    """Begin the notebook `name`, whose `variables` are its globals(): opens the run. Returns a Stage.
+def normalized_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that a result depends on, as JSON has them, with absolute paths."""
+    relevant = {name: value for name, value in parameters.items() if name not in NOT_IN_RESULTS}
+    return with_absolute_paths(json.loads(json.dumps(relevant)))
 
-    The parameters are those of the notebook's parameter cell, by name (`parameters.json`, which `make sync` writes), so
-    that whatever else the kernel holds is none; their values take the types of the defaults. The default of
-    `base_model_revision` is a commit of the default `base_model`: with another one it is "main". Raises StageError if a
-    value cannot be stored or is of another type, or if papermill was given a name that is none.
+
+def with_absolute_paths(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters; a base model or a table that is a local file or folder, by its absolute path."""
+    result = dict(parameters)
+    for name in ("base_model", "dataset"):
+        value = result.get(name)
+        if isinstance(value, str) and Path(value).exists():
+            result[name] = str(Path(value).resolve())
+    return result
+
+
+def stage_parameters(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """All parameters of the notebook `name`: those of its defaults that are in `values`, in the defaults' types.
+
+    The default of `base_model_revision` is a commit of the default `base_model`: with another model it becomes "main".
+    Raises StageError if a value cannot be stored in JSON or is of another type.
     """
-    try:
-        injected = injected_names(variables.get("In", []))
-        check_names(
-            injected,
-            [name] if name[0] != "0" else [known for known in PARAMETERS if known[0] == "0"],
-        )
-        known = {key: default for key, default in PARAMETERS[name].items() if key in variables}
-        parameters = {key: fit(key, variables[key], default) for key, default in known.items()}
-    except ValueError as error:
-        raise StageError(str(error)) from None
+    defaults = PARAMETERS[name]
+    parameters = {
+        key: coerce(key, values[key], default) for key, default in defaults.items() if key in values
+    }
     for key, value in parameters.items():
         try:
             json.dumps(value)
@@ -143,15 +160,44 @@ def begin(name, variables):
             raise StageError(
                 f"{key}={value!r}: use a text, a number, a truth value, a list or a dictionary."
             ) from None
-    model, usual = parameters.get("base_model"), PARAMETERS[name].get("base_model_revision")
-    same = model == PARAMETERS[name].get("base_model") or parameters["base_model_revision"] != usual
-    if not same and not Path(model).is_dir():
+    model = parameters.get("base_model")
+    other_model = model != defaults.get("base_model") and not Path(str(model)).is_dir()
+    default_revision = defaults.get("base_model_revision")
+    if other_model and parameters.get("base_model_revision") == default_revision:
+        parameters["base_model_revision"] = "main"
+    return parameters
+
+
+def start_stage(name: str, variables: dict[str, Any]) -> Stage:
+    """Start the notebook `name`, whose `variables` are its globals(): opens and locks the run folder.
+
+    The parameters are those of the notebook's parameter cell, by name (`parameters.json`, which `make sync` writes);
+    other variables of the kernel do not count. The values that a stage works with are written back to `variables`.
+    Raises StageError if a value is of another type, if papermill was given a name that is none, or if another program
+    is at work in the folder.
+    """
+    is_numbered = name[0] == "0"
+    notebooks = [other for other in PARAMETERS if other[0] == "0"] if is_numbered else [name]
+    check_names(injected_names(variables.get("In", [])), notebooks)
+    parameters = stage_parameters(name, variables)
+    if parameters.get("base_model_revision") != variables.get("base_model_revision"):
+        model = parameters["base_model"]
         print(
             f"base_model_revision: main of {model}. Set it to a commit to get the same model tomorrow."
         )
-        parameters["base_model_revision"] = "main"
     variables.update(parameters)
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "true"
-    )  # said, as it warns at each fork otherwise
-    return Stage(name, open_run(parameters["run_dir"]), parameters)
+    )  # tokenizers warns at each fork if it is not set
+    stage = Stage(name, open_run(parameters["run_dir"]), parameters)
+    weakref.finalize(stage, stage.stopwatch.stop)
+    if is_numbered and "RANK" not in os.environ:
+        stage.lock = RunLock(stage.folder, name)
+        weakref.finalize(
+            stage, stage.lock.release
+        )  # a kernel that starts the stage again drops the old one
+    return stage
+
+
+begin = start_stage  # the name that notebooks had for it
+settled = normalized_parameters

@@ -1,0 +1,77 @@
+# What developers need, included by the Makefile: set-up, tests, references, checks. `make help-dev` lists it.
+READY := $(if $(VENV),$(VENV)/.ready,environment)
+EXTRA = $(if $(VENV),$(VENV)/.extra-$1,environment)
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+PYTEST := $(PY) -m pytest
+TIDY := $(PY) -m nbconvert --log-level=ERROR --to notebook --inplace \
+	--CoalesceStreamsPreprocessor.enabled=True --ClearMetadataPreprocessor.enabled=True \
+	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",)}' \
+	--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{("language_info", "name"), ("kernelspec",)}'
+.PHONY: $(filter-out $(VENV)/%,$(MAKECMDGOALS)) environment
+
+# A name on make's command line that is none of make's is a mistake: parameters of the notebooks go into ARGS.
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command,$(origin $(name))),$(name)))
+UNKNOWN := $(firstword $(filter-out $(SETTINGS) PIP_% HF_% CUDA_% KILLS KILL_SEED,$(GIVEN)))
+$(if $(UNKNOWN),$(error $(UNKNOWN) is no setting of make ($(SETTINGS)). \
+	For a parameter of the notebooks: ARGS="-p $(UNKNOWN) $($(UNKNOWN))"))
+
+help-dev: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' dev.mk
+
+# --- set-up
+$(or $(VENV),.venv)/.ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or later is needed: PYTHON=python3.11 make setup")'
+	@echo "installing the pinned packages into $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(PIP) -r requirements.txt
+	@grep -v '^-e' requirements.txt > $(@D)/constraints.txt
+	@touch $@
+$(or $(VENV),.venv)/.extra-%: pyproject.toml $(READY)
+	@echo "installing what \"$*\" needs into $(@D)"
+	@$(PIP) -c $(@D)/constraints.txt -e ".[$*]"
+	@touch $@
+environment:
+	@$(PY) -c 'import tabletune' 2>/dev/null || \
+		{ echo "This environment lacks a package: $(PY) -m pip install -r requirements.txt" >&2; exit 1; }
+
+# --- tests
+test test-slow test-peers reference: export CUDA_VISIBLE_DEVICES =
+test: $(READY) ## the tests that a change must pass, in some minutes
+	@$(TABLETUNE) base-models tiny
+	@$(PYTEST) -n 2 -m "not (slow or gpu or browser or export or peers)" tests
+test-all: test test-slow ## and what is slow by nature: kills, two processes, all kinds of base models
+test-slow: base-models ## only what is slow by nature
+	@$(PYTEST) -n 2 -m "slow and not export" --durations=10 $(ARGS) tests
+test-export: base-models $(call EXTRA,export) $(call EXTRA,chat) $(call EXTRA,browser) ## export and chat, in a browser
+	@$(PYTEST) -m export -vv --durations=0 tests
+test-gpu: base-models ## what needs an NVIDIA GPU; skipped without one
+	@$(PYTEST) -m gpu -rs -vv --durations=0 tests
+test-browser: base-models $(call EXTRA,browser) ## press Run All in JupyterLab; needs chromium and chromedriver
+	@$(PYTEST) -m browser -x -vv --durations=0 tests
+test-peers: base-models $(call EXTRA,peers) ## perplexity beside lm-evaluation-harness
+	@HF_HUB_OFFLINE=1 $(PYTEST) -m peers -vv tests
+
+# --- what is generated
+reference: $(READY) ## remake tests/reference after a change of a notebook
+	@rm -rf runs/reference
+	@$(TABLETUNE) run-all --until 04_evaluate --profile tiny runs/reference
+	@cp runs/reference/0*.ipynb tests/reference
+	@$(TIDY) tests/reference/*.ipynb
+examples: $(READY) ## remake examples/: the executed notebooks of the cpu profile, its plot, and other people's tables
+	@rm -rf runs/examples
+	@$(TABLETUNE) run-all --profile cpu runs/examples
+	@cp runs/examples/0*.ipynb runs/examples/evaluation/* examples/cpu_run
+	@$(TIDY) examples/cpu_run/*.ipynb
+sync: $(READY) ## format notebooks_py/, renew notebooks/ and parameters.json
+	@$(PY) -m jupytext --quiet --sync notebooks_py/*.py
+	@$(TABLETUNE) sync $(REPO:%=--repository %)
+	@$(PY) -m ruff format --quiet
+	@$(PY) -m ruff check --quiet --fix
+	@$(PY) -m jupytext --quiet --sync notebooks_py/*.py
+badges: sync ## write repository (REPO=owner/name), ref and Colab's runtime into README, docs and notebooks
+lint: $(READY) ## check format, style and types
+	@$(PY) -m ruff format --check --quiet
+	@$(PY) -m ruff check --quiet
+	@$(PY) -m mypy
+lab: $(call EXTRA,browser) ## open the notebooks in JupyterLab
+	@$(PY) -m jupyter lab notebooks

@@ -1,0 +1,178 @@
+"""Running one notebook with papermill, in one process or in several."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tabletune.cli.options import NUMBERED, read_settings
+from tabletune.cli.paths import repository
+from tabletune.cli.progress import register_engine
+from tabletune.errors import StageError
+from tabletune.run.lock import run_lock
+from tabletune.run.parameters import PARAMETERS, check_names
+
+SERIES = NUMBERED[:4]  # these make a run; all others need one
+
+
+class NotebookError(StageError):
+    """A notebook has stopped; `reason` is its own error, in one line."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def notebook_values(source: Path, target: Path, words: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a notebook that is to run as `target`: the settings of the run folder, and `words` on top.
+
+    Raises StageError if `source` is none of the notebooks, or if there is no run in the folder and it needs one.
+    """
+    name = source.stem
+    folder = target.parent
+    if name not in PARAMETERS:
+        raise StageError(f"{source} is none of the notebooks: {', '.join(PARAMETERS)}")
+    needs_run = "run_dir" in PARAMETERS[name] and name not in SERIES
+    if needs_run and not folder.is_dir():
+        raise StageError(f"{folder} is no run folder. Make one with: make run-all RUN_DIR={folder}")
+    values = {**read_settings(folder), "run_dir": str(folder), **words}
+    values.pop("gpus", None)
+    check_names(values, {*NUMBERED, name})
+    return {key: value for key, value in values.items() if key in PARAMETERS[name]}
+
+
+def run_notebook(
+    source: Path,
+    target: Path,
+    words: dict[str, Any],
+    processes: int = 1,
+    prepare_only: bool = False,
+) -> None:
+    """Execute a notebook with the settings of the run folder that `target` is in, and `words` on top of them.
+
+    Until it has ended without an error, what it wrote has the name NAME.partial.ipynb. With several `processes`, each has
+    a GPU. Raises NotebookError if the notebook stops, other StageErrors if it cannot begin.
+    """
+    name = source.stem
+    values = notebook_values(source, target, words)
+    if prepare_only or name not in NUMBERED or "RANK" in os.environ:
+        execute(source, target, values, prepare_only)
+        return
+    with run_lock(Path(values["run_dir"]), name):
+        if processes > 1:
+            launch(source, target, words, processes)
+        else:
+            execute(source, target, values, prepare_only)
+
+
+def execute(source: Path, target: Path, values: dict[str, Any], prepare_only: bool = False) -> None:
+    """Execute a notebook in this process's kernel. Of several processes the first one's notebook is kept.
+
+    Raises NotebookError if it stops.
+    """
+    check_environment()
+    os.environ.update(  # for the kernel
+        PYTHONWARNINGS="ignore",
+        PYDEVD_DISABLE_FILE_VALIDATION="1",
+        PYTHONUTF8="1",
+        JUPYTER_PREFER_ENV_PATH="1",
+    )
+    from papermill import PapermillExecutionError, execute_notebook
+
+    # papermill warns of parameters that stand in another cell than the tagged one
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    rank = int(os.environ.get("RANK", 0))
+    label = f"{source.stem}.process{rank}" if rank else source.stem
+    partial = target.with_name(f"{label}.partial.ipynb")
+    options: dict[str, Any] = {"prepare_only": prepare_only, "progress_bar": False}
+    if source.stem in NUMBERED and not rank and not prepare_only:
+        options |= {"engine_name": register_engine(), "stage_name": source.stem}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        try:
+            execute_notebook(source, partial, values, **options)
+        except RuntimeError as error:
+            # Two kernels that start at the same moment can pick the same port.
+            if "died before replying" not in str(error):
+                raise
+            execute_notebook(source, partial, values, **options)
+    except PapermillExecutionError as error:
+        raise stopped(label, partial, error.ename, error.evalue.strip()) from None
+    except RuntimeError as error:  # the kernel died
+        raise stopped(label, partial, type(error).__name__, str(error).strip()) from None
+    if rank:
+        partial.unlink()
+    else:
+        partial.replace(target)
+
+
+def stopped(label: str, partial: Path, kind: str, text: str) -> NotebookError:
+    """The error of a notebook that has stopped: one line for a StageError, else also where to look."""
+    if kind == "StageError":
+        return NotebookError(f"{label}: {text}", text)
+    reason = f"{kind}: {text}"
+    return NotebookError(f"{label}: {reason}\nSee the end of {partial}.", reason)
+
+
+def check_environment() -> None:
+    """Raise StageError if a package that the notebooks need is not installed."""
+    from importlib.util import find_spec
+
+    needed = ["torch", "trl", "bitsandbytes", "papermill"]
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise StageError(
+            f"This environment lacks a package ({', '.join(missing)}): "
+            f"{sys.executable} -m pip install -r requirements.txt"
+        )
+
+
+def launch(source: Path, target: Path, words: dict[str, Any], processes: int) -> None:
+    """Run a notebook in several processes, each with a GPU if there are any. One that fails stops all.
+
+    Raises NotebookError, or StageError if there are too few GPUs.
+    """
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # what shards leave free is used again
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not torch.cuda.is_available():
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # a checkpoint cannot be on cpu:0
+    elif torch.cuda.device_count() < processes:
+        raise StageError(f"GPUS={processes}, but there are {torch.cuda.device_count()} here.")
+    config = repository() / "profiles" / "accelerate" / "gpus.yaml"
+    command = ["--config_file", str(config), "--num_processes", str(processes)]
+    command += ["--module", "tabletune", "run", str(source), str(target)]
+    if words:
+        command += ["-y", json.dumps(words)]
+    try:
+        launch_command(launch_command_parser().parse_args(command))
+    except ChildFailedError as error:
+        process, failure = error.get_first_failure()
+        reason = error_in(target.parent) or f"exit code {failure.exitcode}"
+        raise NotebookError(
+            f"Process {process} failed first (exit code {failure.exitcode}); the others were stopped.",
+            reason,
+        ) from None
+
+
+def error_in(run_dir: Path) -> str | None:
+    """The error of the notebook that stopped last in a run folder, in one line; None without one."""
+    import nbformat
+
+    partials = sorted(run_dir.glob("*.partial.ipynb"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(partials):
+        try:
+            cells = nbformat.read(path, as_version=4).cells
+        except (OSError, ValueError):  # killed while it was written
+            continue
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        errors = [output for output in outputs if output.output_type == "error"]
+        if errors:
+            last = errors[-1]
+            return last.evalue if last.ename == "StageError" else f"{last.ename}: {last.evalue}"
+    return None

@@ -1,0 +1,244 @@
+"""What a command is to do: the run folder, the profile, the model, and parameters from files and words."""
+
+import argparse
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tabletune.cli.paths import find_choice, repository
+from tabletune.errors import StageError
+from tabletune.run.parameters import (
+    DEFAULTS,
+    LAUNCH_DEFAULTS,
+    PARAMETERS,
+    as_yaml,
+    check_names,
+    coerce,
+    read_parameters,
+    read_profile,
+    read_text,
+)
+
+NUMBERED = [
+    name for name in PARAMETERS if name[0] == "0"
+]  # any of these parameters may stand in a profile
+SETTINGS = "settings"  # the file in a run folder that holds what the run was started with
+QUOTES = "ARGS=\"-p system_prompt 'You are kind.'\""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with what to do about the usual ones."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with a line on stderr."""
+        hint = ""
+        if "expected 2 arguments" in message:
+            hint = ". A name and a value are needed, with a space between: -p epochs 3"
+        elif "unrecognized arguments" in message:
+            hint = (
+                ". A parameter is set with -p NAME VALUE, and a value with spaces needs quotes of "
+                f"its own: {QUOTES}"
+            )
+        self.exit(2, f"{self.prog}: {message}{hint}\n")
+
+
+class CollectParameters(argparse.Action):
+    """Collects the parameters of files in `files`, all others in `words`, {name: value}."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Add what one option says to what earlier ones said."""
+        if option_string == "-f":
+            new = in_repository(read_profile(values), Path(values))
+        elif option_string == "-y":
+            new = read_parameters(values, f"-y {values!r}")
+        else:
+            name, text = values
+            new = {name: coerce(name, text, (DEFAULTS | LAUNCH_DEFAULTS).get(name))}
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), **new})
+
+
+def add_parameters(parser: argparse.ArgumentParser) -> None:
+    """Give a command the options that set parameters."""
+    parser.set_defaults(files={}, words={})
+    parser.add_argument(
+        "-f",
+        action=CollectParameters,
+        dest="files",
+        metavar="FILE",
+        help="a YAML file of parameters",
+    )
+    parser.add_argument(
+        "-y",
+        action=CollectParameters,
+        dest="words",
+        metavar="YAML",
+        help="parameters as a YAML text",
+    )
+    parser.add_argument(
+        "-p",
+        "-r",
+        action=CollectParameters,
+        dest="words",
+        nargs=2,
+        metavar=("NAME", "VALUE"),
+        help="one parameter; the type of its default decides what VALUE means",
+    )
+    parser.add_argument(
+        "--args", metavar="TEXT", help="more options in one text, as a shell would read it"
+    )
+
+
+def add_run_choice(parser: argparse.ArgumentParser) -> None:
+    """Give a command the options that choose a run."""
+    parser.add_argument(
+        "run_dir", nargs="?", help="the run folder; runs/PROFILE or runs/PROFILE_MODEL without it"
+    )
+    parser.add_argument(
+        "--profile", help="a file in profiles/; the one for this hardware without it"
+    )
+    parser.add_argument("--model", help="a file in models/, on top of the profile")
+    parser.add_argument("--gpus", type=int, metavar="N", help="processes, each with a GPU")
+
+
+def split_args(arguments: list[str]) -> list[str]:
+    """A command line in which each --args=TEXT is replaced by the options in the text. Raises StageError."""
+    result = []
+    for argument in arguments:
+        if not argument.startswith("--args="):
+            result.append(argument)
+            continue
+        text = argument.removeprefix("--args=")
+        try:
+            result += shlex.split(text)
+        except ValueError as error:
+            raise StageError(
+                f"ARGS={text}: {error}. A value with spaces or quotes goes into quotes: {QUOTES}"
+            ) from None
+    return result
+
+
+# --- which profile, which folder
+
+
+@dataclass
+class RunChoice:
+    """A run: its folder, its parameters, how many processes it is to use, and the profile's name."""
+
+    run_dir: Path
+    values: dict[str, Any]
+    gpus: int
+    profile: str
+
+
+def detect_profile() -> str:
+    """The profile for the hardware of this machine: "a100" from 40 GB on, "t4", or "cpu" without an NVIDIA GPU."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    except OSError:  # there is no such program
+        return "cpu"
+    for line in lines:
+        capability, _, memory_mib = line.partition(",")
+        try:
+            is_large = float(capability) >= 8 and float(memory_mib) > 35_000
+        except ValueError:  # "No devices were found"
+            continue
+        return "a100" if is_large else "t4"
+    return "cpu"
+
+
+def choose_profile(options: argparse.Namespace) -> str:
+    """The profile's name: the one that was asked for, or the one for this machine."""
+    if options.profile is None:
+        options.profile = detect_profile()
+    return options.profile
+
+
+def choose_run_dir(options: argparse.Namespace) -> Path:
+    """The folder of the run. Raises StageError for a place that only notebooks in Colab can open."""
+    if options.run_dir is None:
+        names = [Path(choose_profile(options)).stem]
+        if options.model:
+            names.append(Path(options.model).stem)
+        return Path("runs") / "_".join(names)
+    if options.run_dir.startswith(("drive:", "hub:")):
+        raise StageError(
+            f"RUN_DIR={options.run_dir}: the command line needs a folder. Notebooks take drive: and "
+            "hub: as their run_dir (docs/colab.md)."
+        )
+    return Path(options.run_dir).expanduser()
+
+
+def read_run_choice(options: argparse.Namespace, detect: bool = True) -> RunChoice:
+    """The run that is to be made, its parameters checked.
+
+    Without a profile, the one for this machine is read if `detect`, else none. Raises StageError.
+    """
+    values: dict[str, Any] = {}
+    profile = choose_profile(options) if detect else options.profile
+    if profile:
+        values |= read_choice_file("profiles", profile)
+    if options.model:
+        values |= read_choice_file("models", options.model)
+    values |= {**options.files, **options.words}
+    gpus = values.pop("gpus", LAUNCH_DEFAULTS["gpus"])
+    if options.gpus is not None:
+        gpus = coerce("gpus", options.gpus, LAUNCH_DEFAULTS["gpus"])
+    check_names(values, NUMBERED)
+    return RunChoice(choose_run_dir(options), values, gpus, profile or "")
+
+
+def read_choice_file(kind: str, name: str) -> dict[str, Any]:
+    """The parameters of a profile or a model."""
+    path = find_choice(kind, name)
+    return in_repository(read_profile(path), path)
+
+
+def in_repository(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The parameters of a file; where it is one of the repository's, from any working directory.
+
+    Such a file names tables and base models by their path in the repository. It stays as it is where we stand there.
+    """
+    home = repository()
+    if Path.cwd() == home or not path.resolve().is_relative_to(home):
+        return values
+    moved = dict(values)
+    for name in ("dataset", "base_model"):
+        value = values.get(name)
+        if not isinstance(value, str) or Path(value).exists():
+            continue
+        if (home / value).exists() or value.startswith(".cache/"):
+            moved[name] = str(home / value)
+    return moved
+
+
+# --- what a run was started with
+
+
+def read_settings(run_dir: Path) -> dict[str, Any]:
+    """The parameters that a run was started with; {} if the command line has not started it."""
+    path = run_dir / SETTINGS
+    return read_parameters(read_text(path), str(path)) if path.exists() else {}
+
+
+def write_settings(choice: RunChoice) -> None:
+    """Write what a run is started with into its folder, for its later stages."""
+    values = dict(choice.values)
+    if choice.gpus > 1:
+        values["gpus"] = choice.gpus
+    write_if_changed(choice.run_dir / SETTINGS, as_yaml(values, "what this run was started with"))
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Write a text file, unless it holds that text already."""
+    if not path.exists() or read_text(path) != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")

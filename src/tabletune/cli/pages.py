@@ -1,0 +1,62 @@
+"""Notebooks that become a page: a report about a run, a comparison of several, and the chat."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from tabletune.cli.notebooks import run_notebook
+from tabletune.cli.options import choose_run_dir
+from tabletune.cli.paths import notebook
+from tabletune.errors import StageError
+
+TEMPLATES = Path(__file__).parent.parent / "resources" / "templates"
+
+
+def write_report(options: argparse.Namespace) -> None:
+    """Write report.html, a page about a run, into its folder."""
+    target = choose_run_dir(options) / "report.ipynb"
+    run_notebook(notebook("report"), target, {**options.files, **options.words})
+    print(write_page(target))
+
+
+def write_comparison(options: argparse.Namespace) -> None:
+    """Write a page with several runs beside each other."""
+    if not options.runs:
+        raise StageError('Which runs? make compare RUNS="runs/a runs/b"')
+    compare([Path(run) for run in options.runs], Path(options.out))
+
+
+def compare(runs: list[Path], out: Path) -> None:
+    """Write a page about several runs to `out`, and print where it is. Raises StageError."""
+    target = out.with_suffix(".ipynb")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    run_notebook(notebook("compare_runs"), target, {"runs": [str(run) for run in runs]})
+    print(write_page(target))
+
+
+def write_page(executed: Path) -> Path:
+    """Write an executed notebook as an HTML page beside it, without its code. Returns the page's path."""
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(
+        template_name="report",
+        extra_template_basedirs=[str(TEMPLATES)],
+        exclude_input=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    page = executed.with_suffix(".html")
+    body, _ = exporter.from_filename(str(executed))
+    page.write_text(body, encoding="utf-8")
+    return page
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Open a page on which base and fine-tuned model answer side by side."""
+    target = choose_run_dir(options) / "chat.ipynb"
+    words = {"wait": True, **options.files, **options.words}
+    run_notebook(notebook("chat"), target, words, prepare_only=True)
+    command = [sys.executable, "-m", "IPython", "--no-banner"]
+    command += ["--HistoryManager.enabled=False", str(target)]
+    os.execv(sys.executable, command)

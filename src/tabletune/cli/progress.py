@@ -1,0 +1,122 @@
+"""One line in the terminal that says how far a notebook is: the cell, and the progress bar inside a long cell."""
+
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+BAR = re.compile(
+    r"([^\r\n|]*?\d+%)\|[^|\r\n]*\|([^\r\n]*)"
+)  # tqdm: "scoring:  35%|███   | 12/34 [01:12<02:10]"
+TRAINING = re.compile(
+    r"\[\s*(\d+/\d+ [\d:]+ < [\d:]+|\d+/\d+ [\d:]+)[^\]]*\]"
+)  # transformers' bar in HTML
+REFRESH_SECONDS = 0.5
+LOG_SECONDS = 60  # between lines, where the output is no terminal
+
+
+class ProgressLine:
+    """Watches a notebook while it runs, and shows how far it is."""
+
+    def __init__(self, name: str, cells: list[dict[str, Any]], stream: TextIO) -> None:
+        self.name = name
+        self.cells = cells
+        self.stream = stream
+        self.in_terminal = stream.isatty()
+        self.started = time.monotonic()
+        self._last_text = ""
+        self._last_time = self.started
+        self._ended = threading.Event()
+
+    def text(self) -> str:
+        """How far the notebook is now; "" before its first cell has begun."""
+        number, cell = running_cell(self.cells)
+        if cell is None:
+            return ""
+        text = f"{self.name}: cell {number} of {len(self.cells)}"
+        inside = progress_inside(cell)
+        return f"{text}, {inside}" if inside else text
+
+    def watch(self) -> None:
+        """Show the line again and again, until `end`."""
+        while not self._ended.wait(REFRESH_SECONDS):
+            self.show(self.text())
+
+    def show(self, text: str) -> None:
+        """Show a line if it is new: in a terminal in place of the last one, elsewhere once a minute."""
+        if not text or text == self._last_text:
+            return
+        now = time.monotonic()
+        if self.in_terminal:
+            self.stream.write(f"\r\x1b[K{text[:118]}")
+        elif now - self._last_time >= LOG_SECONDS:
+            self.stream.write(f"{text}\n")
+        else:
+            return
+        self.stream.flush()
+        self._last_text = text
+        self._last_time = now
+
+    def end(self) -> None:
+        """Show no more."""
+        self._ended.set()
+
+    def close(self) -> None:
+        """Clear the line."""
+        if self.in_terminal:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+
+def running_cell(cells: list[dict[str, Any]]) -> tuple[int, dict[str, Any] | None]:
+    """The number, from 1, and the cell that papermill is running; (0, None) if there is none."""
+    for number, cell in enumerate(cells, 1):
+        if cell["metadata"].get("papermill", {}).get("status") == "running":
+            return number, cell
+    return 0, None
+
+
+def progress_inside(cell: dict[str, Any]) -> str:
+    """What the newest progress bar in a cell's output says; "" without one."""
+    for output in reversed(cell.get("outputs", [])):
+        if output["output_type"] == "stream":
+            bars = BAR.findall(output["text"][-2000:])
+            if bars:
+                head, tail = bars[-1]
+                return f"{head.strip()} {tail.strip()}"
+        html = output.get("data", {}).get("text/html", "")
+        match = TRAINING.search(html)
+        if "<progress" in html and match:
+            return f"step {' '.join(match[1].split())}"
+    return ""
+
+
+@contextmanager
+def shown_progress(name: str, cells: list[dict[str, Any]]) -> Iterator[None]:
+    """Show the progress of a notebook's cells on stderr while the block runs."""
+    line = ProgressLine(name, cells, sys.stderr)
+    thread = threading.Thread(target=line.watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        line.end()
+        thread.join()
+        line.close()
+
+
+def register_engine() -> str:
+    """Make papermill's usual engine show its progress in this way. Returns the engine's name."""
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class EngineWithProgress(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
+            with shown_progress(options.pop("stage_name"), nb_man.nb.cells):
+                return super().execute_managed_notebook(nb_man, kernel_name, **options)
+
+    papermill_engines.register("with_progress", EngineWithProgress)
+    return "with_progress"

@@ -1,0 +1,29 @@
+"""What a finished run found, in a few lines."""
+
+from pathlib import Path
+from typing import Any
+
+from tabletune.run.files import read_json
+
+
+def print_summary(run_dir: Path) -> None:
+    """Print the main figures of a finished run, and where its results are. Raises StageError without them."""
+    metrics = read_json(run_dir / "evaluation" / "metrics.json", "04_evaluate")
+    columns = ["", "response perplexity", "95% interval", "stop", "structure"]
+    print(f"\n{columns[0]:10}{columns[1]:>20}{columns[2]:>18}{columns[3]:>8}{columns[4]:>12}")
+    for name in ("base", "adapter", "merged"):
+        perplexity = metrics[name]["perplexity"]
+        generation = metrics[name]["generation"] or {}
+        interval = " - ".join(f"{end:.1f}" for end in perplexity["response_ci95"] or []) or "-"
+        stop = percent(generation.get("stop_rate"))
+        structure = percent(generation.get("structure_rate"))
+        print(f"{name:10}{perplexity['response']:20.2f}{interval:>18}{stop:>8}{structure:>12}")
+    print(
+        f"\nmodel {run_dir / 'merged'}, adapter {run_dir / 'adapter'}, "
+        f"metrics and samples {run_dir / 'evaluation'}"
+    )
+
+
+def percent(rate: Any) -> str:
+    """A rate in percent; "-" where there is none."""
+    return "-" if rate is None else f"{rate:.0%}"

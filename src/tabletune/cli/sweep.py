@@ -1,0 +1,90 @@
+"""Every combination of a grid of parameters, each as a run of its own."""
+
+import argparse
+import hashlib
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tabletune.cli.notebooks import NotebookError
+from tabletune.cli.options import NUMBERED, RunChoice, read_run_choice
+from tabletune.cli.pages import compare
+from tabletune.cli.series import make_series
+from tabletune.errors import StageError
+from tabletune.run.parameters import check_names, read_parameters, read_text
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """Run every combination of the values that stand in lists in a grid, and compare the runs.
+
+    Each is a run like any other, so what is done is not done again. One that fails does not stop the rest.
+    """
+    grid = read_grid(options)
+    lists = {name: values for name, values in grid.items() if isinstance(values, list)}
+    options.run_dir = None  # each point has its own
+    base = read_run_choice(options)
+    folder = sweep_folder(options)
+    points = list(itertools.product(*lists.values()))
+    finished: list[Path] = []
+    failed: dict[Path, str] = {}
+    for number, values in enumerate(points, 1):
+        point = dict(zip(lists, values, strict=True))
+        run_dir = folder / point_name(point)
+        print(f"{number} of {len(points)}: {run_dir}", flush=True)
+        choice = RunChoice(run_dir, base.values | grid | point, base.gpus, base.profile)
+        try:
+            make_series(choice)
+            finished.append(run_dir)
+        except StageError as error:
+            print(error, flush=True)
+            failed[run_dir] = error.reason if isinstance(error, NotebookError) else str(error)
+    if finished:
+        compare(finished, folder / "compare.html")
+    if failed:
+        lines = [f"{len(failed)} of {len(points)} points failed:"]
+        lines += [f"{run_dir}: {reason}" for run_dir, reason in failed.items()]
+        raise StageError("\n".join(lines))
+
+
+def sweep_folder(options: argparse.Namespace) -> Path:
+    """The folder for the runs of a sweep: the one that was asked for, or runs/GRID_PROFILE."""
+    if options.folder:
+        return Path(options.folder)
+    names = [Path(options.grid).stem, options.profile]
+    if options.model:
+        names.append(options.model)
+    return Path("runs") / "_".join(Path(name).stem for name in names)
+
+
+def read_grid(options: argparse.Namespace) -> dict[str, Any]:
+    """The grid, {name: value or list of values}. Raises StageError if it cannot be run."""
+    grid = read_parameters(read_text(options.grid), options.grid, grid=True)
+    check_names(grid, NUMBERED)
+    lists = {name: values for name, values in grid.items() if isinstance(values, list)}
+    for name, values in lists.items():
+        if not values:
+            raise StageError(f"{options.grid}: {name} has no values.")
+        if name in options.words:
+            raise StageError(f"{options.grid}: {name} is set in ARGS, too.")
+    if not lists:
+        raise StageError(f"{options.grid}: no parameter has a list of values.")
+    if "run_dir" in grid:
+        raise StageError(f"{options.grid}: a sweep sets run_dir itself.")
+    return grid
+
+
+def point_name(point: dict[str, Any]) -> str:
+    """The folder's name of one combination of values."""
+    return "_".join(short_name(name, value) for name, value in point.items())[:200]
+
+
+def short_name(name: str, value: Any) -> str:
+    """A parameter and its value as a part of a folder's name; with a piece of its hash if it had to be changed."""
+    written = value if isinstance(value, str) else json.dumps(value)
+    text = f"{name}-{written}"
+    plain = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)[:50]
+    if plain == text:
+        return plain
+    return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

@@ -1,0 +1,78 @@
+"""For developers: what is written in one place of the repository, and copied to others.
+
+`parameters.json` from the notebooks' parameter cells; repository, ref and runtime for Colab, and the text of the
+notebooks' first code cell, from `pyproject.toml` into README, docs and notebooks.
+"""
+
+import argparse
+import ast
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from tabletune.cli.options import write_if_changed
+from tabletune.cli.paths import repository
+from tabletune.errors import StageError
+from tabletune.run.parameters import read_text
+
+REPOSITORY_NAME = r"[\w.-]+/[\w.-]+"
+PLACES = {  # {where it stands: what is written there}
+    rf"(?<=colab\.research\.google\.com/github/){REPOSITORY_NAME}/blob/[\w.-]+": (
+        "{repository}/blob/{ref}"
+    ),
+    r"(?<=\n#       runtime_version: ).*": "'{colab_runtime}'",
+    r"(?s)(?<=\n# %%\n)(?:import os\n)?import sys\nfrom importlib.util.*?(?=\n\n# %%)": (
+        "{install_cell}"
+    ),
+}
+
+
+def add_sync(parser: argparse.ArgumentParser) -> Any:
+    """Give `sync` its option."""
+    parser.add_argument("--repository", metavar="OWNER/NAME", help="as on GitHub")
+    return parser
+
+
+def sync(options: argparse.Namespace) -> None:
+    """For developers: renew parameters.json, badges and install cells."""
+    home = repository()
+    if options.repository:
+        change_repository(home / "pyproject.toml", options.repository)
+    series = tomllib.loads(read_text(home / "pyproject.toml"))["tool"]["series"]
+    pages = [home / "README.md", *sorted((home / "docs").glob("*.md"))]
+    notebooks = sorted((home / "notebooks_py").glob("*.py"))
+    for path in [*pages, *notebooks]:
+        write_if_changed(path, with_series(read_text(path), series))
+    parameters = {path.stem: parameters_in(read_text(path)) for path in notebooks}
+    text = json.dumps(parameters, indent=1, ensure_ascii=False) + "\n"
+    write_if_changed(home / "src" / "tabletune" / "resources" / "parameters.json", text)
+
+
+def change_repository(path: Path, name: str) -> None:
+    """Write another repository, OWNER/NAME, into pyproject.toml. Raises StageError if that is no such name."""
+    if not re.fullmatch(REPOSITORY_NAME, name):
+        raise StageError(f"{name!r}: use owner/name, as on GitHub.")
+    text = read_text(path)
+    former = tomllib.loads(text)["tool"]["series"]["repository"]
+    write_if_changed(path, text.replace(f'"{former}"', f'"{name}"'))
+
+
+def with_series(text: str, series: dict[str, str]) -> str:
+    """The text of a page or a notebook with the series' repository, ref, runtime and first code cell."""
+    values = series | {"install_cell": series["install_cell"].strip().format(**series)}
+    for pattern, template in PLACES.items():
+        new = template.format(**values)
+        text = re.sub(pattern, lambda _, new=new: new, text)
+    return text
+
+
+def parameters_in(source: str) -> dict[str, Any]:
+    """The parameters of a notebook, {name: default}: of its tagged cell, and of one that begins "# rarely changed"."""
+    assignments = []
+    for cell in re.split(r"(?m)^# %%", source):
+        head, _, body = cell.partition("\n")
+        if "parameters" in head or body.startswith("# rarely changed"):
+            assignments += [line for line in ast.parse(body).body if isinstance(line, ast.Assign)]
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in assignments}

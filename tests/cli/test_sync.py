@@ -1,0 +1,42 @@
+"""`tabletune sync`: parameters.json, badges and install cells."""
+
+import pytest
+from conftest import ROOT
+
+from tabletune.cli.sync import change_repository, parameters_in, with_series
+from tabletune.errors import StageError
+
+SERIES = {
+    "repository": "a/b",
+    "ref": "v1",
+    "colab_runtime": "2026.07",
+    "install_cell": "import sys",
+}
+
+
+def test_parameters_in_takes_both_cells_and_is_not_confused_by_equals_signs():
+    source = "# %% [markdown]\n# # Title\n\n# %%\n# rarely changed\nb = 1\n\n"
+    source += '# %% tags=["parameters"]\na = "x = 1"  # f = 2\nc = {"d": [1, 2]}\n\n# %%\ne = 3\n'
+    assert parameters_in(source) == {"b": 1, "a": "x = 1", "c": {"d": [1, 2]}}
+
+
+def test_with_series_writes_repository_and_ref_into_badges():
+    badge = "https://colab.research.google.com/github/{}/notebooks/a.ipynb"
+    text = badge.format("old/name/blob/main")
+    assert with_series(text, SERIES) == badge.format("a/b/blob/v1")
+
+
+def test_with_series_writes_the_runtime():
+    text = "#     runtime_attributes:\n#       runtime_version: '2025.01'\n"
+    assert "runtime_version: '2026.07'\n" in with_series(text, SERIES)
+
+
+def test_with_series_writes_the_install_cell():
+    text = "\n# %%\nimport sys\nfrom importlib.util import find_spec\nold()\n\n# %% [markdown]\n"
+    assert with_series(text, SERIES) == "\n# %%\nimport sys\n\n# %% [markdown]\n"
+
+
+@pytest.mark.parametrize("name", ["a", "a/b/c", "a b/c"])
+def test_change_repository_refuses_what_is_no_name(name):
+    with pytest.raises(StageError, match="use owner/name, as on GitHub"):
+        change_repository(ROOT / "pyproject.toml", name)
