@@ -7,6 +7,7 @@ traceback.
 import argparse
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from tabletune.cli import series
@@ -93,7 +94,7 @@ def summary(options: argparse.Namespace) -> None:
 
 def ask(options: argparse.Namespace) -> None:
     """Answer the questions of a file with a finished run's model."""
-    from tabletune.evaluation.ask import answer_questions
+    answer_questions = import_module("tabletune.evaluation.ask").answer_questions
 
     run_dir = choose_run_dir(options)
     values = read_settings(run_dir) | options.files | options.words
@@ -102,7 +103,7 @@ def ask(options: argparse.Namespace) -> None:
 
 def index(options: argparse.Namespace) -> None:
     """Renew the index of a run's table, so that it answers from rows that were added later."""
-    from tabletune.data.context import index_command
+    index_command = import_module("tabletune.data.context").index_command
 
     run_dir = choose_run_dir(options)
     values = read_settings(run_dir) | options.files | options.words

@@ -142,4 +142,8 @@ def digest_of_table(parameters: dict[str, Any]) -> str:
     """The digest of the table's files as they are now. Raises StageError if they cannot be read."""
     from tabletune.data.tables import table_digest
 
-    return table_digest(parameters["dataset"], parameters["dataset_config"], parameters["splits"])
+    return table_digest(
+        parameters["dataset"],
+        config=parameters["dataset_config"],
+        splits=parameters["splits"],
+    )
