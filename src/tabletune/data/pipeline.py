@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ from tabletune.data.shapes import Shape
 from tabletune.data.splits import (
     SPLITS,
     assign_splits,
+    limit_training,
     question_id,
     question_key,
     split_of_cell,
@@ -370,9 +372,10 @@ def format_table(
             settings["test_fraction"],
             formatter.statistics.official_splits,
         )
+        split = limit_training(split, formatter.statistics.positions, settings["train_rows"])
         safety_rows = []
         if settings["safety_rows"] not in (0, False):
-            held_out = read_rows(waiting, split != "train", ["key"])
+            held_out = read_rows(waiting, np.isin(split, ["validation", "test"]), ["key"])
             keys = {key for batch in held_out for key in batch["key"].to_pylist()}
             safety_rows = formatter.safety_rows(keys)
         digest = hashlib.sha256()

@@ -105,6 +105,10 @@ def report_of(
         "dropped_rows": statistics.dropped_rows,
         "unused_columns": shape.unused,
         "safety_rows": safety_rows,
+        "left_out_of_training": {
+            "rows": int((split == "").sum()),
+            "questions": len(np.unique(positions[split == ""])),
+        },
         "splits": sizes,
         "questions": {name: len(values) for name, values in questions.items()},
         "rows_a_question": [
@@ -155,6 +159,13 @@ def notes_of(
             f"{rows:,} of {report['splits'][name]:,} rows of the {name} split have an answer that stands in training, "
             "too, in the same words."
         )
+    left_out = report["left_out_of_training"]
+    if left_out["rows"]:
+        used = report["questions"]["train"]
+        notes.append(
+            f"train_rows: {used:,} of {used + left_out['questions']:,} training questions are used; "
+            f"{left_out['rows']:,} rows are left out."
+        )
     few = [name for name in SPLITS[1:] if report["questions"][name] < FEWEST_GROUPS]
     if few:
         notes.append(
@@ -175,9 +186,9 @@ def notes_of(
         notes.append(
             f"{statistics.answers_apart:,} rows more, as each answer of a list has a row of its own."
         )
-    left_out = formatter.turn_options.left_out
-    if left_out:
-        keys = ", ".join(f"{key} ({count:,})" for key, count in left_out.most_common())
+    ignored_keys = formatter.turn_options.left_out
+    if ignored_keys:
+        keys = ", ".join(f"{key} ({count:,})" for key, count in ignored_keys.most_common())
         notes.append(f"Keys of turns that nothing is learned from: {keys}.")
     return notes
 

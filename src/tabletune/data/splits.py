@@ -100,6 +100,27 @@ def assign_splits(
     return np.where(is_free, np.array(names)[np.digitize(positions, bounds)], official_splits)
 
 
+def limit_training(split: np.ndarray, positions: Sequence[float], train_rows: float) -> np.ndarray:
+    """The splits of the rows with fewer questions for training: the rows of the others get "".
+
+    `train_rows` is a share of the training questions up to 1, or above 1 how many. Those with the lowest positions are
+    taken, so that a smaller set is part of every larger one, and the held-out splits stay as they are. Raises
+    StageError if there are not so many, or if the number is not whole.
+    """
+    positions = np.array(positions)  # [rows]
+    questions = np.unique(positions[split == "train"])  # sorted
+    if train_rows > len(questions) or (train_rows > 1 and train_rows % 1):
+        raise StageError(
+            f"train_rows={train_rows}: use a share up to 1, or a whole number up to {len(questions)}, "
+            "the training questions of this table."
+        )
+    number = int(train_rows)
+    if train_rows <= 1:
+        number = max(1, round(train_rows * len(questions)))
+    is_left_out = (split == "train") & ~np.isin(positions, questions[:number])
+    return np.where(is_left_out, "", split)
+
+
 def split_of_cell(value: str, column: str) -> str:
     """The split that a cell of the column of splits names. Raises StageError if it names none."""
     split = split_of(value)
