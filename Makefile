@@ -31,6 +31,8 @@ index: $(READY) ## take new rows of the table into a run: RUN_DIR=folder ARGS="-
 	@$(TABLETUNE) index $(RUN)
 chat: $(call EXTRA,chat) ## base and fine-tuned model side by side on a page: RUN_DIR=folder
 	@$(TABLETUNE) chat $(RUN)
+rate: $(call EXTRA,chat) ## let people rate answers, blind, on a page: RUN_DIR=folder
+	@$(TABLETUNE) rate $(RUN)
 report: $(READY) ## report.html, a page about a run: RUN_DIR=folder
 	@$(TABLETUNE) report $(RUN)
 compare: $(READY) ## a page with several runs: RUNS="folder folder" OUT=file.html

@@ -110,6 +110,15 @@ def index(options: argparse.Namespace) -> None:
     index_command(run_dir, values)
 
 
+def rate(options: argparse.Namespace) -> None:
+    """Let people rate the answers of a finished run, blind, on a page."""
+    rate_command = import_module("tabletune.export.rating_page").rate_command
+
+    run_dir = choose_run_dir(options)
+    values = read_settings(run_dir) | options.files | options.words
+    rate_command(run_dir, values)
+
+
 def base_models(options: argparse.Namespace) -> None:
     """Make the base models of the cpu and tiny profiles."""
     from tabletune.cli.base_models import make_base_models
@@ -154,6 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_for_run("report", report)
     add_for_run("chat", chat)
+    add_for_run("rate", rate)
     add_for_run("summary", summary)
     add_for_run("settings", settings)
     add_for_run("index", index)

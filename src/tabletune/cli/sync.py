@@ -63,16 +63,20 @@ def with_series(text: str, series: dict[str, str]) -> str:
     """The text of a page or a notebook with the series' repository, ref, runtime and first code cell."""
     values = series | {"install_cell": series["install_cell"].strip().format(**series)}
     for pattern, template in PLACES.items():
-        new = template.format(**values)
-        text = re.sub(pattern, lambda _, new=new: new, text)
+        # a backslash in what is written means nothing to re
+        new = template.format(**values).replace("\\", r"\\")
+        text = re.sub(pattern, new, text)
     return text
 
 
 def parameters_in(source: str) -> dict[str, Any]:
     """The parameters of a notebook, {name: default}: of its tagged cell, and of one that begins "# rarely changed"."""
-    assignments = []
+    parameters = {}
     for cell in re.split(r"(?m)^# %%", source):
         head, _, body = cell.partition("\n")
-        if "parameters" in head or body.startswith("# rarely changed"):
-            assignments += [line for line in ast.parse(body).body if isinstance(line, ast.Assign)]
-    return {line.targets[0].id: ast.literal_eval(line.value) for line in assignments}
+        if "parameters" not in head and not body.startswith("# rarely changed"):
+            continue
+        for line in ast.parse(body).body:
+            if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+                parameters[line.targets[0].id] = ast.literal_eval(line.value)
+    return parameters
