@@ -109,8 +109,6 @@ RANGES = {  # all other numbers must be 0 or more
     "unknown_threshold": SHARE,
     "copies": ABOVE_0,
     "train_rows": ABOVE_0,
-    "least_right": SHARE,
-    "train_rows": ABOVE_0,
     "few_rows": AT_LEAST_1,
     "least_right": SHARE,
     "max_length": Range(low=1, high=10**9),
