@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,6 +80,13 @@ def read_json(path: Path, stage: str, otherwise: str = "") -> Any:
         raise StageError(
             f"{path} {reason}. Run {stage} first, with the same run_dir, in Colab one in Drive.{otherwise}"
         ) from None
+
+
+def write_lines(path: Path, lines: Iterable[Any]) -> None:
+    """Write a .jsonl file, one JSON value a line. The file is complete or absent."""
+    with atomic_write(path) as partial:
+        texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
+        partial.write_text("".join(texts), encoding="utf-8")
 
 
 # the names that these functions had

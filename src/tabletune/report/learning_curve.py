@@ -1,0 +1,208 @@
+"""Would more rows help? Runs that differ in `train_rows`, over one test split: a curve, and a sentence on its end."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tabletune.report.pages import digest_of_test, read_lines
+from tabletune.run.files import read_json
+from tabletune.stats import mean_difference, perplexity_interval, rate_difference, rate_interval
+
+NOT_COMPARED = {
+    "train_rows",
+    "run_dir",
+    "seed",
+}  # parameters in which the runs of one curve may differ
+TUNED = ("merged", "adapter")  # the model to look at: the first of these that was evaluated
+HALF = 0.75  # of the rows of the largest run, at most, for a smaller one to be compared with it
+
+
+@dataclass
+class Point:
+    """A run of a learning curve: how many questions it was trained on, and what it made of the test split.
+
+    `scores` has a line a test row (`group`, `response_nll`, `response_tokens`), `right` says for each new question
+    whether its answer is right, {question: bool}, and is empty where that was not measured.
+    """
+
+    name: str
+    questions: int
+    scores: pd.DataFrame
+    right: dict[str, bool]
+
+    @property
+    def perplexity(self) -> float:
+        """The response perplexity of the test split."""
+        return math.exp(self.scores["response_nll"].sum() / self.scores["response_tokens"].sum())
+
+
+def read_point(name: str, folder: Path) -> Point | None:
+    """The Point of a run folder; None if the run was not evaluated."""
+    report_file, scores_file = folder / "dataset/report.json", folder / "evaluation/scores.parquet"
+    if not report_file.exists() or not scores_file.exists():
+        return None
+    report = read_json(report_file, "01_format_dataset")
+    scores = pd.read_parquet(scores_file)
+    model = next((model for model in TUNED if model in set(scores["model"])), None)
+    if model is None:
+        return None
+    scores = scores[scores["model"] == model].reset_index(drop=True)
+    right = {}
+    for line in read_lines(folder / "evaluation/answers.jsonl"):
+        if line["part"] == "new" and line["model"] == model:
+            right[line["asked"]] = bool(line["right"])
+    return Point(name, report["questions"]["train"], scores, right)
+
+
+def curves_of(folders: Mapping[str, Path]) -> list[list[Point]]:
+    """The learning curves among some runs, each a list of Points from few to many questions.
+
+    The runs of a curve have one test split and the same parameters but for `train_rows` and `seed`, and at least two
+    different numbers of training questions.
+    """
+    alike: dict[str, list[Point]] = {}
+    for name, folder in folders.items():
+        point = read_point(name, folder)
+        if point is not None:
+            alike.setdefault(key_of(folder), []).append(point)
+    curves = [sorted(points, key=lambda point: point.questions) for points in alike.values()]
+    return [curve for curve in curves if curve[0].questions < curve[-1].questions]
+
+
+def key_of(folder: Path) -> str:
+    """What the runs of one curve have in common, as a text."""
+    manifest = read_json(folder / "manifest.json", "01_format_dataset")
+    parameters: dict[str, object] = {}
+    for stage in ("01_format_dataset", "02_finetune_qlora"):
+        parameters |= manifest.get(stage, {}).get("parameters", {})
+    common = {name: value for name, value in parameters.items() if name not in NOT_COMPARED}
+    return json.dumps([common, digest_of_test(folder)], sort_keys=True)
+
+
+def learning_curve(folders: Mapping[str, Path]):
+    """(A figure, sentences) on the learning curves among some runs, {name: folder}; (None, []) if there is none."""
+    curves = curves_of(folders)
+    if not curves:
+        return None, []
+    sentences = []
+    for curve in curves:
+        sentences += last_doubling(curve)
+    return plot_curves(curves), sentences
+
+
+def plot_curves(curves: list[list[Point]]):
+    """A figure of the curves, with intervals: response perplexity, and right answers where they were measured."""
+    import matplotlib.pyplot as plt  # half a second
+
+    measured = all(point.right for curve in curves for point in curve)
+    panels = 2 if measured else 1
+    figure, axes = plt.subplots(
+        1, panels, figsize=(4.6 * panels, 3.4), layout="constrained", squeeze=False
+    )
+    for number, curve in enumerate(curves):
+        style = {"marker": "os^Dv"[number % 5], "color": str(0.35 * (number % 3)), "capsize": 4}
+        sizes = [point.questions for point in curve]
+        values = [point.perplexity for point in curve]
+        limits = [
+            perplexity_interval(point.scores, "response", point.scores["group"]) for point in curve
+        ]
+        axes[0][0].errorbar(sizes, values, error_bars(values, limits), **style)
+        if measured:
+            rates = [float(np.mean(list(point.right.values()))) for point in curve]
+            limits = [rate_interval(list(point.right.values())) for point in curve]
+            axes[0][1].errorbar(sizes, rates, error_bars(rates, limits), **style)
+    axes[0][0].set(ylabel="response perplexity of new questions")
+    if measured:
+        axes[0][1].set(ylabel="right answers to new questions", ylim=(-0.03, 1.03))
+        axes[0][1].yaxis.set_major_formatter("{x:.0%}")
+    sizes = sorted({point.questions for curve in curves for point in curve})
+    for panel in axes[0]:
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        panel.minorticks_off()
+        panel.set_xlabel("questions in training")
+    plt.close(figure)  # else a notebook shows it a second time
+    return figure
+
+
+def error_bars(values: list[float], limits: list[list[float] | None]) -> np.ndarray:
+    """How far the limits are from the values, below and above: [2, values]; 0 where there is no interval."""
+    below = [
+        value - low_high[0] if low_high else 0
+        for value, low_high in zip(values, limits, strict=True)
+    ]
+    above = [
+        low_high[1] - value if low_high else 0
+        for value, low_high in zip(values, limits, strict=True)
+    ]
+    return np.array([below, above])
+
+
+def last_doubling(curve: list[Point]) -> list[str]:
+    """Whether the last doubling of a curve still gained, in sentences, by pairs of the same test rows."""
+    most = curve[-1]
+    smaller = [point for point in curve if point.questions <= HALF * most.questions]
+    if not smaller:
+        return [
+            "No run has about half as many questions as the largest: whether more rows help cannot be said."
+        ]
+    half = smaller[-1]
+    likelihood = mean_difference(
+        most.scores["response_nll"],
+        half.scores["response_nll"],
+        most.scores["response_tokens"],
+        most.scores["group"],
+    )
+    right = compare_right(most, half)
+    sentences = [likelihood_sentence(most, half, likelihood)]
+    if right is not None:
+        sentences.append(right_sentence(len(most.right), right))
+    more_likely = likelihood["significant"] and likelihood["difference"] < 0
+    more_right = right is not None and right["significant"] and right["difference"] > 0
+    if more_right or (more_likely and right is None):
+        sentences.append("The last doubling still gained: more rows would probably help.")
+    elif more_likely:
+        sentences.append(
+            "The last doubling made the table's answers more likely, but it cannot be told whether more of the model's "
+            "own are right: more rows may help."
+        )
+    else:
+        sentences.append(
+            "The last doubling gained nothing that can be told from chance: more rows of this kind would hardly help."
+        )
+    return sentences
+
+
+def compare_right(most: Point, half: Point) -> dict | None:
+    """How many more new questions one run answers right, in pairs: a rate; None where that was not measured."""
+    if not most.right or most.right.keys() != half.right.keys():
+        return None
+    questions = list(most.right)
+    return rate_difference([most.right[q] for q in questions], [half.right[q] for q in questions])
+
+
+def likelihood_sentence(most: Point, half: Point, entry: dict) -> str:
+    """By how much the perplexity of new questions changes, with its interval."""
+    change = 100 * (math.exp(entry["difference"]) - 1)
+    text = f"{change:+.0f}%"
+    if entry["ci95"] is not None:
+        low, high = (100 * (math.exp(limit) - 1) for limit in entry["ci95"])
+        text += f" ({low:+.0f}% – {high:+.0f}%)"
+    return (
+        f"From {half.questions:,} to {most.questions:,} questions in training, the perplexity of new questions "
+        f"changes by {text}."
+    )
+
+
+def right_sentence(questions: int, entry: dict) -> str:
+    """How many more answers are right, in points of percent, with the interval."""
+    points = [f"{100 * value:+.0f}" for value in (entry["difference"], *entry["ci95"])]
+    return (
+        f"Right answers to the same {questions} new questions: {points[0]} points "
+        f"({points[1]} – {points[2]})."
+    )

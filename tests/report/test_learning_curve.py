@@ -1,0 +1,152 @@
+"""Learning curves: which runs belong to one, and whether the last doubling still gained."""
+
+import json
+import random
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+
+from tabletune.report.learning_curve import curves_of, last_doubling, learning_curve, read_point
+
+QUESTIONS = 40  # in the test split
+
+
+def write_run(folder, questions, nll, right=None, **parameters):
+    """Leave what a learning curve reads of a run: `nll` has the mean negative log-likelihood of each test question."""
+    folder = folder / f"run_{questions}_{len(parameters)}"
+    rows = [{"prompt": [{"role": "user", "content": f"q{n}"}], "completion": []} for n in range(5)]
+    test = datasets.Dataset.from_list(rows)
+    datasets.DatasetDict({"test": test}).save_to_disk(folder / "dataset")
+    report = {"questions": {"train": questions}}
+    (folder / "dataset" / "report.json").write_text(json.dumps(report))
+    stage = {"parameters": {"train_rows": questions, "seed": 1, "lora_r": 8, **parameters}}
+    manifest = {"01_format_dataset": {"parameters": {}}, "02_finetune_qlora": stage}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "evaluation").mkdir()
+    tables = [
+        pd.DataFrame(
+            {
+                "group": [f"g{n}" for n in range(len(nll))],
+                "response_nll": np.array(nll) * 20,
+                "response_tokens": 20.0,
+                "model": model,
+            }
+        )
+        for model in ("base", "adapter", "merged")
+    ]
+    tables[0]["response_nll"] += 40
+    pd.concat(tables).to_parquet(folder / "evaluation" / "scores.parquet")
+    if right is not None:
+        lines = [
+            {"part": part, "asked": f"q{n}", "model": model, "right": bool(value)}
+            for part in ("new", "table")
+            for model in ("base", "merged")
+            for n, value in enumerate(right)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "evaluation" / "answers.jsonl").write_text(text)
+    return folder
+
+
+def nll_of(mean, seed=0, spread=0.5):
+    """Likelihoods of the test questions: most of the spread is in the questions, the same for all runs."""
+    hard = np.random.default_rng(1).normal(0, spread, QUESTIONS)
+    return mean + hard + np.random.default_rng(seed).normal(0, 0.05, QUESTIONS)
+
+
+def sentences(tmp_path, runs):
+    """The sentences on runs, [(questions, likelihoods, right answers)]."""
+    folders = {str(questions): write_run(tmp_path, questions, *rest) for questions, *rest in runs}
+    return learning_curve(folders)[1]
+
+
+def test_more_rows_help_where_they_did(tmp_path):
+    runs = [(10, nll_of(2.0, 1)), (20, nll_of(1.7, 2)), (40, nll_of(1.4, 3))]
+    lines = sentences(tmp_path, runs)
+    assert lines[0].startswith(
+        "From 20 to 40 questions in training, the perplexity of new questions changes by -2"
+    )
+    assert lines[-1].startswith("The last doubling still gained")
+
+
+def test_more_copies_do_not_help(tmp_path):
+    runs = [(10, nll_of(1.4, 1)), (20, nll_of(1.4, 2)), (40, nll_of(1.4, 3))]
+    assert sentences(tmp_path, runs)[-1].startswith("The last doubling gained nothing")
+
+
+def test_only_the_last_doubling_counts(tmp_path):
+    runs = [(10, nll_of(3.0, 1)), (20, nll_of(1.4, 2)), (40, nll_of(1.4, 3))]
+    assert sentences(tmp_path, runs)[-1].startswith("The last doubling gained nothing")
+
+
+def test_a_run_that_got_worse_is_no_gain(tmp_path):
+    runs = [(20, nll_of(1.4, 2)), (40, nll_of(1.8, 3))]
+    assert sentences(tmp_path, runs)[-1].startswith("The last doubling gained nothing")
+
+
+def test_right_answers_count_more_than_likelihood(tmp_path):
+    right = [n < 10 for n in range(QUESTIONS)], [n < 30 for n in range(QUESTIONS)]
+    runs = [(20, nll_of(1.4, 2), right[0]), (40, nll_of(1.4, 3), right[1])]
+    lines = sentences(tmp_path, runs)
+    assert "Right answers to the same 40 new questions: +50 points" in lines[1]
+    assert lines[-1].startswith("The last doubling still gained")
+
+
+def test_more_likely_without_more_right_answers_is_said_to_be_so(tmp_path):
+    right = [n < 10 for n in range(QUESTIONS)]
+    runs = [(20, nll_of(1.8, 2), right), (40, nll_of(1.4, 3), right)]
+    assert "more likely" in sentences(tmp_path, runs)[-1]
+
+
+def test_runs_of_other_parameters_are_another_curve(tmp_path):
+    folders = {
+        "a": write_run(tmp_path, 10, nll_of(2)),
+        "b": write_run(tmp_path, 20, nll_of(2)),
+        "c": write_run(tmp_path, 40, nll_of(1), epochs=3),
+    }
+    (curve,) = curves_of(folders)
+    assert [point.name for point in curve] == ["a", "b"]
+
+
+def test_runs_of_one_size_are_no_curve(tmp_path):
+    assert learning_curve({"a": write_run(tmp_path, 10, nll_of(2))}) == (None, [])
+
+
+def test_the_points_are_in_the_order_of_their_size(tmp_path):
+    sizes = [10, 20, 40, 80]
+    folders = {
+        str(size): write_run(tmp_path, size, nll_of(2))
+        for size in random.Random(0).sample(sizes, 4)
+    }
+    (curve,) = curves_of(folders)
+    assert [point.questions for point in curve] == sizes
+
+
+def test_the_merged_model_is_read(tmp_path):
+    point = read_point("a", write_run(tmp_path, 10, nll_of(2.0)))
+    assert point.perplexity == pytest.approx(np.exp(nll_of(2.0).mean()))
+
+
+def test_only_new_questions_are_read(tmp_path):
+    point = read_point("a", write_run(tmp_path, 10, nll_of(2.0), [True, False]))
+    assert point.right == {"q0": True, "q1": False}
+
+
+def test_a_run_that_was_not_evaluated_is_left_out(tmp_path):
+    assert read_point("a", tmp_path) is None
+
+
+def test_without_half_as_many_questions_nothing_is_said_of_more(tmp_path):
+    folders = {str(size): write_run(tmp_path, size, nll_of(2)) for size in (35, 40)}
+    (curve,) = curves_of(folders)
+    assert "cannot be said" in last_doubling(curve)[0]
+
+
+def test_the_figure_has_a_panel_for_each_thing_that_was_measured(tmp_path):
+    right = [True] * QUESTIONS
+    folders = {str(size): write_run(tmp_path, size, nll_of(2), right) for size in (10, 20)}
+    figure, _ = learning_curve(folders)
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels == ["response perplexity of new questions", "right answers to new questions"]
