@@ -1,0 +1,80 @@
+"""data.report."""
+
+import re
+
+import pytest
+from table_helpers import GOOD, NAMES, formatted, jsonl, pairs, write
+
+from tabletune.errors import StageError
+
+
+def test_html_is_noted(tmp_path):
+    rows = [{"question": f"How {i}?", "answer": f"<p>Hold {i} &amp; press.</p>"} for i in range(8)]
+    report, splits = formatted(tmp_path, jsonl(tmp_path, *rows))
+    assert "8 texts look like HTML" in report["notes"][0] and all(
+        "<p>" in answer for _, answer in pairs(splits)
+    )
+    report, splits = formatted(tmp_path, jsonl(tmp_path, *rows), html_to_text=True)
+    assert ("How 1?", "Hold 1 & press.") in pairs(splits) and report["changed"]["HTML to text"][
+        "rows"
+    ] == 8
+
+
+def test_losing_a_tenth_stops_with_the_setting_that_keeps_them(tmp_path):
+    rows = [(f"Question {i}?", f"Answer {i}. " * (40 if i % 4 == 0 else 1)) for i in range(40)]
+    table = write(tmp_path / "t.csv", NAMES, rows)
+    with pytest.raises(
+        StageError, match=r"10 of 40 rows would be lost.*10 too long \(max_length: \d+ keeps 95%\)"
+    ) as caught:
+        formatted(tmp_path, table, max_length=64)
+    keeps = int(re.search(r"max_length: (\d+)", str(caught.value))[1])
+    assert formatted(tmp_path, table, max_length=keeps)[0]["rows_out"] >= 38
+    share = float(re.search(r"max_dropped: ([\d.]+)\.", str(caught.value))[1])
+    report, _ = formatted(tmp_path, table, max_length=64, max_dropped=share)
+    assert report["dropped"] == {"too long": 10} and report["tokens"]["over_max_length"] == 10
+    assert report["tokens"]["max"] <= 64 and report["rows_out"] == 30
+
+
+def test_max_length_that_leaves_no_row(tmp_path):
+    with pytest.raises(StageError, match=r"4 of 4 rows would be lost.*max_length: "):
+        formatted(tmp_path, write(tmp_path / "t.csv", NAMES, GOOD), max_length=5)
+
+
+def test_copies_are_not_lost(tmp_path):
+    """What they say is still there."""
+    rows = [(f"Question {i % 10}?", f"Answer {i % 10}.") for i in range(30)]
+    report, _ = formatted(tmp_path, write(tmp_path / "t.csv", NAMES, rows))
+    assert report["dropped"] == {"duplicate": 20} and report["rows_out"] == 10
+
+
+def test_rows_longer_than_the_context_are_noted(tmp_path):
+    rows = [(f"Question {i}?", "word " * 400) for i in range(6)]
+    report, _ = formatted(tmp_path, write(tmp_path / "t.csv", NAMES, rows))
+    assert (
+        "6 examples are longer than the 512 tokens that this model was made to read at once."
+        in report["notes"]
+    )
+
+
+def test_leaks_are_counted_by_row(tmp_path):
+    write(
+        tmp_path / "t" / "train.csv", NAMES, [(f"Question {i}?", f"Answer {i}.") for i in range(50)]
+    )
+    write(tmp_path / "t" / "validation.csv", NAMES, [(f"Other {i}?", "x") for i in range(5)])
+    same = [("QUESTION 1", "x"), ("Question 1?", "y"), ("question 2?", "Answer 2."), ("new?", "z")]
+    write(tmp_path / "t" / "test.csv", NAMES, same)
+    report, _ = formatted(tmp_path, tmp_path / "t")
+    assert report["leaks"] == {"test": 3} and report["splits"] == {
+        "train": 50,
+        "validation": 5,
+        "test": 4,
+    }
+    assert not formatted(tmp_path, tmp_path / "t" / "train.csv")[0]["leaks"]
+
+
+def test_small_test_split_is_noted(tmp_path):
+    notes = formatted(tmp_path, write(tmp_path / "t.csv", NAMES, GOOD))[0]["notes"]
+    assert (
+        "Too few questions for an interval: validation and test. More rows would make more of them."
+        in notes
+    )

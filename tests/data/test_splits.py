@@ -1,0 +1,90 @@
+"""data.splits."""
+
+import random
+from collections import Counter
+
+import datasets
+import pytest
+from table_helpers import NAMES, formatted, pairs, write
+
+from tabletune.data.duplicates import words
+from tabletune.data.splits import assign_splits, question_key, split_position
+from tabletune.errors import StageError
+
+
+def places(questions, seed=42):
+    return [split_position(question, seed) for question in questions]
+
+
+def test_splits_do_not_move():
+    keys = [f"issue {i}" for i in range(300)]
+    split = assign_splits(places(keys), 0.1, 0.15)
+    sizes = Counter(split)
+    assert 15 < sizes["validation"] < 50 and 25 < sizes["test"] < 70
+    order = random.Random(0).sample(range(300), 300)
+    assert list(assign_splits(places([keys[i] for i in order]), 0.1, 0.15)) == list(split[order])
+    more = [*keys, *(f"new {i}" for i in range(300))]
+    assert list(assign_splits(places(more), 0.1, 0.15)[:300]) == list(split)
+    assert list(assign_splits(places(keys, seed=43), 0.1, 0.15)) != list(split)
+
+
+@pytest.mark.parametrize("questions", [3, 4, 5, 10])
+def test_small_tables_get_every_split(questions):
+    for seed in range(50):
+        split = assign_splits(places([f"q{i}" for i in range(questions)] * 2, seed), 0.1, 0.1)
+        assert set(split) == {"train", "validation", "test"}
+        assert list(split[:questions]) == list(split[questions:])
+
+
+def test_too_few_questions_are_refused():
+    with pytest.raises(StageError, match="at least 3"):
+        assign_splits(places(["a", "b", "a"]), 0.1, 0.1)
+
+
+def test_case_and_punctuation_make_no_other_question():
+    assert (
+        question_key(["Sore Throat"])
+        == question_key(["sore  throat!"])
+        != question_key(["Sore Foot"])
+    )
+    assert question_key(["?!"]) != question_key(["..."])
+    assert words("Tea! (-5) C# 50% ?") == ["tea", "-5", "c#", "50%"] and words("?") == ["?"]
+
+
+@pytest.mark.parametrize("held_out", [["test"], ["validation"], ["test", "validation"]])
+def test_official_splits_stay(tmp_path, held_out):
+    """Those that the source lacks are drawn from its training split; what is asked in two is counted, not moved."""
+    for name in held_out:
+        rows = [("Question 1?", f"Answer to {name}."), *((f"{name} {i}?", "x") for i in range(9))]
+        write(tmp_path / "t" / f"{name}.csv", NAMES, rows)
+    write(
+        tmp_path / "t" / "train.csv", NAMES, [(f"Question {i}?", f"Answer {i}.") for i in range(50)]
+    )
+    report, splits = formatted(tmp_path, tmp_path / "t")
+    for name in held_out:
+        assert len(splits[name]) == 10 and ("Question 1?", f"Answer to {name}.") in pairs(
+            {name: splits[name]}
+        )
+    asked = {
+        name: {question for question, _ in pairs({name: split})} for name, split in splits.items()
+    }
+    drawn = {"test", "validation"} - set(held_out)
+    assert all(0 < len(asked[name]) < 25 and not asked[name] & asked["train"] for name in drawn)
+    if "Question 1?" in asked["train"]:
+        assert report["leaks"] == dict.fromkeys(sorted(held_out, reverse=True), 1)
+        assert any(note.startswith("Asked in training, too") for note in report["notes"])
+    assert sum(report["splits"].values()) == 50 + 10 * len(held_out)
+
+
+def test_rows_of_one_question_have_one_group(tmp_path):
+    rows = [(f"Question {i % 5}{'!' * (i % 2)}", f"Answer {i}.") for i in range(10)]
+    report, _ = formatted(tmp_path, write(tmp_path / "t.csv", NAMES, rows))
+    splits = datasets.load_from_disk(tmp_path / "dataset")
+    groups = [
+        (row["group"], question_key([row["prompt"][0]["content"]]))
+        for split in splits.values()
+        for row in split
+    ]
+    assert len(set(groups)) == len({group for group, _ in groups}) == 5 and report[
+        "rows_a_question"
+    ] == [[2], [5]]
