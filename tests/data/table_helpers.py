@@ -224,3 +224,29 @@ TERMINAL = ROOT / "data" / "terminal.jsonl"
 
 def terminal_rows():
     return [json.loads(line) for line in TERMINAL.read_text(encoding="utf-8").splitlines()]
+
+
+CITIES = "Lima Oslo Cairo Quito Dakar Hanoi Riga Perth Turin Kyoto Accra Bergen".split()
+
+
+def conversations_of(folder, *rows, **parameters):
+    """The conversations of a table of rows, [[(role, text), ...], ...], sorted by their question."""
+    _, splits = formatted(folder, jsonl(folder, *rows), **parameters)
+    conversations = []
+    for split in splits.values():
+        for prompt, answer in split:
+            turns = [(turn["role"], turn["content"]) for turn in prompt]
+            conversations.append([*turns, ("assistant", answer)])
+    return sorted(conversations, key=lambda turns: turns[-2][1] if len(turns) > 1 else turns[0][1])
+
+
+def conversation_of(folder, make, **parameters):
+    """What becomes of the first of twelve rows, each of which `make` makes of a city's name: its turns."""
+    rows = [make(city) for city in CITIES]
+    return next(turns for turns in conversations_of(folder, *rows, **parameters) if "Lima" in str(turns))
+
+
+def write_parquet(path, rows):
+    """Write rows, dicts, as a .parquet file, with the keys of each object in the order of all rows."""
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
