@@ -226,7 +226,20 @@ def terminal_rows():
     return [json.loads(line) for line in TERMINAL.read_text(encoding="utf-8").splitlines()]
 
 
-CITIES = "Lima Oslo Cairo Quito Dakar Hanoi Riga Perth Turin Kyoto Accra Bergen".split()
+CITIES = [
+    "Lima",
+    "Oslo",
+    "Cairo",
+    "Quito",
+    "Dakar",
+    "Hanoi",
+    "Riga",
+    "Perth",
+    "Turin",
+    "Kyoto",
+    "Accra",
+    "Bergen",
+]
 
 
 def conversations_of(folder, *rows, **parameters):
@@ -243,7 +256,9 @@ def conversations_of(folder, *rows, **parameters):
 def conversation_of(folder, make, **parameters):
     """What becomes of the first of twelve rows, each of which `make` makes of a city's name: its turns."""
     rows = [make(city) for city in CITIES]
-    return next(turns for turns in conversations_of(folder, *rows, **parameters) if "Lima" in str(turns))
+    return next(
+        turns for turns in conversations_of(folder, *rows, **parameters) if "Lima" in str(turns)
+    )
 
 
 def write_parquet(path, rows):

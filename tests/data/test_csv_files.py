@@ -88,3 +88,78 @@ def test_stray_quote_does_not_swallow_rows(tmp_path_factory, row, column, positi
         assert len(list(opened(tmp_path / "t.csv").rows(NAMES))) == len(rows)
     except StageError as error:
         assert re.search("double quote|cells", str(error))
+
+
+SWALLOWED = ["\t", ",", ";", "|"]
+
+
+@pytest.mark.parametrize("mark", SWALLOWED)
+@pytest.mark.parametrize("rows_between", [0, 1, 7])
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_quote_that_swallowed_rows_is_refused(tmp_path, mark, rows_between, column):
+    """It opens as a letter in one row and closes in another, in every column."""
+    lines = [
+        [f"Q{i}", f"Where is it, no {i}?" if mark != "," else "Where?", f"A{i}."] for i in range(20)
+    ]
+    lines[3][column] = '"' + lines[3][column]
+    lines[4 + rows_between][column] += '"'
+    text = "\n".join(mark.join(line) for line in [["id", "question", "answer"], *lines])
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(StageError, match=r"line 5: a double quote opens .* set quotes: letters"):
+        list(opened(tmp_path / "t.csv").rows(["answer"]))
+    table = opened(tmp_path / "t.csv", quotes="letters")
+    assert [cells[0] for _, cells in table.rows(["id"])] == [line[0] for line in lines]
+    assert len(list(opened(tmp_path / "t.csv", quotes="cells").rows(["id"]))) == 19 - rows_between
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Take tea, then rest.\nSleep, and drink.",
+        "It costs 1,50 euro\nor 2,50 euro",
+        "def f(a, b):\n    return a\n\nprint(f(1, 2))",
+        "one\ntwo\nthree",
+        "\n\nspaced\n\n",
+    ],
+)
+def test_quoted_cells_of_several_lines_are_read(tmp_path, answer):
+    rows = [("Where?", answer), ("When?", "Now.")]
+    path = write(tmp_path / "t.csv", NAMES, rows)
+    assert [tuple(cells) for _, cells in opened(path).rows(NAMES)] == rows
+
+
+def test_quotes_may_be_letters(tmp_path):
+    (tmp_path / "t.tsv").write_text('question\tanswer\n"Why" she asked\t"So" and 5"\n')
+    with pytest.raises(StageError, match="set quotes: letters"):
+        list(opened(tmp_path / "t.tsv").rows(NAMES))
+    table = opened(tmp_path / "t.tsv", quotes="letters")
+    assert list(table.rows(NAMES)) == [("", ['"Why" she asked', '"So" and 5"'])]
+    with pytest.raises(StageError, match="quotes='none': use one of auto, cells, letters"):
+        opened(tmp_path / "t.tsv", quotes="none")
+
+
+def test_rows_of_empty_cells_are_left_out(tmp_path):
+    text = "question,answer,note\na,b,\n,,\n , ,\nc,d,\n" + ",,\n" * 30
+    (tmp_path / "t.csv").write_text(text)
+    assert list(opened(tmp_path / "t.csv").rows(NAMES)) == [("", ["a", "b"]), ("", ["c", "d"])]
+
+
+@pytest.mark.parametrize("above", ["FAQ,\n", "FAQ,\n,\n", "FAQ,\nVersion 3,\n\n"])
+def test_title_above_the_column_names_is_skipped(tmp_path, above):
+    (tmp_path / "t.csv").write_text(above + "question,answer\na,b\nc,d\n")
+    table = opened(tmp_path / "t.csv")
+    assert list(table.rows(NAMES)) == [("", ["a", "b"]), ("", ["c", "d"])]
+    assert "column names in line" in table.descriptions[0]
+
+
+def test_index_column_without_a_name_is_no_title(tmp_path):
+    (tmp_path / "t.csv").write_text(",text\n0,abc\n1,def\n")
+    assert opened(tmp_path / "t.csv").columns == ["", "text"]
+
+
+def test_header_row_can_be_set(tmp_path):
+    (tmp_path / "t.csv").write_text("made in 2020\n\nquestion;answer\na;b\n")
+    with pytest.raises(StageError, match="set header_row: 3"):
+        list(opened(tmp_path / "t.csv", delimiter=";").rows(NAMES))
+    table = opened(tmp_path / "t.csv", header_row=3)
+    assert list(table.rows(NAMES)) == [("", ["a", "b"])]

@@ -5,7 +5,9 @@ import json
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from table_helpers import NAMES, examples, opened, values, write
+from table_helpers import NAMES, TURNS, examples, formatted, opened, pairs, values, write
+
+from tabletune.errors import StageError
 
 
 @pytest.mark.parametrize("text", [
@@ -64,3 +66,62 @@ def test_numbers_keep_their_zeros(tmp_path):
         ["1.50", "007"],
         ["NA", "None"],
     ]
+
+
+PEOPLE = [{"question": "a?", "answer": "b"}, {"question": "c?", "answer": "d"}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        PEOPLE,
+        {"data": PEOPLE},
+        {"version": "1.0", "rows": PEOPLE},
+        {"examples": PEOPLE, "meta": {"by": "x"}},
+        {"question": ["a?", "c?"], "answer": ["b", "d"]},
+        {"question": {"0": "a?", "1": "c?"}, "answer": {"0": "b", "1": "d"}},
+        {"0": PEOPLE[0], "1": PEOPLE[1]},
+        {"columns": ["question", "answer"], "index": [0, 1], "data": [["a?", "b"], ["c?", "d"]]},
+        {"schema": {"fields": []}, "data": PEOPLE},
+    ],
+)
+def test_json_that_holds_its_rows_is_read(tmp_path, content):
+    """As lists under a name, and in the forms in which pandas writes tables."""
+    (tmp_path / "t.json").write_text(json.dumps(content, indent=1))
+    assert list(opened(tmp_path / "t.json").rows(NAMES)) == [("", ["a?", "b"]), ("", ["c?", "d"])]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_lists_of_turns_are_conversations(tmp_path, kind):
+    rows = [[{"role": "user", "content": f"q{i}"}, TURNS[1]] for i in range(5)]
+    text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / f"t.{kind}").write_text(text)
+    report, splits = formatted(tmp_path, tmp_path / f"t.{kind}")
+    assert report["shape"] == "messages" and pairs(splits)[0] == ("q0", "b")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([["a", "b"], ["c", "d"]], r"a list of 2 \(the first is: text\)"),
+        ([1, 2], "a single value"),
+        ({"train": PEOPLE, "test": PEOPLE}, "several lists of rows: 'train', 'test'"),
+    ],
+)
+def test_json_that_is_no_table_is_named(tmp_path, content, found):
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(StageError, match=found):
+        opened(tmp_path / "t.json")
+
+
+def test_one_object_may_be_a_row(tmp_path):
+    row = {"messages": TURNS, "notes": [{"by": "x"}]}
+    (tmp_path / "t.json").write_text(json.dumps(row))
+    assert opened(tmp_path / "t.json").columns == ["messages", "notes"]
+
+
+@pytest.mark.parametrize("number", ["1.50", "1e6", "0.10", "-0", "12345678901234567890.5"])
+def test_numbers_inside_objects_keep_their_text(tmp_path, number):
+    text = f'{{"a": [{number}, {{"x": {number}}}]}}'
+    (tmp_path / "t.jsonl").write_text(f'{{"q": "x", "a": {text}}}\n' * 2)
+    assert next(opened(tmp_path / "t.jsonl").rows(["a"])) == ("", [text])

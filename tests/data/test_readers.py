@@ -24,6 +24,8 @@ from table_helpers import (
 )
 
 from tabletune.chat.markers import break_markers
+from tabletune.data.readers import READERS
+from tabletune.data.tables import table_digest
 from tabletune.errors import StageError
 
 
@@ -181,3 +183,55 @@ def test_damaged_file_is_explained_or_every_row_accounted_for(kind, tmp_path):
             )
 
     check()
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl", "xlsx", "arrow"])
+def test_pointer_of_git_lfs_is_named(tmp_path, kind):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2145\nsize 12345\n"
+    (tmp_path / f"t.{kind}").write_text(pointer)
+    with pytest.raises(
+        StageError, match="is a pointer of Git LFS: the data itself was not downloaded"
+    ):
+        opened(tmp_path / f"t.{kind}")
+
+
+@pytest.mark.parametrize("name", ["~$train.xlsx", "._train.csv", ".train.csv"])
+def test_files_that_programs_leave_are_skipped(tmp_path, name):
+    write(tmp_path / "t" / "train.csv", NAMES, GOOD)
+    (tmp_path / "t" / name).write_bytes(b"\x05Zo\xc3\xab" + b" " * 100)
+    assert len(list(opened(tmp_path / "t").rows(NAMES))) == 4
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_second_file_is_named_if_it_cannot_be_read(tmp_path, kind):
+    write(tmp_path / "t" / f"a.{kind}", NAMES, GOOD)
+    path = write(tmp_path / "t" / f"b.{kind}", NAMES, GOOD * 100)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + b"\xff\x81\xff" + content[len(content) // 2 :])
+    with pytest.raises(StageError, match=rf"b\.{kind}") as refusal:
+        list(opened(tmp_path / "t").rows(NAMES))
+    assert f"a.{kind}" not in str(refusal.value)
+
+
+def test_mistake_of_ours_is_not_called_damage(tmp_path, monkeypatch):
+    def broken(path, name, options):
+        return None.columns
+
+    monkeypatch.setitem(READERS, ".csv", broken)
+    with pytest.raises(AttributeError):
+        opened(write(tmp_path / "t.csv", NAMES, GOOD))
+
+
+def test_damage_keeps_its_cause(tmp_path):
+    (tmp_path / "t.parquet").write_bytes(b"PAR1" + b"\0" * 20 + b"PAR1")
+    with pytest.raises(StageError) as refusal:
+        opened(tmp_path / "t.parquet")
+    assert refusal.value.__cause__ is not None
+
+
+def test_digest_of_a_table_needs_no_rows(tmp_path):
+    path = write(tmp_path / "t.csv", NAMES, GOOD)
+    digest = opened(path).digest
+    assert table_digest(str(path)) == digest
+    write(path, NAMES, [*GOOD, ("a", "b")])
+    assert table_digest(str(path)) != digest

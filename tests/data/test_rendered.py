@@ -75,8 +75,14 @@ def test_rendered_questions_are_refused(tmp_path):
 
 def test_text_beside_a_question_and_an_answer_is_not_used(tmp_path):
     """Alpaca's own table has such a column."""
+
     def row(city):
         text = RENDERED["Alpaca"].format(q="x", a=city)
-        return {"instruction": f"Where is {city}?", "input": "", "output": f"{city} is a city.", "text": text}
+        return {
+            "instruction": f"Where is {city}?",
+            "input": "",
+            "output": f"{city} is a city.",
+            "text": text,
+        }
 
     assert conversation_of(tmp_path, row) == ASKED

@@ -5,6 +5,7 @@ import re
 import pytest
 from table_helpers import GOOD, NAMES, formatted, jsonl, pairs, write
 
+from tabletune.data.report import sentences_on_test_split
 from tabletune.errors import StageError
 
 
@@ -78,3 +79,49 @@ def test_small_test_split_is_noted(tmp_path):
         "Too few questions for an interval: validation and test. More rows would make more of them."
         in notes
     )
+
+
+def test_answers_that_stand_in_training_are_counted(tmp_path):
+    """Rows that ask differently and have one answer may be on both sides."""
+    rows = [(f"Question {i}?", f"Answer {i // 3}.") for i in range(60)]
+    report, splits = formatted(tmp_path, write(tmp_path / "t.csv", NAMES, rows))
+    in_training = {answer for _, answer in splits["train"]}
+    for name in ("validation", "test"):
+        count = sum(answer in in_training for _, answer in splits[name])
+        assert count > 0 and report["answer_leaks"][name] == count
+        assert any(
+            f"{count} of {len(splits[name])} rows of the {name}" in n for n in report["notes"]
+        )
+    sentences = sentences_on_test_split(report)
+    assert "None of them is asked in training." in sentences
+    assert (
+        f"The answers of {report['answer_leaks']['test']} of these rows stand in training"
+        in sentences[-1]
+    )
+
+
+def test_answers_of_their_own_are_no_leaks(tmp_path):
+    rows = [(f"Question {i}?", f"Answer {i}.") for i in range(60)]
+    report, _ = formatted(tmp_path, write(tmp_path / "t.csv", NAMES, rows))
+    assert report["answer_leaks"] == {}
+    assert len(sentences_on_test_split(report)) == 2
+
+
+def test_questions_that_stand_in_training_are_said(tmp_path):
+    for name in ("train", "test"):
+        rows = [(f"Question {i}?", f"{name} {i}.") for i in range(20)]
+        write(tmp_path / "t" / f"{name}.csv", NAMES, rows)
+    report, _ = formatted(tmp_path, tmp_path / "t")
+    assert any(
+        text.startswith("But ") and "ask what is asked" in text
+        for text in sentences_on_test_split(report)
+    )
+
+
+def test_table_of_copies_names_the_setting_that_keeps_them(tmp_path):
+    rows = [(f"Question {i % 10}?", f"Answer {i % 10}.") for i in range(30)]
+    table = write(tmp_path / "t.csv", NAMES, rows)
+    report, _ = formatted(tmp_path, table)
+    assert any("keep_duplicates: true" in note for note in report["notes"])
+    report, _ = formatted(tmp_path, table, keep_duplicates=True)
+    assert report["rows_out"] == 30 and not report["dropped"]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from table_helpers import TURNS, formatted, jsonl, opened
+from table_helpers import CITIES, TURNS, formatted, jsonl, opened, pairs
 
 from tabletune.data.shapes import recognize, with_example
 from tabletune.errors import StageError
@@ -100,3 +100,114 @@ def test_wrong_setting_is_one_line(tmp_path, settings, message):
     rows = [{"Frage": f"q{i}", "Antwort": f"a{i}"} for i in range(5)]
     with pytest.raises(StageError, match=message):
         formatted(tmp_path, jsonl(tmp_path, *rows), **settings)
+
+
+@pytest.mark.parametrize(
+    ("columns", "claimed"),
+    [
+        (["instruction", "question", "answer"], "'instruction' and 'question'"),
+        (["question", "response", "answer"], "'response' and 'answer'"),
+        (["question", "Question", "answer"], "'question' and 'Question'"),
+        (["query", "prompt", "output"], "'query' and 'prompt'"),
+        (["question", "context", "input", "answer"], "'context' and 'input'"),
+        (["question", "answer", "system", "system_prompt"], "'system' and 'system_prompt'"),
+    ],
+)
+def test_two_columns_for_one_field_are_refused(tmp_path, columns, claimed):
+    rows = [{name: f"{name} {i}" for name in columns} for i in range(5)]
+    with pytest.raises(StageError, match=f"columns {claimed}: each may be the .*columns: {{"):
+        formatted(tmp_path, jsonl(tmp_path, *rows))
+
+
+def test_two_columns_of_conversations_are_refused(tmp_path):
+    rows = [{"messages": TURNS, "dialog": TURNS} for _ in range(5)]
+    with pytest.raises(StageError, match="'messages' and 'dialog': each may be the messages"):
+        formatted(tmp_path, jsonl(tmp_path, *rows))
+    assert shape_of(tmp_path, *rows, columns={"messages": "dialog"}).columns == {"chat": "dialog"}
+
+
+def test_advice_on_two_claims_can_be_followed(tmp_path):
+    rows = [{"instruction": "Be short.", "question": f"q{i}", "answer": f"a{i}"} for i in range(6)]
+    templates = {"question_template": "{instruction}\n\n{question}", "answer_template": "{answer}"}
+    with pytest.raises(StageError) as refusal:
+        formatted(tmp_path, jsonl(tmp_path, *rows))
+    assert r'question_template: "{instruction}\n\n{question}", answer_template: "{answer}"' in str(
+        refusal.value
+    )
+    assert pairs(formatted(tmp_path, jsonl(tmp_path, *rows), **templates)[1])[0] == (
+        "Be short.\n\nq0",
+        "a0",
+    )
+
+
+def test_columns_that_are_not_used_are_named(tmp_path):
+    row = {"question": "a", "answer": "b", "id": 1, "explanation": "c"}
+    shape = shape_of(tmp_path, row)
+    assert shape.unused == ["id", "explanation"]
+    assert "not used: 'id', 'explanation'" in shape.describe()
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"Frage": "Wo?", "Antwort": "Da."}, "columns: {question: 'Frage', answer: 'Antwort'}"),
+        (
+            {"id": 7, "reply": "Da.", "issue": "Wo?"},
+            "columns: {question: 'issue', answer: 'reply'}",
+        ),
+        (
+            {"id": "x", "body": "Da.", "title": "Wo?"},
+            "columns: {question: 'title', answer: 'body'}",
+        ),
+        ({"text": "Wo?", "label": "good"}, "columns: {question: 'text', answer: 'label'}"),
+        (
+            {"id": "0", "translation": {"en": "a", "de": "b"}},
+            "columns: {question: 'translation.en', answer: 'translation.de'}",
+        ),
+        ({"story": "Once.", "id": 1}, "shape: text, columns: {text: 'story'}"),
+        ({"a": 1, "b": 2}, "It needs a column of questions and one of answers"),
+    ],
+)
+def test_advice_names_columns_that_fit(tmp_path, row, advice):
+    with pytest.raises(StageError) as refusal:
+        shape_of(tmp_path, row)
+    assert advice in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+
+
+def test_fields_of_objects_are_columns(tmp_path):
+    rows = [{"translation": {"en": f"I live in {c}.", "de": f"Ich wohne in {c}."}} for c in CITIES]
+    columns = {"question": "translation.en", "answer": "translation.de"}
+    _, splits = formatted(tmp_path, jsonl(tmp_path, *rows), columns=columns)
+    assert ("I live in Lima.", "Ich wohne in Lima.") in pairs(splits)
+
+
+@pytest.mark.parametrize("label", [False, "false", 0])
+def test_rows_labelled_false_are_left_out(tmp_path, label):
+    """As in KTO: a false label is an answer that was rejected."""
+    kept = True if label is False else {"false": "true", 0: 1}[label]
+    rows = [
+        {"prompt": f"Where is {c}?", "completion": f"{c} {i}", "label": label if i else kept}
+        for i in range(2)
+        for c in CITIES
+    ]
+    report, splits = formatted(tmp_path, jsonl(tmp_path, *rows))
+    assert report["dropped"] == {"labelled as rejected": 12}
+    assert all(answer.endswith("0") for _, answer in pairs(splits))
+
+
+def test_label_that_is_a_class_drops_nothing(tmp_path):
+    rows = [{"question": c, "answer": c, "label": i % 2} for i, c in enumerate(CITIES)]
+    assert formatted(tmp_path, jsonl(tmp_path, *rows))[0]["rows_out"] == 12
+
+
+def test_preferences_are_named(tmp_path):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert (
+        "a table of preferences: 'chosen' is learned, 'rejected' is not"
+        in shape_of(tmp_path, row).describe()
+    )
+
+
+def test_rejected_conversations_alone_are_refused(tmp_path):
+    with pytest.raises(StageError, match="not recognized"):
+        shape_of(tmp_path, {"rejected": TURNS})

@@ -5,7 +5,7 @@ from collections import Counter
 
 import datasets
 import pytest
-from table_helpers import NAMES, formatted, pairs, write
+from table_helpers import CITIES, NAMES, formatted, jsonl, pairs, write
 
 from tabletune.data.duplicates import words
 from tabletune.data.splits import assign_splits, question_key, split_position
@@ -88,3 +88,100 @@ def test_rows_of_one_question_have_one_group(tmp_path):
     assert len(set(groups)) == len({group for group, _ in groups}) == 5 and report[
         "rows_a_question"
     ] == [[2], [5]]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What is 30 - 5?", "What is 30 * 5?"),
+        ("What is 30 - 5?", "What is 30 / 5?"),
+        ("What is 30-5?", "What is 30/5?"),
+        ("What is 30 − 5?", "What is 30 × 5?"),
+        ("What is 30 ÷ 5?", "What is 30 × 5?"),
+        ("What is 30 ＋ 5?", "What is 30 － 5?"),
+        ("What is a - b?", "What is a / b?"),
+        ("What is 2x - 1?", "What is 2x / 1?"),
+        ("Is it -5?", "Is it 5?"),
+        ("Is it −5 °C?", "Is it 5 °C?"),
+        ("What is 5 + (-3)?", "What is 5 + (3)?"),
+        ("What is 5% of 10?", "What is 5 of 10?"),
+        ("What is 5‰ of 10?", "What is 5% of 10?"),
+        ("What is C#?", "What is C?"),
+        ("What is C++?", "What is C?"),
+        ("What is C++?", "What is C#?"),
+        ("Is it 5°?", "Is it 5?"),
+        ("Is it 5 €?", "Is it 5 $?"),
+        ("What is 1/2?", "What is 12?"),
+        ("What is 2^3?", "What is 2*3?"),
+        ("What does % do?", "What does & do?"),
+        ("What is 3 < 4?", "What is 3 > 4?"),
+    ],
+)
+def test_signs_make_another_question(one, other):
+    assert question_key([one]) != question_key([other])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What is 30 − 5?", "what is 30-5"),
+        ("What is 30 – 5?", "What is 30 - 5?"),
+        ("What is 30 × 5?", "What is 30 * 5?"),
+        ("What helps a sore-throat?", "What helps a sore throat"),
+        ("Tea - or coffee?", "Tea, or coffee?"),
+        ("Tea — or coffee?", "Tea, or coffee?"),
+        ("**Bold** words", "bold words"),
+        ("Cold/Cough", "cold cough"),
+        ("# Heading", "heading"),
+        ("- item", "item"),
+        ("Athlete's Foot", "athlete’s foot"),
+    ],
+)
+def test_other_marks_make_no_other_question(one, other):
+    assert question_key([one]) == question_key([other])
+
+
+def test_split_seed_moves_the_test_set_and_seed_does_not(tmp_path):
+    table = write(
+        tmp_path / "t.csv", NAMES, [(f"Question {i}?", f"Answer {i}.") for i in range(60)]
+    )
+    one = formatted(tmp_path, table)[1]["test"]
+    assert formatted(tmp_path, table, seed=7)[1]["test"] == one
+    assert formatted(tmp_path, table, split_seed=7)[1]["test"] != one
+
+
+def test_one_prompt_with_many_answers_is_split_by_row(tmp_path):
+    rows = [("Write a headline.", f"{city} wakes up to rain") for city in CITIES]
+    table = write(tmp_path / "t.csv", NAMES, rows)
+    with pytest.raises(StageError, match="set split_by: row"):
+        formatted(tmp_path, table)
+    report, _ = formatted(tmp_path, table, split_by="row")
+    assert min(report["splits"].values()) > 0 and sum(report["splits"].values()) == 12
+    with pytest.raises(StageError, match="split_by='rows': use one of question, row"):
+        formatted(tmp_path, table, split_by="rows")
+
+
+@pytest.mark.parametrize("names", [("train", "validation", "test"), ("Training", "dev", "EVAL")])
+def test_column_that_names_the_split_is_used(tmp_path, names):
+    rows = [{"question": f"q{i}", "answer": "a", "split": names[min(i // 6, 2)]} for i in range(18)]
+    report, splits = formatted(tmp_path, jsonl(tmp_path, *rows))
+    assert report["splits"] == {"train": 6, "validation": 6, "test": 6}
+    assert {question for question, _ in pairs({"test": splits["test"]})} == {
+        f"q{i}" for i in range(12, 18)
+    }
+
+
+def test_split_column_can_be_set(tmp_path):
+    rows = [
+        {"question": f"q{i}", "answer": "a", "fold": "test" if i < 4 else "train"}
+        for i in range(18)
+    ]
+    report, _ = formatted(tmp_path, jsonl(tmp_path, *rows), split_column="fold")
+    assert report["splits"]["test"] == 4
+    with pytest.raises(StageError, match=r"split_column='fo': .*Did you mean 'fold'"):
+        formatted(tmp_path, jsonl(tmp_path, *rows), split_column="fo")
+    rows[7]["fold"] = "other"
+    with pytest.raises(
+        StageError, match="has 'other' there, which is none of train, validation, test"
+    ):
+        formatted(tmp_path, jsonl(tmp_path, *rows), split_column="fold")

@@ -150,7 +150,9 @@ def test_arguments_keep_the_text_of_their_numbers(tmp_path, number):
 
 def test_results_of_tools_in_a_users_turn(tmp_path):
     """Anthropic has them there."""
-    result = [{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "22"}]}]
+    result = [
+        {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "22"}]}
+    ]
     rows = [
         {"messages": [
             {"role": "user", "content": f"Weather, {city}?"},
@@ -191,7 +193,12 @@ def test_empty_tools_are_none(tmp_path):
 )
 def test_broken_call_is_named(tmp_path, turn, reason):
     rows = [
-        {"messages": [{"role": "user", "content": city}, {"role": "assistant", "content": "", **turn}]}
+        {
+            "messages": [
+                {"role": "user", "content": city},
+                {"role": "assistant", "content": "", **turn},
+            ]
+        }
         for city in CITIES
     ]
     with pytest.raises(StageError, match=f"12 {reason}"):
@@ -204,7 +211,9 @@ def test_name_that_the_template_would_write_is_refused(tmp_path):
     for row in rows:
         row["messages"][2]["name"] = "add"
     assert len(texts_of(tmp_path, jsonl(tmp_path, *rows))) == 4
-    with pytest.raises(StageError, match="turns of tool have 'name', which this model's chat template"):
+    with pytest.raises(
+        StageError, match="turns of tool have 'name', which this model's chat template"
+    ):
         texts_of(tmp_path, jsonl(tmp_path, *rows), template)
 
 

@@ -11,10 +11,10 @@ from table_helpers import (
     TURNS,
     chats,
     conversation_of,
+    conversations_of,
     formatted,
     jsonl,
     pairs,
-    conversations_of,
     tokenizer_of,
 )
 
@@ -117,7 +117,9 @@ FORMS = {
     "from and value": lambda c: {"conversations": turns_of(c, "from", "value", ("human", "gpt"))},
     "turns with text": lambda c: {"messages": turns_of(c, content="text")},
     "speaker and text": lambda c: {"dialog": turns_of(c, "speaker", "text", ("user", "bot"))},
-    "author and message": lambda c: {"chat": turns_of(c, "author", "message", ("customer", "agent"))},
+    "author and message": lambda c: {
+        "chat": turns_of(c, "author", "message", ("customer", "agent"))
+    },
     "speaker SYSTEM as in MultiWOZ": lambda c: {
         "turns": turns_of(c, "speaker", "utterance", ("USER", "SYSTEM"))
     },
@@ -153,7 +155,11 @@ FORMS = {
     "columns human and assistant": lambda c: {"human": asked(c)[0], "assistant": asked(c)[1]},
     "null fields": lambda c: {"messages": [{**t, "tool_calls": None} for t in turns_of(c)]},
     "metadata": lambda c: {"messages": [{**t, "id": 7, "timestamp": "x"} for t in turns_of(c)]},
-    "history of pairs": lambda c: {"instruction": asked(c)[0], "output": asked(c)[1], "history": []},
+    "history of pairs": lambda c: {
+        "instruction": asked(c)[0],
+        "output": asked(c)[1],
+        "history": [],
+    },
     "chosen and rejected": lambda c: {
         "rejected": [turns_of(c)[0], {"role": "assistant", "content": "no"}],
         "chosen": turns_of(c),
@@ -227,9 +233,7 @@ def test_content_keeps_the_text_of_a_number(tmp_path):
     ],
 )
 def test_key_that_is_not_understood_is_refused_by_name(tmp_path, key, value):
-    rows = [
-        {"messages": [turns_of(city)[0], {**turns_of(city)[1], key: value}]} for city in CITIES
-    ]
+    rows = [{"messages": [turns_of(city)[0], {**turns_of(city)[1], key: value}]} for city in CITIES]
     with pytest.raises(StageError, match=f"A turn has '?{key}"):
         formatted(tmp_path, jsonl(tmp_path, *rows))
     assert conversations_of(tmp_path, *rows, ignore_turn_keys=[key])[0][-1][0] == "assistant"
@@ -318,7 +322,7 @@ def test_weights_change_the_fingerprint(tmp_path):
 
 def test_speakers_with_names_of_their_own(tmp_path):
     rows = [{"dialog": turns_of(c, "speaker", "text", ("Alice", "Bob"))} for c in CITIES]
-    with pytest.raises(StageError, match="a turn of an unknown role.*roles: {"):
+    with pytest.raises(StageError, match=r"a turn of an unknown role.*roles: {"):
         formatted(tmp_path, jsonl(tmp_path, *rows))
     roles = {"Alice": "user", "Bob": "assistant"}
     assert conversations_of(tmp_path, *rows, roles=roles)[6] == ASKED
@@ -328,7 +332,12 @@ def test_speakers_with_names_of_their_own(tmp_path):
 def test_parts_that_are_no_text_are_named(tmp_path, kind):
     part = {"type": kind, "text": None}
     rows = [
-        {"messages": [{"role": "user", "content": [part, {"type": "text", "text": city}]}, TURNS[1]]}
+        {
+            "messages": [
+                {"role": "user", "content": [part, {"type": "text", "text": city}]},
+                TURNS[1],
+            ]
+        }
         for city in CITIES
     ]
     with pytest.raises(StageError, match=f"12 a turn with a part of the type '{kind}'"):

@@ -61,7 +61,13 @@ ROWS = [["Where?", "Here."], ["When?", "Now."]]
 
 
 def test_cells_are_what_the_sheet_shows(tmp_path):
-    rows = [["a", datetime(2026, 3, 1)], ["b", 0.15], ["c", 12.5], ["d", 7], ["e", timedelta(hours=30)]]
+    rows = [
+        ["a", datetime(2026, 3, 1)],
+        ["b", 0.15],
+        ["c", 12.5],
+        ["d", 7],
+        ["e", timedelta(hours=30)],
+    ]
     formats = ["DD.MM.YYYY", "0%", '#,##0.00 "€"', "000", "[h]:mm"]
     path = workbook(
         tmp_path / "t.xlsx",
@@ -69,7 +75,13 @@ def test_cells_are_what_the_sheet_shows(tmp_path):
         *rows,
         formats=[(f"B{line}", form) for line, form in enumerate(formats, start=2)],
     )
-    assert [answer for _, answer in rows_of(path)] == ["01.03.2026", "15%", "12.50 €", "007", "30:00"]
+    assert [answer for _, answer in rows_of(path)] == [
+        "01.03.2026",
+        "15%",
+        "12.50 €",
+        "007",
+        "30:00",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +108,7 @@ def test_header_row_can_be_set(tmp_path):
     path = workbook(tmp_path / "t.xlsx", ["a", "b"], ["c", "d"], NAMED, *ROWS)
     assert opened(path).columns == ["a", "b"]
     assert rows_of(path, header_row=3) == ROWS
-    with pytest.raises(StageError, match="header_row=9.*has no row from there on"):
+    with pytest.raises(StageError, match=r"header_row=9.*has no row from there on"):
         opened(path, header_row=9)
 
 
@@ -109,7 +121,10 @@ def test_sheet_with_a_table_is_found_behind_a_cover(tmp_path):
     cover.append(["Version 3"])
     book.save(path)
     assert rows_of(path) == ROWS
-    assert "sheet 'Sheet' of 3 (dataset_config names another: Empty, Cover)" in opened(path).descriptions[0]
+    assert (
+        "sheet 'Sheet' of 3 (dataset_config names another: Empty, Cover)"
+        in opened(path).descriptions[0]
+    )
 
 
 def test_hidden_sheet_comes_last(tmp_path):
@@ -131,7 +146,9 @@ def test_merged_cells_carry_their_value_down(tmp_path):
 
 def test_formula_that_was_never_computed_is_refused(tmp_path):
     path = workbook(tmp_path / "t.xlsx", NAMED, ["Where?", '="He" & "re"'])
-    with pytest.raises(StageError, match=r"cell B2: the formula .* was never computed. Open the workbook"):
+    with pytest.raises(
+        StageError, match=r"cell B2: the formula .* was never computed. Open the workbook"
+    ):
         opened(path)
 
 
