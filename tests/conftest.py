@@ -1,4 +1,6 @@
-"""What the tests share: a finished run, ways to run make and notebooks, comparisons that forgive what may differ."""
+"""What the tests share: a finished run, ways to run make and notebooks, comparisons that forgive
+what may differ.
+"""
 
 import fcntl
 import hashlib
@@ -13,7 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
-# a thread that waits leaves its core to the other worker: before PyTorch is imported, also in what tests start
+# a thread that waits leaves its core to the other worker: before PyTorch is imported, also in what
+# tests start
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / ".cache" / "tiny-llama"
@@ -22,7 +25,9 @@ STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_eval
 
 
 def hostile(home):
-    """An environment in which people do run this: no locale, no network, no cache to write to, a home like Zoë's."""
+    """An environment in which people do run this: no locale, no network, no cache to write to, a
+    home like Zoë's.
+    """
     home.mkdir(parents=True, exist_ok=True)
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/dev/null/cache", "HTTPS_PROXY": "http://localhost:9"}
@@ -62,7 +67,9 @@ def make(*arguments, cwd=ROOT):
 
 @contextmanager
 def locked(path):
-    """Hold a lock that only one process has at a time: pytest-xdist's workers share what is made once."""
+    """Hold a lock that only one process has at a time: pytest-xdist's workers share what is made
+    once.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -86,10 +93,12 @@ KEPT_RUNS = 6  # finished runs of other states of the code, which somebody may c
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """A run folder in which notebooks 1 to 4 of the tiny profile have run. Copy it before changing it.
+    """A run folder in which notebooks 1 to 4 of the tiny profile have run.
 
-    Nothing disturbed the run, but it was made in a place that is `hostile`.
-    One run serves all workers, and the next session too, as long as nothing that it is made from has changed.
+    Copy it before changing it.
+
+    Nothing disturbed the run, but it was made in a place that is `hostile`. One run serves all
+    workers, and the next session too, as long as nothing that it is made from has changed.
     """
     cache = ROOT / ".cache" / "finished_runs"
     made = cache / what_a_run_depends_on()
@@ -111,7 +120,9 @@ def finished_run(tmp_path_factory):
 
 
 def copy_of(run_dir, target, *names):
-    """A copy of a run folder, or of what has these names in it, with the files' times: to make it is as finished."""
+    """A copy of a run folder, or of what has these names in it, with the files' times: to make
+    it is as finished.
+    """
     for name in names or ["."]:
         source = run_dir / name
         if source.is_dir():
@@ -123,7 +134,9 @@ def copy_of(run_dir, target, *names):
 
 
 def run_script(name, before=None, **parameters):
-    """Run a notebook's paired .py in this process with other parameters, as Papermill would. Returns its globals.
+    """Run a notebook's paired .py in this process with other parameters, as Papermill would.
+
+    Returns its globals.
 
     With `before`, a heading, it stops in front of the part that the heading opens.
     """
@@ -139,7 +152,9 @@ def run_script(name, before=None, **parameters):
 
 
 def profile_parameters(profile, run_dir, **parameters):
-    """The parameters of a profile of ours that needs no Hub, its paths made absolute, and `parameters` on top."""
+    """The parameters of a profile of ours that needs no Hub, its paths made absolute, and
+    `parameters` on top.
+    """
     from tabletune.run.parameters import read_profile
 
     values = read_profile(ROOT / "profiles" / f"{profile}.yaml")
@@ -153,7 +168,9 @@ def run_tiny(name, run_dir, before=None, **parameters):
 
 
 def metrics_without_times(run_dir):
-    """The metrics that notebook 4 left in a run folder, without those that differ from run to run."""
+    """The metrics that notebook 4 left in a run folder, without those that differ from run to
+    run.
+    """
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
     for figures in metrics.values():
         if isinstance(figures, dict):
@@ -164,8 +181,9 @@ def metrics_without_times(run_dir):
 def but_for_rounding(value):
     """What equals `value`, nested or not, where numbers may differ by 1e-5 of their size.
 
-    Of some hundred runs of one seed on one machine two ended with a last bit that differed, and it was not found why. A
-    training with other kernels (MKL_CBWR=AVX2) differs by 1e-7, one without its optimizer state by 1e-2.
+    Of some hundred runs of one seed on one machine two ended with a last bit that differed, and it
+    was not found why. A training with other kernels (MKL_CBWR=AVX2) differs by 1e-7, one without
+    its optimizer state by 1e-2.
     """
     if isinstance(value, dict):
         return {name: but_for_rounding(entry) for name, entry in value.items()}

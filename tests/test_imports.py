@@ -1,4 +1,6 @@
-"""The house: rooms that know only those below them, modules without circles, and empty __init__ files."""
+"""The house: rooms that know only those below them, modules without circles, and empty __init__
+files.
+"""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -33,7 +35,9 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def nodes_that_run(tree):
-    """The nodes of a syntax tree, but for what is imported for types alone (`if TYPE_CHECKING:`)."""
+    """The nodes of a syntax tree, but for what is imported for types alone (`if
+    TYPE_CHECKING:`).
+    """
     for child in ast.iter_child_nodes(tree):
         if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             continue

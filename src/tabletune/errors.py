@@ -31,12 +31,14 @@ def hub_error(what: str, error: BaseException) -> StageError:
     causes = list(chain_of(error))
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return StageError(
-            f"{what} is gated: accept its terms on its page, and set HF_TOKEN or run `hf auth login`."
+            f"{what} is gated: accept its terms on its page, and set HF_TOKEN or run "
+            "`hf auth login`."
         )
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return StageError(
-            f"{what}: the Hub has no such repository, or a private one that this token may not read. "
-            "Check the name; for a private one set HF_TOKEN (in Colab a secret) or run `hf auth login`."
+            f"{what}: the Hub has no such repository, or a private one that this token may not "
+            "read. Check the name; for a private one set HF_TOKEN (in Colab a secret) or run "
+            "`hf auth login`."
         )
     reason = first_line(error)
     if "custom code" in reason:

@@ -1,4 +1,6 @@
-"""Is a stage done? Its notebook's text, its parameters and its inputs decide, and never a file's time."""
+"""Is a stage done? Its notebook's text, its parameters and its inputs decide, and never a file's
+time.
+"""
 
 import json
 import shutil

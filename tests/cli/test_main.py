@@ -57,7 +57,10 @@ def test_the_command_line_starts_fast():
 
 
 def test_notebook_2_starts_without_torchs_compiler_and_without_matplotlib():
-    """They would take two seconds, and half a second. Afterwards `torch.compile` is as a reader has it."""
+    """They would take two seconds, and half a second.
+
+    Afterwards `torch.compile` is as a reader has it.
+    """
     program = """
 import os, sys
 from tabletune.chat import encoding, tokenizer
@@ -90,7 +93,9 @@ def test_settings_writes_what_it_was_given_and_no_profile(tmp_path, monkeypatch)
 
 
 def test_summary_also_where_a_figure_is_missing(tmp_path, capsys, monkeypatch):
-    """Two test rows have no interval; labels have no structure; a lone text has no answers at all."""
+    """Two test rows have no interval; labels have no structure; a lone text has no answers at
+    all.
+    """
     one = {
         "perplexity": {"response": 47.078, "response_ci95": [40.04, 55]},
         "generation": {"stop_rate": 0.5},

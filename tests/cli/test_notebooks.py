@@ -20,7 +20,10 @@ STAGE = "02_finetune_qlora"
 
 
 def tabletune(*arguments, **options):
-    """Run the command line in a process of its own. Returns the finished process, its output as text."""
+    """Run the command line in a process of its own.
+
+    Returns the finished process, its output as text.
+    """
     environment = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     command = [sys.executable, "-m", "tabletune", *map(str, arguments)]
     options = {"cwd": ROOT, "env": environment, **options}
@@ -63,7 +66,9 @@ def test_a_notebook_that_stops_says_why_and_leaves_what_it_wrote(tmp_path, sourc
 
 
 def test_a_notebook_gets_its_own_parameters_as_values(tmp_path):
-    """From the settings of its run folder, and the folder itself as run_dir, whatever it is named."""
+    """From the settings of its run folder, and the folder itself as run_dir, whatever it is
+    named.
+    """
     target = tmp_path / "2026" / f"{STAGE}.ipynb"
     values = read_profile(ROOT / "profiles" / "tiny.yaml")
     write_settings(RunChoice(target.parent, values | {"seed": 7}, 2, "tiny"))

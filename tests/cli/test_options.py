@@ -1,4 +1,6 @@
-"""Options: parameters from every source, profiles and models, the run folder, and errors that say what to do."""
+"""Options: parameters from every source, profiles and models, the run folder, and errors that
+say what to do.
+"""
 
 import os
 from argparse import Namespace
@@ -57,7 +59,9 @@ SOURCES = {
     ],
 )
 def test_a_value_has_the_same_type_from_every_source(tmp_path, source, name, text, value):
-    """A value takes the type of its parameter's default, so 2026 is a name where a name is expected."""
+    """A value takes the type of its parameter's default, so 2026 is a name where a name is
+    expected.
+    """
     choice = chosen(*SOURCES[source](name, text, tmp_path / "mine.yaml"))
     assert choice.values[name] == value
     assert type(choice.values[name]) is type(value)

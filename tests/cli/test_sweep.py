@@ -14,7 +14,9 @@ from tabletune.errors import StageError
 
 @pytest.fixture
 def swept(tmp_path, monkeypatch):
-    """A function that runs a sweep whose runs are only noted, and fail where the learning rate is 0.002."""
+    """A function that runs a sweep whose runs are only noted, and fail where the learning rate
+    is 0.002.
+    """
     made, compared = [], []
 
     def make_series(choice):

@@ -1,4 +1,6 @@
-"""Parameters: YAML as people read it, values in the type of their defaults, profiles, misspelt names."""
+"""Parameters: YAML as people read it, values in the type of their defaults, profiles, misspelt
+names.
+"""
 
 import pytest
 from conftest import ROOT

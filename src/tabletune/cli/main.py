@@ -1,7 +1,7 @@
 """The command line: `tabletune COMMAND`, or `python -m tabletune COMMAND`. Each command has --help.
 
-What a reader can mend ends the process with one line on stderr. Anything else is a mistake of ours, and shows its
-traceback.
+What a reader can mend ends the process with one line on stderr. Anything else is a mistake of ours,
+and shows its traceback.
 """
 
 import argparse
@@ -41,7 +41,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def settings(options: argparse.Namespace) -> None:
-    """Check parameters, and write them as the settings of a run; run nothing. Without --profile, no profile is read."""
+    """Check parameters, and write them as the settings of a run; run nothing.
+
+    Without --profile, no profile is read.
+    """
     choice = read_run_choice(options, detect=False)
     with run_lock(choice.run_dir, "settings"):
         write_settings(choice)

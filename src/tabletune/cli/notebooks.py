@@ -26,9 +26,11 @@ class NotebookError(StageError):
 
 
 def notebook_values(source: Path, target: Path, words: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a notebook that is to run as `target`: the settings of the run folder, and `words` on top.
+    """The parameters of a notebook that is to run as `target`: the settings of the run folder, and
+    `words` on top.
 
-    Raises StageError if `source` is none of the notebooks, or if there is no run in the folder and it needs one.
+    Raises StageError if `source` is none of the notebooks, or if there is no run in the folder and
+    it needs one.
     """
     name = source.stem
     folder = target.parent
@@ -50,10 +52,12 @@ def run_notebook(
     processes: int = 1,
     prepare_only: bool = False,
 ) -> None:
-    """Execute a notebook with the settings of the run folder that `target` is in, and `words` on top of them.
+    """Execute a notebook with the settings of the run folder that `target` is in, and `words` on
+    top of them.
 
-    Until it has ended without an error, what it wrote has the name NAME.partial.ipynb. With several `processes`, each has
-    a GPU. Raises NotebookError if the notebook stops, other StageErrors if it cannot begin.
+    Until it has ended without an error, what it wrote has the name NAME.partial.ipynb. With several
+    `processes`, each has a GPU. Raises NotebookError if the notebook stops, other StageErrors if it
+    cannot begin.
     """
     name = source.stem
     values = notebook_values(source, target, words)
@@ -68,7 +72,9 @@ def run_notebook(
 
 
 def execute(source: Path, target: Path, values: dict[str, Any], prepare_only: bool = False) -> None:
-    """Execute a notebook in this process's kernel. Of several processes the first one's notebook is kept.
+    """Execute a notebook in this process's kernel.
+
+    Of several processes the first one's notebook is kept.
 
     Raises NotebookError if it stops.
     """
@@ -109,7 +115,9 @@ def execute(source: Path, target: Path, values: dict[str, Any], prepare_only: bo
 
 
 def stopped(label: str, partial: Path, kind: str, text: str) -> NotebookError:
-    """The error of a notebook that has stopped: one line for a StageError, else also where to look."""
+    """The error of a notebook that has stopped: one line for a StageError, else also where to
+    look.
+    """
     if kind == "StageError":
         return NotebookError(f"{label}: {text}", text)
     reason = f"{kind}: {text}"
@@ -130,7 +138,9 @@ def check_environment() -> None:
 
 
 def launch(source: Path, target: Path, words: dict[str, Any], processes: int) -> None:
-    """Run a notebook in several processes, each with a GPU if there are any. One that fails stops all.
+    """Run a notebook in several processes, each with a GPU if there are any.
+
+    One that fails stops all.
 
     Raises NotebookError, or StageError if there are too few GPUs.
     """
@@ -155,13 +165,16 @@ def launch(source: Path, target: Path, words: dict[str, Any], processes: int) ->
         process, failure = error.get_first_failure()
         reason = error_in(target.parent) or f"exit code {failure.exitcode}"
         raise NotebookError(
-            f"Process {process} failed first (exit code {failure.exitcode}); the others were stopped.",
+            f"Process {process} failed first (exit code {failure.exitcode}); the others were "
+            "stopped.",
             reason,
         ) from None
 
 
 def error_in(run_dir: Path) -> str | None:
-    """The error of the notebook that stopped last in a run folder, in one line; None without one."""
+    """The error of the notebook that stopped last in a run folder, in one line; None without
+    one.
+    """
     import nbformat
 
     partials = sorted(run_dir.glob("*.partial.ipynb"), key=lambda path: path.stat().st_mtime)

@@ -1,4 +1,6 @@
-"""What a command is to do: the run folder, the profile, the model, and parameters from files and words."""
+"""What a command is to do: the run folder, the profile, the model, and parameters from files and
+words.
+"""
 
 import argparse
 import shlex
@@ -109,7 +111,10 @@ def add_run_choice(parser: argparse.ArgumentParser) -> None:
 
 
 def split_args(arguments: list[str]) -> list[str]:
-    """A command line in which each --args=TEXT is replaced by the options in the text. Raises StageError."""
+    """A command line in which each --args=TEXT is replaced by the options in the text.
+
+    Raises StageError.
+    """
     result = []
     for argument in arguments:
         if not argument.startswith("--args="):
@@ -130,7 +135,9 @@ def split_args(arguments: list[str]) -> list[str]:
 
 @dataclass
 class RunChoice:
-    """A run: its folder, its parameters, how many processes it is to use, and the profile's name."""
+    """A run: its folder, its parameters, how many processes it is to use, and the profile's
+    name.
+    """
 
     run_dir: Path
     values: dict[str, Any]
@@ -139,7 +146,9 @@ class RunChoice:
 
 
 def detect_profile() -> str:
-    """The profile for the hardware of this machine: "a100" from 40 GB on, "t4", or "cpu" without an NVIDIA GPU."""
+    """The profile for the hardware of this machine: "a100" from 40 GB on, "t4", or "cpu" without
+    an NVIDIA GPU.
+    """
     query = ["nvidia-smi", "--query-gpu=compute_cap,memory.total", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
@@ -163,7 +172,10 @@ def choose_profile(options: argparse.Namespace) -> str:
 
 
 def choose_run_dir(options: argparse.Namespace) -> Path:
-    """The folder of the run. Raises StageError for a place that only notebooks in Colab can open."""
+    """The folder of the run.
+
+    Raises StageError for a place that only notebooks in Colab can open.
+    """
     if options.run_dir is None:
         names = [Path(choose_profile(options)).stem]
         if options.model:
@@ -171,8 +183,8 @@ def choose_run_dir(options: argparse.Namespace) -> Path:
         return Path("runs") / "_".join(names)
     if options.run_dir.startswith(("drive:", "hub:")):
         raise StageError(
-            f"RUN_DIR={options.run_dir}: the command line needs a folder. Notebooks take drive: and "
-            "hub: as their run_dir (docs/colab.md)."
+            f"RUN_DIR={options.run_dir}: the command line needs a folder. Notebooks take drive: "
+            "and hub: as their run_dir (docs/colab.md)."
         )
     return Path(options.run_dir).expanduser()
 
@@ -205,7 +217,8 @@ def read_choice_file(kind: str, name: str) -> dict[str, Any]:
 def in_repository(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """The parameters of a file; where it is one of the repository's, from any working directory.
 
-    Such a file names tables and base models by their path in the repository. It stays as it is where we stand there.
+    Such a file names tables and base models by their path in the repository. It stays as it is
+    where we stand there.
     """
     home = repository()
     if Path.cwd() == home or not path.resolve().is_relative_to(home):

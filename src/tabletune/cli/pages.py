@@ -36,7 +36,10 @@ def compare(runs: list[Path], out: Path) -> None:
 
 
 def write_page(executed: Path) -> Path:
-    """Write an executed notebook as an HTML page beside it, without its code. Returns the page's path."""
+    """Write an executed notebook as an HTML page beside it, without its code.
+
+    Returns the page's path.
+    """
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(

@@ -9,7 +9,8 @@ MARK = Path("notebooks") / "01_format_dataset.ipynb"
 
 
 def repository() -> Path:
-    """The folder of the repository: the clone that we stand in, or the one that this package is installed from.
+    """The folder of the repository: the clone that we stand in, or the one that this package is
+    installed from.
 
     Raises StageError if neither is one.
     """
@@ -36,8 +37,9 @@ def notebook(name: str) -> Path:
 def find_choice(kind: str, name: str) -> Path:
     """The YAML file of a profile or a model (`kind` is "profiles" or "models").
 
-    `name` is a file's name without .yaml, looked for in the working directory's folder of that kind and then in the
-    repository's, or a path that ends in .yaml. What is not there is found out when it is read.
+    `name` is a file's name without .yaml, looked for in the working directory's folder of that kind
+    and then in the repository's, or a path that ends in .yaml. What is not there is found out when
+    it is read.
     """
     if name.endswith(".yaml"):
         return Path(name)

@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tabletune.cli.options import RunChoice, read_run_choice, write_settings
 from tabletune.cli.paths import notebook
 from tabletune.cli.summary import print_summary
 from tabletune.errors import StageError
+from tabletune.run.artifacts import adapter_digest
 from tabletune.run.files import read_json
 from tabletune.run.lock import run_lock
 from tabletune.run.parameters import PARAMETERS
@@ -24,7 +24,8 @@ USES_GPUS = ("02_finetune_qlora", "04_evaluate")  # the others are done by one p
 def run_all(options: argparse.Namespace) -> None:
     """Run notebooks 1 to 4, as far as they are not done: from a table to an evaluated model.
 
-    A stage is done if its notebook, its parameters and what it was made from are as they were. Raises StageError.
+    A stage is done if its notebook, its parameters and what it was made from are as they were.
+    Raises StageError.
     """
     choice = read_run_choice(options)
     until = options.until or SERIES[-1]
@@ -53,8 +54,8 @@ def make_series(choice: RunChoice, until: str = SERIES[-1]) -> None:
 def is_up_to_date(stage: str, target: Path) -> bool:
     """Whether an executed notebook, and what it made, are what running it now would give.
 
-    Three things decide: the text of the notebook, its parameters, and its inputs as they are now. The result itself is
-    judged by the same rule as in the notebook (`Stage.is_done`).
+    Three things decide: the text of the notebook, its parameters, and its inputs as they are now.
+    The result itself is judged by the same rule as in the notebook (`Stage.is_done`).
     """
     source = notebook(stage)
     values = notebook_values(source, target, {})
@@ -119,7 +120,8 @@ def assigned_values(source: str) -> dict[str, Any]:
 def current_inputs(
     run_dir: Path, parameters: dict[str, Any], recorded: dict[str, Any]
 ) -> dict[str, Any]:
-    """The inputs of a stage as they are now, for those that can be looked at in moments; the others as recorded.
+    """The inputs of a stage as they are now, for those that can be looked at in moments; the others
+    as recorded.
 
     A data set of the Hub counts as unchanged: the run keeps the commit that it was made from.
     """
@@ -130,11 +132,7 @@ def current_inputs(
         report = read_json(run_dir / "dataset" / "report.json", "01_format_dataset")
         current["dataset"] = report["fingerprint"]
     if "adapter" in recorded:
-        weights = run_dir / "adapter" / "adapter_model.safetensors"
-        if not weights.exists():
-            raise StageError(f"{weights} is missing.")
-        with weights.open("rb") as file:
-            current["adapter"] = hashlib.file_digest(file, "sha256").hexdigest()
+        current["adapter"] = adapter_digest(run_dir)
     return current
 
 

@@ -7,7 +7,10 @@ from tabletune.run.files import read_json
 
 
 def print_summary(run_dir: Path) -> None:
-    """Print the main figures of a finished run, and where its results are. Raises StageError without them."""
+    """Print the main figures of a finished run, and where its results are.
+
+    Raises StageError without them.
+    """
     metrics = read_json(run_dir / "evaluation" / "metrics.json", "04_evaluate")
     columns = ["", "response perplexity", "95% interval", "stop", "structure"]
     print(f"\n{columns[0]:10}{columns[1]:>20}{columns[2]:>18}{columns[3]:>8}{columns[4]:>12}")

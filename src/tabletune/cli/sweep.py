@@ -19,7 +19,8 @@ from tabletune.run.parameters import check_names, read_parameters, read_text
 def sweep(options: argparse.Namespace) -> None:
     """Run every combination of the values that stand in lists in a grid, and compare the runs.
 
-    Each is a run like any other, so what is done is not done again. One that fails does not stop the rest.
+    Each is a run like any other, so what is done is not done again. One that fails does not stop
+    the rest.
     """
     grid = read_grid(options)
     lists = {name: values for name, values in grid.items() if isinstance(values, list)}
@@ -81,7 +82,9 @@ def point_name(point: dict[str, Any]) -> str:
 
 
 def short_name(name: str, value: Any) -> str:
-    """A parameter and its value as a part of a folder's name; with a piece of its hash if it had to be changed."""
+    """A parameter and its value as a part of a folder's name; with a piece of its hash if it had
+    to be changed.
+    """
     written = value if isinstance(value, str) else json.dumps(value)
     text = f"{name}-{written}"
     plain = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)[:50]

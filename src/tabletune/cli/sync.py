@@ -1,7 +1,7 @@
 """For developers: what is written in one place of the repository, and copied to others.
 
-`parameters.json` from the notebooks' parameter cells; repository, ref and runtime for Colab, and the text of the
-notebooks' first code cell, from `pyproject.toml` into README, docs and notebooks.
+`parameters.json` from the notebooks' parameter cells; repository, ref and runtime for Colab, and
+the text of the notebooks' first code cell, from `pyproject.toml` into README, docs and notebooks.
 """
 
 import argparse
@@ -51,7 +51,10 @@ def sync(options: argparse.Namespace) -> None:
 
 
 def change_repository(path: Path, name: str) -> None:
-    """Write another repository, OWNER/NAME, into pyproject.toml. Raises StageError if that is no such name."""
+    """Write another repository, OWNER/NAME, into pyproject.toml.
+
+    Raises StageError if that is no such name.
+    """
     if not re.fullmatch(REPOSITORY_NAME, name):
         raise StageError(f"{name!r}: use owner/name, as on GitHub.")
     text = read_text(path)
@@ -60,7 +63,9 @@ def change_repository(path: Path, name: str) -> None:
 
 
 def with_series(text: str, series: dict[str, str]) -> str:
-    """The text of a page or a notebook with the series' repository, ref, runtime and first code cell."""
+    """The text of a page or a notebook with the series' repository, ref, runtime and first code
+    cell.
+    """
     values = series | {"install_cell": series["install_cell"].strip().format(**series)}
     for pattern, template in PLACES.items():
         # a backslash in what is written means nothing to re
@@ -70,7 +75,9 @@ def with_series(text: str, series: dict[str, str]) -> str:
 
 
 def parameters_in(source: str) -> dict[str, Any]:
-    """The parameters of a notebook, {name: default}: of its tagged cell, and of one that begins "# rarely changed"."""
+    """The parameters of a notebook, {name: default}: of its tagged cell, and of one that begins
+    "# rarely changed".
+    """
     parameters = {}
     for cell in re.split(r"(?m)^# %%", source):
         head, _, body = cell.partition("\n")

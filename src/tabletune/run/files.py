@@ -20,7 +20,8 @@ def remove(path: Path) -> None:
 
 
 def archive(folder: Path, *names: str) -> Path | None:
-    """Move what exists of `names` in a run folder to `earlier/`, into a folder named by the time, and print it.
+    """Move what exists of `names` in a run folder to `earlier/`, into a folder named by the time,
+    and print it.
 
     Returns that folder, or None if there was nothing to move.
     """
@@ -37,10 +38,11 @@ def archive(folder: Path, *names: str) -> Path | None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes `path` when the block ends without an error, and is deleted otherwise.
+    """Yield a temporary path that becomes `path` when the block ends without an error, and is
+    deleted otherwise.
 
-    A file replaces an earlier one; a folder does not: `archive` that first. Raises StageError if the disk is full, or
-    if there is a folder of that name.
+    A file replaces an earlier one; a folder does not: `archive` that first. Raises StageError if
+    the disk is full, or if there is a folder of that name.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -49,7 +51,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield partial
         if path.is_dir():
             raise StageError(
-                f"{path} is there already, and nothing finished is deleted. Move it away and run again."
+                f"{path} is there already, and nothing finished is deleted. Move it away and run "
+                "again."
             )
         partial.replace(path)
     except BaseException as error:
@@ -78,7 +81,8 @@ def read_json(path: Path, stage: str, otherwise: str = "") -> Any:
     except (OSError, ValueError) as error:
         reason = f"is damaged ({error})" if path.exists() else "is missing"
         raise StageError(
-            f"{path} {reason}. Run {stage} first, with the same run_dir, in Colab one in Drive.{otherwise}"
+            f"{path} {reason}. Run {stage} first, with the same run_dir, in Colab one in Drive."
+            f"{otherwise}"
         ) from None
 
 

@@ -7,7 +7,9 @@ from tabletune.run.files import atomic_write
 
 
 def open_run(run_dir: str | Path) -> Path:
-    """The folder of the run. Mounts Google Drive for "drive:NAME", fetches what the Hub has for "hub:OWNER/NAME".
+    """The folder of the run.
+
+    Mounts Google Drive for "drive:NAME", fetches what the Hub has for "hub:OWNER/NAME".
 
     Raises StageError if there is no Drive here, or if the Hub cannot be asked.
     """
@@ -20,7 +22,10 @@ def open_run(run_dir: str | Path) -> Path:
 
 
 def open_drive(run_dir: str | Path, name: str) -> Path:
-    """The folder `name` of Google Drive, which is mounted for it. Raises StageError outside Colab."""
+    """The folder `name` of Google Drive, which is mounted for it.
+
+    Raises StageError outside Colab.
+    """
     try:
         from google.colab import drive
     except ImportError:
@@ -32,9 +37,11 @@ def open_drive(run_dir: str | Path, name: str) -> Path:
 
 
 def fetch_run(run_dir: str | Path, name: str) -> Path:
-    """The folder in `runs/` for a run on the Hub, with its data set and its adapter as far as the Hub has them.
+    """The folder in `runs/` for a run on the Hub, with its data set and its adapter as far as the
+    Hub has them.
 
-    Raises StageError if the Hub cannot be asked, or if the repository is somebody else's and cannot be read.
+    Raises StageError if the Hub cannot be asked, or if the repository is somebody else's and cannot
+    be read.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -56,7 +63,9 @@ def fetch_run(run_dir: str | Path, name: str) -> Path:
 
 
 def is_mine(owner: str) -> bool:
-    """Whether an owner on the Hub is the reader, or an organization of theirs; no without a valid token."""
+    """Whether an owner on the Hub is the reader, or an organization of theirs; no without a
+    valid token.
+    """
     from huggingface_hub import HfApi
 
     try:

@@ -1,7 +1,8 @@
 """Locks on a run folder: one program at a time works in it, and one at a time changes its manifest.
 
-The system releases a lock when the process ends, however it ends. Where a file system has no locks (Google Drive, some
-network disks), or the system has none of this kind (Windows), nothing is locked.
+The system releases a lock when the process ends, however it ends. Where a file system has no locks
+(Google Drive, some network disks), or the system has none of this kind (Windows), nothing is
+locked.
 """
 
 import os
@@ -17,15 +18,19 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# The command line sets it to the folder that it has locked: the kernels that it starts need no lock of their own.
+# The command line sets it to the folder that it has locked: the kernels that it starts need no lock
+# of their own.
 HELD_BY_PARENT = "TABLETUNE_LOCKED_FOLDER"
 _open_locks: dict[Path, list] = {}  # {folder that this process has locked: [its file, how often]}
 
 
 class RunLock:
-    """This process's lock on a run folder, held until `release`. A second one in the same process is no error.
+    """This process's lock on a run folder, held until `release`.
 
-    Raises StageError, which says who is at work, if another process has the lock. `name` is what others are told.
+    A second one in the same process is no error.
+
+    Raises StageError, which says who is at work, if another process has the lock. `name` is what
+    others are told.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -55,7 +60,10 @@ class RunLock:
 
 
 def _locked_file(folder: Path) -> TextIO:
-    """The lock file of a folder, open and locked. Raises StageError if another process has the lock."""
+    """The lock file of a folder, open and locked.
+
+    Raises StageError if another process has the lock.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("a+", encoding="utf-8")
     if _try_lock(file):
@@ -64,14 +72,17 @@ def _locked_file(folder: Path) -> TextIO:
     holder = file.read()
     file.close()
     raise StageError(
-        f"{folder}: {holder} is at work here already. Wait for it to end (a notebook that is open in Jupyter: shut "
-        "down its kernel), or take another RUN_DIR."
+        f"{folder}: {holder} is at work here already. Wait for it to end (a notebook that is open "
+        "in Jupyter: shut down its kernel), or take another RUN_DIR."
     )
 
 
 @contextmanager
 def run_lock(folder: Path, name: str) -> Iterator[None]:
-    """Hold the lock of a run folder, for this process and for those that it starts. Raises StageError."""
+    """Hold the lock of a run folder, for this process and for those that it starts.
+
+    Raises StageError.
+    """
     lock = RunLock(folder, name)
     outer = os.environ.get(HELD_BY_PARENT)
     os.environ[HELD_BY_PARENT] = str(folder.resolve())
@@ -95,7 +106,9 @@ def manifest_lock(folder: Path) -> Iterator[None]:
 
 
 def _try_lock(file: TextIO, wait: bool = False) -> bool:
-    """Whether this process has the lock of an open file now, or none is to be had on this file system."""
+    """Whether this process has the lock of an open file now, or none is to be had on this file
+    system.
+    """
     if fcntl is None:
         return True
     try:

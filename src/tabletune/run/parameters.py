@@ -1,4 +1,6 @@
-"""The parameters of the notebooks: their names and defaults, and values of the right type from every source."""
+"""The parameters of the notebooks: their names and defaults, and values of the right type from
+every source.
+"""
 
 import ast
 import json
@@ -16,7 +18,8 @@ import yaml
 
 from tabletune.errors import StageError
 
-# {notebook: {parameter: its default}}; `make sync` writes the file from the notebooks' parameter cells
+# {notebook: {parameter: its default}}; `make sync` writes the file from the notebooks' parameter
+# cells
 PARAMETERS: dict[str, dict[str, Any]] = json.loads(
     (resources.files("tabletune") / "resources/parameters.json").read_text(encoding="utf-8")
 )
@@ -141,7 +144,8 @@ LISTS_OF_WORDS = {"runs", "gguf_types"}  # a text for one of these is a list of 
 def check_number(name: str, value: Any, example: float) -> float:
     """`value` if it is a number that makes sense for the parameter; whole where `example` is whole.
 
-    Raises StageError otherwise: also for true and false, which are numbers to Python, and for infinity.
+    Raises StageError otherwise: also for true and false, which are numbers to Python, and for
+    infinity.
     """
     allowed = RANGES.get(name, AT_LEAST_0)
     must_be_whole = isinstance(example, int) and name not in FRACTIONS
@@ -160,9 +164,10 @@ def check_number(name: str, value: Any, example: float) -> float:
 def coerce(name: str, value: Any, default: Any, text: str | None = None) -> Any:
     """The `value` of a parameter in the type of its `default`.
 
-    So 2026 can be a name, "1e-2" a number and "[a, b]" a list. A default of "auto" leaves the type open. An empty value
-    is an empty text, list or dictionary, and a single value for a list is a list of one. `text` is what was written
-    where the value comes from. Raises StageError for a value of another kind, and for a number that makes no sense.
+    So 2026 can be a name, "1e-2" a number and "[a, b]" a list. A default of "auto" leaves the type
+    open. An empty value is an empty text, list or dictionary, and a single value for a list is a
+    list of one. `text` is what was written where the value comes from. Raises StageError for a
+    value of another kind, and for a number that makes no sense.
     """
     is_text_default = isinstance(default, str) and default != "auto"
     if value in (None, "") and default == "auto":
@@ -195,7 +200,9 @@ def coerce(name: str, value: Any, default: Any, text: str | None = None) -> Any:
 
 
 def parse_text(text: str, default: Any) -> Any:
-    """What a text means as YAML, where that is a value of a kind that the parameter takes; else the text."""
+    """What a text means as YAML, where that is a value of a kind that the parameter takes; else
+    the text.
+    """
     with suppress(StageError):
         value = from_yaml(text)
         if isinstance(value, (bool, int, float, list, type(default))):
@@ -204,7 +211,10 @@ def parse_text(text: str, default: Any) -> Any:
 
 
 def check_auto(name: str, value: Any, text: str | None) -> Any:
-    """The value of a parameter whose default is "auto": a number, a text or a list. Raises StageError."""
+    """The value of a parameter whose default is "auto": a number, a text or a list.
+
+    Raises StageError.
+    """
     if name in AUTO_OR_NUMBER and value != "auto":
         example = AUTO_OR_NUMBER[name]
         try:
@@ -221,7 +231,9 @@ def check_auto(name: str, value: Any, text: str | None) -> Any:
 
 
 def as_list(name: str, value: Any) -> Any:
-    """The value of a parameter that is a list. A single value is a list of one, several names in a text are several.
+    """The value of a parameter that is a list.
+
+    A single value is a list of one, several names in a text are several.
 
     A dictionary stays as it is: {column: values}.
     """
@@ -251,8 +263,8 @@ def read_text(path: str | Path) -> str:
 def read_parameters(text: str, source: str, grid: bool = False) -> dict[str, Any]:
     """The parameters of a YAML text, {name: value}, each in the type of its default (see `coerce`).
 
-    In a grid, a list holds several values of a parameter. Raises StageError, one line that begins with `source`, if the
-    text does not hold parameters.
+    In a grid, a list holds several values of a parameter. Raises StageError, one line that begins
+    with `source`, if the text does not hold parameters.
     """
     defaults = DEFAULTS | LAUNCH_DEFAULTS
     try:
@@ -275,8 +287,8 @@ def read_parameters(text: str, source: str, grid: bool = False) -> dict[str, Any
 def read_profile(path: str | Path) -> dict[str, Any]:
     """The parameters of a YAML file, on top of those of the profile that it `extends`.
 
-    That one is a file beside it, named with or without .yaml. Raises StageError, also if profiles extend each other in
-    a circle.
+    That one is a file beside it, named with or without .yaml. Raises StageError, also if profiles
+    extend each other in a circle.
     """
     path = Path(path)
     chain: list[dict[str, Any]] = []
@@ -298,7 +310,10 @@ def read_profile(path: str | Path) -> dict[str, Any]:
 
 
 def as_yaml(values: dict[str, Any], title: str) -> str:
-    """A parameter file. Each value is written as JSON, which is YAML, so that it is read back as what it is."""
+    """A parameter file.
+
+    Each value is written as JSON, which is YAML, so that it is read back as what it is.
+    """
     lines = [f"# {title}"]
     lines += [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
     return "\n".join([*lines, ""])
@@ -308,7 +323,9 @@ def as_yaml(values: dict[str, Any], title: str) -> str:
 
 
 def check_names(names: Iterable[Any], notebooks: Iterable[str]) -> None:
-    """Raise StageError, one line with a suggestion, if a name is a parameter of none of the notebooks."""
+    """Raise StageError, one line with a suggestion, if a name is a parameter of none of the
+    notebooks.
+    """
     notebooks = list(notebooks)
     valid = {name for notebook in notebooks for name in PARAMETERS[notebook]}
     for name in sorted(set(names) - valid, key=str):
@@ -325,10 +342,11 @@ def check_names(names: Iterable[Any], notebooks: Iterable[str]) -> None:
 
 
 def injected_names(cells: list[str]) -> set[str]:
-    """The names that papermill set in the cell that it puts into a notebook; `cells` are the texts of all that ran.
+    """The names that papermill set in the cell that it puts into a notebook; `cells` are the texts
+    of all that ran.
 
-    Papermill's cell begins with "# Parameters" and holds nothing but `name = value` lines. A reader's own cell may
-    begin in the same way: one with anything else in it is not papermill's.
+    Papermill's cell begins with "# Parameters" and holds nothing but `name = value` lines. A
+    reader's own cell may begin in the same way: one with anything else in it is not papermill's.
     """
     for cell in reversed(cells):
         if cell.startswith("# Parameters\n"):

@@ -12,8 +12,9 @@ import tabletune
 def git_commit() -> str | None:
     """The commit of the code that runs; None if it cannot be known.
 
-    pip notes the commit of what it installs from a repository. A clone says it itself; the repository around a virtual
-    environment, in which the package is installed, is another one and says nothing.
+    pip notes the commit of what it installs from a repository. A clone says it itself; the
+    repository around a virtual environment, in which the package is installed, is another one and
+    says nothing.
     """
     return commit_noted_by_pip() or commit_of_clone(Path(tabletune.__file__))
 
@@ -29,7 +30,9 @@ def commit_noted_by_pip() -> str | None:
 
 
 def commit_of_clone(file: Path) -> str | None:
-    """The commit of the repository that holds `file`; None without git, or if that repository does not track it."""
+    """The commit of the repository that holds `file`; None without git, or if that repository
+    does not track it.
+    """
     if not shutil.which("git"):
         return None
     tracked = _git(file.parent, "ls-files", "--error-unmatch", file.name)

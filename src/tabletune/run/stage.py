@@ -1,7 +1,9 @@
-"""A notebook at work in its run folder: what it was started with, what is done already, and what made it.
+"""A notebook at work in its run folder: what it was started with, what is done already, and what
+made it.
 
-A stage reads only what earlier stages left in the folder, and writes under a temporary name until it is complete. What
-is finished is never deleted: what makes room for something else moves to `earlier/`.
+A stage reads only what earlier stages left in the folder, and writes under a temporary name until
+it is complete. What is finished is never deleted: what makes room for something else moves to
+`earlier/`.
 """
 
 import json
@@ -65,7 +67,8 @@ class Stage:
         }
 
     def is_done(self, inputs: dict[str, Any], outputs: list[str]) -> bool:
-        """Whether this stage has made `outputs`, names in the folder, from `inputs` with these settings.
+        """Whether this stage has made `outputs`, names in the folder, from `inputs` with these
+        settings.
 
         `inputs` holds what identifies them (fingerprints, digests). Prints a line if it is done.
         """
@@ -80,7 +83,10 @@ class Stage:
         return done
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """What `manifest.json` says, {stage: entry}; empty without one. Raises StageError if it is damaged."""
+        """What `manifest.json` says, {stage: entry}; empty without one.
+
+        Raises StageError if it is damaged.
+        """
         path = self.folder / "manifest.json"
         return read_json(path, self.name) if path.exists() else {}
 
@@ -121,7 +127,9 @@ class Stage:
 
 
 def is_made_from(entry: dict[str, Any], inputs: dict[str, Any], parameters: dict[str, Any]) -> bool:
-    """Whether an entry of a manifest tells of these inputs and of parameters that give the same result."""
+    """Whether an entry of a manifest tells of these inputs and of parameters that give the same
+    result.
+    """
     if entry.get("inputs") != inputs:
         return False
     return normalized_parameters(entry.get("parameters", {})) == normalized_parameters(parameters)
@@ -134,7 +142,9 @@ def normalized_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_absolute_paths(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters; a base model or a table that is a local file or folder, by its absolute path."""
+    """The parameters; a base model or a table that is a local file or folder, by its absolute
+    path.
+    """
     result = dict(parameters)
     for name in ("base_model", "dataset"):
         value = result.get(name)
@@ -144,10 +154,11 @@ def with_absolute_paths(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def stage_parameters(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """All parameters of the notebook `name`: those of its defaults that are in `values`, in the defaults' types.
+    """All parameters of the notebook `name`: those of its defaults that are in `values`, in the
+    defaults' types.
 
-    The default of `base_model_revision` is a commit of the default `base_model`: with another model it becomes "main".
-    Raises StageError if a value cannot be stored in JSON or is of another type.
+    The default of `base_model_revision` is a commit of the default `base_model`: with another model
+    it becomes "main". Raises StageError if a value cannot be stored in JSON or is of another type.
     """
     defaults = PARAMETERS[name]
     parameters = {
@@ -169,12 +180,13 @@ def stage_parameters(name: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_stage(name: str, variables: dict[str, Any]) -> Stage:
-    """Start the notebook `name`, whose `variables` are its globals(): opens and locks the run folder.
+    """Start the notebook `name`, whose `variables` are its globals(): opens and locks the run
+    folder.
 
-    The parameters are those of the notebook's parameter cell, by name (`parameters.json`, which `make sync` writes);
-    other variables of the kernel do not count. The values that a stage works with are written back to `variables`.
-    Raises StageError if a value is of another type, if papermill was given a name that is none, or if another program
-    is at work in the folder.
+    The parameters are those of the notebook's parameter cell, by name (`parameters.json`, which
+    `make sync` writes); other variables of the kernel do not count. The values that a stage works
+    with are written back to `variables`. Raises StageError if a value is of another type, if
+    papermill was given a name that is none, or if another program is at work in the folder.
     """
     is_numbered = name[0] == "0"
     notebooks = [other for other in PARAMETERS if other[0] == "0"] if is_numbered else [name]
@@ -183,7 +195,8 @@ def start_stage(name: str, variables: dict[str, Any]) -> Stage:
     if parameters.get("base_model_revision") != variables.get("base_model_revision"):
         model = parameters["base_model"]
         print(
-            f"base_model_revision: main of {model}. Set it to a commit to get the same model tomorrow."
+            f"base_model_revision: main of {model}. Set it to a commit to get the same model "
+            "tomorrow."
         )
     variables.update(parameters)
     os.environ.setdefault(

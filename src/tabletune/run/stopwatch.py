@@ -8,8 +8,8 @@ from typing import Any
 class Stopwatch:
     """Counts the seconds in which cells run, from the moment it is made.
 
-    In a notebook, the time between cells does not count: a notebook that is open over night has computed for minutes.
-    Elsewhere, as in a script, all time counts.
+    In a notebook, the time between cells does not count: a notebook that is open over night has
+    computed for minutes. Elsewhere, as in a script, all time counts.
     """
 
     def __init__(self) -> None:
