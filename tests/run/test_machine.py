@@ -1,5 +1,7 @@
 """What the machine is."""
 
+import tomllib
+
 from conftest import ROOT
 
 from tabletune.run import machine
@@ -11,15 +13,22 @@ def test_installed_is_none_for_what_is_not():
     assert installed("pytest")
 
 
-def test_pinned_has_the_version_of_the_extras(monkeypatch):
+def test_pinned_has_the_version_of_the_clone():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert pinned("gradio") in project["optional-dependencies"]["chat"]
+    assert pinned("Gradio") == pinned("gradio")
+
+
+def test_pinned_has_the_version_of_an_installation(monkeypatch):
     requirements = ['gradio==6.20.0; extra == "chat"', 'lm_eval==0.4.13; extra == "peers"']
+    monkeypatch.setattr(machine, "__file__", "/a/site-packages/tabletune/run/machine.py")
     monkeypatch.setattr(machine, "requires", lambda package: requirements)
     assert pinned("gradio") == "gradio==6.20.0"
     assert pinned("lm_eval") == "lm_eval==0.4.13"
 
 
 def test_pinned_is_the_name_alone_where_no_version_is_known(monkeypatch):
-    monkeypatch.setattr(machine, "requires", lambda package: None)
+    monkeypatch.setattr(machine, "extra_requirements", lambda: [])
     assert pinned("gradio") == "gradio"
 
 

@@ -2,7 +2,9 @@
 
 import re
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
 
 def peak_memory_gib() -> dict[str, float]:
@@ -32,13 +34,22 @@ def pinned(package: str) -> str:
 
     The versions stand in pyproject.toml alone, under `[project.optional-dependencies]`.
     """
-    try:
-        requirements = requires("tabletune") or []
-    except PackageNotFoundError:
-        requirements = []
-    for requirement in requirements:
+    for requirement in extra_requirements():
         text = requirement.partition(";")[0].strip()
         name = re.match(r"[\w.-]+", text)
         if name and name[0].lower() == package.lower():
             return text
     return package
+
+
+def extra_requirements() -> list[str]:
+    """What the extras of this package need: by the clone that we run in, or as it was installed."""
+    project = Path(__file__).parents[3] / "pyproject.toml"
+    if project.exists():
+        extras = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        groups = extras.get("optional-dependencies", {}).values()
+        return [requirement for group in groups for requirement in group]
+    try:
+        return requires("tabletune") or []
+    except PackageNotFoundError:
+        return []
