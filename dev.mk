@@ -52,16 +52,23 @@ test-peers: base-models $(call EXTRA,peers) ## perplexity beside lm-evaluation-h
 	@HF_HUB_OFFLINE=1 $(PYTEST) -m peers -vv tests
 
 # --- what is generated
+OWN_TABLES := $(patsubst examples/own_tables/%.yaml,example-%,$(wildcard examples/own_tables/*.yaml))
 reference: $(READY) ## remake tests/reference after a change of a notebook
 	@rm -rf runs/reference
 	@$(TABLETUNE) run-all --until 04_evaluate --profile tiny runs/reference
 	@cp runs/reference/0*.ipynb tests/reference
 	@$(TIDY) tests/reference/*.ipynb
-examples: $(READY) ## remake examples/: the executed notebooks of the cpu profile, its plot, and other people's tables
+examples: $(READY) example-cpu $(OWN_TABLES) ## remake examples/: the run of the cpu profile, and other people's tables
+example-cpu:
 	@rm -rf runs/examples
 	@$(TABLETUNE) run-all --profile cpu runs/examples
 	@cp runs/examples/0*.ipynb runs/examples/evaluation/* examples/cpu_run
 	@$(TIDY) examples/cpu_run/*.ipynb
+$(OWN_TABLES): example-%:
+	@rm -rf runs/own_tables/$*
+	@$(TABLETUNE) run-all --until 01_format_dataset --profile examples/own_tables/$*.yaml runs/own_tables/$*
+	@cp runs/own_tables/$*/01_format_dataset.ipynb examples/own_tables/$*.ipynb
+	@$(TIDY) examples/own_tables/$*.ipynb
 sync: $(READY) ## format notebooks_py/, renew notebooks/ and parameters.json
 	@$(PY) -m jupytext --quiet --sync notebooks_py/*.py
 	@$(TABLETUNE) sync $(REPO:%=--repository %)

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, TINY
 from table_helpers import formatted, pairs
 
-from tabletune.run.parameters import PARAMETERS, read_parameters
+from tabletune.run.parameters import PARAMETERS, read_profile
 
 
 @pytest.mark.parametrize(
@@ -17,9 +17,7 @@ from tabletune.run.parameters import PARAMETERS, read_parameters
 )  # fmt: skip
 def test_own_tables_come_out_as_documented(tmp_path, monkeypatch, name, shape, rows):
     monkeypatch.chdir(ROOT)
-    profile = read_parameters(
-        (ROOT / "examples" / "own_tables" / f"{name}.yaml").read_text(encoding="utf-8"), name
-    )
+    profile = read_profile(ROOT / "examples" / "own_tables" / f"{name}.yaml")
     known = {key: value for key, value in profile.items() if key in PARAMETERS["01_format_dataset"]}
     source = ROOT / known.pop("dataset")
     report, splits = formatted(

@@ -55,7 +55,7 @@ def test_check_run_says_what_is_missing_and_who_makes_it(run_dir, missing, stage
 
 
 def test_check_run_refuses_another_base_model(run_dir):
-    with pytest.raises(StageError, match="trained on .cache/tiny-llama, but base_model is other"):
+    with pytest.raises(StageError, match=r"trained on .cache/tiny-llama, but base_model is other"):
         checked(run_dir, base_model="other")
 
 
