@@ -1,0 +1,140 @@
+"""Find rows by their questions, and put them into a prompt: with the standard library alone.
+
+Notebook 7 copies this file into the exported app as it is, so that the app finds the same rows and
+asks in the same words as the series. `retrieval.RowIndex` is the fast version of `PlainIndex`, made
+of scikit-learn's `TfidfVectorizer`; a test compares the two.
+"""
+
+import math
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+SHORTEST, LONGEST = 2, 5  # characters in an n-gram
+MOST_CONTEXT_ROWS = 40  # that are looked at for one prompt
+PUNCTUATION = {i: " " for i in range(0x20000) if unicodedata.category(chr(i)).startswith("P")}
+CONTEXT_TEMPLATE = (
+    "Rows of the table:\n\n{rows}\n\nAnswer this, from the rows if they have it:\n{question}"
+)
+
+
+def lookup_text(text: str) -> str:
+    """A text as it is looked up: lower case, with spaces for punctuation; the text itself if it
+    is all punctuation.
+    """
+    plain = " ".join(text.casefold().translate(PUNCTUATION).split())
+    return plain or " ".join(text.split())
+
+
+def char_ngrams(text: str, analyzer: str = "char_wb") -> list[str]:
+    """The n-grams of a lookup text, as scikit-learn's analyzers `char_wb` and `char` cut them.
+
+    "char_wb" stays inside words, each with a space on both sides; "char" is for languages that
+    write no spaces.
+    """
+    parts = [f" {word} " for word in text.split()] if analyzer == "char_wb" else [text]
+    ngrams = []
+    for part in parts:
+        for length in range(SHORTEST, LONGEST + 1):
+            if length > len(part):
+                break
+            ngrams += [part[start : start + length] for start in range(len(part) - length + 1)]
+    return ngrams
+
+
+def most_rows(rows: int) -> int:
+    """In how many of so many rows an n-gram may be: what most questions share, such as a
+    template, says nothing.
+    """
+    return max(10, rows // 2)
+
+
+class PlainIndex:
+    """An index over the questions of rows, dicts with `question` and `answer`: TF-IDF of
+    n-grams, cosine similarity.
+    """
+
+    def __init__(self, rows: Sequence[dict], analyzer: str = "char_wb"):
+        self.rows, self.analyzer = list(rows), analyzer
+        counts = [Counter(char_ngrams(lookup_text(row["question"]), analyzer)) for row in self.rows]
+        in_rows = Counter(ngram for count in counts for ngram in count)
+        self.idf = {
+            ngram: math.log((1 + len(counts)) / (1 + rows)) + 1
+            for ngram, rows in in_rows.items()
+            if rows <= most_rows(len(counts))
+        }
+        self.postings = defaultdict(list)  # {n-gram: [(row number, weight), …]}
+        for number, count in enumerate(counts):
+            for ngram, weight in self.weights(count).items():
+                self.postings[ngram].append((number, weight))
+
+    def weights(self, count: Counter) -> dict[str, float]:
+        """The weight of each n-gram that the index has: (1 + log of its count) times its IDF, of
+        length 1 together.
+        """
+        weights = {
+            n: (1 + math.log(times)) * self.idf[n] for n, times in count.items() if n in self.idf
+        }
+        length = math.sqrt(sum(weight * weight for weight in weights.values()))
+        return {ngram: weight / length for ngram, weight in weights.items() if length}
+
+    def search(self, question: str, k: int) -> list[tuple[dict, float]]:
+        """The k rows with the most similar questions, best first, each with its score from 0 to
+        1.
+        """
+        scores = [0.0] * len(self.rows)
+        for ngram, weight in self.weights(
+            Counter(char_ngrams(lookup_text(question), self.analyzer))
+        ).items():
+            for number, other in self.postings[ngram]:
+                scores[number] += weight * other
+        best = sorted(range(len(scores)), key=lambda number: -round(scores[number], 6))[:k]
+        return [(self.rows[number], scores[number]) for number in best]
+
+
+def context_message(template: str, rows: Sequence[dict], question: str) -> str:
+    """The text of the user's turn: the template with the rows, dicts of `question` and `answer`,
+    and the question.
+    """
+    texts = "\n\n".join(f"{row['question']}\n{row['answer']}" for row in rows)
+    # the texts may have braces of their own, so the template is cut at its fields, not formatted
+    before, _, after = template.partition("{question}")
+    return before.replace("{rows}", texts) + question + after.replace("{rows}", texts)
+
+
+def is_unknown(answer: str, unknown_answer: str) -> bool:
+    """Whether an answer says that the table has nothing, letter case, punctuation and white
+    space aside.
+    """
+    if not unknown_answer:
+        return False
+    return lookup_text(answer).startswith(lookup_text(unknown_answer))
+
+
+def is_refused(scores: Sequence[float], unknown_answer: str, unknown_threshold: float) -> bool:
+    """Whether the lookup alone says that the table has nothing: no row is as similar as
+    `unknown_threshold`.
+    """
+    return bool(unknown_answer) and max(scores, default=0.0) < unknown_threshold
+
+
+def choose_rows(rows: Sequence[dict], context_rows: int, context_characters: int) -> list[int]:
+    """Which of the rows, best first, go into a prompt: a list of their places.
+
+    `context_rows` of them, and more as long as all together have at most `context_characters`: of
+    short rows more fit, and the right one is more often among them. An answer is shown once, with
+    the best of its questions.
+    """
+    places: list[int] = []
+    characters = 0
+    answers: set[str] = set()
+    for place, row in enumerate(rows):
+        answer = lookup_text(row["answer"])
+        if answer in answers:
+            continue
+        characters += len(row["question"]) + len(row["answer"])
+        if len(places) >= context_rows and characters > context_characters:
+            break
+        answers.add(answer)
+        places.append(place)
+    return places

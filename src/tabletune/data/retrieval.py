@@ -1,0 +1,168 @@
+"""An index over the questions of a table: the rows whose questions are most similar to a text.
+
+TF-IDF of characters, by scikit-learn: it needs no model, reads any script, and finds misspelt
+words. It matches letters, not meaning; the model that reads the rows does the rest.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tabletune.data.lookup import LONGEST, SHORTEST, lookup_text, most_rows
+
+# Thai, Lao, Myanmar and Khmer; Chinese and Japanese: written without spaces between words
+WITHOUT_SPACES = (
+    ("\u0e00", "\u0eff"),
+    ("\u1000", "\u109f"),
+    ("\u1780", "\u17ff"),
+    ("\u2e80", "\u9fff"),
+    ("\uf900", "\ufaff"),
+)
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of the table as it is looked up and shown in a prompt. Rows with one `question_id`
+    ask the same.
+    """
+
+    question: str
+    answer: str
+    question_id: str
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A row that was found, and how similar its question is: the cosine of the two, from 0 to 1."""
+
+    row: TableRow
+    score: float
+
+
+def table_rows(rows: Iterable[dict]) -> list[TableRow]:
+    """The rows of a data set of notebook 1 as the index takes them: the last question, its
+    answer, and its `group`.
+    """
+    found = []
+    for row in rows:
+        questions = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
+        if questions:
+            answer = row["completion"][0]["content"].rpartition("</think>")[2].strip()
+            found.append(TableRow(questions[-1], answer, row["group"]))
+    return found
+
+
+def analyzer_for(texts: Iterable[str]) -> str:
+    """ "char" if most letters of the texts are of scripts that write no spaces between words,
+    else "char_wb".
+    """
+    letters = without = 0
+    for text in texts:
+        for character in text:
+            letters += character.isalpha()
+            without += any(first <= character <= last for first, last in WITHOUT_SPACES)
+    return "char" if without > letters / 2 else "char_wb"
+
+
+class RowIndex:
+    """An index over the questions of rows.
+
+    `vectors` is a sparse matrix [n-grams, rows], one row of it an n-gram, so that a search reads
+    only the n-grams of its question.
+    """
+
+    def __init__(self, rows: Sequence[TableRow], analyzer: str, vectorizer, vectors):
+        self.rows, self.analyzer = list(rows), analyzer
+        self.vectorizer, self.vectors = vectorizer, vectors
+        self.ids = np.array([row.question_id for row in self.rows])
+
+    @classmethod
+    def build(cls, rows: Sequence[TableRow], analyzer: str = "auto") -> "RowIndex":
+        """Make an index over the questions of `rows`. Raises ValueError if there are none."""
+        if not rows:
+            raise ValueError("an index needs at least one row")
+        questions = [row.question for row in rows]
+        if analyzer == "auto":
+            analyzer = analyzer_for(questions)
+        vectorizer = new_vectorizer(analyzer, most_rows=most_rows(len(rows)))
+        vectors = vectorizer.fit_transform(questions)  # [rows, n-grams]
+        return cls(rows, analyzer, vectorizer, vectors.T.tocsr())
+
+    def scores(self, question: str) -> np.ndarray:
+        """The similarity of a question with that of every row: an array [rows], from 0 to 1."""
+        found = self.vectorizer.transform([question]) @ self.vectors  # [1, rows]
+        scores = np.zeros(len(self.rows))
+        scores[found.indices] = found.data
+        return scores
+
+    def search(self, question: str, k: int, exclude_question_id: str | None = None) -> list[Hit]:
+        """The k rows with the most similar questions, best first; none of `exclude_question_id`."""
+        excluded = self.ids == exclude_question_id if exclude_question_id is not None else None
+        return self.best(self.scores(question), k, excluded)
+
+    def search_many(self, questions: Iterable[str], k: int) -> list[list[Hit]]:
+        """`search` for many questions."""
+        return [self.search(question, k) for question in questions]
+
+    def best(self, scores: np.ndarray, k: int, excluded: np.ndarray | None = None) -> list[Hit]:
+        """The k rows with the highest scores, best first, of equal ones the earlier; none that
+        is `excluded` [rows].
+        """
+        ranks = np.round(
+            scores, 6
+        )  # PlainIndex adds in another order; what differs by rounding is equal
+        if excluded is not None:
+            ranks[excluded] = -1
+        if k < len(ranks):
+            limit = np.partition(ranks, -k)[-k] if k else np.inf
+            candidates = np.flatnonzero(ranks >= limit)
+        else:
+            candidates = np.arange(len(ranks))
+        order = candidates[np.argsort(-ranks[candidates], kind="stable")][:k]
+        return [Hit(self.rows[i], float(scores[i])) for i in order if ranks[i] >= 0]
+
+    def save(self, folder: Path) -> None:
+        """Write rows.jsonl, terms.json and vectors.npz into a folder. No pickle: what is read
+        runs no code.
+        """
+        from scipy.sparse import save_npz
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
+            for row in self.rows:
+                file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+        names = self.vectorizer.get_feature_names_out().tolist()
+        terms = {"analyzer": self.analyzer, "ngrams": names, "idf": self.vectorizer.idf_.tolist()}
+        (folder / "terms.json").write_text(json.dumps(terms, ensure_ascii=False), encoding="utf-8")
+        save_npz(folder / "vectors.npz", self.vectors)
+
+    @classmethod
+    def load(cls, folder: Path) -> "RowIndex":
+        """Read an index that `save` wrote. Raises OSError or ValueError if it is not complete."""
+        from scipy.sparse import load_npz
+
+        with open(folder / "rows.jsonl", encoding="utf-8") as file:
+            rows = [TableRow(**json.loads(line)) for line in file]
+        terms = json.loads((folder / "terms.json").read_text(encoding="utf-8"))
+        vectorizer = new_vectorizer(terms["analyzer"], terms["ngrams"])
+        vectorizer.idf_ = np.array(terms["idf"])
+        return cls(rows, terms["analyzer"], vectorizer, load_npz(folder / "vectors.npz"))
+
+
+def new_vectorizer(
+    analyzer: str, vocabulary: list[str] | None = None, most_rows: int | float = 1.0
+):
+    """scikit-learn's TF-IDF of n-grams, as `lookup.PlainIndex` computes it, too."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(
+        preprocessor=lookup_text,
+        analyzer=analyzer,
+        ngram_range=(SHORTEST, LONGEST),
+        sublinear_tf=True,
+        max_df=most_rows,
+        vocabulary=vocabulary,
+    )
