@@ -1,0 +1,75 @@
+"""When the lookup alone decides: two thresholds for its score, from questions that training does not ask.
+
+Questions with an answer are rewordings that are held back (rules of training, other seeds) and, where an answer has
+several wordings, each of them looked up without its own rows. Questions without an answer are the table's own, looked up
+without their rows and without rows of the same answer.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tabletune.data.lookup import lookup_text
+from tabletune.data.retrieval import RowIndex
+from tabletune.data.rewording import Rewording, same_answer
+
+MOST_QUESTIONS = 1000  # that are looked up
+REFUSED_SHARE = 0.02  # of the held-back rewordings score lower than the quantile that is taken
+MARGIN = 0.75  # people reword more freely than rules: the threshold is lower than that quantile
+CERTAIN_SHARE = 0.99  # of the questions without an answer score lower than what counts as certain
+LEAST_CERTAIN = 0.7
+NEVER_CERTAIN = 1.01  # no score is as high
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The two thresholds, and the scores that they were taken from."""
+
+    unknown_threshold: float
+    certain_threshold: float
+    answerable_scores: list[float]
+    other_scores: list[float]
+
+
+def calibrate(index: RowIndex, seed: int) -> Calibration:
+    """The thresholds for an index; the same for the same rows and seed."""
+    generator = random.Random(f"calibration {seed}")
+    places = list(range(len(index.rows)))
+    if len(places) > MOST_QUESTIONS:
+        places = sorted(generator.sample(places, MOST_QUESTIONS))
+    reword = Rewording([row.question for row in index.rows], "training")
+    paraphrases = same_answer(index.rows)
+    answers = np.array([lookup_text(row.answer) for row in index.rows])  # [rows]
+    answerable = []
+    others = []
+    for place in places:
+        row = index.rows[place]
+        answerable.append(best_score(index, reword(row.question, generator)))
+        own_question = index.ids == row.question_id
+        same = answers == answers[place]
+        if answers[place] in paraphrases and (same & ~own_question).any():
+            answerable.append(score_of(index, row.question, ~(same & ~own_question)))
+        others.append(score_of(index, row.question, own_question | same))
+    low = MARGIN * float(np.quantile(answerable, REFUSED_SHARE))
+    certain = max(LEAST_CERTAIN, float(np.quantile(others, CERTAIN_SHARE)))
+    if certain >= 1:
+        certain = NEVER_CERTAIN
+    return Calibration(round(low, 3), round(certain, 3), answerable, others)
+
+
+def best_score(index: RowIndex, question: str) -> float:
+    """The score of the most similar row."""
+    return score_of(index, question, None)
+
+
+def score_of(index: RowIndex, question: str, excluded: np.ndarray | None) -> float:
+    """The best score among the rows that are not `excluded` [rows]; 0 if there are none."""
+    hits = index.best(index.scores(question), 1, excluded)
+    return hits[0].score if hits else 0.0
+
+
+def share_below(scores: Sequence[float], threshold: float) -> float:
+    """The share of the scores that are below a threshold."""
+    return float(np.mean(np.asarray(scores) < threshold))
