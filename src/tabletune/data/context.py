@@ -20,6 +20,7 @@ from tabletune.data.lookup import (
     MOST_CONTEXT_ROWS,
     choose_rows,
     context_message,
+    final_answer,
     is_refused,
     is_unknown,
     lookup_text,
@@ -58,6 +59,14 @@ class ContextPrompt:
     messages: list[Message]
     hits: list[Hit]
     refused: bool
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows in the prompt as plain values, best first: question, answer, score."""
+        return [
+            {"question": hit.row.question, "answer": hit.row.answer, "score": round(hit.score, 4)}
+            for hit in self.hits
+        ]
 
 
 class TableContext:
@@ -111,6 +120,13 @@ class TableContext:
     def is_unknown(self, answer: str) -> bool:
         """Whether an answer says that the table has nothing."""
         return is_unknown(answer, self.settings.unknown_answer)
+
+    def final_answer(self, answer: str, prompt: ContextPrompt) -> tuple[str, bool]:
+        """What is said in the end of a model's answer to a prompt, and whether it is "nothing"."""
+        settings = self.settings
+        return final_answer(
+            answer, prompt.rows, settings.unknown_answer, settings.certain_threshold
+        )
 
     def has_answer(self, references: Sequence[str]) -> bool:
         """Whether one of the answers stands in the index, under whatever question. If not,
@@ -176,18 +192,13 @@ def answer_with_context(
         for place, line in zip(to_ask, answers.to_dict("records"), strict=True):
             lines[place] = line
     for line, prompt in zip(lines, found, strict=True):
+        line["rows"] = prompt.rows
         line["refused"] = prompt.refused
-        line["unknown"] = prompt.refused or context.is_unknown(line["answer"])
-        best = prompt.hits[0] if prompt.hits else None
-        certain = best is not None and best.score >= context.settings.certain_threshold
-        line["copied"] = bool(line["unknown"] and certain)
-        if line["copied"]:
-            line["answer"] = best.row.answer
-            line["unknown"] = False
-        line["rows"] = [
-            {"question": hit.row.question, "answer": hit.row.answer, "score": round(hit.score, 4)}
-            for hit in prompt.hits
-        ]
+        said = line["answer"]
+        line["unknown"] = True
+        if not prompt.refused:
+            line["answer"], line["unknown"] = context.final_answer(said, prompt)
+        line["copied"] = line["answer"] != said
     columns = ["answer", "stopped", "new_tokens", "refused", "unknown", "copied", "rows"]
     return pd.DataFrame(lines, columns=columns), seconds
 

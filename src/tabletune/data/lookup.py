@@ -138,3 +138,18 @@ def choose_rows(rows: Sequence[dict], context_rows: int, context_characters: int
         answers.add(answer)
         places.append(place)
     return places
+
+
+def final_answer(
+    answer: str, rows: Sequence[dict], unknown_answer: str, certain_threshold: float
+) -> tuple[str, bool]:
+    """What is said in the end, and whether that is "the table has nothing": (answer, unknown).
+
+    `rows` were in the prompt, best first, each with its `score`. If the model refuses a question
+    that the best row has nearly word for word, the answer is that row's.
+    """
+    if not is_unknown(answer, unknown_answer):
+        return answer, False
+    if rows and rows[0]["score"] >= certain_threshold:
+        return rows[0]["answer"], False
+    return answer, True

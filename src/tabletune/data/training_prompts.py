@@ -1,8 +1,10 @@
-"""Training prompts with rows of the table in them: conversations that teach to answer from rows, or to refuse.
+"""Training prompts with rows of the table in them: conversations that teach to answer from rows, or
+to refuse.
 
-One context serves several questions: the first turn has the rows, and the turns after it ask on. That costs a third of
-the tokens of one prompt a question. For some questions the context has the row, for others it has only the most similar
-rows of other questions, and the answer is `unknown_answer`.
+One context serves several questions: the first turn has the rows, and the turns after it ask on.
+That costs a third of the tokens of one prompt a question. For some questions the context has the
+row, for others it has only the most similar rows of other questions, and the answer is
+`unknown_answer`.
 """
 
 import random
@@ -42,7 +44,9 @@ class PromptOptions:
 
 @dataclass
 class Turn:
-    """A question, its answer, and what it teaches: "own row", "other wording", "missing" or "practice"."""
+    """A question, its answer, and what it teaches: "own row", "other wording", "missing" or
+    "practice".
+    """
 
     question: str
     answer: str
@@ -51,7 +55,9 @@ class Turn:
 
 @dataclass
 class TrainingPrompt:
-    """A conversation about one context: the messages before it, its rows in the order shown, and its turns."""
+    """A conversation about one context: the messages before it, its rows in the order shown, and
+    its turns.
+    """
 
     history: list[Message]
     rows: list[TableRow]
@@ -72,7 +78,9 @@ class TrainingPrompt:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A row to make prompts of: as it is looked up, its answer in full, and the messages before its question."""
+    """A row to make prompts of: as it is looked up, its answer in full, and the messages before
+    its question.
+    """
 
     row: TableRow
     answer: str
@@ -96,7 +104,9 @@ def training_rows(rows: Iterable[dict[str, Any]]) -> list[TrainingRow]:
 
 @dataclass
 class PromptMaker:
-    """Makes training prompts of the rows of a context's index (evaluation: those of the train split)."""
+    """Makes training prompts of the rows of a context's index (evaluation: those of the train
+    split).
+    """
 
     context: TableContext
     rows: Sequence[TrainingRow]
@@ -112,7 +122,9 @@ class PromptMaker:
         self.unknown = self.context.settings.unknown_answer
 
     def prompts(self) -> Iterator[TrainingPrompt]:
-        """Yield the prompts of the table: each row is asked `copies` times, or until `most_prompts` are made."""
+        """Yield the prompts of the table: each row is asked `copies` times, or until
+        `most_prompts` are made.
+        """
         made = 0
         asked: Counter[int] = Counter()
         for lap, place in self.order():
@@ -124,7 +136,9 @@ class PromptMaker:
             made += 1
 
     def order(self) -> Iterator[tuple[int, int]]:
-        """Yield (lap, place of a row): all rows in a random order, again and again, `copies` times in all."""
+        """Yield (lap, place of a row): all rows in a random order, again and again, `copies`
+        times in all.
+        """
         total = round(self.options.copies * len(self.rows))
         for lap in range(-(-total // max(1, len(self.rows)))):
             places = list(range(len(self.rows)))
@@ -133,7 +147,9 @@ class PromptMaker:
                 yield lap, place
 
     def prompt(self, place: int, asked: Counter, lap: int) -> TrainingPrompt:
-        """A conversation about a row and the rows most like it; counts in `asked` which rows it asks for."""
+        """A conversation about a row and the rows most like it; counts in `asked` which rows it
+        asks for.
+        """
         first = self.rows[place]
         shown = self.context_of(place)
         hits = [place]
@@ -178,14 +194,16 @@ class PromptMaker:
         return TrainingPrompt(history, rows, [self.missing_turn(first)], first.row.question_id)
 
     def context_of(self, place: int) -> list[int]:
-        """The places of the rows of a context: a row, and the most similar ones, each of another question."""
+        """The places of the rows of a context: a row, and the most similar ones, each of another
+        question.
+        """
         shown = [place]
         characters = self.length(place)
         settings = self.context.settings
         for other in self.most_similar(self.rows[place].row.question):
-            if len(shown) >= settings.context_rows:
-                if characters + self.length(other) > settings.context_characters:
-                    break
+            longer = characters + self.length(other) > settings.context_characters
+            if len(shown) >= settings.context_rows and longer:
+                break
             if self.ids[other] in self.ids[shown] or self.answers[other] in self.answers[shown]:
                 continue
             shown.append(other)
@@ -193,7 +211,9 @@ class PromptMaker:
         return shown
 
     def missing_rows(self, place: int, shown: list[int]) -> list[int]:
-        """The places of similar rows whose questions a context does not answer, not even in other words."""
+        """The places of similar rows whose questions a context does not answer, not even in
+        other words.
+        """
         missing: list[int] = []
         for other in self.most_similar(self.rows[place].row.question):
             if self.ids[other] in self.ids[shown] or self.answers[other] in self.answers[shown]:
@@ -213,14 +233,18 @@ class PromptMaker:
         return order[: 3 * MOST_CONTEXT_ROWS].tolist()
 
     def others(self, question: str, places: list[int]) -> list[Any]:
-        """Hits for a question, none of the questions, and none with the answers, of the rows at `places`."""
+        """Hits for a question, none of the questions, and none with the answers, of the rows at
+        `places`.
+        """
         excluded = np.isin(self.ids, self.ids[places])
         excluded |= np.isin(self.answers, self.answers[places])
         index = self.context.index
         return index.best(index.scores(question), MOST_CONTEXT_ROWS, excluded)
 
     def known_turn(self, training_row: TrainingRow) -> Turn:
-        """A question that the context answers: the row's own, reworded or not, or another with the same answer."""
+        """A question that the context answers: the row's own, reworded or not, or another with
+        the same answer.
+        """
         row = training_row.row
         others = [
             other.question
@@ -252,7 +276,9 @@ class PromptMaker:
 
     @staticmethod
     def has_turns_before(row: TrainingRow) -> bool:
-        """Whether a row's question is not the first of its conversation, so that it cannot share a context."""
+        """Whether a row's question is not the first of its conversation, so that it cannot share
+        a context.
+        """
         return any(role != "system" for role, _ in row.history)
 
 
@@ -261,7 +287,9 @@ class PromptMaker:
 
 @dataclass
 class PracticeTable:
-    """A small made-up table: facts as (answer, wordings of its question), and questions that it does not answer."""
+    """A small made-up table: facts as (answer, wordings of its question), and questions that it
+    does not answer.
+    """
 
     facts: list[tuple[str, list[str]]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -287,10 +315,11 @@ def read_practice() -> list[PracticeTable]:
 def practice_prompts(
     context: TableContext, options: PromptOptions, system: Sequence[Message] = ()
 ) -> Iterator[TrainingPrompt]:
-    """Yield prompts about the practice tables: paraphrases to be answered from rows, and questions to refuse.
+    """Yield prompts about the practice tables: paraphrases to be answered from rows, and questions
+    to refuse.
 
-    They teach to match by meaning, which a table with one wording for each question cannot. Without `unknown_answer`
-    there are only questions that the rows answer.
+    They teach to match by meaning, which a table with one wording for each question cannot. Without
+    `unknown_answer` there are only questions that the rows answer.
     """
     random_numbers = random.Random(f"practice {options.seed}")
     tables = read_practice()
