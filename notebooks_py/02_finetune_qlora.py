@@ -101,6 +101,9 @@ early_stopping_patience = (
 )
 
 # %%
+# PyTorch reads this when it is imported: freed GPU memory is used again, whatever its size was
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 from tabletune.chat.tokenizer import load_tokenizer, template_settings
 from tabletune.model.devices import compute_dtype
 from tabletune.model.inspection import base_config
@@ -284,7 +287,7 @@ trainer = TokenTrainer(
     eval_dataset=encoded["validation"],
     data_collator=Collator(tokenizer.pad_token_id, max_length),
     processing_class=tokenizer,
-    callbacks=training_callbacks(early_stopping_patience),
+    callbacks=training_callbacks(early_stopping_patience, room.recomputed_layers(rows_at_once)),
 )
 
 # %% [markdown]

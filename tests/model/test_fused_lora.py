@@ -116,7 +116,7 @@ def test_cheap_recomputation_changes_nothing(config, fused):
     if fused:
         fuse_adapters(model)
     expected = loss_and_gradients(model)
-    recompute_cheap_parts(model, HIDDEN, torch.float32)
+    recompute_cheap_parts(model, torch.float32)
     loss, gradients = loss_and_gradients(model)
     assert loss == expected[0]
     assert torch.equal(gradients, expected[1])
@@ -126,7 +126,7 @@ def test_cheap_recomputation_changes_nothing(config, fused):
 def test_cheap_recomputation_changes_nothing_for_pefts_own_layers(lora):
     model = adapted(**lora)
     expected = loss_and_gradients(model)
-    recompute_cheap_parts(model, HIDDEN, torch.float32)
+    recompute_cheap_parts(model, torch.float32)
     loss, gradients = loss_and_gradients(model)
     assert loss == expected[0]
     assert torch.equal(gradients, expected[1])
@@ -137,7 +137,7 @@ def test_cheap_recomputation_changes_nothing_for_pefts_own_layers(lora):
 def test_partly_recomputed_layers_change_nothing(count, dropout):
     model = adapted(lora_dropout=dropout)
     fuse_adapters(model)
-    recompute_cheap_parts(model, HIDDEN, torch.float32)
+    recompute_cheap_parts(model, torch.float32)
     expected = loss_and_gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     recompute_first_layers(model, count)
@@ -174,7 +174,7 @@ def test_norms_and_the_inside_of_the_mlp_are_not_kept():
     assert alive_after_forward(model) == 9
     model = adapted()
     fuse_adapters(model)
-    recompute_cheap_parts(model, HIDDEN, torch.float32)
+    recompute_cheap_parts(model, torch.float32)
     assert alive_after_forward(model) == 0
 
 
@@ -252,7 +252,7 @@ def test_a_model_trains_and_saves_as_before(tmp_path):
     model = adapted()
     names = set(model.state_dict())
     fuse_adapters(model)
-    recompute_cheap_parts(model, HIDDEN, torch.float32)
+    recompute_cheap_parts(model, torch.float32)
     assert set(model.state_dict()) == names
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     before, _ = loss_and_gradients(model)
@@ -281,7 +281,7 @@ def test_a_norm_that_is_changed_in_place_is_kept():
             hidden_states=hidden_states.mul_(2), **rest
         )
     expected = loss_and_gradients(model)
-    recompute_cheap_parts(model, HIDDEN, torch.float32)
+    recompute_cheap_parts(model, torch.float32)
     assert torch.equal(loss_and_gradients(model)[1], expected[1])
 
 

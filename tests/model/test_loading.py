@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY
+from conftest import TINY
 from huggingface_hub.errors import DryRunError
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
@@ -52,7 +52,7 @@ from tabletune.model.weights import AHEAD, read_ahead, weight_files
 from tabletune.run import artifacts
 from tabletune.training.base_summary import summarize_base_model
 from tabletune.training.lora_targets import lora_targets, shortest_target_names
-from tabletune.training.memory import expected_gib
+from tabletune.training.memory import TrainingMemory
 from tabletune.training.planning import LEAK
 
 SMALL = {
@@ -127,7 +127,7 @@ def test_auto_adapts_the_attention_of_every_kind(kind):
     """And what the sum of memory and the table of the base read from a config, every one of them has."""
     model = skeleton(KINDS[kind])
     targets = lora_targets(model)
-    assert expected_gib(model, torch.float32, 64, False, targets).sum() > 0
+    assert TrainingMemory(model, torch.float32, False, targets).total(64) > 0
     assert "million parameters" in summarize_base_model(model)["architecture"]
     short = shortest_target_names(model, targets)
     assert [
@@ -256,7 +256,7 @@ def test_a_multimodal_model_is_read_whole_and_adapted_in_its_text():
     targets = lora_targets(model)
     assert targets and all("language_model" in name for name in targets)
     assert "vision" in " ".join(name for name, _ in model.named_modules())
-    assert expected_gib(model, torch.float32, 64, gpu=False).sum() > 0
+    assert TrainingMemory(model, torch.float32, False).total(64) > 0
 
 
 @pytest.mark.parametrize(
@@ -522,79 +522,6 @@ def test_an_adapter_is_read_as_it_was_saved(kind, options, tmp_path):
     )
     with pytest.raises(StageError, match="does not fit the base model"):
         attach_adapter(again.unload(), tmp_path)
-
-
-# PyTorch's peak of reserved memory in GiB on a GPU, Llama-2-7B's shape where no other is named, r 64 on q, k, v, o,
-# packed rows of 512 with Liger's kernels on one H100 or two, and padded ones without on an H200
-MEASURED = [
-    ({"rows": 1, "dtype": torch.bfloat16}, 6.45),
-    ({"rows": 8, "dtype": torch.bfloat16}, 18.83),
-    ({"rows": 16, "dtype": torch.bfloat16}, 31.41),
-    ({"rows": 4, "dtype": torch.float16}, 11.44),
-    ({"rows": 8, "dtype": torch.float16, "gradient_checkpointing": True}, 6.05),
-    ({"rows": 16, "dtype": torch.float16, "gradient_checkpointing": True}, 8.05),
-    ({"rows": 24, "dtype": torch.float16, "gradient_checkpointing": True}, 9.26),
-    ({"rows": 4, "dtype": torch.bfloat16, "use_liger_kernel": False, "lora_dropout": 0.1}, 17.46),
-    ({"rows": 1, "dtype": torch.float16, "gradient_checkpointing": True}, 4.56),
-    ({"rows": 2, "dtype": torch.bfloat16, "gradient_checkpointing": True}, 5.42),  # one of two, DDP
-    ({"rows": 16, "dtype": torch.bfloat16}, 32.1),  # one of two, DDP
-    ({"rows": 2, "dtype": torch.bfloat16, "gradient_checkpointing": True, "shards": 2}, 3.40),
-    ({"rows": 16, "dtype": torch.bfloat16, "shards": 2}, 28.77),
-    ({"rows": 5, "dtype": torch.bfloat16, "shards": 2, "name": "70B"}, 68.1),
-]
-# the same of other published shapes, 16 rows with the settings of the profiles t4, in fp16, and a100, in bf16
-T4 = {"dtype": torch.float16, "optim": "paged_adamw_32bit"}
-A100 = {"dtype": torch.bfloat16, "optim": "adamw_torch_fused", "gradient_checkpointing": False}
-MEASURED_OTHERS = [
-    ("llama-3.1-8b-instruct", T4, 9.74),
-    ("llama-3.1-8b-instruct", A100, 37.38),
-    ("qwen3-4b", T4, 6.02),
-    ("qwen3-4b", A100, 31.29),
-    ("gemma-3-4b-it", T4, 5.79),
-]
-SHAPES = {"7B": (4096, 11008, 32, 32), "70B": (8192, 28672, 80, 8)}
-
-
-@pytest.mark.parametrize(("settings", "measured"), MEASURED)
-def test_the_expected_memory_is_near_the_measured(settings, measured):
-    settings = {
-        "gradient_checkpointing": False,
-        "optim": "adamw_torch_fused",
-        "name": "7B",
-        **settings,
-    }
-    rows, dtype = settings.pop("rows"), settings.pop("dtype")
-    hidden, intermediate, layers, heads = SHAPES[settings.pop("name")]
-    shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
-    config = LlamaConfig(**shape, num_attention_heads=hidden // 128, num_key_value_heads=heads)
-    expected = expected_gib(skeleton(config), dtype, rows * 512, gpu=True, **settings)
-    assert expected.sum() == pytest.approx(measured, rel=0.15)
-
-
-@pytest.mark.parametrize(("name", "settings", "measured"), MEASURED_OTHERS)
-def test_the_expected_memory_of_other_shapes_is_near_the_measured(name, settings, measured):
-    published = json.loads(
-        (ROOT / "tests" / "model_configs" / f"{name}.json").read_text(encoding="utf-8")
-    )
-    config = AutoConfig.for_model(**published["config"])
-    expected = expected_gib(skeleton(config), tokens=16 * 512, gpu=True, **settings)
-    assert expected.sum() == pytest.approx(measured, rel=0.15)
-
-
-def test_the_expected_memory_of_the_cpu_profile():
-    """2.76 GiB were the peak of notebook 2 on two cores, 0.62 GiB of it there before the model is loaded."""
-    smollm2 = {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "vocab_size": 49152,
-    }
-    smollm2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
-    settings = {"gradient_checkpointing": False, "use_liger_kernel": False, "targets": "all-linear"}
-    expected = expected_gib(
-        skeleton(LlamaConfig(**smollm2)), torch.float32, 2 * 256, gpu=False, **settings
-    )
-    assert expected.drop("Python and its libraries").sum() + 0.62 == pytest.approx(2.76, rel=0.15)
 
 
 def test_room_is_what_the_machine_has(monkeypatch):

@@ -23,7 +23,7 @@ from tabletune.model.loading import model_class, skeleton
 from tabletune.run.parameters import DEFAULTS
 from tabletune.training.base_summary import summarize_base_model
 from tabletune.training.lora_targets import lora_targets, shortest_target_names
-from tabletune.training.memory import expected_gib
+from tabletune.training.memory import TrainingMemory
 
 ROOT = Path(__file__).parent.parent.parent
 MENU = {
@@ -210,40 +210,43 @@ def settings_of(name, profile):
     )
 
 
-def gib(name, profile, rows, shards=1, **changes):
-    """Notebook 2's sum for an entry of the menu under a profile, in GiB on each GPU."""
-    settings = settings_of(name, profile) | changes
-    return expected_gib(
+@cache
+def memory_of(name, profile, shards=1):
+    """Notebook 2's estimate for an entry of the menu under a profile."""
+    settings = settings_of(name, profile)
+    same = ("lora_r", "lora_dropout", "optim", "use_liger_kernel", "max_length")
+    return TrainingMemory(
         shape_of(name),
         torch.float16,
-        rows * settings["max_length"],
         gpu=True,
         targets=settings["lora_target_modules"],
-        lora_r=settings["lora_r"],
-        lora_dropout=settings["lora_dropout"],
-        optim=settings["optim"],
-        gradient_checkpointing=settings["gradient_checkpointing"],
-        use_liger_kernel=settings["use_liger_kernel"],
         shards=shards,
-    ).sum()
+        **{option: settings[option] for option in same},
+    )
+
+
+def gib(name, profile, rows, shards=1, checkpointing=None):
+    """Its sum in GiB on each GPU, with all layers recomputed or none."""
+    settings = settings_of(name, profile)
+    if checkpointing is None:
+        checkpointing = settings["gradient_checkpointing"]
+    memory = memory_of(name, profile, shards)
+    return memory.total(rows * settings["max_length"], memory.shape.layers * checkpointing)
 
 
 def cell(name, profile):
     """What docs/models.md has to say: as many rows as fit and what they take, or what one would."""
     most = settings_of(name, profile)["batch_size"]
     most = most if isinstance(most, int) else 16
-    ways = [
-        ("", 1, {}),
-        (", sharded", 2, {})
-        if "x2" in profile
-        else (", checkpointing", 1, {"gradient_checkpointing": True}),
-    ]
-    for how, shards, changes in ways:
-        one, two = (gib(name, profile, rows, shards, **changes) for rows in (1, 2))
+    ways = [("", 1, None), (", checkpointing", 1, True)]
+    if "x2" in profile:
+        ways[1] = (", sharded", 2, None)
+    for how, shards, checkpointing in ways:
         for rows in range(most, 0, -1):
-            if (takes := one + (rows - 1) * (two - one)) <= CARDS[profile]:
+            takes = gib(name, profile, rows, shards, checkpointing)
+            if takes <= CARDS[profile]:
                 return f"{rows} row{'s' * (rows > 1)}{how}: {takes:.1f}"
-    return f"no: {gib(name, profile, 1, ways[-1][1], gradient_checkpointing=True):.1f}"
+    return f"no: {gib(name, profile, 1, ways[-1][1], True):.1f}"
 
 
 @pytest.mark.parametrize("name", MENU)

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import PartialState
 from conftest import TINY, run_tiny
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
@@ -30,7 +30,7 @@ from tabletune.training import results as results_module
 from tabletune.training.checkpoints import newest_checkpoint
 from tabletune.training.collator import Collator
 from tabletune.training.fsdp import ShardedTraining, check_sharding
-from tabletune.training.planning import room_for_training, rows_and_steps
+from tabletune.training.planning import room_for_training
 from tabletune.training.validation import targets_to_adapt, when_to_evaluate
 
 FAST = {"max_length": 128, "evaluations": 2, "batch_size": 4, "report_to": "none"}
@@ -255,58 +255,6 @@ def test_checkpoints_that_are_not_whole_do_not_count(tmp_path):
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-5"]
 
 
-@pytest.mark.parametrize(
-    ("rows", "given", "wanted"),
-    [
-        (40, {"batch_size": 16, "min_steps": 300}, (16, 1, 3)),  # a number is taken as it is
-        (40, {"batch_size": 16, "min_steps": 300, "kept": 8, "least": 4}, (16, 1, 3)),
-        (40, {"batch_size": "auto", "min_steps": 300}, (1, 1, 40)),
-        (40, {"batch_size": "auto", "min_steps": 20}, (2, 1, 20)),
-        (400, {"batch_size": "auto", "min_steps": 20}, (16, 1, 25)),
-        (400, {"batch_size": "auto", "min_steps": 20, "fits": 5}, (5, 1, 80)),
-        (400, {"batch_size": "auto", "min_steps": 20, "accumulation": 4}, (5, 4, 20)),
-        (400, {"batch_size": 8, "min_steps": 1, "accumulation": 2, "processes": 2}, (8, 2, 13)),
-        (40, {"batch_size": 16, "min_steps": 300, "epochs": 0.5}, (16, 1, 2)),
-        (400, {"batch_size": "auto", "min_steps": 20, "kept": 20, "least": 4}, (16, 1, 25)),
-        (
-            400,
-            {"batch_size": "auto", "min_steps": 20, "kept": 15, "least": 4},
-            (8, 2, 25),
-        ),  # 16 rows as before
-        (400, {"batch_size": "auto", "min_steps": 20, "kept": 5, "least": 4}, (4, 4, 25)),
-        (400, {"batch_size": "auto", "min_steps": 20, "kept": 3, "least": 4}, (16, 1, 25)),
-        (400, {"batch_size": "auto", "min_steps": 20, "kept": 0, "least": 4}, (16, 1, 25)),
-        (400, {"batch_size": "auto", "min_steps": 28, "kept": 8, "least": 4}, (7, 2, 29)),
-        (
-            400,
-            {"batch_size": "auto", "min_steps": 20, "accumulation": 2, "kept": 5, "least": 4},
-            (5, 4, 20),
-        ),
-        (
-            400,
-            {"batch_size": "auto", "min_steps": 20, "processes": 2, "kept": 5, "least": 4},
-            (5, 2, 20),
-        ),
-        (40, {"batch_size": "auto", "min_steps": 20, "kept": 8, "least": 4}, (2, 1, 20)),
-    ],
-)
-def test_what_a_step_is(rows, given, wanted):
-    assert rows_and_steps(rows, given.pop("epochs", 1), **given) == wanted
-    for bad in (0, -1, "many", 2.5):
-        with pytest.raises(StageError, match="batch_size"):
-            rows_and_steps(rows, 1, bad, 1)
-
-
-def test_the_step_is_said_in_one_line(capsys):
-    chosen = {"epochs": 1, "batch_size": 2, "min_steps": 300, "gradient_accumulation_steps": 4}
-    chosen["max_length"] = 512
-    room, processes = SimpleNamespace(fits=16, kept=0), SimpleNamespace(num_processes=2)
-    assert planning.plan_steps(chosen, range(100), range(300), room, processes) == (2, 4, 7)
-    said = capsys.readouterr().out
-    assert said.startswith("a step is 2 rows × 4 accumulated × 2 GPUs, about 48 examples; 7 steps")
-    assert "fewer than min_steps=300" in said
-
-
 def test_rows_that_may_not_be_packed_are_not(stage, capsys, monkeypatch):
     monkeypatch.setattr(planning, "packing_leak", lambda model: 0.085)
     examples = planning.rows_to_train_on(
@@ -505,136 +453,6 @@ def test_activations_are_kept_where_a_model_cannot_recompute_them(stage, monkeyp
     assert settings["gradient_checkpointing"] is False
 
 
-def test_only_weights_that_do_not_fit_are_refused(monkeypatch, capsys):
-    chosen = {
-        "lora_r": 8,
-        "lora_dropout": 0.0,
-        "optim": "adamw_torch",
-        "gradient_checkpointing": False,
-    }
-    chosen |= {
-        "use_liger_kernel": False,
-        "quantization": "nf4",
-        "max_length": 256,
-        "epochs": 1,
-        "batch_size": 8,
-    }
-    chosen |= {
-        "min_steps": 1,
-        "gradient_accumulation_steps": 1,
-        "base_model": "b",
-        "ignore_memory": False,
-    }
-    config, processes = AutoConfig.from_pretrained(TINY), PartialState(cpu=True)
-
-    def ask(room, **change):
-        monkeypatch.setattr(planning, "available_memory_gib", lambda: room)
-        return room_for_training({**chosen, **change}, config, torch.float32, "auto", 40, processes)
-
-    assert ask(64).fits == 16 and "If it does not fit" not in capsys.readouterr().out
-    assert (
-        ask(0.5).expected.sum() > 0.5
-        and "lower batch_size and raise gradient" in capsys.readouterr().out
-    )
-    with pytest.raises(
-        StageError, match=r"The weights alone take 0\.0 GiB of memory, and there are 0\.0 GiB"
-    ):
-        ask(1e-4)
-    assert ask(1e-4, ignore_memory=True)
-
-
-def test_nothing_is_recomputed_where_a_gpu_has_room_for_all(monkeypatch, capsys):
-    chosen = {
-        "lora_r": 8,
-        "lora_dropout": 0.0,
-        "optim": "adamw_torch",
-        "gradient_checkpointing": True,
-    }
-    chosen |= {
-        "use_liger_kernel": True,
-        "quantization": "nf4",
-        "max_length": 256,
-        "epochs": 1,
-        "batch_size": 8,
-    }
-    chosen |= {
-        "min_steps": 1,
-        "gradient_accumulation_steps": 1,
-        "base_model": "b",
-        "ignore_memory": False,
-    }
-    config, processes = AutoConfig.from_pretrained(TINY), PartialState(cpu=True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-
-    def ask(room, **change):
-        monkeypatch.setattr(planning, "available_memory_gib", lambda: room)
-        return room_for_training({**chosen, **change}, config, torch.float32, "auto", 40, processes)
-
-    kept = ask(64)
-    assert kept.kept >= 8 and "nothing is recomputed" in capsys.readouterr().out
-    assert kept.expected["recorded steps"] == pytest.approx(
-        0.1 * kept.expected.drop("recorded steps").sum()
-    )
-    tight = ask(kept.expected.sum())
-    assert (
-        tight.kept < 8
-        and tight.expected.sum() < kept.expected.sum()
-        and "recorded steps" not in tight.expected
-    )
-    assert "nothing is recomputed" not in capsys.readouterr().out
-    assert "recorded steps" not in ask(64, batch_size=16).expected
-    assert not ask(1e-3, gradient_checkpointing=False, ignore_memory=True).kept < 8
-
-
-def test_rows_of_a_step_are_taken_in_parts_of_which_nothing_is_recomputed(monkeypatch, stage):
-    """The same step, and what is expected to be in memory is what one part takes."""
-    chosen = {
-        "lora_r": 8,
-        "lora_dropout": 0.0,
-        "optim": "adamw_torch",
-        "gradient_checkpointing": True,
-    }
-    chosen |= {
-        "use_liger_kernel": True,
-        "quantization": "nf4",
-        "max_length": 256,
-        "epochs": 1,
-        "batch_size": "auto",
-    }
-    chosen |= {
-        "min_steps": 1,
-        "gradient_accumulation_steps": 1,
-        "base_model": "b",
-        "ignore_memory": False,
-    }
-    config, processes = (
-        AutoConfig.from_pretrained(TINY, num_hidden_layers=24),
-        PartialState(cpu=True),
-    )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-
-    def ask(room, **change):
-        monkeypatch.setattr(planning, "available_memory_gib", lambda: room)
-        found = room_for_training(
-            {**chosen, **change}, config, torch.float32, "auto", 400, processes
-        )
-        return found, planning.plan_steps(
-            {**chosen, **change}, range(400), range(400), found, processes
-        )
-
-    for rows in (8, 16):
-        needed = (
-            ask(64, batch_size=rows)[0].expected.drop("recorded steps", errors="ignore").sum() / 0.8
-        )
-        assert ask(1.001 * needed)[1] == (rows, 16 // rows, 25)
-        assert ask(0.999 * needed)[1] == ((8, 2, 25) if rows == 16 else (16, 1, 25))
-    for room, recomputed in ((1.001 * needed, False), (0.999 * needed, True)):
-        told = planning.trainer_settings(
-            stage.stage, False, torch.float32, ask(room)[0], 16, 10, packed=True
-        )
-        assert told["gradient_checkpointing"] == recomputed
-
-
 def test_recorded_layers_accumulate_and_take_fewer_rows(monkeypatch):
     """As the usual ones; a graph here is a function that leaves its gradients in the same memory each time."""
     replayed = []
@@ -788,36 +606,3 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch, stored, optim, processes
         return check_sharding(config, "some-base", optim, 1.0)
     with pytest.raises(StageError, match=message):
         check_sharding(config, "some-base", optim, 1.0)
-
-
-def test_a_model_that_one_gpu_cannot_hold_is_sharded_over_two(monkeypatch):
-    chosen = {
-        "lora_r": 8,
-        "lora_dropout": 0.0,
-        "optim": "adamw_torch",
-        "gradient_checkpointing": False,
-    }
-    chosen |= {
-        "use_liger_kernel": False,
-        "quantization": "nf4",
-        "max_length": 256,
-        "epochs": 1,
-        "batch_size": 8,
-    }
-    chosen |= {
-        "min_steps": 1,
-        "gradient_accumulation_steps": 1,
-        "base_model": "b",
-        "ignore_memory": False,
-    }
-    processes = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_GPU)
-    monkeypatch.setattr(planning, "gather_object", lambda values: values)
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    config = AutoConfig.from_pretrained(TINY)
-    for room, sharded in ((64, False), (0.7, True)):
-        monkeypatch.setattr(planning, "available_memory_gib", lambda room=room: room)
-        assert (
-            room_for_training(chosen, config, torch.float32, "auto", 40, processes).sharded
-            == sharded
-        )

@@ -16,12 +16,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tabletune.model.inspection import text_part
 
-MOST_TOKENS = 2048  # of a batch: with more, the GPU is the slower one
+MOST_TOKENS = 4096  # of a batch: with more, the GPU is the slower one
 
 
 def is_small_batch(batch_size, max_length, processes):
     """Whether a batch of a training is one that recording makes faster: a small one, in one process."""
     return batch_size * max_length <= MOST_TOKENS and processes == 1
+
+
+def uses_dropout(model: torch.nn.Module) -> bool:
+    """Whether a model draws random numbers in training: by dropout of its own or of its adapters."""
+    config = model.config.get_text_config()
+    modules = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    return bool(getattr(config, "attention_dropout", 0)) or any(m.p > 0 for m in modules)
 
 
 def dtype_of(args):
@@ -79,13 +86,15 @@ class CudaGraphCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
         shape = (args.per_device_train_batch_size, args.max_length)
         packed = "seq_lengths" in getattr(train_dataloader.dataset, "column_names", [])
-        drops = any(
-            isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()
+        again = args.gradient_checkpointing  # layers that keep no state of a random generator
+        again_plainly = not (args.gradient_checkpointing_kwargs or {}).get(
+            "preserve_rng_state", True
         )
         fit = (
             is_small_batch(*shape, args.world_size)
             and packed
-            and not (drops or args.gradient_checkpointing)
+            and not uses_dropout(model)
+            and (not again or again_plainly)
         )
         if fit and model.device.type == "cuda" and layers_support_cuda_graph(model):
             dtype = dtype_of(args)

@@ -33,20 +33,28 @@ def frozen_weight(layer: torch.nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     return dequantize_4bit(layer.weight.data.view(-1, 1), state).to(dtype)
 
 
-def get_random_state(device: torch.device) -> torch.Tensor:
-    """The state of a device's random generator. Reading it does not wait for a GPU."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def get_random_state(device: torch.device) -> int | torch.Tensor:
+    """How far a device's random generator has come: enough to draw the same numbers again.
 
-
-def set_random_state(device: torch.device, state: torch.Tensor) -> None:
-    """Put a device's random generator into this state."""
+    On a GPU that is an offset. The whole state would take a tenth of a millisecond to set, a
+    thousand times a step.
+    """
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
+        return torch.cuda.default_generators[device.index].get_offset()
+    return torch.get_rng_state()
+
+
+def set_random_state(device: torch.device, state: int | torch.Tensor) -> None:
+    """Put a device's random generator back to where `get_random_state` found it."""
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].set_offset(state)
     else:
         torch.set_rng_state(state)
 
 
-def repeat_dropout(rows: torch.Tensor, probability: float, state: torch.Tensor) -> torch.Tensor:
+def repeat_dropout(
+    rows: torch.Tensor, probability: float, state: int | torch.Tensor
+) -> torch.Tensor:
     """`rows` [tokens, width] after the dropout that was drawn when the generator had this state."""
     current_state = get_random_state(rows.device)
     set_random_state(rows.device, state)

@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tabletune.model.inspection import text_part
 
 
 def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers of a model that can be recomputed one by one, in their order."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """The layers of a model's text part that can be recomputed one by one, in their order."""
+    modules = text_part(model).modules()
+    return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
 
 
 def recompute_first_layers(model: torch.nn.Module, count: int) -> None:
@@ -28,6 +32,17 @@ def recompute_first_layers(model: torch.nn.Module, count: int) -> None:
     """
     for layer in decoder_layers(model)[count:]:
         layer.gradient_checkpointing = False
+
+
+class RecomputeFirstLayers(TrainerCallback):
+    """Recompute only the first layers in a training with gradient checkpointing; with 0, as it is."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        if self.count:
+            recompute_first_layers(model, self.count)
 
 
 @dataclass
@@ -192,12 +207,13 @@ def watch_layer(layer: torch.nn.Module, recipes: Recipes) -> None:
     layer.forward = forward
 
 
-def recompute_cheap_parts(model: torch.nn.Module, hidden_size: int, dtype: torch.dtype) -> None:
+def recompute_cheap_parts(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Let the decoder layers of a PeftModel recompute their norms and the inside of their MLP.
 
     `dtype` is the one that the model computes in. Where no adapter reads these tensors, autograd
     does not keep them in the first place, and nothing changes.
     """
+    hidden_size = model.config.get_text_config().hidden_size
     for layer in decoder_layers(model):
         recipes = Recipes()
         for module in layer.modules():

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,16 +13,27 @@ from accelerate.utils import gather_object
 from tabletune.chat.templates import describe_template
 from tabletune.errors import StageError
 from tabletune.model.checks import check_forward, packing_leak
-from tabletune.model.cuda_graphs import is_small_batch, layers_support_cuda_graph
+from tabletune.model.cuda_graphs import (
+    is_small_batch,
+    layers_support_cuda_graph,
+    uses_dropout,
+)
 from tabletune.model.devices import available_memory_gib
 from tabletune.model.loading import skeleton
 from tabletune.training.base_summary import summarize_base_model
 from tabletune.training.fsdp import check_sharding
-from tabletune.training.memory import expected_gib
+from tabletune.training.memory import GIB, TrainingMemory
 from tabletune.training.validation import check_choices, targets_to_adapt, when_to_evaluate
 
-LEAST_TOKENS = 2048  # to take at once: every batch unpacks all weights, which takes as long as some hundred tokens
-LEAK = 1e-5  # of the range of the logits: what is masked contributes exactly 0, so anything more is a leak
+MOST_ROWS = 16  # of a step that "auto" makes
+LEAST_TOKENS = 2048  # to take at once where there are as many: every batch dequantizes all weights
+LEAK = 1e-5  # of the range of the logits: what is masked contributes exactly 0
+# What a batch costs, in tokens of training, measured with a 7B on H100 and H200: dequantizing all
+# weights takes as long as 280 tokens, recomputing all layers as long as a third of the batch.
+DEQUANTIZING_TOKENS = 280
+RECOMPUTING_SHARE = 1 / 3
+# Of the memory that there is. The estimate was at most 5% too low, by 24 measurements.
+SAFE_SHARE = 0.96
 
 
 def look_and_check(chosen, config, dtype, tokenizer, stops):
@@ -38,140 +50,191 @@ def look_and_check(chosen, config, dtype, tokenizer, stops):
     return targets_to_adapt(chosen, model), look
 
 
-def rows_and_steps(
-    rows,
-    epochs,
-    batch_size,
-    min_steps,
-    accumulation=1,
-    processes=1,
-    fits=16,
-    kept=math.inf,
-    least=1,
-):
-    """What an optimizer step is: (rows that each GPU takes at once, how often before it, how many steps there are).
-
-    `batch_size` is taken as it is. "auto" is as many as fit, at most 16, but so few that there are `min_steps` steps: a
-    small table would end before the model has learned (5 steps an epoch taught nothing, 300 did). If more than `kept`,
-    for which nothing is recomputed, they are taken in equal parts of as many as can be kept, at least `least`. Raises
-    StageError if batch_size is neither a number nor "auto".
-    """
-    if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size > 0):
-        raise StageError(f'batch_size={batch_size!r}: use a whole number of rows, or "auto".')
-    if batch_size == "auto":
-        wanted = max(1, min(16, fits, int(rows * epochs / (min_steps * accumulation * processes))))
-        parts = [part for part in range(least, min(wanted, kept) + 1) if wanted % part == 0]
-        batch_size = max(parts, default=wanted)
-        accumulation *= wanted // batch_size
-    batches = math.ceil(rows / (batch_size * processes))
-    return batch_size, accumulation, math.ceil(math.ceil(batches / accumulation) * epochs)
-
-
-def steps_as_chosen(chosen, rows, processes, fits, kept):
-    """`rows_and_steps` with the parameters of notebook 2, `chosen`."""
-    names = ("epochs", "batch_size", "min_steps", "gradient_accumulation_steps")
-    least = math.ceil(LEAST_TOKENS / chosen["max_length"])
-    return rows_and_steps(
-        rows, *(chosen[n] for n in names), processes.num_processes, max(1, fits), kept, least
-    )
-
-
-def plan_steps(chosen, rows, examples, room, processes):
-    """`steps_as_chosen` where there is such room; prints in one line what a step on these rows of examples will be."""
-    batch_size, accumulation, steps = steps_as_chosen(
-        chosen, len(rows), processes, room.fits, room.kept
-    )
-    parts = [f"{batch_size} rows"] + [f"× {accumulation} accumulated"] * (accumulation > 1)
-    parts += [f"× {processes.num_processes} GPUs"] * (processes.num_processes > 1)
-    of_all = batch_size * accumulation * processes.num_processes * len(examples) / len(rows)
-    smaller = f", fewer than min_steps={chosen['min_steps']}: batch_size=auto makes smaller ones"
-    few = smaller if steps < chosen["min_steps"] and chosen["batch_size"] != "auto" else ""
-    print(f"a step is {' '.join(parts)}, about {of_all:.0f} examples; {steps:,} steps{few}")
-    return batch_size, accumulation, steps
+# --- what a step is
 
 
 @dataclass
 class Room:
-    """What a training will take: GiB by part, how many rows of a batch fit, of how many all activations can be kept,
-    and whether the model must be sharded."""
+    """What a training takes beside what there is, and what follows from it for its batches."""
 
-    expected: pd.Series
-    fits: int
-    kept: float
-    sharded: bool
+    memory: TrainingMemory
+    available_gib: float
+    recomputes: bool  # whether layers may be recomputed
+    graphs: bool = False  # whether steps on small batches become a CUDA graph
+    draws: bool = True  # whether there is dropout, so that recomputing must draw the same again
+    sharded: bool = False
+    expected: pd.Series | None = None  # GiB by part of the step that is planned
+
+    def is_graph(self, rows: int) -> bool:
+        """Whether a step on batches of `rows` rows becomes a CUDA graph."""
+        return self.graphs and is_small_batch(rows, self.memory.max_length, 1)
+
+    def total(self, rows: int, recomputed_layers: int) -> float:
+        """The estimate in GiB for batches of `rows` full rows."""
+        tokens = rows * self.memory.max_length
+        return self.memory.total(tokens, recomputed_layers, self.is_graph(rows))
+
+    def recomputed_layers(self, rows: int) -> int:
+        """How many layers must be recomputed for batches of `rows` full rows: the first that many.
+
+        Without a GPU, and where the model is sharded, it is all or none of them.
+        """
+        layers = self.memory.shape.layers
+        if not self.recomputes:
+            return 0
+        if not self.memory.gpu or self.sharded:
+            return layers
+        for count in range(layers):
+            if self.total(rows, count) <= SAFE_SHARE * self.available_gib:
+                return count
+        return layers
+
+    def fits(self, rows: int) -> bool:
+        """Whether batches of `rows` full rows fit, with as much recomputed as they need."""
+        needed = self.total(rows, self.recomputed_layers(rows))
+        return needed <= SAFE_SHARE * self.available_gib
+
+    def cost(self, rows: int) -> float:
+        """What a batch of `rows` full rows takes a row, in tokens of training."""
+        share = self.recomputed_layers(rows) / self.memory.shape.layers
+        tokens = rows * self.memory.max_length * (1 + share * RECOMPUTING_SHARE)
+        return (tokens + DEQUANTIZING_TOKENS) / rows
+
+    def rows_at_once(self, rows: int) -> int:
+        """In how large equal parts a GPU takes the `rows` rows of a step: those that cost least."""
+        parts = [part for part in range(1, rows + 1) if rows % part == 0 and self.fits(part)]
+        full = [part for part in parts if part * self.memory.max_length >= LEAST_TOKENS]
+        if rows in parts and not full:
+            return rows
+        return min(full or parts, key=self.cost, default=1)
+
+
+def rows_of_step(chosen: dict[str, Any], rows: int, processes: int) -> int:
+    """How many rows each GPU takes in a step, `gradient_accumulation_steps` apart.
+
+    `batch_size` is taken as it is. "auto" is at most 16, but so few that there are `min_steps` steps:
+    a small table would end before the model has learned (5 steps an epoch taught nothing, 300 did).
+    Raises StageError if batch_size is neither a number nor "auto".
+    """
+    batch_size = chosen["batch_size"]
+    is_count = isinstance(batch_size, int) and batch_size > 0
+    if batch_size != "auto" and not is_count:
+        raise StageError(f'batch_size={batch_size!r}: use a whole number of rows, or "auto".')
+    if is_count:
+        return batch_size
+    steps = chosen["min_steps"] * chosen["gradient_accumulation_steps"] * processes
+    return max(1, min(MOST_ROWS, int(rows * chosen["epochs"] / steps)))
+
+
+def divide_steps(
+    chosen: dict[str, Any], rows: int, room: Room, processes: int
+) -> tuple[int, int, int]:
+    """(rows that each GPU takes at once, how often before a step, how many steps there are).
+
+    A number as `batch_size` is taken at once, whatever it takes.
+    """
+    wanted = rows_of_step(chosen, rows, processes)
+    at_once = room.rows_at_once(wanted) if chosen["batch_size"] == "auto" else wanted
+    accumulated = chosen["gradient_accumulation_steps"] * (wanted // at_once)
+    batches = math.ceil(rows / (at_once * processes))
+    return at_once, accumulated, math.ceil(math.ceil(batches / accumulated) * chosen["epochs"])
+
+
+def plan_steps(chosen, rows, examples, room, processes):
+    """`divide_steps` where there is such room; prints in one line what a step on these rows will be."""
+    batch_size, accumulation, steps = divide_steps(chosen, len(rows), room, processes.num_processes)
+    parts = [f"{batch_size} rows"]
+    if accumulation > 1:
+        parts.append(f"× {accumulation} accumulated")
+    if processes.num_processes > 1:
+        parts.append(f"× {processes.num_processes} GPUs")
+    of_all = batch_size * accumulation * processes.num_processes * len(examples) / len(rows)
+    few = ""
+    if steps < chosen["min_steps"] and chosen["batch_size"] != "auto":
+        few = f", fewer than min_steps={chosen['min_steps']}: batch_size=auto makes smaller ones"
+    print(f"a step is {' '.join(parts)}, about {of_all:.0f} examples; {steps:,} steps{few}")
+    return batch_size, accumulation, steps
 
 
 def room_for_training(chosen, config, dtype, targets, rows, processes):
     """The Room of a training on so many full rows with the parameters of notebook 2, `chosen`; prints the sum.
 
-    With `gradient_checkpointing`, nothing is recomputed where a GPU has room for all of it. The validation takes less
-    than the training: its batches have room, and it keeps no activations. Raises StageError if the weights alone do not
-    fit, unless `ignore_memory`; that the rest may not fit is only said.
+    With `gradient_checkpointing`, as many layers are recomputed as a GPU has no room for. Raises
+    StageError if the weights alone do not fit, unless `ignore_memory`; that the rest may not fit is
+    only said.
     """
-    gpu, model = torch.cuda.is_available(), skeleton(config)
-    checkpointing = chosen["gradient_checkpointing"] and model.supports_gradient_checkpointing
-    if checkpointing != chosen["gradient_checkpointing"]:
+    gpu = torch.cuda.is_available()
+    model = skeleton(config)
+    recomputes = chosen["gradient_checkpointing"] and model.supports_gradient_checkpointing
+    if recomputes != chosen["gradient_checkpointing"]:
         print(f"{type(model).__name__} knows no gradient_checkpointing: all activations are kept")
-    names = ("lora_r", "lora_dropout", "optim", "use_liger_kernel", "quantization")
+    names = ("lora_r", "lora_dropout", "optim", "use_liger_kernel", "quantization", "max_length")
     options = {name: chosen[name] for name in names}
-
-    def memory(batch, shards=1, recomputed=checkpointing):
-        tokens, how = (
-            batch * chosen["max_length"],
-            {"shards": shards, "gradient_checkpointing": recomputed},
-        )
-        return expected_gib(model, dtype, tokens, gpu, targets, **options, **how)
-
-    def most_that_fit(room, **how):
-        one, two = (
-            memory(batch, **how).sum() for batch in (1, 2)
-        )  # what each row adds is the same
-        return max(0, int((room - (2 * one - two)) / (two - one)))
-
-    room = min(gather_object([available_memory_gib()]))
-    several = processes.distributed_type == DistributedType.MULTI_GPU
-    fits, kept = most_that_fit(room), 0 if checkpointing else math.inf
-    if checkpointing and gpu:
-        kept = most_that_fit(0.8 * room, recomputed=False)  # the sum may be 15% too low
-    batch_size = steps_as_chosen(chosen, rows, processes, fits, kept)[0]
-    expected = whole = memory(batch_size, recomputed=batch_size > kept)
-    sharded = several and bool(whole.sum() > room)
-    if sharded:
+    options["lora_options"] = chosen.get("lora_options", {})
+    if "expandable_segments:True" not in os.environ.get("PYTORCH_ALLOC_CONF", ""):
+        options["allocator"] = "blocks"
+    memory = TrainingMemory(model, dtype, gpu, targets, **options)
+    one_process = processes.num_processes == 1
+    draws = bool(chosen["lora_dropout"]) or uses_dropout(model)
+    room = Room(
+        memory=memory,
+        available_gib=min(gather_object([available_memory_gib()])),
+        recomputes=recomputes,
+        graphs=gpu and one_process and not draws and layers_support_cuda_graph(model),
+        draws=draws,
+    )
+    at_once = divide_steps(chosen, rows, room, processes.num_processes)[0]
+    if processes.distributed_type == DistributedType.MULTI_GPU:
+        whole = room.total(at_once, room.recomputed_layers(at_once))
+        if whole > room.available_gib:
+            print(
+                f"on each GPU the whole model would take {whole:.1f} GiB, "
+                f"and there is room for {room.available_gib:.1f} GiB"
+            )
+            print(f"so it is sharded over {processes.num_processes} GPUs (FSDP)")
+            weights_gib = memory.base_model() / GIB
+            check_sharding(config, chosen["base_model"], chosen["optim"], weights_gib)
+            shards = processes.num_processes
+            room.memory = TrainingMemory(model, dtype, gpu, targets, shards=shards, **options)
+            room.sharded = True
+            at_once = divide_steps(chosen, rows, room, processes.num_processes)[0]
+    if processes.num_processes > 1 and not room.sharded:
         print(
-            f"on each GPU the whole model would take {whole.sum():.1f} GiB, and there is room for {room:.1f} GiB"
+            f"each of {processes.num_processes} processes has the whole model, "
+            "and its share of the rows (DDP)"
         )
-        print(f"so it is sharded over {processes.num_processes} GPUs (FSDP)")
-        check_sharding(config, chosen["base_model"], chosen["optim"], whole["base model"])
-        fits, kept = (
-            most_that_fit(room, shards=processes.num_processes),
-            0 if checkpointing else math.inf,
-        )
-        batch_size = steps_as_chosen(chosen, rows, processes, fits, kept)[0]
-        expected = memory(batch_size, processes.num_processes)
-    elif processes.num_processes > 1:
-        print(
-            f"each of {processes.num_processes} processes has the whole model, and its share of the rows (DDP)"
-        )
-    if checkpointing and batch_size <= kept:
+    report_room(room, at_once, chosen["ignore_memory"])
+    return room
+
+
+def report_room(room: Room, rows: int, ignore_memory: bool) -> None:
+    """Estimate what batches of `rows` rows take, in `room.expected`; print the sum and what is recomputed.
+
+    Raises StageError if the weights alone do not fit, unless `ignore_memory`.
+    """
+    recomputed = room.recomputed_layers(rows)
+    layers = room.memory.shape.layers
+    tokens = rows * room.memory.max_length
+    room.expected = room.memory.parts(tokens, recomputed, room.is_graph(rows))
+    if room.recomputes and not recomputed:
         print("there is room to keep all activations: nothing is recomputed in the backward pass")
-    small = is_small_batch(batch_size, chosen["max_length"], processes.num_processes)
-    if gpu and small and batch_size <= kept and layers_support_cuda_graph(model):
-        # what is recorded keeps its memory to itself, and the validation takes other: 0.5 to 0.6 GiB more of a 7B
-        expected = pd.concat(
-            [expected, pd.Series({"recorded steps": 0.1 * expected.sum()}, name=expected.name)]
-        )
-    print(f"expected peak memory: {expected.sum():.1f} GiB; there is room for {room:.1f} GiB")
-    if expected["base model"] > room and not chosen["ignore_memory"]:
+    elif recomputed:
+        print(f"in the backward pass {recomputed} of {layers} layers are recomputed")
+    total = room.expected.sum()
+    available = room.available_gib
+    print(f"expected peak memory: {total:.1f} GiB; there is room for {available:.1f} GiB")
+    weights = room.expected["base model"]
+    if weights > available and not ignore_memory:
         raise StageError(
-            f"The weights alone take {expected['base model']:.1f} GiB of memory, and there are {room:.1f} GiB. Take a "
-            "smaller base_model, or set ignore_memory if you know better."
+            f"The weights alone take {weights:.1f} GiB of memory, and there are {available:.1f} "
+            "GiB. Take a smaller base_model, or set ignore_memory if you know better."
         )
-    if expected.sum() > room:
-        advice = "" if checkpointing else ", or set gradient_checkpointing"
+    if total > available:
+        advice = "" if room.recomputes else ", or set gradient_checkpointing"
         print(
-            f"If it does not fit: lower batch_size and raise gradient_accumulation_steps by as much{advice}."
+            "If it does not fit: lower batch_size and raise gradient_accumulation_steps "
+            f"by as much{advice}."
         )
-    return Room(expected, max(1, min(16, fits)), kept, sharded)
 
 
 def rows_to_train_on(model, examples, packed, packing):
@@ -205,6 +268,16 @@ def inputs_of(report, dtype, processes, room):
     }
 
 
+def evaluation_rows(room: Room, rows: int) -> int:
+    """How many rows the validation takes at once: those of training, on a GPU up to 8 if they fit.
+
+    It keeps no activations, so it takes less than a training that recomputes all of them.
+    """
+    if not room.memory.gpu:
+        return rows
+    return max([rows, *(more for more in range(rows, 9) if room.fits(more))])
+
+
 def trainer_settings(stage, done, dtype, room, batch_size, steps, packed):
     """What `SFTConfig` is told beside the choices of a reader: where, on what, when to evaluate, what is logged.
 
@@ -223,10 +296,14 @@ def trainer_settings(stage, done, dtype, room, batch_size, steps, packed):
             "use_cpu": not gpu,
             "bf16": dtype == torch.bfloat16,
             "fp16": dtype == torch.float16,
-            "per_device_eval_batch_size": max(batch_size, min(8, room.fits)) if gpu else batch_size,
+            "per_device_eval_batch_size": evaluation_rows(room, batch_size),
             "train_sampling_strategy": "random" if packed else "group_by_length",
-            "gradient_checkpointing": batch_size > room.kept,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "gradient_checkpointing": room.recomputed_layers(batch_size) > 0,
+            # without dropout nothing random is recomputed; a CUDA graph could not restore it
+            "gradient_checkpointing_kwargs": {
+                "use_reentrant": False,
+                "preserve_rng_state": room.draws,
+            },
             "fsdp": room.sharded,
             "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
             "ddp_find_unused_parameters": False,

@@ -14,6 +14,8 @@ from tabletune.errors import StageError
 from tabletune.model.adapters import load_adapter_weights
 from tabletune.model.cuda_graphs import CudaGraphCallback, dtype_of
 from tabletune.model.dequantize import dequantize_layers
+from tabletune.model.fused_lora import fuse_adapters
+from tabletune.model.recompute import RecomputeFirstLayers, recompute_cheap_parts
 from tabletune.training.fsdp import shard
 
 IGNORED = -100  # what PyTorch's cross entropy leaves out
@@ -71,6 +73,9 @@ class TokenTrainer(SFTTrainer):
                 parameter.data = parameter.data.float()
         if args.fsdp:
             shard(self, model, dtype_of(args))
+        elif args.device.type == "cuda":  # on a CPU the sums would be in another order
+            fuse_adapters(self.model)
+            recompute_cheap_parts(self.model, dtype_of(args))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs.pop("_prediction_loss_only", None)
@@ -127,8 +132,14 @@ class Stopwatch(TrainerCallback):
         state.log_history[-1]["seconds"] = round(time.perf_counter() - self.start, 2)
 
 
-def training_callbacks(early_stopping_patience):
-    """The callbacks of a training: a stopwatch, recorded steps where a step is small, and early stopping if so many
-    evaluations of patience are given."""
-    stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
-    return [Stopwatch(), CudaGraphCallback(), *stopping]
+def training_callbacks(
+    early_stopping_patience: int, recomputed_layers: int = 0
+) -> list[TrainerCallback]:
+    """The callbacks of a training: a stopwatch, which layers are recomputed, CUDA graphs.
+
+    Early stopping comes with them if it has an `early_stopping_patience`, in evaluations.
+    """
+    callbacks = [Stopwatch(), RecomputeFirstLayers(recomputed_layers), CudaGraphCallback()]
+    if early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience))
+    return callbacks
