@@ -41,9 +41,10 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel"])):
+if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"])):
     os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
-    lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5"
+    lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
+    lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
         sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
@@ -60,79 +61,73 @@ runs = [
 # A run is named by its path below the folder that all of them are in.
 
 # %%
-import os
-
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from tabletune.report.pages import (
-    digest_of_test,
-    doubts,
-    figure_of,
-    figures_table,
-    losses,
-    read_run,
-    say,
-    show,
-    show_table,
-)
-from tabletune.run.hub import open_run
+from tabletune.report import compare
+from tabletune.report.learning_curve import learning_curve
+from tabletune.report.pages import doubts, figures_table, losses, say, show, show_table
 
-places = runs.split() if isinstance(runs, str) else runs
-folders = list(dict.fromkeys(open_run(place).resolve() for place in places))
-common = os.path.commonpath([folder.parent for folder in folders])
-named = {os.path.relpath(folder, common): read_run(folder) for folder in folders}
+every_run = compare.open_runs(runs)
 
 # %% [markdown]
 # # Runs beside each other
-
-# %%
-tuned = {name: run["metrics"].get(run["tuned"]) for name, run in named.items()}
-measured = {name: figure_of(entry, "response perplexity") for name, entry in tuned.items()}
-measured = {
-    name: (value, ci95 or [value] * 2)
-    for name, (value, ci95) in measured.items()
-    if value is not None
-}
-order = sorted(measured, key=lambda name: measured[name][0])
-if order:
-    as_good = [name for name in order[1:] if measured[name][1][0] <= measured[order[0]][1][1]]
-    say(
-        f"The lowest response perplexity: {order[0]}, {measured[order[0]][0]:,.2f}.",
-        kind="headline",
-    )
-    say(f"Not told apart from it: {', '.join(as_good) or 'none of the others'}.")
-
-# %%
-show_table(figures_table({name: tuned[name] for name in order}), "No run was evaluated.")
-
-# %% [markdown]
-# These are the fine-tuned models, the merged one where there is one, the lowest perplexity first. In brackets are 95%
-# intervals: where two of them meet, this test set does not tell the runs apart.
 #
-# ## Before you compare
+# ## What can be compared
+#
+# Runs are compared in pairs, on the same questions, so they must have the same test set. Runs that differ by their
+# seeds alone are one setting.
 
 # %%
-said = [f"{name}: {' '.join(lines)}" for name, run in named.items() if (lines := doubts(run))]
-if len({digest_of_test(folder) for folder in folders}) > 1:
-    said.append("WARNING: these runs have different test sets. Their figures are not comparable.")
-if len({run["parameters"].get("base_model") for run in named.values()}) > 1:
-    said.append(
-        "WARNING: the base models differ. Perplexity counts tokens, and each tokenizer cuts its own."
-    )
-say(*(said or ["All runs were evaluated, on the same test set."]), kind="doubt")
+comparable, sentences = compare.comparable_runs(every_run)
+say(*(sentences or ["All runs were evaluated, on the same test set."]), kind="doubt")
+warnings = [f"{run.name}: {' '.join(doubts(run.info))}" for run in every_run if doubts(run.info)]
+say(*warnings)
 
 # %% [markdown]
-# ## Response perplexity
+# ## Which is best
 
 # %%
-figure, axes = plt.subplots(figsize=(5.6, 1.2 + 0.42 * len(order)), layout="constrained", dpi=200)
-for place, name in enumerate(order):
-    axes.plot(measured[name][1], [place] * 2, "|-k", markersize=10)
-    axes.plot(measured[name][0], place, "o", color="0.6", markeredgecolor="black", markersize=8)
-axes.set(xlabel="response perplexity, with 95% interval", ylim=(len(order) - 0.5, -0.5))
-axes.set_yticks(range(len(order)), order)
-show(figure, f"Dot chart of response perplexity: {measured}")
+part = compare.compared_part(comparable)
+settings = compare.ranked(compare.settings_of(comparable), part)
+say(*compare.headline(settings, part), kind="headline")
+show_table(compare.settings_table(settings, part), "No run was evaluated.")
+
+# %% [markdown]
+# The best setting comes first. Round brackets are 95% intervals over questions; square brackets are the smallest and
+# the largest of several seeds. Bits per byte say how unlikely a model finds the right answers, whatever its tokenizer:
+# lower is better.
+#
+# Below, each setting is compared with the first one in pairs, which is sharper than two intervals side by side. Two
+# settings are told apart if the interval of their difference excludes zero, and if they differ by more than seeds do.
+
+# %%
+show_table(compare.pairs_table(settings, part), "There is no second setting to compare.")
+
+# %%
+figures = [compare.RIGHT, compare.BITS] if part else [compare.BITS]
+size = (5.6 * len(figures), 1.2 + 0.42 * len(settings))
+figure, panels = plt.subplots(1, len(figures), figsize=size, layout="constrained", dpi=200, squeeze=False)
+for axes, name in zip(panels[0], figures, strict=True):
+    compare.plot_settings(axes, settings, name, part)
+show(figure, "Dot chart of right answers and of bits per byte of each setting")
+
+# %% [markdown]
+# ## Would more rows help?
+
+# %%
+curve, sentences = learning_curve({run.name: run.folder for run in comparable})
+say(*(sentences or ["These runs do not differ in `train_rows`: `make sweep GRID=grids/rows.yaml`."]))
+if curve is not None:
+    show(curve, "Line chart of right answers and perplexity by the number of training questions")
+
+# %% [markdown]
+# ## All figures
+#
+# Of the fine-tuned models, the merged one where there is one.
+
+# %%
+show_table(figures_table({run.name: run.entry for run in every_run if run.entry}), "Not evaluated yet.")
 
 # %% [markdown]
 # ## What differs
@@ -142,25 +137,22 @@ show(figure, f"Dot chart of response perplexity: {measured}")
 
 # %%
 for what in ("parameters", "surroundings"):
-    texts = (
-        pd.DataFrame({name: run[what] for name, run in named.items()})
-        .fillna("–")
-        .drop("run_dir", errors="ignore")
-    )
+    texts = pd.DataFrame({run.name: run.info[what] for run in every_run}).fillna("–")
+    texts = texts.drop("run_dir", errors="ignore")
     show_table(texts[texts.nunique(axis="columns") > 1], "Nothing: they are the same in all runs.")
 
 # %% [markdown]
 # ## Training
 
 # %%
-show_table(figures_table({name: run["training"] for name, run in named.items()}))
+show_table(figures_table({run.name: run.info["training"] for run in every_run}))
 
 # %%
-figure, axes = plt.subplots(figsize=(5.6, 3.2 + 0.24 * len(named)), layout="constrained", dpi=200)
-for place, (name, run) in enumerate(named.items()):
+figure, axes = plt.subplots(figsize=(5.6, 3.2 + 0.24 * len(every_run)), layout="constrained", dpi=200)
+for place, run in enumerate(every_run):
     style = "os^Dv*P"[place % 7] + ["-", "--", ":", "-."][place % 4]
-    axes.plot(losses(run)["eval_loss"].dropna(), style, label=name)
-axes.set(xlabel="optimizer step", ylabel="validation loss (nats a token)")
+    axes.plot(losses(run.info)["eval_loss"].dropna(), style, label=run.name)
+axes.set(xlabel="optimizer step", ylabel="validation loss (nats a token, lower is better)")
 figure.legend(loc="outside lower center", frameon=False)
 show(figure, "Line chart of the validation loss of each run")
 

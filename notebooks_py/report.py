@@ -41,9 +41,10 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel"])):
+if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"])):
     os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
-    lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5"
+    lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
+    lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
         sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')

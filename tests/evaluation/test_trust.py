@@ -25,9 +25,9 @@ from tabletune.evaluation.generalization import (
 )
 from tabletune.evaluation.grounding import (
     PLACES,
-    ground,
     grounding_finding,
     item_values,
+    locate_items,
     singular_words,
     summarize_grounding,
     table_of_items,
@@ -267,7 +267,7 @@ LINE = "Here is a suggested remedy:\n\n**Item:** {}\n**Remedy:** Mix it with hon
     ],
 )
 def test_grounding(items, question, answer, expected):
-    places = Counter(ground(question, answer, items, ANSWER, "item"))
+    places = Counter(locate_items(question, answer, items, ANSWER, "item"))
     assert tuple(places[place] for place in PLACES) == expected
 
 

@@ -1,9 +1,11 @@
 """Answers of a model: generated in batches, until a stop token."""
 
+import hashlib
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pandas as pd
@@ -12,74 +14,148 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import GenerationConfig, set_seed
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from tabletune.chat.encoding import answer_text, encode_prompt
 from tabletune.model.generation import decode, static_cache
 from tabletune.model.memory import max_batch_size
 
-# --- answers
+WARPERS = {  # the settings of sampling, in the order in which transformers applies them
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+}
 
 
 @contextmanager
-def without_settings(model):
-    """Take from a model its own settings of generation, with which `generate` fills all that is left open.
+def without_settings(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Take a model's own generation settings away for a while: `generate` fills in from them what is left open.
 
-    Many bring a temperature or a penalty on repetition, which is not what "greedy" means.
+    Many models bring a temperature or a penalty on repetition, which is not what "greedy" means.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    own_settings = model.generation_config
+    model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = own_settings
+
+
+class SeededSampling(LogitsProcessor):
+    """Sampling with a random generator for each row, so that an answer does not depend on what is in its batch.
+
+    Gumbel noise is added to the logits: the largest sum is then a draw from the softmax (Gumbel-max, Maddison et al.,
+    2014, https://arxiv.org/abs/1411.0030). So `generate` takes the most likely token, as in greedy decoding.
+    """
+
+    def __init__(self, seeds: list[int], device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The logits of the next token with noise, both [rows, vocabulary]."""
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() - noise.log()  # -log of an exponential variable is a Gumbel one
+
+
+def seed_of(ids: list[int], seed: int) -> int:
+    """The seed for the answer to a prompt of these token ids."""
+    digest = hashlib.sha256(f"{seed}:{ids}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def sampling_processors(
+    batch_ids: list[list[int]], seed: int, device: torch.device, sampling: dict
+) -> LogitsProcessorList:
+    """What `generate` does to the logits of a batch; nothing where `sampling` does not set `do_sample`.
+
+    Raises ValueError for a setting of sampling that is not in WARPERS.
+    """
+    processors = LogitsProcessorList()
+    if not sampling.get("do_sample"):
+        return processors
+    unknown = set(sampling) - {"do_sample", *WARPERS}
+    if unknown:
+        raise ValueError(f"Sampling here knows {', '.join(WARPERS)}, not {', '.join(unknown)}.")
+    for name, warper in WARPERS.items():
+        if name in sampling:
+            processors.append(warper(sampling[name]))
+    processors.append(SeededSampling([seed_of(ids, seed) for ids in batch_ids], device))
+    return processors
 
 
 @torch.no_grad()
-def generate(model, tokenizer, stops, prompts, batch_size, max_new_tokens, seed=0, **sampling):
-    """Answer prompts until one of the ids `stops`, greedily, if `sampling` does not say otherwise.
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: list[int],
+    prompts: list,
+    batch_size: int,
+    max_new_tokens: int,
+    seed: int = 0,
+    **sampling: float,
+) -> tuple[pd.DataFrame, float]:
+    """Answer prompts until one of `stop_token_ids`, greedily, unless `sampling` says otherwise.
 
-    A prompt is a list of messages, or a row of the data set, whose `tools` then count, too. They are sorted by length,
-    and at most `batch_size` are answered at once, where memory allows. Returns a DataFrame in the order of the prompts,
-    `answer`, `stopped`, `new_tokens`, and the seconds that it took.
+    A prompt is a list of messages, or a row of the data set, whose `tools` then count, too. Prompts are sorted by
+    length, and at most `batch_size` are answered at once, where memory allows. With `do_sample=True` the seed of an
+    answer comes from `seed` and its prompt, so an answer does not depend on how many are made at once.
+
+    Returns a DataFrame in the order of the prompts, with `answer`, `stopped` and `new_tokens`, and the seconds that it
+    took.
     """
     model.eval()
-    processes, answers, begun = PartialState(), {}, time.perf_counter()
-    settings = {
-        "do_sample": False,
-        **sampling,
-        "max_new_tokens": max_new_tokens,
-        "eos_token_id": stops,
-    }
-    settings = GenerationConfig(**settings, pad_token_id=tokenizer.pad_token_id)
+    processes = PartialState()
+    started = time.perf_counter()
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_token_ids,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     rows = [prompt if isinstance(prompt, dict) else {"prompt": prompt} for prompt in prompts]
-    tools = [json.loads(row["tools"]) if row.get("tools") else None for row in rows]
-    ids = [
-        encode_prompt(row["prompt"], tokenizer, known)
-        for row, known in zip(rows, tools, strict=True)
-    ]
+    ids = []
+    for row in rows:
+        tools = json.loads(row["tools"]) if row.get("tools") else None
+        ids.append(encode_prompt(row["prompt"], tokenizer, tools))
     most = min(batch_size, math.ceil(len(ids) / processes.num_processes))
     longest = max(map(len, ids), default=1) + max_new_tokens
     batch_size = max_batch_size(model, longest, max(1, most), with_logits=False)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    answers = {}
     with without_settings(model):
-        mine = batches[processes.process_index :: processes.num_processes]
-        for batch in tqdm(mine, "answering", unit="batch", file=sys.stdout):
-            set_seed(seed + batch[0])
-            # on the left, so that each answer follows its prompt directly
+        batches_here = batches[processes.process_index :: processes.num_processes]
+        for batch in tqdm(batches_here, "answering", unit="batch", file=sys.stdout):
+            batch_ids = [ids[i] for i in batch]
+            # padded on the left, so that each answer follows its prompt directly
             padded = tokenizer.pad(
-                {"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt"
-            )
-            cache = static_cache(model, padded["input_ids"].shape[1] + max_new_tokens)
+                {"input_ids": batch_ids}, padding_side="left", return_tensors="pt"
+            ).to(model.device)
+            prompt_tokens = padded["input_ids"].shape[1]
+            cache = static_cache(model, prompt_tokens + max_new_tokens)
             loop = {"custom_generate": decode, "past_key_values": cache} if cache else {}
-            output = model.generate(**padded.to(model.device), generation_config=settings, **loop)
-            for i, new in zip(
-                batch, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True
-            ):
-                answers[i] = answer_text(new, tokenizer, stops)
+            output = model.generate(
+                **padded,
+                generation_config=settings,
+                logits_processor=sampling_processors(batch_ids, seed, model.device, sampling),
+                **loop,
+            )  # [rows, prompt and new tokens]
+            for i, new_ids in zip(batch, output[:, prompt_tokens:].tolist(), strict=True):
+                answers[i] = answer_text(new_ids, tokenizer, stop_token_ids)
     answers = {i: answer for part in gather_object([answers]) for i, answer in part.items()}
     table = pd.DataFrame(
         [answers[i] for i in range(len(ids))], columns=["answer", "stopped", "new_tokens"]
     )
-    return table, time.perf_counter() - begun
+    return table, time.perf_counter() - started

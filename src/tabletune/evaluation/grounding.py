@@ -6,9 +6,11 @@ item that an answer names twice counts once.
 """
 
 import re
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
+from tabletune.evaluation.structure import fields_in, line_pattern
 from tabletune.stats import rate_interval
 
 PLURALS = (
@@ -21,74 +23,92 @@ PLURALS = (
 PLACES = ("this_condition", "other_condition", "nowhere")
 
 
-def item_values(answer, answer_template, item_field):
+def item_values(answer: str, answer_template: str, item_field: str) -> list[str] | None:
     """What an answer's lines for `item_field` hold, a list; None if the template has no such line."""
-    line = next((line for line in answer_template.split("\n") if f"{{{item_field}}}" in line), None)
-    if not item_field or line is None:
+    lines = [line for line in answer_template.split("\n") if item_field in fields_in(line)]
+    if not item_field or not lines:
         return None
-    # re.escape writes a backslash before the braces of a field, which may have any name
-    fields = re.sub(
-        r"\\{(.+?)\\}",
-        lambda m: "(.*?)" if m[0] == re.escape(f"{{{item_field}}}") else ".*?",
-        re.escape(line.strip()),
-    )
-    return [value for value in re.findall(rf"(?m)^[ \t]*{fields}[ \t]*$", answer) if value.strip()]
+    pattern = line_pattern(lines[0].strip(), {item_field: "(.*?)"}, otherwise=".*?")
+    values = re.findall(rf"(?m)^[ \t]*{pattern}[ \t]*$", answer)
+    return [value for value in values if value.strip()]
 
 
-def table_of_items(rows, answer_template, item_field):
+def table_of_items(
+    rows: Iterable[dict], answer_template: str, item_field: str
+) -> dict[str, set[str]]:
     """The items that the table has for each question, {group: {item}}; empty if the table has none at all.
 
     `rows` have `group`, the key of the question, and `completion`.
     """
-    items = {}
+    items: dict[str, set[str]] = {}
     for row in rows:
         values = item_values(row["completion"][0]["content"], answer_template, item_field) or []
         items.setdefault(row["group"], set()).update(filter(None, map(singular_words, values)))
     return items if any(items.values()) else {}
 
 
-def ground(group, answer, items, answer_template, item_field):
+def locate_items(
+    group: str, answer: str, items: dict[str, set[str]], answer_template: str, item_field: str
+) -> list[str]:
     """Where each item that an answer names stands in the table, a list of PLACES: for its question, another, nowhere.
 
-    Of an answer with a filled item line, its value counts; of any other, every item of the table that it mentions, so
-    that free text names nothing that stands nowhere.
+    `items` is what `table_of_items` returns. If the answer has a filled item line, its value counts. Of any other
+    answer every item of the table that it mentions counts, so free text names nothing that stands nowhere.
     """
-    everything = set().union(*items.values())
+    all_items = set().union(*items.values())
     values = item_values(answer, answer_template, item_field)
     named = set()
-    for value in values or [answer]:
-        known = {singular_words(value)} & everything or mentioned(value, everything)
-        named |= known or ({singular_words(value)} - {""} if values else set())
-    here = named & items.get(group, set())
-    return [
-        PLACES[0] if item in here else PLACES[1] if item in everything else PLACES[2]
-        for item in sorted(named)
-    ]
+    for value in values or []:
+        item = singular_words(value)
+        if item in all_items:
+            named.add(item)
+            continue
+        parts = mentioned(value, all_items)
+        if parts:
+            named |= parts
+        elif item:
+            named.add(item)
+    if not values:
+        named = mentioned(answer, all_items)
+    return [place_of_item(item, items.get(group, set()), all_items) for item in sorted(named)]
 
 
-def mentioned(text, items):
+def place_of_item(item: str, of_question: set[str], all_items: set[str]) -> str:
+    """The one of PLACES where an item stands in the table."""
+    if item in of_question:
+        return PLACES[0]
+    return PLACES[1] if item in all_items else PLACES[2]
+
+
+def mentioned(text: str, items: Iterable[str]) -> set[str]:
     """The items that a text mentions, as whole words; where one is part of another, only the longer."""
-    words, found = f" {singular_words(text)} ", set()
+    words = f" {singular_words(text)} "
+    in_text = set()
     for item in sorted(items, key=len, reverse=True):
         if f" {item} " in words:
-            found.add(item)
+            in_text.add(item)
             words = words.replace(f" {item} ", " | | ")
-    return found
+    return in_text
 
 
-def singular_words(text):
+def singular_words(text: str) -> str:
     """The words of a text in lower case, English plurals made singular, as a string with single spaces."""
     words = re.findall(r"\w+", text.casefold().replace("'s", "").replace("’s", ""))
-    return " ".join(
-        next((re.sub(a, b, w) for a, b in PLURALS if len(w) > 3 and re.search(a, w)), w)
-        for w in words
-    )
+    return " ".join(map(singular, words))
 
 
-def summarize_grounding(places, groups):
+def singular(word: str) -> str:
+    """A word in lower case without its English plural's ending."""
+    for ending, replacement in PLURALS:
+        if len(word) > 3 and re.search(ending, word):
+            return re.sub(ending, replacement, word)
+    return word
+
+
+def summarize_grounding(places: Sequence[list[str]], groups: Sequence[str]) -> dict | None:
     """A model's `grounding` in the metrics; None if no answer names anything.
 
-    `places` has a list from `ground` for each answer, `groups` the answers' questions. Items of one answer are not
+    `places` has a list from `locate_items` for each answer, `groups` the answers' questions. Items of one answer are not
     independent: the intervals resample questions.
     """
     named = pd.DataFrame(
@@ -119,7 +139,7 @@ def ground_answers(samples, splits, answer_template, item_field):
     asked, summary = [(group_of.get(sample["question"]), sample) for sample in samples], {}
     for name in ("base", "adapter", "merged") if items and samples else ():
         places = [
-            ground(group, sample[name], items, answer_template, item_field)
+            locate_items(group, sample[name], items, answer_template, item_field)
             for group, sample in asked
         ]
         summary[name] = summarize_grounding(places, [group for group, _ in asked])

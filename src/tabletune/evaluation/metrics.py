@@ -1,14 +1,20 @@
-"""The evaluation of notebook 4: which questions are asked, how answers are checked, and the figures of all models."""
+"""The figures of notebook 4: perplexity and form. What is right in an answer is the business of `content`."""
 
+import json
 import math
 import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 import pandas as pd
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tabletune.evaluation.content import SHORT_ANSWER_WORDS
 from tabletune.evaluation.scoring import perplexity
+from tabletune.evaluation.structure import fixed_text, has_structure
 from tabletune.model.inspection import context_length
 from tabletune.stats import (
     FEWEST_GROUPS,
@@ -20,54 +26,53 @@ from tabletune.stats import (
     rate_interval,
 )
 
-SHORT = 5  # words that the middle one of a table's answers has at most, for an answer to be right only word for word
+PAIRS = (("adapter", "base"), ("merged", "adapter"))  # the models that are compared
 
 
-def has_structure(answer, answer_template, answer_column):
-    """Whether an answer is the template filled in: its lines in order, each at most once, the answer proper not empty.
-
-    Lines with other fields may be left out, as in the training rows.
-    """
-    pattern, labels = "", []
-    for line in filter(None, answer_template.split("\n")):
-        filled = re.sub(r"\\{(.+?)\\}", r"\\S[\\s\\S]*?", re.escape(line))
-        required = "{" not in line or f"{{{answer_column}}}" in line
-        pattern += rf"(?:{filled}\s*)" + ("" if required else "?")
-        labels.append(line.split("{")[0])
-    found = [label for label in labels if label and label in answer]
-    in_order = sorted(found, key=answer.index) == found and all(
-        answer.count(label) == 1 for label in found
-    )
-    return in_order and re.fullmatch(pattern, answer.strip()) is not None
-
-
-def check_answers(made, questions, report):
+def check_answers(answers: pd.DataFrame, questions: list[dict], report: dict) -> pd.DataFrame:
     """The answers to `questions`, in their order, with what can be checked by itself: `structured` and `exact_match`.
 
     The structure is that of the answer template, if that has a text of its own and all references have it. An answer
     matches if it is one of its references word for word, in tables whose answers are labels or short: half of the
-    references have at most `SHORT` words.
+    references have at most `SHORT_ANSWER_WORDS` words.
     """
-    template, column = (
-        (report.get("templates") or {}).get(key) or "" for key in ("answer", "answer_column")
-    )
-    known = [reference for question in questions for reference in question["references"]]
-    made = made[: len(questions)].copy()
-    if re.search(r"\w", re.sub("{.+?}", "", template)) and all(
-        has_structure(text, template, column) for text in known
+    templates = report.get("templates") or {}
+    template, column = templates.get("answer") or "", templates.get("answer_column") or ""
+    references = [reference for question in questions for reference in question["references"]]
+    checked = answers[: len(questions)].copy()
+    if re.search(r"\w", fixed_text(template)) and all(
+        has_structure(text, template, column) for text in references
     ):
-        made["structured"] = [has_structure(answer, template, column) for answer in made["answer"]]
-    if known and median(len(reference.split()) for reference in known) <= SHORT:
-        pairs = zip(made["answer"], questions, strict=True)
-        made["exact_match"] = [answer in question["references"] for answer, question in pairs]
-    return made
+        checked["structured"] = [
+            has_structure(answer, template, column) for answer in checked["answer"]
+        ]
+    if references and median(len(text.split()) for text in references) <= SHORT_ANSWER_WORDS:
+        pairs = zip(checked["answer"], questions, strict=True)
+        checked["exact_match"] = [answer in question["references"] for answer, question in pairs]
+    return checked
+
+
+def answer_bytes(row: dict) -> int:
+    """How many bytes of UTF-8 the answers of a row of the data set have: what is in the loss, without stop tokens."""
+    turns = [message for message in row["prompt"] if message["role"] == "assistant"]
+    flags = (row.get("learned") or "").split()
+    if flags:
+        turns = [turn for turn, flag in zip(turns, flags, strict=True) if flag == "1"]
+    size = 0
+    for turn in [*turns, *row["completion"]]:
+        size += len((turn.get("content") or "").encode())
+        if turn.get("tool_calls"):
+            size += len(json.dumps(turn["tool_calls"], ensure_ascii=False).encode())
+    return size
 
 
 # --- figures
 
 
 @torch.no_grad()
-def joined_perplexity(model, tokenizer, texts):
+def joined_perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]
+) -> float:
     """The perplexity of texts joined into one sequence, their prompts in it: how it is often done."""
     ids = tokenizer("\n".join(texts), return_tensors="pt")["input_ids"][
         :, : context_length(model.config)
@@ -75,59 +80,84 @@ def joined_perplexity(model, tokenizer, texts):
     return math.exp(model(ids.to(model.device), labels=ids.to(model.device)).loss.item())
 
 
-def summarize(scores, made, groups, draws, seed):
+def summarize(
+    scores: pd.DataFrame, answers: pd.DataFrame, groups: Sequence[str], draws: int, seed: int
+) -> dict:
     """The entry of a model in `evaluation/metrics.json`, intervals by drawing `groups`, a key a row of `scores`.
 
-    `made` are its answers to independent questions and how they were checked, none where nothing could be asked.
+    `answers` are to independent questions, checked by `check_answers`; none where nothing could be asked.
     """
     questions = count_groups(groups)
-    entry = {"perplexity": {}, "tokens": int(scores["response_tokens"].sum()), "generation": None}
-    entry |= {"questions": questions, "too_small": questions < FEWEST_GROUPS}
+    figures: dict[str, float | list[float] | None] = {}
     for name, part in (("response", "response"), ("full_text", "full")):
-        entry["perplexity"][name] = perplexity(scores, part)
-        entry["perplexity"][f"{name}_ci95"] = perplexity_interval(scores, part, groups, draws, seed)
-    if len(made):
-        entry["generation"] = figures = {}
-        for name, column in RATES.items():
-            figures[name] = made[column].mean().item() if column in made else None
-            figures[f"{name}_ci95"] = rate_interval(made[column]) if column in made else None
-        figures["mean_new_tokens"] = made["new_tokens"].mean().item()
-        figures["mean_new_tokens_ci95"] = mean_interval(
-            made["new_tokens"], np.ones(len(made)), None, draws, seed
-        )
-    return entry
+        figures[name] = perplexity(scores, part)
+        figures[f"{name}_ci95"] = perplexity_interval(scores, part, groups, draws, seed)
+    if "response_bytes" in scores and scores["response_bytes"].sum():
+        bits, sizes = scores["response_nll"] / math.log(2), scores["response_bytes"]
+        figures["bits_per_byte"] = float(bits.sum() / sizes.sum())
+        figures["bits_per_byte_ci95"] = mean_interval(bits, sizes, groups, draws, seed)
+    return {
+        "perplexity": figures,
+        "tokens": int(scores["response_tokens"].sum()),
+        "generation": summarize_form(answers, draws, seed) if len(answers) else None,
+        "questions": questions,
+        "too_small": questions < FEWEST_GROUPS,
+    }
 
 
-def summarize_all(results, questions, groups, report, draws, seed):
-    """What `evaluation/metrics.json` says of models, and of their differences.
+def summarize_form(answers: pd.DataFrame, draws: int, seed: int) -> dict:
+    """The `generation` of a model in the metrics: rates of its answers, and their length, with intervals."""
+    figures: dict = {}
+    for name, column in RATES.items():
+        measured = column in answers
+        figures[name] = answers[column].mean().item() if measured else None
+        figures[f"{name}_ci95"] = rate_interval(answers[column]) if measured else None
+    figures["mean_new_tokens"] = answers["new_tokens"].mean().item()
+    figures["mean_new_tokens_ci95"] = mean_interval(
+        answers["new_tokens"], np.ones(len(answers)), None, draws, seed
+    )
+    return figures
 
-    `results` has for each name (scores, answers, seconds), where the first answers are those to `questions`.
+
+def summarize_all(
+    results: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]],
+    questions: list[dict],
+    groups: Sequence[str],
+    report: dict,
+    draws: int,
+    seed: int,
+) -> dict:
+    """What `evaluation/metrics.json` says of perplexity and form, of each model and of their differences.
+
+    `results` has for each model its scores and its answers, the first of which are those to `questions`.
     """
     checked = {
-        name: (scores, check_answers(made, questions, report))
-        for name, (scores, made, _) in results.items()
+        name: (scores, check_answers(answers, questions, report))
+        for name, (scores, answers) in results.items()
     }
     metrics = {name: summarize(*result, groups, draws, seed) for name, result in checked.items()}
-    for name, (_, made, seconds) in results.items():
-        if questions:
-            metrics[name]["generation"]["tokens_per_second"] = round(
-                made["new_tokens"].sum().item() / seconds, 1
-            )
     metrics["differences"] = {
         f"{one} - {other}": differences(checked[one], checked[other], groups, draws, seed)
-        for one, other in (("adapter", "base"), ("merged", "adapter"))
+        for one, other in PAIRS
     }
     return metrics
 
 
-def save_rows(folder, results, questions, groups, disclaimer):
+def save_rows(
+    folder: Path,
+    results: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]],
+    questions: list[dict],
+    groups: Sequence[str],
+    disclaimer: str,
+) -> None:
     """Write a line a test row and model to `scores.parquet`, and the answers to `samples.jsonl`, in a folder."""
-    tables = [scores.assign(model=name, group=groups) for name, (scores, _, _) in results.items()]
+    tables = [scores.assign(model=name, group=groups) for name, (scores, _) in results.items()]
     pd.concat(tables).to_parquet(folder / "scores.parquet")
     columns = {
         "question": [question["prompt"][-1]["content"] for question in questions],
         "in_the_table": [question["references"][0] for question in questions],
-        **{name: made["answer"][: len(questions)] for name, (_, made, _) in results.items()},
     }
+    for name, (_, answers) in results.items():
+        columns[name] = list(answers["answer"][: len(questions)])
     lines = pd.DataFrame(columns).assign(disclaimer=disclaimer)
     lines.to_json(folder / "samples.jsonl", orient="records", lines=True, force_ascii=False)

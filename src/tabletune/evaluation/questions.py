@@ -1,30 +1,77 @@
-"""Which questions are asked in an evaluation."""
+"""Which questions are asked in an evaluation: new ones, the table's own, and those in other words.
+
+A question is a dict with `prompt` (messages), `tools` (a JSON text or None), `references` (all that the table answers),
+`group` (the id of the question), `asked` (the text of the last user turn) and `part`, the set that it belongs to.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterable, Mapping
+
+from tabletune.data.rewording import Rewording
+from tabletune.evaluation.content import reference_of
 
 
-def questions_of(split, samples):
-    """The first questions of a split, each once: dicts with `prompt`, `tools`, and all that is answered, `references`.
+def questions_of(split: Iterable[dict], samples: int | None = None) -> list[dict]:
+    """The first `samples` questions of a split, each once, with all answers that the split has for it.
 
-    Rows that are texts without a question have none. Of an answer with thinking counts what comes after it.
+    Rows that are texts without a question are left out. Where an answer begins with the model's thinking, only what
+    comes after it counts.
     """
-    found = {}
+    questions: dict[str, dict] = {}
     for row in split:
-        if row["prompt"]:
-            question = {"prompt": row["prompt"], "tools": row.get("tools"), "references": []}
-            answer = row["completion"][0]["content"].rpartition("</think>")[2].strip()
-            found.setdefault(row["group"], question)["references"].append(answer)
-    return list(found.values())[:samples]
+        if not row["prompt"]:
+            continue
+        if row["group"] not in questions:
+            questions[row["group"]] = {
+                "prompt": row["prompt"],
+                "tools": row.get("tools"),
+                "references": [],
+                "group": row["group"],
+                "asked": row["prompt"][-1].get("content") or "",
+                "part": "new",
+            }
+        questions[row["group"]]["references"].append(reference_of(row))
+    return list(questions.values())[:samples]
 
 
-def own_question(text, questions):
-    """The reader's own question as a prompt like those of `questions`, and as a text; two lists, empty if these are.
+def question_sets(splits: Mapping[str, Iterable[dict]], samples: int) -> dict[str, list[dict]]:
+    """The questions to ask, {part: questions}, up to `samples` of each of "new", "table" and "reworded".
 
-    If `text` is empty it is the first of `questions` once more.
+    The new ones are the first of the test split. The table's own are questions of the training split, picked by a hash
+    of their id, so that runs with other seeds or another order of rows ask the same ones; "reworded" are these in other
+    words, by rules that training does not use.
     """
-    system = [
-        message
-        for question in questions[:1]
-        for message in question["prompt"][:1]
-        if message["role"] == "system"
-    ]
-    texts = [text or question["prompt"][-1]["content"] for question in questions[:1]]
-    return [{"prompt": [*system, {"role": "user", "content": text}]} for text in texts], texts
+    own = [{**question, "part": "table"} for question in questions_of(splits["train"])]
+    own.sort(key=lambda question: hashlib.sha256(question["group"].encode()).digest())
+    reword = Rewording([question["asked"] for question in own], "evaluation")
+    return {
+        "new": questions_of(splits["test"], samples),
+        "table": own[:samples],
+        "reworded": reworded_questions(own[:samples], reword),
+    }
+
+
+def reworded_questions(questions: list[dict], reword: Rewording) -> list[dict]:
+    """Questions in other words; those whose last turn is not a user's are left out."""
+    reworded = []
+    for question in questions:
+        if question["prompt"][-1]["role"] != "user":
+            continue
+        text = reword(question["asked"], random.Random(f"evaluation:{question['group']}"))
+        prompt = [*question["prompt"][:-1], {"role": "user", "content": text}]
+        reworded.append({**question, "prompt": prompt, "asked": text, "part": "reworded"})
+    return reworded
+
+
+def own_question(text: str, questions: list[dict]) -> tuple[list[dict], list[str]]:
+    """The reader's own question as a prompt like those of `questions`, and as a text: two lists of one.
+
+    If `text` is empty, the first of `questions` is asked once more. Both lists are empty if there are no questions.
+    """
+    if not questions:
+        return [], []
+    first = questions[0]["prompt"]
+    system = [message for message in first[:1] if message["role"] == "system"]
+    text = text or first[-1]["content"]
+    return [{"prompt": [*system, {"role": "user", "content": text}]}], [text]

@@ -1,45 +1,64 @@
 """Plots of results with intervals."""
 
-from tabletune.report.text import COLUMNS, figures_of, stored
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tabletune.report.text import COLUMNS, direction, figures_of, stored
+
+if TYPE_CHECKING:  # matplotlib takes half a second, which notebook 2 needs only at its end
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GREYS = ["0.85", "0.6", "0.35"]
+PANELS = (  # of the plot of results, those that were measured: content first
+    "reworded questions answered right",
+    "table's own questions answered right",
+    "new questions answered right",
+    "added rows' questions answered right",
+    "answers right word for word",
+    "response perplexity",
+    "answers that stop",
+)
 
 
-def plot_figures(axes, figures, label, form=",.2f"):
+def plot_figures(
+    axes: "Axes", figures: Mapping[str, tuple], label: str, form: str = ",.2f"
+) -> None:
     """Bars of figures {name: (value, ci95)} on matplotlib axes, with their intervals; `label` says what they are."""
     figures = {name: figure for name, figure in figures.items() if figure[0] is not None}
     names = [f"{name}\n{value:{form}}" for name, (value, _) in figures.items()]
     axes.bar(names, [value for value, _ in figures.values()], color=GREYS, edgecolor="black")
-    for k, (value, ci95) in enumerate(figures.values()):
+    for position, (value, ci95) in enumerate(figures.values()):
         if ci95 is not None:
-            axes.errorbar(
-                k, value, [[value - ci95[0]], [ci95[1] - value]], color="black", capsize=6
-            )
-    axes.set_ylabel(label)
-    axes.yaxis.set_major_formatter("{x:.0%}" if form.endswith("%") else "{x:,g}")
+            below_and_above = [[value - ci95[0]], [ci95[1] - value]]
+            axes.errorbar(position, value, below_and_above, color="black", capsize=6)
+    axes.set_ylabel(direction(label))
+    if form.endswith("%"):
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    else:
+        axes.yaxis.set_major_formatter("{x:,g}")
 
 
-def plot_results(metrics):
-    """A figure with a panel for each of the figures that were measured, of those that most depends on; shown once."""
-    import matplotlib.pyplot as plt  # half a second, which notebook 2 needs only at its end
+def plot_results(metrics: dict) -> "Figure":
+    """A figure with a panel for each of PANELS that was measured; it is shown once."""
+    import matplotlib.pyplot as plt
 
     models = figures_of(metrics)
-    wanted = (
-        "response perplexity",
-        "answers right word for word",
-        "answers that stop",
-        "mean new tokens",
-    )
-    wanted = [
+    columns = [
         column
-        for column in wanted
+        for column in PANELS
         if all(stored(entry, column)[0] is not None for entry in models.values())
     ]
+    rows = (len(columns) + 2) // 3
+    across = min(3, len(columns))
     figure, panels = plt.subplots(
-        1, len(wanted), figsize=(4 * len(wanted), 3.5), layout="constrained", squeeze=False
+        rows, across, figsize=(4 * across, 3.5 * rows), layout="constrained", squeeze=False
     )
-    for axes, column in zip(panels[0], wanted, strict=True):
+    for axes, column in zip(panels.flat, columns, strict=False):
         bars = {model: stored(entry, column) for model, entry in models.items()}
         plot_figures(axes, bars, column, COLUMNS[column][2])
+    for axes in panels.flat[len(columns) :]:
+        axes.set_visible(False)
     plt.close(figure)  # else a notebook shows it a second time
     return figure

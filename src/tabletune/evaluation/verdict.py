@@ -1,0 +1,160 @@
+"""What the figures of notebook 4 say in words, the content first: are the answers right?
+
+Only the standard library: the command line prints these sentences, too.
+"""
+
+GOOD = 0.9  # from this share of right answers on, nothing is said about what would help
+POOR = 0.5
+NOT_MEASURED = (
+    "Whether its answers are right was not measured: these rows are texts without questions."
+)
+OLDER = "Whether its answers are right was not measured: run 04_evaluate again."
+
+
+def content_verdict(metrics: dict) -> list[str]:
+    """Sentences on what `evaluation/metrics.json` says, the most important first: are the answers right?"""
+    name = tuned_model(metrics)
+    if name is None:
+        return []
+    content = metrics[name].get("content")
+    if content is None:
+        return [OLDER, *perplexity_sentence(metrics, name)]
+    if not any(entry["questions"] for entry in content.values()):
+        return [NOT_MEASURED, *perplexity_sentence(metrics, name)]
+    rules = metrics.get("content_rules", {})
+    sentences = []
+    for part in parts_by_importance(content, rules):
+        sentences += part_sentences(part, content[part], metrics, rules)
+    sentences += advice(content, metrics, rules)
+    if rules.get("reasons"):
+        sentences.append(rules["reasons"]["right"] + " No rule can read: read some answers, too.")
+    return sentences + perplexity_sentence(metrics, name)
+
+
+def tuned_model(metrics: dict) -> str | None:
+    """The key of the fine-tuned model in the metrics, merged if it was evaluated; None if there is none."""
+    return next((name for name in ("merged", "adapter") if name in metrics), None)
+
+
+def parts_by_importance(content: dict, rules: dict) -> list[str]:
+    """The sets of questions that were asked, the one that matters most first.
+
+    Labels are learned in order to label what is new. Everything else is there to be asked again in other words.
+    """
+    order = ["reworded", "table", "added", "new"]
+    if rules.get("labels"):
+        order = ["new", "reworded", "table", "added"]
+    return [part for part in order if content.get(part, {}).get("questions")]
+
+
+def counted(entry: dict, figure: str = "right") -> str:
+    """A rate as a count with its interval, such as `39 right (35–40)`."""
+    return (
+        f"{count_with_interval(entry, figure)[0]} {figure} {count_with_interval(entry, figure)[1]}"
+    )
+
+
+def count_with_interval(entry: dict, figure: str, cases: int | None = None) -> tuple[str, str]:
+    """A rate of an entry as (count, "(low–high)"), of `cases`, or of all of its questions."""
+    cases = entry["questions"] if cases is None else cases
+    limits = entry.get(f"{figure}_ci95")
+    interval = "(no interval)"
+    if limits is not None:
+        interval = f"({round(limits[0] * cases)}–{round(limits[1] * cases)})"
+    return str(round((entry[figure] or 0) * cases)), interval
+
+
+def part_sentences(part: str, entry: dict, metrics: dict, rules: dict) -> list[str]:
+    """What to say about the answers to one set of questions."""
+    n, right = entry["questions"], counted(entry)
+    answerable = entry.get("answerable", n)
+    if part == "new" and metrics.get("retrieval") and answerable < n:
+        lacking = entry["unanswerable"]
+        count, interval = count_with_interval(lacking, "nothing")
+        sentences = [
+            f"Of {lacking['questions']} questions that its rows have nothing on it says so to "
+            f"{count} {interval}."
+        ]
+        if answerable:
+            count, interval = count_with_interval(entry["paraphrased"], "right")
+            sentences.append(
+                f"Of {answerable} new questions whose answer its rows have under another question "
+                f"it answers {count} right {interval}."
+            )
+        return sentences
+    names = {
+        "reworded": "reworded questions of your table",
+        "table": "questions of your table as they stand",
+        "added": "questions whose rows came into the index after training",
+        "new": "new questions, which training did not see,",
+    }
+    sentence = f"Of {n} {names[part]} it answers {right}"
+    if entry.get("false_nothing"):
+        wrongly = count_with_interval(entry, "false_nothing", answerable)[0]
+        sentence += f', and says "nothing" to {wrongly} that it has'
+    majority = metrics.get("majority")
+    if part == "new" and majority:
+        always = round(majority["rate"] * n)
+        sentence += f"; always saying {majority['label']!r} would be right for {always}"
+    return [sentence + "."]
+
+
+def advice(content: dict, metrics: dict, rules: dict) -> list[str]:
+    """What helps where answers are wrong; nothing where they are right."""
+    parts = parts_by_importance(content, rules)
+    rate = content[parts[0]]["right"]
+    if rate >= GOOD:
+        return []
+    if rules.get("labels"):
+        return [
+            "Too many labels are wrong. What helps: more rows, more epochs, a larger base model."
+        ]
+    how_many = "Most of its answers are wrong" if rate < POOR else "Some of its answers are wrong"
+    if metrics.get("retrieval"):
+        return [
+            f"{how_many}, although the rows are in the prompt. What helps: more epochs, more "
+            "`copies`, a larger base model."
+        ]
+    if rate < POOR and looks_right(metrics):
+        how_many += ": it has learned how answers look, not what they say"
+    return [
+        f"{how_many}. What helps: `context_rows: 3`, which puts rows of the table into the prompt "
+        "(the profile `knowledge`), more epochs, a larger base model."
+    ]
+
+
+def looks_right(metrics: dict) -> bool:
+    """Whether most answers have the form of the table's: the structure, or if it has none, an end."""
+    form = metrics[tuned_model(metrics)].get("generation") or {}
+    rate = form.get("structure_rate")
+    if rate is None:
+        rate = form.get("stop_rate") or 0
+    return rate > 0.5
+
+
+def perplexity_sentence(metrics: dict, name: str) -> list[str]:
+    """A sentence on the perplexity before and after, which says nothing about right answers; none without figures."""
+    key, what = "response", "the answers to new questions"
+    if metrics.get("retrieval"):
+        key, what = "response_added", "the answers to test questions, their rows in the index"
+    entries = [metrics.get(model, {}).get("perplexity", {}) for model in ("base", name)]
+    before, after = (entry.get(key) for entry in entries)
+    if before is None or after is None:
+        return []
+    texts = [number_with_interval(entry[key], entry.get(f"{key}_ci95")) for entry in entries]
+    change = metrics.get("differences", {}).get("adapter - base", {}).get("log_perplexity", {})
+    meaning = "their form and wording surprise it less"
+    if after >= before:
+        meaning = "they surprise it more"
+    if key == "response" and not change.get("significant"):
+        meaning = "the difference may be chance"
+    return [
+        f"Perplexity of {what}: {texts[0]} before, {texts[1]} after "
+        f"(lower is better); {meaning}. It does not say whether answers are right."
+    ]
+
+
+def number_with_interval(value: float, ci95: list[float] | None) -> str:
+    """A perplexity with its interval, such as `5.96 (5.21–6.89)`."""
+    interval = "" if ci95 is None else f" ({ci95[0]:,.2f}–{ci95[1]:,.2f})"
+    return f"{value:,.2f}{interval}"

@@ -1,0 +1,148 @@
+"""ask: questions of a file, answered with a finished run."""
+
+import json
+
+import pandas as pd
+import pytest
+from conftest import TINY, copy_of
+
+from tabletune.errors import StageError
+from tabletune.evaluation.ask import (
+    AskedQuestion,
+    answer_lines,
+    answer_questions,
+    is_expected,
+    read_questions,
+    table_of_answers,
+)
+from tabletune.evaluation.content import ContentRules
+
+FREE_TEXT = ContentRules("same_text", ("right",), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("q.txt", "\ufeffCold?\n\n  Gas? \n", [("Cold?", []), ("Gas?", [])]),
+        ("q", "Cold?", [("Cold?", [])]),
+        ("q.csv", "question,answer\nCold?,Ginger\nGas?,\n", [("Cold?", ["Ginger"]), ("Gas?", [])]),
+        ("q.csv", "Question;Expected\nCold, or flu?;Ginger\n", [("Cold, or flu?", ["Ginger"])]),
+        ("q.tsv", "prompt\nCold?\n", [("Cold?", [])]),
+        ("q.csv", 'question,answer\n"Cold\nand flu?",Rest\n', [("Cold\nand flu?", ["Rest"])]),
+        (
+            "q.jsonl",
+            '{"question": "Cold?", "expected": ["Ginger", "Honey"]}\n"Gas?"\n',
+            [("Cold?", ["Ginger", "Honey"]), ("Gas?", [])],
+        ),
+        ("q.json", '[{"question": "6 x 7?", "answer": 42}]', [("6 x 7?", ["42"])]),
+    ],
+)
+def test_questions_of_files(tmp_path, name, text, expected):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    assert [(q.question, q.expected) for q in read_questions(path)] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("q.txt", " \n", "has no questions"),
+        ("q.csv", "a,b\n1,2\n", "no column question. Its columns: a, b"),
+        ("q.jsonl", '{"question": "Cold?"}\n{oops\n', "line 2"),
+        ("q.json", '{"question": "Cold?"}', "no list"),
+        ("q.jsonl", "3\n", "is no question"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(StageError, match=message):
+        read_questions(path)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(StageError, match="cannot be read"):
+        read_questions(tmp_path / "none.txt")
+
+
+class Context:
+    """A context whose table says "Nothing." where it has nothing."""
+
+    def is_unknown(self, answer):
+        return answer.casefold().strip(".") == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("answer", "unknown", "expected", "right"),
+    [
+        ("We are closed on Sundays.", False, ["closed"], True),
+        ("We are enclosed by hills.", False, ["closed"], False),
+        ("It costs 120 euros.", False, ["12"], False),
+        ("Nothing.", True, ["nothing"], True),
+        ("Nothing.", True, ["closed"], False),
+        ("We are closed.", False, ["Nothing"], False),
+        ("We are closed on Sundays.", False, ["On Sundays we are closed all of the day."], False),
+    ],
+)
+def test_which_answers_are_expected(answer, unknown, expected, right):
+    assert is_expected(answer, unknown, expected, FREE_TEXT, Context()) is right
+
+
+def test_short_answers_must_be_equal():
+    rules = ContentRules("exact_match", ("right",), {})
+    assert is_expected("No.", False, ["no"], rules, None)
+    assert not is_expected("no idea", False, ["no"], rules, None)
+
+
+def test_an_expected_item_is_right_alone_and_in_a_whole_answer():
+    template = "**Item:** {item}\n**Remedy:** {remedy}"
+    rules = ContentRules(
+        "right_item", ("right",), {}, (), template, "item", {"gas": {"mint"}, "cold": {"ginger"}}
+    )
+    answer = "**Item:** Ginger\n**Remedy:** Sip it."
+    assert is_expected(answer, False, ["Ginger"], rules, None)
+    assert is_expected(
+        answer, False, ["**Item:** Ginger\n**Remedy:** Other words of it."], rules, None
+    )
+    assert not is_expected(answer, False, ["**Item:** Mint\n**Remedy:** Sip it."], rules, None)
+
+
+def test_the_table_of_answers():
+    answers = pd.DataFrame(
+        {
+            "answer": ["**Item:** Ginger", "Mint"],
+            "stopped": [True, False],
+            "new_tokens": 3,
+            "unknown": [False, False],
+            "rows": [[{"question": "Colds?", "answer": "Ginger", "score": 0.834}], []],
+        }
+    )
+    asked = [AskedQuestion("Cold?", ["ginger"]), AskedQuestion("Gas?", ["anise"])]
+    lines = answer_lines(asked, answers, "adapter", FREE_TEXT, None)
+    assert [line["right"] for line in lines] == [True, False]
+    text = table_of_answers(lines, "No advice.")
+    assert text.startswith("No advice.")
+    assert "Item: Ginger" in text
+    assert "Colds? (0.83)" in text
+    assert "[cut: max_new_tokens]" in " ".join(text.split())
+    assert "Right: 1 of 2 (0–2)." in text
+
+
+@pytest.mark.parametrize("part", ["adapter", "merged", "base"])
+def test_a_finished_run_answers_a_file(finished_run, tmp_path, capsys, part):
+    run_dir = copy_of(finished_run, tmp_path / "run", "dataset", "adapter", "merged")
+    if part == "adapter":
+        (run_dir / "merged").rename(tmp_path / "elsewhere")
+    (run_dir / "answers.jsonl").write_text("earlier\n")
+    questions = tmp_path / "mine.csv"
+    questions.write_text("question,answer\nWhat helps against a cold?,Ginger\nGas?,\n")
+    values = {"base_model": str(TINY), "max_new_tokens": 4, "precision": "fp32"}
+    answer_questions(run_dir, questions, part, values)
+    lines = [json.loads(line) for line in (run_dir / "answers.jsonl").read_text().splitlines()]
+    assert [line["question"] for line in lines] == ["What helps against a cold?", "Gas?"]
+    assert lines[0]["right"] is False
+    assert "right" not in lines[1]
+    assert lines[0]["rows"] == []
+    assert "not medical advice" in capsys.readouterr().out
+    [earlier] = (run_dir / "earlier").iterdir()
+    assert (earlier / "answers.jsonl").read_text() == "earlier\n"

@@ -1,0 +1,170 @@
+"""compare: which runs can be compared, and which differ by more than chance."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset
+
+from tabletune.report.compare import (
+    BITS,
+    RIGHT,
+    comparable_runs,
+    compared_part,
+    headline,
+    open_runs,
+    pair_difference,
+    pairs_table,
+    ranked,
+    settings_of,
+    settings_table,
+)
+from tabletune.run.files import write_json
+
+PARAMETERS = {"base_model": "a/base", "learning_rate": 0.01, "seed": 1}
+QUESTIONS = 40
+
+
+def a_run(folder, nats=2.0, right=0.5, noise=0.02, test="one", seed=0, **parameters):
+    """Write what a comparison reads of a run: its answers cost about `nats` a token, and a share of them is right."""
+    generator = np.random.default_rng(seed)
+    hard = np.random.default_rng(99).normal(0, 0.5, QUESTIONS)  # rows differ alike in all runs
+    tokens = np.full(QUESTIONS, 20)
+    nll = tokens * (nats + hard + generator.normal(0, noise, QUESTIONS))
+    sizes = np.full(QUESTIONS, 60)
+    table = pd.DataFrame({"response_nll": nll, "response_tokens": tokens, "response_bytes": sizes})
+    folder.mkdir(parents=True)
+    (folder / "evaluation").mkdir()
+    table = table.assign(model="merged", group=[f"q{i}" for i in range(QUESTIONS)])
+    table.to_parquet(folder / "evaluation" / "scores.parquet")
+    hits = [i < right * QUESTIONS for i in range(QUESTIONS)]
+    lines = [
+        {"part": "reworded", "model": "merged", "asked": f"q{i}?", "right": hit}
+        for i, hit in enumerate(hits)
+    ]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (folder / "evaluation" / "answers.jsonl").write_text(text)
+    bits = nll.sum() / math.log(2) / sizes.sum()
+    rate = float(np.mean(hits))
+    perplexity = {"response": math.exp(nll.sum() / tokens.sum()), "bits_per_byte": bits}
+    content = {"reworded": {"questions": QUESTIONS, "right": rate, "right_ci95": [0.1, 0.9]}}
+    write_json(
+        folder / "evaluation" / "metrics.json",
+        {"merged": {"perplexity": perplexity, "content": content}},
+    )
+    entry = {"parameters": {**PARAMETERS, **parameters, "run_dir": str(folder)}}
+    write_json(folder / "manifest.json", {"01_format_dataset": entry})
+    rows = {
+        "prompt": [[{"role": "user", "content": test}]],
+        "completion": [[{"role": "assistant", "content": "a"}]],
+    }
+    Dataset.from_dict(rows).save_to_disk(folder / "dataset" / "test")
+    return folder
+
+
+def compared(*folders):
+    runs, sentences = comparable_runs(open_runs([str(folder) for folder in folders]))
+    part = compared_part(runs)
+    return ranked(settings_of(runs), part), part, sentences
+
+
+def test_runs_are_given_as_a_text_or_as_a_list(tmp_path):
+    one, other = a_run(tmp_path / "one"), a_run(tmp_path / "with space")
+    assert [run.name for run in open_runs([str(one), str(other)])] == ["one", "with space"]
+    third = a_run(tmp_path / "third")
+    assert [run.name for run in open_runs(f"{one} {third} {one}")] == ["one", "third"]
+    assert [run.name for run in open_runs([f"{one} {third}"])] == ["one", "third"]
+
+
+def test_another_test_set_cannot_be_compared(tmp_path):
+    folders = [a_run(tmp_path / name) for name in ("a", "b")]
+    other = a_run(tmp_path / "c", nats=0.1, test="two")
+    settings, _, sentences = compared(other, *folders)
+    names = [run.name for setting in settings for run in setting.runs]
+    assert sorted(names) == ["a", "b"]
+    assert "c CANNOT BE COMPARED with a" in sentences[0]
+
+
+def test_a_run_without_evaluation_is_named(tmp_path):
+    one, other = a_run(tmp_path / "a"), a_run(tmp_path / "b")
+    (other / "evaluation" / "metrics.json").unlink()
+    _, _, sentences = compared(one, other)
+    assert sentences == ["b was not evaluated: it is left out of the comparison."]
+
+
+def test_an_older_evaluation_is_named(tmp_path):
+    one, other = a_run(tmp_path / "a"), a_run(tmp_path / "b")
+    path = other / "evaluation" / "scores.parquet"
+    pd.read_parquet(path).drop(columns="response_bytes").to_parquet(path)
+    _, _, sentences = compared(one, other)
+    assert "b was evaluated by an older notebook 4" in sentences[0]
+
+
+def test_other_base_models_are_compared_by_bits_per_byte(tmp_path):
+    _, _, sentences = compared(
+        a_run(tmp_path / "a"), a_run(tmp_path / "b", base_model="b/base", max_new_tokens=4)
+    )
+    assert "compare bits per byte" in sentences[0]
+    assert "different max_new_tokens" in sentences[1]
+
+
+def test_three_seeds_of_one_setting_are_not_told_apart(tmp_path):
+    folders = [a_run(tmp_path / f"seed{k}", nats=2 + k / 20, seed=k) for k in range(3)]
+    for k, folder in enumerate(folders):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["01_format_dataset"]["parameters"]["seed"] = k
+        write_json(folder / "manifest.json", manifest)
+    settings, part, _ = compared(*folders)
+    assert len(settings) == 1
+    assert settings[0].name == "seed0 (3 seeds)"
+    text = settings_table(settings, part).loc["seed0 (3 seeds)", "bits per byte"]
+    assert "[" in text and "to" in text
+
+
+def test_a_worse_setting_is_told_apart_by_more_than_the_seeds_do(tmp_path):
+    seeds = [a_run(tmp_path / f"seed{k}", nats=2 + k / 20, seed=k) for k in range(3)]
+    near = a_run(tmp_path / "near", nats=2.06, learning_rate=0.02)
+    worse = a_run(tmp_path / "worse", nats=3.0, right=0.1, learning_rate=0.03)
+    settings, part, _ = compared(*seeds, near, worse)
+    table = pairs_table(settings, part)
+    assert table.loc["near", "told apart?"] == "no"
+    assert table.loc["worse", "told apart?"] == "yes"
+    [same] = [line for line in headline(settings, part) if line.startswith("Not told apart")]
+    assert "near" in same
+    assert "worse" not in same
+
+
+def test_pairs_are_sharper_than_two_intervals(tmp_path):
+    """The rows differ by 0.5 nats a token, the runs by 0.1: only in pairs can that be seen."""
+    settings, part, _ = compared(
+        a_run(tmp_path / "a", nats=2.0), a_run(tmp_path / "b", nats=2.1, learning_rate=1)
+    )
+    entry = pair_difference(settings[1], settings[0], BITS, part)
+    assert entry["significant"]
+    assert entry["difference"] == pytest.approx(0.1 * 20 / 60 / math.log(2), rel=0.2)
+
+
+def test_right_answers_decide_before_bits(tmp_path):
+    settings, part, _ = compared(
+        a_run(tmp_path / "form", nats=1.0, right=0.1),
+        a_run(tmp_path / "content", nats=2.0, right=0.9, learning_rate=1),
+    )
+    assert [setting.name for setting in settings] == ["content", "form"]
+    assert headline(settings, part)[0].startswith("Most right answers: content, 90% of 40 reworded")
+    assert pair_difference(settings[1], settings[0], RIGHT, part)["significant"]
+
+
+def test_questions_that_differ_are_not_compared_for_right_answers(tmp_path):
+    one, other = a_run(tmp_path / "a"), a_run(tmp_path / "b", learning_rate=1)
+    path = other / "evaluation" / "answers.jsonl"
+    path.write_text(path.read_text().replace("q0?", "something else?"))
+    settings, part, _ = compared(one, other)
+    assert part is None
+    assert headline(settings, part)[0].startswith("Fewest bits per byte")
+
+
+def test_one_seed_each_is_said(tmp_path):
+    settings, part, _ = compared(a_run(tmp_path / "a"), a_run(tmp_path / "b", learning_rate=1))
+    assert "with one seed" in headline(settings, part)[-1]
