@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell
+from test_compare import a_run as compared_run
 
 from tabletune.errors import StageError
 from tabletune.report import pages as pages_module
@@ -24,6 +25,7 @@ MARKUP = "<script>document.title = 'pwned'</script><img src=x onerror=alert(1)> 
 HEALTH = (
     "Educational example, not medical advice. In an emergency call your local emergency number."
 )
+SHOWN = MARKUP.replace("**bold**", "bold")  # in answers, bold text of Markdown is bold
 PARAMETERS = {"base_model": "a/base", "dataset": "table.csv", "learning_rate": 0.01}
 
 
@@ -301,12 +303,12 @@ def test_answers_stay_text_under_the_disclaimer(render, tmp_path):
     text = page.text
     assert f"name {MARKUP}" in text and f"value {MARKUP}" in text, "in tables of facts, too"
     assert all(
-        f"{column} 2 {MARKUP}" in text for column in ("question", "in_the_table", "base", "merged")
+        f"{column} 2 {SHOWN}" in text for column in ("question", "in_the_table", "base", "merged")
     )
     assert (
-        "3 of 7 questions" in text and f"question 3 {MARKUP}" not in text and "an hour" not in text
+        "3 of 7 questions" in text and f"question 3 {SHOWN}" not in text and "an hour" not in text
     )
-    assert text.index(f"dangerous {MARKUP}") < text.index(f"harmless {MARKUP}"), (
+    assert text.index(f"dangerous {SHOWN}") < text.index(f"harmless {SHOWN}"), (
         "what went wrong is on top"
     )
     tables = re.findall(r'<div class="answers .*?</table>', page.source, re.DOTALL)
@@ -349,7 +351,7 @@ def test_a_run_of_before_and_a_run_of_few_rows(render, tmp_path):
         and "7.77 (7.00 – 11.00)" in page.text
         and "80% (10%" in page.text
     )
-    assert f"dangerous {MARKUP}" in page.text
+    assert f"dangerous {SHOWN}" in page.text
 
     run = a_run(tmp_path / "few", stages=4)
     few = {
@@ -368,45 +370,23 @@ def test_a_run_of_before_and_a_run_of_few_rows(render, tmp_path):
 
 
 def test_runs_beside_each_other(render, tmp_path):
-    one = a_run(tmp_path / "one")
-    other = a_run(tmp_path / "other", parameters={**PARAMETERS, "learning_rate": 0.12345})
-    far = a_run(tmp_path / "far")
-    change(far / "evaluation" / "metrics.json", merged=model(99.0, 0.5))
-    a_run(tmp_path / "unfinished", 2)
-    page = render("compare_runs", runs=f"{far} {one} {other} {tmp_path / 'unfinished'} {one}")
+    best = compared_run(tmp_path / "best", right=0.9)
+    worse = compared_run(tmp_path / "worse", right=0.1, learning_rate=0.12345)
+    other = compared_run(tmp_path / "other", test="two")
+    unfinished = a_run(tmp_path / "unfinished", 2)
+    page = render("compare_runs", runs=f"{worse} {best} {other} {unfinished} {best}")
     text = page.text
-    assert (
-        "The lowest response perplexity: one, 6.04." in text
-        and "Not told apart from it: other." in text
-    )
-    assert text.count("6.0 (5.0 – 7.0)") == 2 and "99.0 (98.0 – 100.0)" in text
+    assert "Most right answers: best, 90% of 40 reworded questions." in text
+    assert "Not told apart from it: none of the others." in text
+    assert text.index("CANNOT BE COMPARED") < text.index("Most right answers")
+    assert "unfinished was not evaluated" in text
+    assert "unfinished: 03_merge_adapter left no record" in text
     differ = text.partition("What differs")[2].partition("Training")[0]
-    assert (
-        "0.12345" in differ
-        and "learning_rate" in differ
-        and "base_model" not in differ
-        and "run_dir" not in differ
-    )
-    assert "Nothing: they are the same in all runs." in differ, "what they ran on"
-    assert "unfinished: 03_merge_adapter left no record" in text and "WARNING" not in text
+    assert "0.12345" in differ
+    assert "base_model" not in differ.partition("Nothing")[0].replace("a/base", "")
+    assert "run_dir" not in differ
+    assert "lower is better" in text
     assert pictures(page) == 2
-
-
-def test_runs_that_are_not_comparable(render, tmp_path):
-    one, other = (
-        a_run(tmp_path / "one"),
-        a_run(tmp_path / "other", parameters={**PARAMETERS, "base_model": "b/base"}),
-    )
-    Dataset.from_dict({"prompt": ["else"], "completion": ["else"]}).save_to_disk(
-        other / "dataset" / "new"
-    )
-    shutil.rmtree(other / "dataset" / "test")
-    (other / "dataset" / "new").rename(other / "dataset" / "test")
-    text = render("compare_runs", runs=[str(one), str(other)]).text
-    assert (
-        "WARNING: these runs have different test sets" in text
-        and "WARNING: the base models differ" in text
-    )
 
 
 def test_what_is_wrong_with_a_run_is_one_line(render, tmp_path):
