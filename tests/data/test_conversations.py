@@ -129,3 +129,17 @@ def test_context_without_a_question_is_dropped(tmp_path):
     rows = [{"question": "", "context": "c", "answer": city} for city in CITIES]
     with pytest.raises(StageError, match="12 no question"):
         formatted(tmp_path, jsonl(tmp_path, *rows))
+
+
+def test_list_of_questions_is_refused(tmp_path):
+    rows = [{"question": [city, "b"], "answer": city} for city in CITIES]
+    with pytest.raises(StageError, match=r"'question' holds lists.*A question is one text"):
+        formatted(tmp_path, jsonl(tmp_path, *rows))
+
+
+def test_row_without_options_is_a_plain_question(tmp_path):
+    rows = [
+        {"question": city, "choices": CHOICES if i else None, "answer": "Peru"}
+        for i, city in enumerate(CITIES)
+    ]
+    assert ("Lima", "Peru") in pairs(formatted(tmp_path, jsonl(tmp_path, *rows))[1])

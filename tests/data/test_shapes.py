@@ -195,6 +195,15 @@ def test_rows_labelled_false_are_left_out(tmp_path, label):
     assert all(answer.endswith("0") for _, answer in pairs(splits))
 
 
+@pytest.mark.parametrize("name", ["label", "kto_tag", "is_correct"])
+def test_conversations_labelled_false_are_left_out(tmp_path, name):
+    rows = [
+        {"messages": [{"role": "user", "content": c}, TURNS[1]], name: i % 3 > 0}
+        for i, c in enumerate(CITIES)
+    ]
+    assert formatted(tmp_path, jsonl(tmp_path, *rows))[0]["dropped"] == {"labelled as rejected": 4}
+
+
 def test_label_that_is_a_class_drops_nothing(tmp_path):
     rows = [{"question": c, "answer": c, "label": i % 2} for i, c in enumerate(CITIES)]
     assert formatted(tmp_path, jsonl(tmp_path, *rows))[0]["rows_out"] == 12

@@ -6,7 +6,7 @@ import random
 import base_models
 import numpy as np
 import pytest
-from test_tables import formatted, write
+from table_helpers import formatted, write
 
 from tabletune.data.splits import assign_splits, limit_training, split_position
 from tabletune.errors import StageError

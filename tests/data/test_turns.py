@@ -147,6 +147,9 @@ FORMS = {
     "human and assistant": lambda c: {
         "conversations": [{"human": asked(c)[0], "assistant": asked(c)[1]}]
     },
+    "questions and answers": lambda c: {
+        "conversations": [{"input": asked(c)[0], "output": asked(c)[1]}]
+    },
     "an object of lists": lambda c: {
         "messages": {"role": ["user", "assistant"], "content": list(asked(c))}
     },
@@ -189,6 +192,32 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_conversations_are_read_in_every_form(tmp_path, form):
     assert conversation_of(tmp_path, FORMS[form]) == ASKED
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [["a", "b"]],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        '[["a", "b"]]',
+    ],
+)
+def test_history_is_read_in_every_form(tmp_path, history):
+    turns = conversation_of(
+        tmp_path, lambda c: {"question": asked(c)[0], "answer": asked(c)[1], "history": history}
+    )
+    assert turns == [("user", "a"), ("assistant", "b"), *ASKED]
+
+
+def test_system_instruction_of_gemini(tmp_path):
+    turns = conversation_of(
+        tmp_path,
+        lambda c: {
+            "systemInstruction": {"role": "system", "parts": [{"text": "Be kind."}]},
+            **FORMS["Gemini"](c),
+        },
+    )
+    assert turns == [("system", "Be kind."), *ASKED]
 
 
 def test_history_comes_before_the_question(tmp_path):

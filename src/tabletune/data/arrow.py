@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from tabletune.run.files import whole as atomic_write
+from tabletune.run.files import atomic_write
 
 BATCH_ROWS = 1000
 Row = dict[str, Any]

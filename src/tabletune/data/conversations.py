@@ -67,7 +67,9 @@ class ConversationReader:
         texts = {
             name: self._text(name, value) for name, value in row.items() if name in self._fields()
         }
-        if "options" in texts:
+        if "options" in texts and is_empty(row["options"]):
+            texts["options"] = ""
+        elif "options" in texts:
             options = options_in(row["options"])
             texts["options"] = "\n".join(options)
             texts["answer"] = right_option(cell_text(row["answer"]), row["options"], options)
@@ -106,6 +108,12 @@ class ConversationReader:
             and "options" not in self.shape.columns
         ):
             value = self._one_answer(field_name, value)
+        elif self.shape.name != "columns" and field_name == "question" and isinstance(value, list):
+            column = self.shape.columns[field_name]
+            raise StageError(
+                f"The column {column!r} holds lists, such as {json_text(value)[:80]}. A question is one text; with "
+                f'question_template: "{{{column}}}" and an answer_template it is learned as JSON.'
+            )
         return self.empty_cells(field_name, self.clean(cell_text(value)))
 
     def _one_answer(self, field_name: str, value: Any) -> Any:

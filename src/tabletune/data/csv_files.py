@@ -69,14 +69,13 @@ class CsvRecords:
         self.path = path
         self.name = name
         self.encoding = encoding
-        self.delimiter = delimiter
-        self.quoting = csv.QUOTE_NONE if quotes == "letters" else csv.QUOTE_MINIMAL
+        self.options = csv_options(delimiter, quotes)
 
     def __iter__(self) -> Iterator[Record]:
         line = 1
         with self.path.open(encoding=self.encoding, newline="") as file:
             # not pandas: its reader cuts a cell at a NUL
-            reader = csv.reader(file, delimiter=self.delimiter, quoting=self.quoting, strict=True)
+            reader = csv.reader(file, **self.options, strict=True)
             try:
                 for record in reader:
                     about_the_delimiter = (
@@ -91,6 +90,12 @@ class CsvRecords:
                     f'({error}). Write a quote inside a quoted cell twice: "". Where quotes are letters like any '
                     "other, set quotes: letters."
                 ) from error
+
+
+def csv_options(delimiter: str, quotes: str) -> dict[str, Any]:
+    """What `csv.reader` is called with."""
+    quoting = csv.QUOTE_NONE if quotes == "letters" else csv.QUOTE_MINIMAL
+    return {"delimiter": delimiter, "quoting": quoting}
 
 
 def choose_delimiter(path: Path, name: str, encoding: str, options: ReadOptions) -> str:
@@ -117,10 +122,9 @@ def find_delimiter(head: str, tabs_first: bool, quotes: str = "auto") -> str:
     if head.startswith("sep="):
         return head[4]
     candidates = "\t,;|" if tabs_first else ",;\t|"
-    quoting = csv.QUOTE_NONE if quotes == "letters" else csv.QUOTE_MINIMAL
     scores = {}
     for mark in candidates:
-        reader = csv.reader(io.StringIO(head, newline=""), delimiter=mark, quoting=quoting)
+        reader = csv.reader(io.StringIO(head, newline=""), **csv_options(mark, quotes))
         rows = [row for row in reader if any(row)]
         if len(head) == HEAD_CHARACTERS:
             rows = rows[:-1]  # the last one is cut

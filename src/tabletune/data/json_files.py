@@ -16,6 +16,7 @@ from tabletune.errors import StageError
 BLOCK_CHARACTERS = 2**20
 LONGEST_LINE_CHARACTERS = 2**24  # a file without line breaks is not read at once
 Row = dict[str, Any]
+BETWEEN_VALUES = ", \t\n\r\f\v"
 ROLE_KEYS = set(WORDS["turn_keys"]["role"])
 ROW_COLUMNS = {name for field in ("question", "answer", "chat") for name in WORDS["columns"][field]}
 
@@ -48,46 +49,91 @@ DECODER = json.JSONDecoder(
 
 
 def json_values(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, value) for each value of an open file: the items of an array, or what stands one after the other.
+    """Yield (line, value) for each value of an open file: the items of an array, or what stands
+    one after the other, however it is broken into lines.
 
-    Line breaks may be anywhere. Raises StageError if anything else is in between.
+    Raises StageError if anything else is in between.
     """
     if has_a_list_a_line(file):
         yield from _values_of_lines(file, name)
-        return
-    text = ""
-    position = 0
-    line = 1
-    open_array: bool | None = None  # None until something has come
-    closed = True
-    while True:
-        start = re.compile(r"[\s,]*").match(text, position).end()
-        if text[start : start + 1] == "[" and closed and open_array is not False:
-            open_array, closed = True, False
-            line += text.count("\n", 0, start + 1)
-            text, position = text[start + 1 :], 0
-            continue
-        if text[start : start + 1] == "]" and not closed:
-            closed = True
-            line += text.count("\n", 0, start + 1)
-            text, position = text[start + 1 :], 0
-            continue
-        try:
-            value, end = DECODER.raw_decode(text, start)
-            if open_array is None:
-                open_array = False
-            yield line + text.count("\n", 0, start), value
-            position = end
-        except (ValueError, RecursionError) as error:
-            more = file.read(max(BLOCK_CHARACTERS, len(text)))
-            if not more and start == len(text) and closed:
-                return
-            line += text.count("\n", 0, position if more else start)
-            if not more:
-                raise StageError(
-                    f"{name}, line {line} is not JSON ({error}). Mend or remove it."
-                ) from error
-            text, position = text[position:] + more, 0
+    else:
+        yield from _ValueStream(file, name)
+
+
+class _ValueStream:
+    """The values of a file, which is read block by block. `position` in `text` is in `line`."""
+
+    def __init__(self, file: TextIO, name: str) -> None:
+        self.file = file
+        self.name = name
+        self.text = ""
+        self.position = 0
+        self.line = 1
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        may_have_array = True
+        in_array = False
+        while True:
+            mark = self.next_mark()
+            if mark == "":
+                break
+            if mark == "[" and may_have_array and not in_array:
+                in_array = True
+                self.move_to(self.position + 1)
+            elif mark == "]" and in_array:
+                in_array = False
+                self.move_to(self.position + 1)
+            else:
+                may_have_array = in_array  # what begins with an object has lists as values only
+                line = self.line
+                yield line, self.value()
+        if in_array:
+            raise self.damage("the list is not closed")
+
+    def next_mark(self) -> str:
+        """Move to the next character that is not between values, and return it; "" at the end."""
+        while True:
+            place = self.position
+            while place < len(self.text) and self.text[place] in BETWEEN_VALUES:
+                place += 1
+            self.move_to(place)
+            if place < len(self.text):
+                return self.text[place]
+            if not self.read_more():
+                return ""
+
+    def value(self) -> Any:
+        """The value at the position, which moves behind it. Raises StageError if it is none."""
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.position)
+            except (ValueError, RecursionError) as error:
+                if not self.read_more():
+                    raise self.damage(str(error)) from error
+                continue
+            if end == len(self.text) and self.read_more():
+                continue  # a number may go on in the next block
+            self.move_to(end)
+            return value
+
+    def move_to(self, position: int) -> None:
+        """Go on to a later position."""
+        self.line += self.text.count("\n", self.position, position)
+        self.position = position
+
+    def read_more(self) -> bool:
+        """Read another block, at least as long as what waits, and forget what is behind."""
+        rest = self.text[self.position :]
+        more = self.file.read(max(BLOCK_CHARACTERS, len(rest)))
+        self.text = rest + more
+        self.position = 0
+        return bool(more)
+
+    def damage(self, reason: str) -> StageError:
+        """The error that says where a file is damaged."""
+        return StageError(
+            f"{self.name}, line {self.line} is not JSON ({reason}). Mend or remove it."
+        )
 
 
 def has_a_list_a_line(file: TextIO) -> bool:

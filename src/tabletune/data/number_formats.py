@@ -54,7 +54,11 @@ def shown_text(value: Any, number_format: str) -> str:
 @lru_cache(maxsize=1000)
 def _tokens(section: str) -> list[tuple[str, str]]:
     """The tokens of a section, [(kind, text), ...]; kinds are the names of the groups of TOKEN."""
-    return [(match.lastgroup, match[match.lastgroup]) for match in TOKEN.finditer(section)]
+    tokens = []
+    for match in TOKEN.finditer(section):
+        kind = match.lastgroup or "other"
+        tokens.append((kind, match[kind]))
+    return tokens
 
 
 def _sections(number_format: str) -> list[str]:

@@ -53,8 +53,7 @@ from tabletune.data.tables import Table
 from tabletune.data.tools import NO_PLACE, shows_tool_turns, text_of_calls, tools_text, writes_key
 from tabletune.data.turns import Message, TurnOptions
 from tabletune.errors import StageError
-from tabletune.run.files import set_aside as archive
-from tabletune.run.files import whole as atomic_write
+from tabletune.run.files import archive, atomic_write
 
 datasets.disable_progress_bars()
 SHOWN_OF_A_REASON = 5  # dropped rows

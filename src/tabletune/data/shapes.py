@@ -99,7 +99,10 @@ def recognize(table: Table, settings: dict[str, Any], example: str | None = None
     ]
     matcher = ColumnMatcher(table, columns)
     if wanted == "columns" or (wanted == "auto" and any(templates) and not matcher.chats):
-        shape = Shape("columns", columns, *templates, example)
+        question_template, answer_template, answer_column = templates
+        shape = Shape(
+            "columns", columns, question_template, answer_template, answer_column, example
+        )
     else:
         shape = matcher.shape(wanted)
     check_shape(shape, table)
@@ -124,9 +127,12 @@ class ColumnMatcher:
             self.names.setdefault(name.strip().casefold(), []).append(column)
         self.rejected = self.candidates(WORDS["preferences"]["rejected"])
         self.chosen = self.candidates(WORDS["preferences"]["chosen"])
-        looked_at = list(columns.values()) or [
-            column for column in table.columns if column not in self.rejected
-        ]
+        looked_at = list(columns.values())
+        if not columns:
+            others = self.rejected + self.candidates(WORDS["columns"]["system"])
+            if self.claims("question") and self.claims("answer"):
+                others += self.candidates(WORDS["columns"]["history"])
+            looked_at = [column for column in table.columns if column not in others]
         self.rendered: list[str] = []  # the columns whose conversations are rendered texts
         kinds = {column: self.kind_of_conversation(column) for column in looked_at}
         self.chats = {column: kind for column, kind in kinds.items() if kind}
@@ -184,6 +190,7 @@ class ColumnMatcher:
             self.check_one_claim("messages", self.claims_of_chat())
             shape = Shape(wanted, {"chat": chat, **self.others(["system", "tools"])})
             self.add_note_on_preferences(shape, chat)
+            self.add_preference_label(shape, question=None, answer=chat)
             return shape
         if wanted in ("prompt_completion", "instruction") and question and answer:
             self.check_claims()
@@ -198,6 +205,7 @@ class ColumnMatcher:
                 }
                 shape = Shape(wanted, columns)
                 self.add_note_on_preferences(shape, answer)
+                self.add_preference_label(shape, question, answer)
                 return shape
             return self.pair_shape(wanted, question, answer)
         needs = "their shape is not recognized"
@@ -221,12 +229,7 @@ class ColumnMatcher:
         if "context" in columns:
             shape.question_template += "\n\n{context}"
         self.add_note_on_preferences(shape, answer)
-        label = self.preference_label(question, answer)
-        if label:
-            shape.columns["keep"] = label
-            shape.notes.append(
-                f"rows whose {label!r} is false are answers that were rejected: they are left out"
-            )
+        self.add_preference_label(shape, question, answer)
         return shape
 
     def add_note_on_preferences(self, shape: Shape, column: str) -> None:
@@ -234,6 +237,15 @@ class ColumnMatcher:
         if column in self.chosen and self.rejected:
             shape.notes.append(
                 f"a table of preferences: {column!r} is learned, {self.rejected[0]!r} is not"
+            )
+
+    def add_preference_label(self, shape: Shape, question: str | None, answer: str | None) -> None:
+        """Let a shape leave out the rows whose answer was rejected, and say so."""
+        label = self.preference_label(question, answer)
+        if label:
+            shape.columns["keep"] = label
+            shape.notes.append(
+                f"rows whose {label!r} is false are answers that were rejected: they are left out"
             )
 
     def chat_column(self) -> str | None:
@@ -333,7 +345,7 @@ class ColumnMatcher:
             f"The table has the columns {names}: each may be the {field_name}. Say which is, for instance {advised}."
         )
 
-    def preference_label(self, question: str, answer: str) -> str | None:
+    def preference_label(self, question: str | None, answer: str | None) -> str | None:
         """The column that says whether an answer was preferred (as in KTO); None if there is none."""
         if self.set_by_reader:
             return None

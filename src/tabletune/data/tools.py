@@ -2,11 +2,11 @@
 
 import json
 import re
-from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tabletune.chat.caching import cached_per_template
 from tabletune.chat.markers import break_markers
 from tabletune.chat.templates import MARK, USER, around, render
 from tabletune.data.cells import WrittenNumber, json_text, map_numbers
@@ -47,7 +47,9 @@ def call_of_function(call: Any) -> dict[str, Any]:
     """
     if not isinstance(call, dict):
         raise Dropped("a call of a tool without a name")
-    function = call.get("function") if isinstance(call.get("function"), dict) else call
+    function: dict[str, Any] = call
+    if isinstance(call.get("function"), dict):
+        function = call["function"]
     name = function.get("name")
     if not isinstance(name, str) or not name:
         raise Dropped("a call of a tool without a name")
@@ -140,7 +142,7 @@ def _without_marks(text: str) -> str:
     return text
 
 
-@lru_cache
+@cached_per_template
 def shows_tool_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template has a place for what a tool has answered."""
     turns = [USER, {"role": "assistant", "content": "x"}, {"role": "tool", "content": MARK}]
@@ -150,12 +152,12 @@ def shows_tool_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
 
 
-@lru_cache
+@cached_per_template
 def writes_key(tokenizer: PreTrainedTokenizerBase, role: str, key: str) -> bool:
     """Whether the chat template writes what a message of this role has under a key, such as `name`."""
     name = "tabletune_probe"
     call = {"id": "callabcde", "type": "function", "function": {"name": "x", "arguments": {}}}
-    before = [USER]
+    before: list[dict[str, Any]] = [USER]
     if role == "tool":
         before += [{"role": "assistant", "content": "", "tool_calls": [call]}]
     try:

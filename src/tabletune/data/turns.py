@@ -63,7 +63,7 @@ def turns_in(cell: Any, texts_are_turns: bool = False) -> list[Turn] | None:
     if not isinstance(cell, list) or not cell:
         return None
     if all(isinstance(turn, dict) for turn in cell):
-        return _turns_of_objects(cell)
+        return _turns_of_objects(cell) or (_turns_of_exchanges(cell) if texts_are_turns else None)
     if all(isinstance(item, list) and len(item) == 2 for item in cell):
         return _turns_of_pairs(cell, texts_are_turns)
     if texts_are_turns and all(isinstance(item, str) for item in cell):
@@ -115,6 +115,22 @@ def _turns_of_objects(cell: list[Turn]) -> list[Turn] | None:
             if not is_empty(text)
         ]
     return None
+
+
+def _turns_of_exchanges(cell: list[Turn]) -> list[Turn] | None:
+    """The turns of a list of questions with their answers, such as {"input": ..., "output": ...}."""
+    turns = []
+    for exchange in cell:
+        names = {str(key).casefold(): key for key in exchange}
+        question = next(
+            (names[name] for name in WORDS["columns"]["question"] if name in names), None
+        )
+        answer = next((names[name] for name in WORDS["columns"]["answer"] if name in names), None)
+        if question is None or answer is None:
+            return None
+        turns.append({"role": "user", "content": exchange[question]})
+        turns.append({"role": "assistant", "content": exchange[answer]})
+    return turns
 
 
 def _turns_of_pairs(cell: list[Any], texts_are_turns: bool) -> list[Turn] | None:
@@ -288,7 +304,7 @@ def read_content(content: Any) -> Content:
     if not isinstance(content, list):
         return Content(cell_text(content))
     result = Content()
-    texts = []
+    texts: list[str] = []
     for part in content:
         if isinstance(part, dict):
             _read_part(part, texts, result)
