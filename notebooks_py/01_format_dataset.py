@@ -92,6 +92,19 @@ loss_on_last_answer = False  # true: of the answers of a conversation only the l
 safety_rows = 0  # mix our own rows about emergencies into training: true for all, or how many
 push_dataset_to = ""  # a Hub id to publish the result under; only this needs a token
 
+# %%
+# rarely changed: prompts with rows of the table in them, where context_rows is above 0
+context_template = "Rows of the table:\n\n{rows}\n\nAnswer this, from the rows if they have it:\n{question}"
+context_characters = 0  # short rows: more than context_rows, up to so many characters together
+context_hit_rate = 0.6  # of the training questions have their own row in the prompt
+copies = 1  # how often each row is asked, each time in another prompt; 0.3: three rows of ten
+most_prompts = 0  # stop at so many training prompts; 0: no limit
+reworded_share = 0.5  # of the training questions are asked in other words
+rewordings = ""  # a column with other wordings, or a file of question and rewording; "": rules
+practice_prompts = 0  # prompts about made-up tables, which teach to match other words (English)
+unknown_threshold = "auto"  # 0 to 1: a question with no row as similar gets unknown_answer
+certain_threshold = "auto"  # where a row is as similar, its answer is given if the model refuses
+
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # where everything is written; in Colab better "drive:home_remedies"
 seed = 42
@@ -105,6 +118,8 @@ question_template = ""  # for a table of columns: "I have {issue}. What helps?"
 answer_template = ""  # a line is skipped if all of its columns are empty in a row
 answer_column = ""  # the answer itself: a row without it is dropped
 system_prompt = ""  # for all rows that have none
+context_rows = 0  # 3: the three most similar rows of the table stand in every prompt
+unknown_answer = ""  # what to answer if no row fits, such as "The table has nothing on that."
 max_length = 512  # tokens in an example; a longer one is dropped, never cut
 validation_fraction = 0.1  # of the questions
 test_fraction = 0.15
@@ -244,13 +259,17 @@ show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.data.pipeline import format_table
+from tabletune.data.retrieval_folder import rewordings_digest, write_retrieval
 from tabletune.run.files import read_json
 from tabletune.run.hub import hand_over
 
-inputs = {"table": table.digest, "commit": table.commit}
-if not stage.is_done(inputs, ["dataset"]):
-    report = format_table(table, table_shape, settings, tokenizer, stops, run / "dataset", context)
-    hand_over(run_dir, run / "dataset")
+inputs = {"table": table.digest, "commit": table.commit} | rewordings_digest(settings)
+outputs = ["dataset", "retrieval"] if context_rows else ["dataset"]
+if not stage.is_done(inputs, outputs):
+    format_table(table, table_shape, settings, tokenizer, stops, run / "dataset", context)
+    report = write_retrieval(run, settings, formatter)
+    for name in outputs:
+        hand_over(run_dir, run / name)
     stage.record(report["fingerprint"], inputs)
 report = read_json(run / "dataset" / "report.json", "01_format_dataset")
 
@@ -287,6 +306,28 @@ pd.DataFrame(report["dropped_rows"])
 
 # %%
 print(*report["notes"] or ["nothing"], sep="\n")
+
+# %% [markdown]
+# ## Rows of the table in the prompt
+#
+# A small model that is fine-tuned on a table learns how answers look, and hardly what they say. With `context_rows: 3`
+# the rows whose questions are most similar stand in the prompt, in training as in use, and the model learns to answer
+# from them, or to say that they do not have it. In training some questions meet only rows of *other* questions; their
+# answer is `unknown_answer`. The index for the evaluation has the rows of the train split alone, so no test question
+# finds its own row. [docs/right-answers.md](../docs/right-answers.md) has the measurements.
+
+# %%
+from tabletune.data.context import load_context
+from tabletune.data.retrieval_report import example_prompt, prompts_table
+
+table_context = load_context(run)
+prompts_table(report)
+
+# %% [markdown]
+# A question of the validation split, which is not in the index, as the model is asked:
+
+# %%
+print(example_prompt(run, table_context))
 
 # %% [markdown]
 # ## Look at it

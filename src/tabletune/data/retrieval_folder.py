@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -33,11 +33,13 @@ from tabletune.errors import StageError
 from tabletune.run.artifacts import load_dataset_of_run
 from tabletune.run.files import archive, atomic_write, write_json
 
+if TYPE_CHECKING:
+    from tabletune.data.pipeline import TableFormatter
+
 PROMPTS = "prompts"
 VALIDATION_SHARE = 0.2  # of the number of training prompts: so many validation prompts
 FEWEST_VALIDATION = 8
 MOST_VALIDATION = 200
-THINGS_OF_PROMPTS = ("prompt", "completion", "text", "group")
 
 
 def check_context_settings(settings: Mapping[str, Any], shape: str, tools: bool) -> None:
@@ -58,14 +60,9 @@ def check_context_settings(settings: Mapping[str, Any], shape: str, tools: bool)
 
 
 def write_retrieval(
-    run: Path,
-    settings: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    stop_token_ids: list[int],
-    rewordings: Mapping[str, Sequence[str]] | None = None,
+    run: Path, settings: Mapping[str, Any], formatter: "TableFormatter"
 ) -> dict[str, Any]:
-    """Write `retrieval/` beside the data set of a run, and return its report, which knows of it
-    now.
+    """Write `retrieval/` beside the data set of a run, and return its report, which knows of it now.
 
     The report's `fingerprint` is that of the rows and the training prompts together. Without
     `context_rows` an earlier folder moves aside, and the report stays as it is.
@@ -80,8 +77,9 @@ def write_retrieval(
     index = RowIndex.build(table_rows(train))
     calibration = calibrate(index, settings["seed"])
     context = TableContext(index, context_settings(settings, calibration))
-    prompts = PromptWriter(context, settings, tokenizer, stop_token_ids)
-    prompts.make(train, list(splits["validation"]), rewordings or {})
+    prompts = PromptWriter(context, settings, formatter.tokenizer, formatter.stop_token_ids)
+    rewordings = read_rewordings(settings["rewordings"], formatter)
+    prompts.make(train, list(splits["validation"]), rewordings)
     everything = [row for name in splits for row in splits[name]]
     with atomic_write(run / FOLDER) as partial:
         index.save(partial / "evaluation")
@@ -290,7 +288,16 @@ class PromptWriter:
 # --- rewordings of the reader's
 
 
-def read_rewordings(source: str, formatter: Any) -> dict[str, list[str]]:
+def rewordings_digest(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What identifies a file of rewordings among the inputs of notebook 1; {} without one."""
+    path = Path(settings["rewordings"]).expanduser()
+    if not settings["rewordings"] or not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        return {"rewordings": hashlib.file_digest(file, "sha256").hexdigest()[:16]}
+
+
+def read_rewordings(source: str, formatter: "TableFormatter") -> dict[str, list[str]]:
     """Other wordings of questions, {question id: texts}; {} without a `source`.
 
     `source` is a file with the columns `question` and `rewording` (.csv or .jsonl), or a column of
@@ -308,7 +315,7 @@ def read_rewordings(source: str, formatter: Any) -> dict[str, list[str]]:
     return found
 
 
-def pairs_of(source: str, formatter: Any) -> Iterable[tuple[str, str]]:
+def pairs_of(source: str, formatter: "TableFormatter") -> Iterable[tuple[str, str]]:
     """Yield (key of a question, another wording)."""
     path = Path(source).expanduser()
     if path.is_file():

@@ -110,6 +110,7 @@ RANGES = {  # all other numbers must be 0 or more
     "context_hit_rate": SHARE,
     "reworded_share": SHARE,
     "unknown_threshold": SHARE,
+    "certain_threshold": Range(high=2),
     "copies": ABOVE_0,
     "train_rows": ABOVE_0,
     "few_rows": AT_LEAST_1,
@@ -137,7 +138,7 @@ RANGES = {  # all other numbers must be 0 or more
 }
 FRACTIONS = {"epochs", "copies"}  # these may be fractions although their defaults are whole numbers
 TRUE_FOR_ALL = {"safety_rows"}  # a number of rows, or true for all of them
-AUTO_OR_NUMBER = {"batch_size": 1, "unknown_threshold": 0.5}  # "auto", or a number of this kind
+AUTO_OR_NUMBER = {"batch_size": 1, "unknown_threshold": 0.5, "certain_threshold": 0.5}  # "auto", or a number of this kind
 LISTS_OF_WORDS = {"runs", "gguf_types"}  # a text for one of these is a list of words
 
 

@@ -12,13 +12,36 @@ from tabletune.run.files import whole, write_json
 def load_examples(run, published_dataset, processes):
     """The DatasetDict and the report that notebook 1 left in the run, or published on the Hub.
 
-    Raises StageError if there is neither.
+    With rows of the table in the prompts, the train and validation splits are the prompts in
+    `retrieval/`. Raises StageError if there is neither.
     """
     with processes.main_process_first():
         if published_dataset and not (run / "dataset").exists():
             take_published(published_dataset, run / "dataset")
-    return load_dataset_of_run(
+    splits, report = load_dataset_of_run(
         run, " Or set published_dataset to one that notebook 1 has published."
+    )
+    if "context" in report:
+        splits = with_prompts(splits, run / "retrieval" / "prompts")
+    return splits, report
+
+
+def with_prompts(splits, folder):
+    """The splits, with the training and validation prompts of a folder in place of the plain rows.
+
+    Raises StageError if the folder is missing or damaged.
+    """
+    try:
+        prompts = datasets.load_from_disk(folder)
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"{folder} is missing or damaged ({error}). Run 01_format_dataset again."
+        ) from None
+    columns = prompts["train"].column_names
+    return datasets.DatasetDict(
+        train=prompts["train"],
+        validation=prompts["validation"],
+        test=splits["test"].select_columns(columns),
     )
 
 
