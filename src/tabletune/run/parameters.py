@@ -138,7 +138,11 @@ RANGES = {  # all other numbers must be 0 or more
 }
 FRACTIONS = {"epochs", "copies"}  # these may be fractions although their defaults are whole numbers
 TRUE_FOR_ALL = {"safety_rows"}  # a number of rows, or true for all of them
-AUTO_OR_NUMBER = {"batch_size": 1, "unknown_threshold": 0.5, "certain_threshold": 0.5}  # "auto", or a number of this kind
+AUTO_OR_NUMBER = {
+    "batch_size": 1,
+    "unknown_threshold": 0.5,
+    "certain_threshold": 0.5,
+}  # "auto", or a number of this kind
 LISTS_OF_WORDS = {"runs", "gguf_types"}  # a text for one of these is a list of words
 
 
