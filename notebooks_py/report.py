@@ -64,69 +64,79 @@ answers_shown = 5  # how many questions are shown with their answers
 
 # %%
 import matplotlib.pyplot as plt
-import pandas as pd
 
-from tabletune.report.pages import (
-    FIGURES,
-    at,
-    disclaimer_of,
-    doubts,
-    figure_of,
-    figures_table,
-    losses,
-    read_lines,
-    read_run,
-    say,
-    show,
-    show_answers,
-    show_table,
-)
+from tabletune.report import pages
+from tabletune.report.pages import FIGURES, at, figure_of, figures_table, say, show, show_table
 from tabletune.report.plots import plot_figures
-from tabletune.report.tables import differences_table, results_table
-from tabletune.run.stage import begin
+from tabletune.report.tables import all_differences, content_table, results_table
+from tabletune.run.stage import start_stage
 
-run = begin("report", globals()).folder
-found = read_run(run)
-data, metrics, models, manifest = (
-    found[name] for name in ("data", "metrics", "models", "manifest")
-)
+run = start_stage("report", globals()).folder
+info = pages.read_run(run)
+data, metrics, models = info["data"], info["metrics"], info["models"]
 
 # %% [markdown]
 # # What this run made
 #
-# [perplexity](#Perplexity) · [training](#Training) · [answers](#Answers) · [data](#Data) · [trust](#Trust) ·
-# [differences](#Differences) · [merging](#Merging) · [time](#Time-and-memory) · [parameters](#Parameters-of-the-run) ·
-# [provenance](#Provenance)
+# [answers](#Answers) · [baselines](#Was-training-worth-it?) · [perplexity](#Perplexity-and-form) ·
+# [training](#Training) · [data](#Data) · [trust](#Trust) · [differences](#Differences) · [merging](#Merging) ·
+# [time](#Time-and-memory) · [parameters](#Parameters-of-the-run) · [provenance](#Provenance)
+#
+# ## Are its answers right?
 
 # %%
-rows, parameters = at(data, "splits", "train") or 0, found["parameters"]
-say(
-    f"{parameters.get('base_model', '–')}, fine-tuned on {rows:,} rows of {parameters.get('dataset', '–')}."
-)
-before, after = (
-    figure_of(metrics.get(name), "response perplexity")[0] for name in ("base", found["tuned"])
-)
-if before and after:
-    say(
-        f"Response perplexity {before:,.2f} before fine-tuning, {after:,.2f} after.",
-        kind="headline",
-    )
-show_table(results_table(metrics), "Not evaluated yet.")
+first, *others = pages.verdict_of(info)
+say(first, kind="headline")
+say(*others)
+rows, parameters = at(data, "splits", "train") or 0, info["parameters"]
+base_model, dataset = parameters.get("base_model", "–"), parameters.get("dataset", "–")
+say(f"{base_model}, fine-tuned on {rows:,} rows of {dataset}.")
+
+# %%
+show_table(content_table(metrics).reset_index(), "Right answers were not measured in this run.")
 
 # %% [markdown]
-# Measured on questions that were not in training, with 95% intervals in brackets: other questions would have given
-# other figures, most likely within them. Perplexity is how many tokens the model wavers between, on average, at each
-# token of the right answer: lower is better.
+# In brackets are 95% intervals: other questions would have given other figures, most likely within them.
 #
 # ## Before you trust these figures
 
 # %%
-warnings = doubts(found)
+warnings = pages.doubts(info)
 calm = "Nothing known speaks against them: all stages ran in order, on one data set."
 say(*(warnings or [calm]), kind="doubt" if warnings else "")
 
 # %% [markdown]
-# ## Perplexity
+# ## Answers
+#
+# Figures say how often, reading says what: some answers beside what the table says.
+
+# %%
+columns, total = pages.answers_of(run, info, answers_shown)
+shown = len(columns["question"])
+samples = pages.read_lines(run / "evaluation" / "samples.jsonl")
+disclaimer = pages.disclaimer_of(info, samples)
+say(f"{shown} of {total} questions that were answered.")
+if shown:
+    pages.show_answers(columns, shown, disclaimer)
+
+# %% [markdown]
+# ## Was training worth it?
+#
+# What `make baselines` measures: other ways to answer the same questions, and what a person thinks of the answers
+# (`make rate`).
+
+# %%
+say(*(at(info["baselines"], "verdict", "sentences") or ["Not measured in this run: `make baselines`."]))
+say(*(info["rating"].get("sentences") or ["No person has rated the answers: `make rate`."]))
+
+# %% [markdown]
+# ## Perplexity and form
+#
+# Perplexity says how uncertain the model is at each token of the right answer, as if it chose among so many equally
+# likely tokens: lower is better. It does not say whether its own answers are right.
+
+# %%
+show_table(results_table(metrics), "Not evaluated yet.")
 
 # %%
 if models:
@@ -138,41 +148,19 @@ if models:
 # %% [markdown]
 # ## Training
 #
-# The loss on the rows it is trained on, and on the validation rows, which are not. Where the second turns up while the
-# first goes on falling, the model has begun to memorize.
+# The loss on the rows it is trained on, and on the validation rows, which are not: lower is better. Where the second
+# turns up while the first goes on falling, the model has begun to memorize.
 
 # %%
-curves = losses(found)
+curves = pages.losses(info)
 if len(curves) > 1:
     figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained", dpi=200)
     axes.plot(curves["loss"].dropna(), color="0.6", label="training")
     axes.plot(curves["eval_loss"].dropna(), "ko-", label="validation")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token, lower is better)")
     axes.legend(frameon=False)
     show(figure, "Line chart of training and validation loss")
-show_table(figures_table({"fine-tuning": found["training"]}), "Not trained yet.")
-
-# %% [markdown]
-# ## Answers
-#
-# Figures say how often, reading says what: answers to questions that were not in training, beside what the table says.
-
-# %%
-samples = read_lines(run / "evaluation" / "samples.jsonl")
-disclaimer, shown = disclaimer_of(found, samples), min(answers_shown, len(samples))
-keys = {
-    "question": "question",
-    "in the table": "in_the_table",
-    "base": "base",
-    "fine-tuned": found["tuned"],
-}
-say(f"{shown} of {len(samples)} questions that were answered.")
-if shown:
-    show_answers(
-        {name: [str(row.get(key) or "–") for row in samples] for name, key in keys.items()},
-        shown,
-        disclaimer,
-    )
+show_table(figures_table({"fine-tuning": info["training"]}), "Not trained yet.")
 
 # %% [markdown]
 # ## Data
@@ -180,16 +168,7 @@ if shown:
 # What came in, what was changed or dropped and why, and what was left.
 
 # %%
-rows = {"in the table": data.get("rows_in")}
-rows |= {
-    f"changed: {rule}": at(change, "rows") for rule, change in (data.get("changed") or {}).items()
-}
-rows |= {f"dropped: {reason}": -count for reason, count in (data.get("dropped") or {}).items()}
-rows |= {"left": data.get("rows_out")} | {
-    f"for {name}": count for name, count in (data.get("splits") or {}).items()
-}
-rows |= {"safety examples mixed into training": data.get("safety_rows")}
-show_table({name: f"{count:,} rows".replace("-", "−") for name, count in rows.items() if count})
+show_table(pages.row_counts(data))
 
 # %% [markdown]
 # ## Trust
@@ -199,53 +178,35 @@ show_table({name: f"{count:,} rows".replace("-", "−") for name, count in rows.
 
 # %%
 places = {name: place for name, (place, _) in FIGURES.items()}
-show_table(
-    figures_table(
-        models, [name for name in places if places[name].startswith(("by_split", "outside"))]
-    )
-)
+of_splits = [name for name in places if places[name].startswith(("by_split", "outside"))]
+show_table(figures_table(models, of_splits))
 say(*(metrics.get("memorization") or []))
 
 # %%
-judged = figures_table(
-    models, [name for name in places if places[name].startswith(("safety", "grounding"))]
-)
+of_rules = [name for name in places if places[name].startswith(("safety", "grounding"))]
+judged = figures_table(models, of_rules)
 if len(judged):
-    say(
-        "Right is to send for help in emergencies, and to name items that the table has for the question."
-    )
+    say("Right is to send for help in emergencies, and to name items that the table has for the question.")
     show_table(judged)
 
 # %%
-answers = [
-    line for part in ("trust", "evaluation") for line in read_lines(run / part / "safety.jsonl")
-]
-urgent = pd.DataFrame([line for line in answers if line["kind"] == "emergency"])
-if len(urgent):
-    urgent["wrong"] = urgent["offers_remedy"].astype(int) - urgent["seeks_help"].astype(int)
-    base, tuned = (urgent[urgent["model"] == name] for name in ("base", found["tuned"]))
-    both = tuned.merge(base, on="prompt", suffixes=("", "_base")).sort_values(
-        "wrong", ascending=False, kind="stable"
-    )
-    say(
-        f"{min(answers_shown, len(both))} of {len(both)} emergencies, those where it does the wrong thing on top:"
-    )
-    columns = {"question": "prompt", "base": "answer_base", "fine-tuned": "answer"}
-    columns = {name: both[column].tolist() for name, column in columns.items()}
-    show_answers(columns, min(answers_shown, len(both)), disclaimer)
+emergencies = pages.worst_emergencies(run, info)
+if emergencies:
+    total = len(emergencies["question"])
+    shown = min(answers_shown, total)
+    say(f"{shown} of {total} emergencies, those where it does the wrong thing on top:")
+    pages.show_answers(emergencies, shown, disclaimer)
 
 # %% [markdown]
 # ## Differences
 #
-# Two models on the same rows, row by row, are told apart more sharply than by two intervals beside each other. Of
-# twenty such lines one says *yes* by chance alone.
+# Two models on the same rows, row by row, are told apart more sharply than by two intervals beside each other. About 1
+# in 20 such lines says *yes* by chance.
 
 # %%
 if metrics.get("differences"):
-    differences = differences_table(metrics["differences"]).reset_index()
-    show_table(
-        differences.sort_values("is it one?", ascending=False, kind="stable", ignore_index=True)
-    )
+    differences = all_differences(metrics).reset_index()
+    show_table(differences.sort_values("is it one?", ascending=False, kind="stable", ignore_index=True))
 
 # %% [markdown]
 # ## Merging
@@ -254,7 +215,7 @@ if metrics.get("differences"):
 # the ways to merge, how far apart their predictions are (KL, nats a token: 0 is the same model).
 
 # %%
-ways = {"merged/, in notebook 3": found["merge"]} | (metrics.get("fidelity") or {})
+ways = {"merged/, in notebook 3": info["merge"]} | (metrics.get("fidelity") or {})
 show_table(figures_table(ways))
 say(*(metrics.get("shipping") or []))
 
@@ -264,13 +225,11 @@ say(*(metrics.get("shipping") or []))
 # Of each notebook's last run; one that was interrupted and went on counts from there.
 
 # %%
-show_table(figures_table(manifest))
-seconds = sum(at(entry, "seconds") or 0 for entry in manifest.values())
-cost = (
-    f", {seconds / 3600 * price_per_hour:,.3f} at {price_per_hour:g} an hour"
-    if price_per_hour
-    else ""
-)
+show_table(figures_table(info["manifest"]))
+seconds = sum(at(entry, "seconds") or 0 for entry in info["manifest"].values())
+cost = ""
+if price_per_hour:
+    cost = f", {seconds / 3600 * price_per_hour:,.3f} at {price_per_hour:g} an hour"
 say(f"In all {seconds:,.0f} seconds{cost}.")
 
 # %% [markdown]
@@ -279,7 +238,7 @@ say(f"In all {seconds:,.0f} seconds{cost}.")
 # Where notebooks ran with different values, one stands after the other.
 
 # %%
-show_table(found["parameters"])
+show_table(info["parameters"])
 
 # %% [markdown]
 # ## Provenance
@@ -287,7 +246,7 @@ show_table(found["parameters"])
 # What to state beside a figure from this run, and what to install to get it again.
 
 # %%
-show_table({"data set (fingerprint)": data.get("fingerprint"), **found["surroundings"]})
+show_table({"data set (fingerprint)": data.get("fingerprint"), **info["surroundings"]})
 
 # %% [markdown] tags=["not-in-report"]
 # ## Try

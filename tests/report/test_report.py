@@ -263,7 +263,8 @@ def test_a_page_about_a_run(render, tmp_path):
     page = render("report", run_dir=str(run), answers_shown=3)
     text = page.text
     assert "a/base, fine-tuned on 213 rows of table.csv." in text
-    assert "Response perplexity 47.08 before fine-tuning, 6.04 after." in text
+    assert "Whether its answers are right was not measured: run 04_evaluate again." in text
+    assert "Response perplexity 47.08 before fine-tuning, 6.04 after (lower is better)." in text
     assert "47.1 (46.1 – 48.1)" in text and "20% (10% – 30%)" in text, "the headline table"
     assert (
         "In emergencies 80% of its answers offer a remedy." in text and "left no record" not in text
@@ -287,7 +288,7 @@ def test_a_page_about_a_run(render, tmp_path):
     assert all(name in text for name in (*PARAMETERS, "abc123", "9.8.7", "c0ffee")), (
         "parameters and provenance"
     )
-    assert "Not measured" not in text
+    assert text.count("Not measured") == 1, "the baselines"
     rows = re.findall(r"<tr>.*?</tr>", page.source.replace("\n", " "))
     told = [row for row in rows if "adapter - base" in row]
     assert "0.1353 (0.0498 – 0.3679)" in told[0] and "yes" in told[0], "what differs is on top"
@@ -324,11 +325,44 @@ def test_answers_stay_text_under_the_disclaimer(render, tmp_path):
     assert len(shown) > 10 and all("mathjax_ignore" in html for html in shown)
 
 
+def test_the_verdict_on_content_comes_first(render, tmp_path):
+    run = a_run(tmp_path / "run", 4)
+    verdict = ["Of 40 reworded questions of your table it answers 1 right (0–5).", "More."]
+    merged = model(6.0, 0.5) | {
+        "content": {"reworded": {"questions": 40, "right": 0.025, "right_ci95": [0.0, 0.13]}}
+    }
+    change(run / "evaluation" / "metrics.json", verdict=verdict, merged=merged)
+    write_json(run / "baselines" / "metrics.json", {"verdict": {"sentences": ["Copy the row."]}})
+    write_json(run / "rating" / "metrics.json", {"sentences": ["A reader preferred the base."]})
+    line = {
+        "part": "reworded",
+        "group": "q",
+        "asked": "A cold, any idea?",
+        "references": ["**Item:** Ginger"],
+        "answer": "**Item:** Mint",
+        "outcome": "wrong",
+        "stopped": False,
+    }
+    lines = [{**line, "model": name} for name in ("base", "adapter", "merged")]
+    write_lines(run / "evaluation" / "answers.jsonl", lines)
+    page = render("report", run_dir=str(run))
+    assert page.text.index(verdict[0]) < page.text.index("Response perplexity".lower())
+    assert f'<p class="headline mathjax_ignore tex2jax_ignore">{verdict[0]}</p>' in page.source
+    assert "2% (0% – 13%)" in page.text
+    assert "1 of 1 questions" in page.text
+    assert "<b>Item:</b> Mint … [cut: max_new_tokens]" in page.source
+    assert "✗ wrong" in page.text
+    assert "Copy the row." in page.text
+    assert "A reader preferred the base." in page.text
+
+
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_a_run_without_later_stages(render, tmp_path, stages):
     page = render("report", run_dir=str(a_run(tmp_path / "run", stages)))
     assert page.text.count("left no record") == 4 - stages
-    assert ("Not evaluated yet." in page.text) == (stages < 4)
+    assert ("Not evaluated yet: whether its answers are right is not known." in page.text) == (
+        stages < 4
+    )
     assert ("Not trained yet." in page.text) == (stages < 2)
     assert pictures(page) == {1: 0, 2: 1, 4: 2}[stages]
     assert "emergenc" not in page.text.replace(HEALTH, "").lower(), (

@@ -7,16 +7,22 @@ which no stage ever ran, is an error.
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from IPython.display import HTML, display
 
 from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
 from tabletune.errors import StageError
-from tabletune.report.tables import side_by_side
-from tabletune.report.text import COLUMNS, figures_of, with_interval
+from tabletune.report.tables import judged_answer, side_by_side
+from tabletune.report.text import COLUMNS, PARTS, figures_of, with_interval
 from tabletune.run.files import read_json
+
+if TYPE_CHECKING:  # matplotlib is slow to import
+    from matplotlib.figure import Figure
 
 PLAIN = "mathjax_ignore tex2jax_ignore"  # the classes of HTML in which a $ is a dollar, in notebooks of today and before
 STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate", "06_trust"]
@@ -27,7 +33,9 @@ FILES = {  # what the stages leave: (file, its kind, the stage)
     "history": ("training/log_history.json", list, STAGES[1]),
     "merge": ("merged/merge_report.json", dict, STAGES[2]),
     "evaluation": ("evaluation/metrics.json", dict, STAGES[3]),
+    "baselines": ("baselines/metrics.json", dict, "05_baselines"),
     "trust": ("trust/metrics.json", dict, STAGES[4]),
+    "rating": ("rating/metrics.json", dict, "make rate"),
 }
 FIGURES = {  # name: (where it stands in the entry of a model, a way to merge or a stage, how it is written)
     **{name: (f"{group} {key}", form) for name, (group, key, form) in COLUMNS.items()},
@@ -55,61 +63,69 @@ FIGURES = {  # name: (where it stands in the entry of a model, a way to merge or
 }
 
 
-def read_run(folder):
-    """What the stages left in a run folder, {name in FILES: content}, empty where there is none, and made of it:
+def read_run(folder: Path) -> dict[str, Any]:
+    """What the stages left in a run folder, {name in FILES: content}, empty where there is none.
 
-    `metrics`, what notebooks 4 and 5 measured; `models`, {name: its entry there}; `tuned`, the key of the fine-tuned
-    one, merged if it is; `parameters` and `surroundings`, what ran with which versions on what, {name: text}. Raises
-    StageError if no stage has run there, or if a file is damaged.
+    Made of it are `metrics`, what notebooks 4 and 6 measured; `models`, {name: its entry there}; `tuned`, the key of
+    the fine-tuned model, the merged one if there is one; `parameters` and `surroundings`, what ran with which versions
+    on what, {name: text}. Raises StageError if no stage has run there, or if a file is damaged.
     """
-    found = {}
+    info: dict[str, Any] = {}
     for name, (file, kind, stage) in FILES.items():
-        found[name] = read_json(folder / file, stage) if (folder / file).exists() else kind()
-        if not isinstance(found[name], kind):
+        info[name] = read_json(folder / file, stage) if (folder / file).exists() else kind()
+        if not isinstance(info[name], kind):
             raise StageError(f"{folder / file} holds no {kind.__name__}. Run {stage} again.")
-    if not any(found.values()):
+    if not any(info.values()):
         raise StageError(
             f"{folder} is no run folder: no stage has left anything there. Run {STAGES[0]} first."
         )
-    found["metrics"] = joined(found["evaluation"], found["trust"])
-    found["models"] = figures_of(found["metrics"])
-    found["tuned"] = next(
-        (name for name in ("merged", "adapter") if name in found["metrics"]), None
-    )
-    entries = found["manifest"].values()
+    info["metrics"] = joined(info["evaluation"], info["trust"])
+    info["models"] = figures_of(info["metrics"])
+    info["tuned"] = next((name for name in ("merged", "adapter") if name in info["metrics"]), None)
+    entries = info["manifest"].values()
+    info["parameters"] = as_texts(at(entry, "parameters") or {} for entry in entries)
+    info["surroundings"] = as_texts(surroundings_of(entry) for entry in entries)
+    return info
+
+
+def surroundings_of(entry: dict) -> dict[str, Any]:
+    """What a stage ran on, {name: value}, by its entry in the manifest."""
     names = {"GPU": "gpu", "platform": "platform", "Python": "python", "commit": "git_commit"}
-    around = [
-        {name: at(e, key) or "none" for name, key in names.items()} | (at(e, "packages") or {})
-        for e in entries
-    ]
-    found["parameters"] = as_texts(at(entry, "parameters") or {} for entry in entries)
-    found["surroundings"] = as_texts(around)
-    return found
+    surroundings = {name: at(entry, key) or "none" for name, key in names.items()}
+    return surroundings | (at(entry, "packages") or {})
 
 
-def as_texts(dictionaries):
+def as_texts(dictionaries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """{name: its value as text} of several dictionaries; where they do not agree, one value after the other."""
-    texts = {}
-    for name, value in (item for dictionary in dictionaries for item in dictionary.items()):
-        text = value if value and isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        texts.setdefault(name, {})[text] = None
-    return {name: " | ".join(values) for name, values in texts.items()}
+    texts: dict[str, list[str]] = {}
+    for dictionary in dictionaries:
+        for name, value in dictionary.items():
+            text = value
+            if not value or not isinstance(value, str):
+                text = json.dumps(value, ensure_ascii=False)
+            of_name = texts.setdefault(name, [])
+            if text not in of_name:
+                of_name.append(text)
+    return {name: " | ".join(of_name) for name, of_name in texts.items()}
 
 
-def joined(one, other):
+def joined(one: dict, other: dict) -> dict:
     """Two nested dictionaries as one, `other` on top."""
-    nested = {key for key in one if isinstance(one[key], dict) and isinstance(other.get(key), dict)}
-    return one | other | {key: joined(one[key], other[key]) for key in nested}
+    result = one | other
+    for key, value in one.items():
+        if isinstance(value, dict) and isinstance(other.get(key), dict):
+            result[key] = joined(value, other[key])
+    return result
 
 
-def at(value, *keys):
+def at(value: Any, *keys: str) -> Any:
     """What stands under `keys` in dictionaries within dictionaries; None where one of them is missing."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
-def read_lines(path):
+def read_lines(path: Path) -> list[dict]:
     """The objects of a .jsonl file, none if there is no file. Raises StageError if it is damaged."""
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -120,134 +136,237 @@ def read_lines(path):
         ) from None
 
 
-def figure_of(entry, name):
+def figure_of(entry: Any, name: str) -> tuple[float | None, list[float] | None]:
     """One of FIGURES, of an entry: (value, [low, high]), None for what was not measured or is not finite."""
     *keys, last = FIGURES[name][0].split()
-    ci95 = at(entry, *keys, f"{last}_ci95") or at(entry, *keys, "ci95") or [None]
-    values = [at(entry, *keys, last), *ci95]
-    value, *ci95 = [x if isinstance(x, (int, float)) and math.isfinite(x) else None for x in values]
-    return value, None if None in ci95 else ci95
+    ci95 = at(entry, *keys, f"{last}_ci95") or at(entry, *keys, "ci95") or []
+    limits = [finite(limit) for limit in ci95]
+    interval = None if not limits or None in limits else limits
+    return finite(at(entry, *keys, last)), interval  # type: ignore[return-value]
 
 
-def figures_table(entries, names=FIGURES):
+def finite(value: Any) -> float | None:
+    """A number, or None for what is none, or not finite."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def figures_table(entries: Mapping[str, Any], names: Iterable[str] = FIGURES) -> pd.DataFrame:
     """The figures `names`, those that were measured, as a frame of texts: a line a figure, a column an entry."""
-    lines = {
-        name: {
-            column: with_interval(*figure_of(entry, name), FIGURES[name][1])
-            for column, entry in entries.items()
-        }
-        for name in names
-        if any(figure_of(entry, name)[0] is not None for entry in entries.values())
-    }
+    lines = {}
+    for name in names:
+        figures = {column: figure_of(entry, name) for column, entry in entries.items()}
+        if any(value is not None for value, _ in figures.values()):
+            form = FIGURES[name][1]
+            lines[name] = {
+                column: with_interval(*figure, form) for column, figure in figures.items()
+            }
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
-def doubts(found):
+def verdict_of(info: dict) -> list[str]:
+    """What a run's evaluation says in words, the content first; a sentence says so if that was not measured."""
+    if not info["models"]:
+        return ["Not evaluated yet: whether its answers are right is not known."]
+    if info["evaluation"].get("verdict"):
+        return info["evaluation"]["verdict"]
+    sentences = ["Whether its answers are right was not measured: run 04_evaluate again."]
+    models = [info["metrics"].get(name) for name in ("base", info["tuned"])]
+    before, after = (figure_of(entry, "response perplexity")[0] for entry in models)
+    if before and after:
+        sentences.append(
+            f"Response perplexity {before:,.2f} before fine-tuning, {after:,.2f} after (lower is "
+            "better). It does not say whether answers are right."
+        )
+    return sentences
+
+
+def doubts(info: dict) -> list[str]:
     """What a reader must know before trusting the figures of a run: a list of sentences."""
-    manifest, data, models = found["manifest"], found["data"], found["models"]
+    manifest, data = info["manifest"], info["data"]
     ran = [stage for stage in STAGES if stage in manifest]
-    risk = figure_of(found["metrics"].get(found["tuned"]), "emergencies: offers a remedy")[0]
-    said = [f"In emergencies {risk:.0%} of its answers offer a remedy."] if risk else []
-    said += [
-        f"{stage} left no record: what it makes is missing here."
-        for stage in STAGES[:4]
-        if stage not in ran
-    ]
-    for place, stage in enumerate(ran):
-        when = str(at(manifest, stage, "finished"))
-        older = [later for later in ran[place + 1 :] if str(at(manifest, later, "finished")) < when]
-        if older and stage != "04_evaluate":  # on which 05 does not build
-            said.append(
-                f"{stage} ran again after {', '.join(older)}, which tell of something older."
-            )
+    sentences = []
+    tuned = info["metrics"].get(info["tuned"])
+    risk = figure_of(tuned, "emergencies: offers a remedy")[0]
+    if risk:
+        sentences.append(f"In emergencies {risk:.0%} of its answers offer a remedy.")
+    for stage in STAGES[:4]:
+        if stage not in ran:
+            sentences.append(f"{stage} left no record: what it makes is missing here.")
+    sentences += stale_stages(manifest, ran)
     if len({at(manifest, stage, "dataset_fingerprint") for stage in ran}) > 1:
-        said.append(
+        sentences.append(
             "The stages did not work on the same data set: their figures do not belong together."
         )
-    lost, rows = sum((data.get("dropped") or {}).values()), data.get("rows_in") or 1
+    lost = sum((data.get("dropped") or {}).values())
+    rows = data.get("rows_in") or 1
     if lost > 0.1 * rows:
-        said.append(
-            f"{lost:,} of {rows:,} rows of the table were dropped, which is {lost / rows:.0%}: see Data."
+        sentences.append(
+            f"{lost:,} of {rows:,} rows of the table were dropped, which is {lost / rows:.0%}: see "
+            "Data."
         )
-    said += data.get("notes") or []
-    if any(figure_of(entry, "response perplexity")[1] is None for entry in models.values()):
-        said.append(
-            "The test split has too few questions for intervals: others may give quite other figures."
+    sentences += data.get("notes") or []
+    entries = info["models"].values()
+    if any(figure_of(entry, "response perplexity")[1] is None for entry in entries):
+        sentences.append(
+            "The test split has too few questions for intervals: others may give quite other "
+            "figures."
         )
-    return said
+    return sentences
 
 
-def disclaimer_of(found, samples):
+def stale_stages(manifest: dict, ran: Sequence[str]) -> list[str]:
+    """Sentences on stages that ran again after later ones, which then describe something older."""
+    sentences = []
+    for position, stage in enumerate(ran):
+        when = str(at(manifest, stage, "finished"))
+        later_stages = ran[position + 1 :]
+        older = [later for later in later_stages if str(at(manifest, later, "finished")) < when]
+        if older and stage != "04_evaluate":  # 06 does not build on its figures
+            sentences.append(
+                f"{stage} ran again after {', '.join(older)}, which tell of something older."
+            )
+    return sentences
+
+
+def disclaimer_of(info: dict, samples: Sequence[dict]) -> str:
     """What stands above answers: what was stored with the `samples`, else the example's or the neutral disclaimer."""
     stored = samples[0].get("disclaimer") if samples else None
-    return stored or example_settings(found["data"]).get("disclaimer", NEUTRAL_DISCLAIMER)
+    return stored or example_settings(info["data"]).get("disclaimer", NEUTRAL_DISCLAIMER)
 
 
-def losses(found):
-    """The losses in nats a token as a frame, `loss` and `eval_loss` by step, the one before training at step 0."""
-    history = pd.DataFrame(found["history"]).reindex(columns=["step", "loss", "eval_loss"])
-    before = pd.DataFrame({"step": [0], "eval_loss": [found["training"].get("eval_loss_before")]})
+def losses(info: dict) -> pd.DataFrame:
+    """The losses in nats a token, `loss` and `eval_loss` by step, the one before training at step 0."""
+    history = pd.DataFrame(info["history"]).reindex(columns=["step", "loss", "eval_loss"])
+    before = pd.DataFrame({"step": [0], "eval_loss": [info["training"].get("eval_loss_before")]})
     return pd.concat([before, history]).astype(float).set_index("step")
 
 
-def digest_of_test(folder):
+def digest_of_test(folder: Path) -> str:
     """SHA-256 of the questions and answers of a run's test split; without one that of nothing."""
     from datasets import load_from_disk  # slow to import
 
     test = folder / "dataset" / "test"
-    rows = (
-        load_from_disk(str(test)).select_columns(["prompt", "completion"]).to_list()
-        if test.exists()
-        else None
-    )
+    rows = None
+    if test.exists():
+        rows = load_from_disk(str(test)).select_columns(["prompt", "completion"]).to_list()
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def show_table(texts, without="Not measured in this run."):
+def row_counts(data: dict) -> dict[str, str]:
+    """What notebook 1 made of the rows of a table, {what: how many}, by its report."""
+    counts: dict[str, int | None] = {"in the table": data.get("rows_in")}
+    for rule, change in (data.get("changed") or {}).items():
+        counts[f"changed: {rule}"] = at(change, "rows")
+    for reason, count in (data.get("dropped") or {}).items():
+        counts[f"dropped: {reason}"] = -count
+    counts["left"] = data.get("rows_out")
+    for name, count in (data.get("splits") or {}).items():
+        counts[f"for {name}"] = count
+    for name, count in (data.get("answer_leaks") or {}).items():
+        counts[f"of {name}, the answer is in training, too"] = count
+    counts["safety examples mixed into training"] = data.get("safety_rows")
+    return {name: f"{count:,} rows".replace("-", "−") for name, count in counts.items() if count}
+
+
+def answers_of(run: Path, info: dict, most: int) -> tuple[dict[str, list[str]], int]:
+    """Some answers side by side, {heading: texts}, at most `most` of each kind of question, and how many there are.
+
+    Each says whether it is right, and whether it was cut. Runs of an older notebook 4 have only new questions, and
+    nothing that says whether answers are right.
+    """
+    lines = read_lines(run / "evaluation" / "answers.jsonl")
+    tuned = info["tuned"]
+    rows: dict[tuple, dict[str, str]] = {}
+    for line in lines:
+        row = rows.setdefault((line["part"], line["group"]), {})
+        row["question"] = f"[{PARTS[line['part']]}]\n{line['asked']}"
+        row["in the table"] = line["references"][0]
+        if line["model"] in ("base", tuned):
+            row["base" if line["model"] == "base" else "fine-tuned"] = judged_answer(line)
+    shown = []
+    for part in ("reworded", "table", "added", "new"):
+        shown += [row for (of_part, _), row in rows.items() if of_part == part][:most]
+    samples = []
+    if not lines:
+        samples = read_lines(run / "evaluation" / "samples.jsonl")
+        keys = {"question": "question", "in the table": "in_the_table"}
+        keys |= {"base": "base", "fine-tuned": tuned}
+        shown = [
+            {name: str(sample.get(key) or "–") for name, key in keys.items()}
+            for sample in samples[:most]
+        ]
+    headings = ("question", "in the table", "base", "fine-tuned")
+    total = len(rows) or len(samples)
+    return {name: [row.get(name, "–") for row in shown] for name in headings}, total
+
+
+def worst_emergencies(run: Path, info: dict) -> dict[str, list[str]]:
+    """The answers to emergencies side by side, {heading: texts}, what went wrong on top; {} if none were asked."""
+    lines = []
+    for part in ("trust", "evaluation"):
+        lines += read_lines(run / part / "safety.jsonl")
+    urgent = pd.DataFrame([line for line in lines if line["kind"] == "emergency"])
+    if urgent.empty:
+        return {}
+    urgent["wrong"] = urgent["offers_remedy"].astype(int) - urgent["seeks_help"].astype(int)
+    base, tuned = (urgent[urgent["model"] == name] for name in ("base", info["tuned"]))
+    both = tuned.merge(base, on="prompt", suffixes=("", "_base"))
+    both = both.sort_values("wrong", ascending=False, kind="stable")
+    columns = {"question": "prompt", "base": "answer_base", "fine-tuned": "answer"}
+    return {heading: both[column].tolist() for heading, column in columns.items()}
+
+
+# --- showing
+
+
+def show_table(
+    texts: pd.DataFrame | Mapping[str, Any], without: str = "Not measured in this run."
+) -> None:
     """Show a frame of texts, or {name: text}, as a table in which text stays text, markup and $ included.
 
     The longer side goes down the page. An empty frame shows as the sentence `without`.
     """
-    facts = isinstance(texts, dict)
-    frame = pd.DataFrame({"": texts}) if facts else texts.fillna("–")
+    if isinstance(texts, pd.DataFrame):
+        facts, frame = False, texts.fillna("–")
+    else:
+        facts, frame = True, pd.DataFrame({"": texts})
     if frame.empty:
-        return say(without)
+        say(without)
+        return
     numbered = isinstance(frame.index, pd.RangeIndex)
-    frame = frame if numbered or len(frame) >= frame.shape[1] else frame.T
+    if not numbered and len(frame) < frame.shape[1]:
+        frame = frame.T
     frame = frame.astype(str)
     # not by a Styler, which imports matplotlib, half a second; `str` leaves texts as they are
-    how = {
+    options = {
         "header": not facts,
         "index": facts or not numbered,
         "formatters": dict.fromkeys(frame, str),
     }
     with pd.option_context("display.max_colwidth", None):
-        display(HTML(frame.to_html(classes=PLAIN, border=0, **how)))
+        display(HTML(frame.to_html(classes=PLAIN, border=0, **options)))
 
 
-def say(*sentences, kind=""):
+def say(*sentences: str, kind: str = "") -> None:
     """Show sentences as they are, a paragraph each. The page has styles for the kinds "headline" and "doubt"."""
-    display(
-        HTML("".join(f'<p class="{kind} {PLAIN}">{escape(sentence)}</p>' for sentence in sentences))
-    )
+    paragraphs = [f'<p class="{kind} {PLAIN}">{escape(sentence)}</p>' for sentence in sentences]
+    display(HTML("".join(paragraphs)))
 
 
-def show_answers(columns, rows, disclaimer):
+def show_answers(columns: Mapping[str, Sequence[str]], rows: int, disclaimer: str) -> None:
     """Show `side_by_side`; on a phone a row's texts stand below each other, and a printed page has the disclaimer."""
     headings = "; ".join(f"--heading-{place}: '{name}'" for place, name in enumerate(columns, 1))
-    plain = "".join(
-        c if c.isalnum() else f"\\{ord(c):x} " for c in disclaimer
-    )  # as CSS wants it, and no markup
+    # as CSS wants it, and no markup
+    plain = "".join(c if c.isalnum() else f"\\{ord(c):x} " for c in disclaimer)
     style = f'<style>@page {{ @bottom-center {{ content: "{plain}" }} }}</style>'
     table = side_by_side(columns, rows, disclaimer).data
     display(HTML(f'<div class="answers {PLAIN}" style="{headings}">{style}{table}</div>'))
 
 
-def show(figure, alt):
+def show(figure: "Figure", alt: str) -> None:
     """Show a figure in print quality, with a text for those who cannot see it."""
-    import matplotlib.pyplot as plt  # as in figures.py
+    import matplotlib.pyplot as plt  # half a second
 
-    display(
-        figure, metadata={"image/png": {"alt": alt, "width": round(figure.get_figwidth() * 100)}}
-    )
+    width = round(figure.get_figwidth() * 100)
+    display(figure, metadata={"image/png": {"alt": alt, "width": width}})
     plt.close(figure)
