@@ -1,0 +1,44 @@
+"""Pages of the site that stand elsewhere in the repository or are generated: run by the mkdocs plugin gen-files.
+
+- `index.md` is README.md;
+- `notebooks/` are the executed notebooks of examples/, outputs included;
+- `api/` has one page for each package, made from its docstrings.
+"""
+
+from pathlib import Path
+
+import mkdocs_gen_files
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = {"style": "cpu_run", "knowledge": "knowledge_run"}
+
+
+def add_file(source: Path, target: str) -> None:
+    """Put a file of the repository into the site under another name."""
+    with mkdocs_gen_files.open(target, "wb") as file:
+        file.write(source.read_bytes())
+
+
+add_file(ROOT / "README.md", "index.md")
+add_file(ROOT / "CHANGELOG.md", "changelog.md")
+add_file(ROOT / "CONTRIBUTING.md", "contributing.md")
+
+for name, folder in EXAMPLES.items():
+    for notebook in sorted((ROOT / "examples" / folder).glob("*.ipynb")):
+        add_file(notebook, f"notebooks/{name}/{notebook.name}")
+
+for image in [*(ROOT / "examples").rglob("*.png"), *(ROOT / "benchmarks").glob("*.png")]:
+    add_file(image, image.relative_to(ROOT).as_posix())
+
+packages = sorted(path.parent for path in (ROOT / "src" / "tabletune").glob("*/__init__.py"))
+overview = ["# API reference", "", "Made from the docstrings, one page for each package.", ""]
+for package in packages:
+    modules = [path for path in sorted(package.glob("*.py")) if path.stem != "__init__"]
+    lines = [f"# tabletune.{package.name}", ""]
+    for module in modules:
+        lines += [f"::: tabletune.{package.name}.{module.stem}", ""]
+    overview.append(f"- [`tabletune.{package.name}`]({package.name}.md)")
+    with mkdocs_gen_files.open(f"api/{package.name}.md", "w") as file:
+        file.write("\n".join(lines))
+with mkdocs_gen_files.open("api/index.md", "w") as file:
+    file.write("\n".join(overview) + "\n")
