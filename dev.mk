@@ -80,5 +80,8 @@ lint: $(READY) ## check format, style and types
 	@$(PY) -m ruff format --check --quiet
 	@$(PY) -m ruff check --quiet
 	@$(PY) -m mypy
+docs: $(call EXTRA,docs) ## build the site of docs, executed notebooks and API reference, in .cache/site
+	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --quiet --strict
+	@echo ".cache/site/index.html"
 lab: $(call EXTRA,browser) ## open the notebooks in JupyterLab
 	@$(PY) -m jupyter lab notebooks
