@@ -1,17 +1,14 @@
-"""The plan of a training before anything long: what fits, what a step is, what it takes."""
+"""Planning a training: whether the rows fit, how many a step takes, what memory that wants, before anything long."""
 
 import math
 import os
-from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import DistributedType
 from accelerate.utils import gather_object
-from datasets import Dataset
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tabletune.chat.templates import describe_template
 from tabletune.errors import StageError
@@ -23,7 +20,6 @@ from tabletune.model.cuda_graphs import (
 )
 from tabletune.model.devices import available_memory_gib
 from tabletune.model.loading import skeleton
-from tabletune.run.stage import Stage
 from tabletune.training.base_summary import summarize_base_model
 from tabletune.training.fsdp import check_sharding
 from tabletune.training.memory import GIB, TrainingMemory
@@ -40,25 +36,18 @@ RECOMPUTING_SHARE = 1 / 3
 SAFE_SHARE = 0.96
 
 
-def look_and_check(
-    chosen: dict[str, Any],
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase,
-    stops: list[int],
-) -> tuple[list[str], pd.DataFrame]:
-    """The names of the layers that get an adapter, and a table that describes the base model.
+def look_and_check(chosen, config, dtype, tokenizer, stops):
+    """The names of the layers that get an adapter, and a table of what this base is and how it will be treated.
 
     Raises StageError if the parameters of notebook 2, `chosen`, cannot work here or with this base.
     """
     check_choices(chosen, config, dtype)
     model = skeleton(config)
-    summary = summarize_base_model(
+    look = summarize_base_model(
         model, *(chosen[n] for n in ("lora_target_modules", "attn_implementation", "quantization"))
     )
-    summary |= describe_template(tokenizer, stops)
-    table = pd.Series(summary, name="this base").to_frame()
-    return targets_to_adapt(chosen, model), table
+    look = pd.Series(look | describe_template(tokenizer, stops), name="this base").to_frame()
+    return targets_to_adapt(chosen, model), look
 
 
 # --- what a step is
@@ -123,9 +112,8 @@ class Room:
 def rows_of_step(chosen: dict[str, Any], rows: int, processes: int) -> int:
     """How many rows each GPU takes in a step, `gradient_accumulation_steps` apart.
 
-    `batch_size` is taken as it is. "auto" is at most 16, but so few that there are `min_steps`
-    steps: a small table would end before the model has learned (5 steps an epoch taught nothing,
-    300 did).
+    `batch_size` is taken as it is. "auto" is at most 16, but so few that there are `min_steps` steps:
+    a small table would end before the model has learned (5 steps an epoch taught nothing, 300 did).
     Raises StageError if batch_size is neither a number nor "auto".
     """
     batch_size = chosen["batch_size"]
@@ -145,21 +133,15 @@ def divide_steps(
 
     A number as `batch_size` is taken at once, whatever it takes.
     """
-    step_rows = rows_of_step(chosen, rows, processes)
-    at_once = room.rows_at_once(step_rows) if chosen["batch_size"] == "auto" else step_rows
-    accumulated = chosen["gradient_accumulation_steps"] * (step_rows // at_once)
+    wanted = rows_of_step(chosen, rows, processes)
+    at_once = room.rows_at_once(wanted) if chosen["batch_size"] == "auto" else wanted
+    accumulated = chosen["gradient_accumulation_steps"] * (wanted // at_once)
     batches = math.ceil(rows / (at_once * processes))
     return at_once, accumulated, math.ceil(math.ceil(batches / accumulated) * chosen["epochs"])
 
 
-def plan_steps(
-    chosen: dict[str, Any],
-    rows: Sized,
-    examples: Sized,
-    room: Room,
-    processes: PartialState,
-) -> tuple[int, int, int]:
-    """`divide_steps` for these rows of examples; prints in one line what a step will be."""
+def plan_steps(chosen, rows, examples, room, processes):
+    """`divide_steps` where there is such room; prints in one line what a step on these rows will be."""
     batch_size, accumulation, steps = divide_steps(chosen, len(rows), room, processes.num_processes)
     parts = [f"{batch_size} rows"]
     if accumulation > 1:
@@ -167,22 +149,15 @@ def plan_steps(
     if processes.num_processes > 1:
         parts.append(f"× {processes.num_processes} GPUs")
     of_all = batch_size * accumulation * processes.num_processes * len(examples) / len(rows)
-    note = ""
+    few = ""
     if steps < chosen["min_steps"] and chosen["batch_size"] != "auto":
-        note = f", fewer than min_steps={chosen['min_steps']}: batch_size=auto makes smaller ones"
-    print(f"a step is {' '.join(parts)}, about {of_all:.0f} examples; {steps:,} steps{note}")
+        few = f", fewer than min_steps={chosen['min_steps']}: batch_size=auto makes smaller ones"
+    print(f"a step is {' '.join(parts)}, about {of_all:.0f} examples; {steps:,} steps{few}")
     return batch_size, accumulation, steps
 
 
-def room_for_training(
-    chosen: dict[str, Any],
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    targets: str | list[str],
-    rows: int,
-    processes: PartialState,
-) -> Room:
-    """The Room of a training on so many full rows with notebook 2's parameters; prints the sum.
+def room_for_training(chosen, config, dtype, targets, rows, processes):
+    """The Room of a training on so many full rows with the parameters of notebook 2, `chosen`; prints the sum.
 
     With `gradient_checkpointing`, as many layers are recomputed as a GPU has no room for. Raises
     StageError if the weights alone do not fit, unless `ignore_memory`; that the rest may not fit is
@@ -233,7 +208,7 @@ def room_for_training(
 
 
 def report_room(room: Room, rows: int, ignore_memory: bool) -> None:
-    """Estimate what batches of `rows` rows take, as `room.expected`; print the sum.
+    """Estimate what batches of `rows` rows take, in `room.expected`; print the sum and what is recomputed.
 
     Raises StageError if the weights alone do not fit, unless `ignore_memory`.
     """
@@ -262,38 +237,32 @@ def report_room(room: Room, rows: int, ignore_memory: bool) -> None:
         )
 
 
-def rows_to_train_on(
-    model: torch.nn.Module, examples: Dataset, packed: Dataset, packing: bool
-) -> Dataset:
-    """The packed rows if they may be packed, else the examples by themselves; prints which.
+def rows_to_train_on(model, examples, packed, packing):
+    """The packed rows where they may be packed, else the examples by themselves; says which, and why.
 
-    Whether they may be is measured on this model: what the second of two packed examples sees of
-    the first. Raises StageError if this model computes no numbers, or is no causal one.
+    Whether they may be is measured on the model at hand: what the second of two packed examples sees of the first.
+    Raises StageError if this model computes no numbers, or is no causal one.
     """
     check_forward(model, torch.tensor([examples[0]["input_ids"][:32]]))
-    leak = packing_leak(model) if packing else 0.0
+    leak = 0 if not packing else packing_leak(model)
     if packing and leak <= LEAK:
         print(
-            f"{len(examples):,} examples packed into {len(packed):,} rows; "
-            f"they do not see each other ({leak:.1%})"
+            f"{len(examples):,} examples packed into {len(packed):,} rows; they do not see each other ({leak:.1%})"
         )
         return packed
-    reason = "packed examples would see each other in this model" if packing else "as asked"
+    reason = "as asked" if not packing else "packed examples would see each other in this model"
     print(
-        f"not packed, {reason} ({leak:.1%}): a row is one example, "
-        "and a batch has rows of like length"
+        f"not packed, {reason} ({leak:.1%}): a row is one example, and a batch has rows of like length"
     )
     return examples
 
 
-def inputs_of(
-    report: dict[str, Any], dtype: torch.dtype, processes: PartialState, room: Room
-) -> dict[str, Any]:
+def inputs_of(report, dtype, processes, room):
     """What a training depends on beside its parameters: the data set, and what computes."""
+    hardware = {"dtype": str(dtype).removeprefix("torch."), "device": processes.device.type}
     return {
         "dataset": report["fingerprint"],
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": processes.device.type,
+        **hardware,
         "processes": processes.num_processes,
         "sharded": room.sharded,
     }
@@ -309,51 +278,41 @@ def evaluation_rows(room: Room, rows: int) -> int:
     return max([rows, *(more for more in range(rows, 9) if room.fits(more))])
 
 
-def trainer_settings(
-    stage: Stage,
-    done: bool,
-    dtype: torch.dtype,
-    room: Room,
-    batch_size: int,
-    steps: int,
-    packed: bool,
-) -> dict[str, Any]:
-    """The arguments of `SFTConfig` that follow from the plan: where, on what, when to evaluate.
+def trainer_settings(stage, done, dtype, room, batch_size, steps, packed):
+    """What `SFTConfig` is told beside the choices of a reader: where, on what, when to evaluate, what is logged.
 
-    `include_num_input_tokens_seen` is not among them: it waits for the GPU after each batch, which
-    took a tenth of the time.
+    `include_num_input_tokens_seen` is not among it: it waits for the GPU after each batch, a tenth of the time.
     """
-    chosen = stage.parameters
-    gpu = torch.cuda.is_available()
+    chosen, gpu = stage.parameters, torch.cuda.is_available()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "training" / "tensorboard")
+    each = math.ceil(steps / chosen["evaluations"])
     same = ("seed", "use_liger_kernel", "max_length", "lr_scheduler_type", "max_grad_norm")
-    settings = {name: chosen[name] for name in same}
-    settings |= when_to_evaluate(
-        chosen["training_options"], math.ceil(steps / chosen["evaluations"])
+    return (
+        {name: chosen[name] for name in same}
+        | {
+            "output_dir": str(stage.folder / "checkpoints"),
+            "warmup_steps": chosen["warmup"],
+            "report_to": "none" if done else chosen["report_to"],
+            "use_cpu": not gpu,
+            "bf16": dtype == torch.bfloat16,
+            "fp16": dtype == torch.float16,
+            "per_device_eval_batch_size": evaluation_rows(room, batch_size),
+            "train_sampling_strategy": "random" if packed else "group_by_length",
+            "gradient_checkpointing": room.recomputed_layers(batch_size) > 0,
+            # without dropout nothing random is recomputed; a CUDA graph could not restore it
+            "gradient_checkpointing_kwargs": {
+                "use_reentrant": False,
+                "preserve_rng_state": room.draws,
+            },
+            "fsdp": room.sharded,
+            "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
+            "ddp_find_unused_parameters": False,
+            **when_to_evaluate(chosen["training_options"], each),
+            "save_total_limit": 2,
+            "restore_callback_states_from_checkpoint": chosen["early_stopping_patience"] > 0,
+            "logging_steps": 0.05,
+            "logging_nan_inf_filter": False,  # it would hide a loss that is NaN, and wait for the GPU in every step
+            "disable_tqdm": False,
+            "dataloader_pin_memory": gpu,
+        }
     )
-    return settings | {
-        "output_dir": str(stage.folder / "checkpoints"),
-        "warmup_steps": chosen["warmup"],
-        "report_to": "none" if done else chosen["report_to"],
-        "use_cpu": not gpu,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "per_device_eval_batch_size": evaluation_rows(room, batch_size),
-        "train_sampling_strategy": "random" if packed else "group_by_length",
-        "gradient_checkpointing": room.recomputed_layers(batch_size) > 0,
-        # Without dropout nothing random is recomputed, and a CUDA graph could not restore it.
-        "gradient_checkpointing_kwargs": {
-            "use_reentrant": False,
-            "preserve_rng_state": room.draws,
-        },
-        "fsdp": room.sharded,
-        "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
-        "ddp_find_unused_parameters": False,
-        "save_total_limit": 2,
-        "restore_callback_states_from_checkpoint": chosen["early_stopping_patience"] > 0,
-        "logging_steps": 0.05,
-        # Filtering would hide a loss that is NaN, and wait for the GPU in every step.
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": False,
-        "dataloader_pin_memory": gpu,
-    }
