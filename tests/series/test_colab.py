@@ -300,7 +300,22 @@ def test_nothing_that_the_package_downloads_is_run():
         check_downloads(path.read_text(encoding="utf-8"))
 
 
+def without_prose(code):
+    """The code, without its comments and docstrings."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [line for line in body if not is_text(line)] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def is_text(line):
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
+
+
 def check_downloads(code):
+    code = without_prose(code)
     for forbidden in (
         "trust_remote_code",
         "torch.load",
