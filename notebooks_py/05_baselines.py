@@ -1,0 +1,279 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+#     runtime_attributes:
+#       runtime_version: '2026.07'
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 5 · Baselines
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/05_baselines.ipynb)
+#
+# | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | **5 · baselines** | 6 · trust | 7 · export |
+# |---|---|---|---|---|---|---|
+# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards |
+#
+# - **In:** `dataset/` and `adapter/` in the run folder, from notebooks 1 and 2.
+# - **Out:** `baselines/metrics.json`, `answers.jsonl` and `results.png`.
+# - **Time:** some minutes on a T4; six minutes on two CPU cores with the small model of the `cpu` profile.
+#
+# Was training worth it? A model need not be fine-tuned to answer from a table. It can be shown some rows in its prompt,
+# or the rows that are most similar to the question. And the answer of the most similar row can be copied, without any
+# model. Here all of these answer the same questions as the fine-tuned model, and the notebook says which one to ship.
+
+# %% [markdown]
+# On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
+
+# %%
+import os
+import sys
+from importlib.util import find_spec
+
+from IPython import get_ipython
+
+series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
+if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel"])):
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+    lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5"
+    get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
+    if find_spec("tabletune") is None:
+        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
+
+# %% [markdown]
+# ## Parameters
+
+# %% tags=["parameters"]
+run_dir = "runs/home_remedies"  # that of notebooks 1 to 4; in Colab better "drive:home_remedies"
+seed = 42
+base_model = "NousResearch/Llama-2-7b-chat-hf"
+base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
+precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
+attn_implementation = "auto"  # "sdpa" where the model has it
+eval_batch_size = 32  # rows to score, or questions to answer, at once, where memory allows
+window = 1024  # tokens of a prompt and its answer together; rows that do not fit are left out of the prompt
+samples = 20  # questions of each kind: new ones, those of the table, and the same reworded
+few_rows = 4  # rows in a prompt, where the run has no context_rows
+least_right = 0.5  # the share of right answers below which nothing is worth shipping
+max_new_tokens = 256
+bootstrap_samples = 2000
+disclaimer = ""  # above every answer; "" for the example's, or a neutral one
+
+# %%
+from tabletune.chat.tokenizer import load_tokenizer_of_run
+from tabletune.data.context import answer_with_context, load_context
+from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
+from tabletune.data.retrieval import RowIndex, table_rows
+from tabletune.evaluation import baselines
+from tabletune.evaluation.answers import generate
+from tabletune.evaluation.content import content_rules
+from tabletune.evaluation.questions import question_sets
+from tabletune.evaluation.recommendation import recommend
+from tabletune.evaluation.scoring import score
+from tabletune.report.baselines import baselines_table, plot_baselines
+from tabletune.report.pages import read_lines
+from tabletune.report.tables import differences_table, side_by_side
+from tabletune.run.artifacts import check_run, load_dataset_of_run
+from tabletune.run.stage import start_stage
+
+stage = start_stage("05_baselines", globals())
+run = stage.folder
+
+# %% [markdown]
+# ## The questions
+#
+# They are the questions of notebook 4. *New* ones are those of the test split, which training never saw. Those of *the
+# table* were in training; they are asked as they stand there, and once more in other words, as people would ask.
+
+# %%
+splits, report = load_dataset_of_run(run)
+inputs = {"dataset": report["fingerprint"], "adapter": check_run(run, None, report, base_model)}
+done = stage.is_done(inputs, ["baselines/metrics.json"])
+
+# %%
+import pandas as pd
+
+sets = question_sets(splits, samples)
+questions = [{**question, "part": part} for part in sets for question in sets[part]]
+pd.DataFrame(questions).groupby("part", sort=False)["asked"].agg(["count", "first"])
+
+# %% [markdown]
+# What is a right answer? That depends on the table:
+
+# %%
+rules = content_rules(splits, report)
+print(rules.reasons.get(rules.right, rules.right))
+
+# %% [markdown]
+# ## The nearest row
+#
+# How similar is a question to those of the table? Both are cut into short pieces of words, and the pieces that they
+# share are counted, the rare ones most. By hand, with pieces of three letters, all of the same weight:
+
+# %%
+def pieces(text):
+    """The pieces of three letters that a text has."""
+    return {text[place : place + 3] for place in range(len(text) - 2)}
+
+
+rows = table_rows(splits["train"])
+question = sets["reworded"][0]["asked"].lower()
+shared = [len(pieces(question) & pieces(row.question.lower())) for row in rows]
+print(question, "→", rows[shared.index(max(shared))].question)
+
+# %% [markdown]
+# The package's index does this well, with the rows of the training split only:
+
+# %%
+context = load_context(run)
+index = context.index if context else RowIndex.build(rows)
+hits = index.search(sets["reworded"][0]["asked"], 3)
+pd.DataFrame({"question": [hit.row.question for hit in hits], "similarity": [hit.score for hit in hits]})
+
+# %% [markdown]
+# ## The ways to answer
+#
+# From the cheapest to the dearest. Rows in a prompt stand there as earlier turns: the chat so far, as it were. The fixed
+# ones are the same for every question, drawn by chance, and none of them is asked about.
+
+# %%
+tokenizer, stops = load_tokenizer_of_run(run / "adapter")
+number = report.get("context_rows") or few_rows
+fixed = baselines.fixed_rows(rows, number, {question["group"] for question in questions}, seed)
+prompts = baselines.Prompts(tokenizer, index, fixed, context, window - max_new_tokens)
+ways = baselines.ways_for(rules, context)
+pd.DataFrame(ways)
+
+# %% [markdown]
+# A question with the nearest rows, as the base model is asked:
+
+# %%
+prompts.messages(baselines.BASE_NEAREST, sets["reworded"][0]["prompt"])
+
+# %% [markdown]
+# ## Ask
+#
+# Base model and adapter are one model, loaded once: with the adapter switched off it is the base. Each way answers all
+# questions, and reads the answers that the table has: how likely are they after this prompt?
+
+# %% tags=["nbval-ignore-output"]
+from contextlib import nullcontext
+
+import torch
+from accelerate import PartialState
+
+from tabletune.model.devices import compute_dtype
+from tabletune.model.run_models import load_adapted
+
+processes = PartialState(cpu=not torch.cuda.is_available())
+source = (base_model, base_model_revision, compute_dtype(precision), attn_implementation)
+adapted = None if done else load_adapted(run / "adapter", *source)
+
+
+# %%
+def answer_prompts(asked):
+    """The answers to some prompts, and the seconds that they took."""
+    return generate(adapted, tokenizer, stops, asked, eval_batch_size, max_new_tokens, seed)
+
+
+def ask_model(way):
+    """The Result of a way that asks a model: its answers, and how likely it finds the references."""
+    asked = prompts.questions(way, questions)
+    references, numbers = prompts.references(way, questions, stops)
+    longest = max(len(row["input_ids"]) for row in references)
+    with nullcontext() if way.model == "adapter" else adapted.disable_adapter():
+        if way.rows == "context":
+            answers, seconds = answer_with_context(context, questions, answer_prompts)
+        else:
+            answers, seconds = answer_prompts(asked)
+        scores = score(adapted, references, tokenizer.pad_token_id, eval_batch_size, longest, longest)
+    return baselines.Result(way, answers, seconds, prompts.lengths(asked), scores, numbers)
+
+
+# %% tags=["nbval-ignore-output"]
+if not done:
+    results = [baselines.without_model(way, prompts, questions) for way in ways if not way.model]
+    results += [ask_model(way) for way in ways if way.model]
+    adapted = None
+
+# %% [markdown]
+# ## Save
+
+# %%
+from tabletune.run.files import archive, atomic_write, read_json, write_json, write_lines
+
+folder = run / "baselines"
+if not done:
+    checked = baselines.check_results(results, questions, rules, context)
+    metrics = baselines.summarize_results(results, checked, rules, bootstrap_samples, seed)
+    metrics["verdict"] = recommend(checked, metrics["ways"], least_right)
+if not done and processes.is_main_process:
+    archive(run, "baselines")
+    with atomic_write(folder) as partial:
+        partial.mkdir()
+        write_json(partial / "metrics.json", metrics)
+        write_lines(partial / "answers.jsonl", baselines.answer_lines(results, checked, questions))
+        plot_baselines(metrics).savefig(partial / "results.png", dpi=150)
+    stage.record(report["fingerprint"], inputs)
+processes.wait_for_everyone()
+metrics = read_json(folder / "metrics.json", stage.name)
+
+# %% [markdown]
+# ## Results
+#
+# *Right* is what people care about. *chrF* says how much of the wording of the nearest reference an answer has, from 0
+# to 100. The perplexity of the references falls as soon as the form of an answer stands in the prompt, so it says least.
+
+# %%
+baselines_table(metrics)
+
+# %% tags=["nbval-ignore-output"]
+plot_baselines(metrics)
+
+# %% [markdown]
+# ### What training adds
+#
+# The fine-tuned model against each of the others, in pairs, on the same questions. A difference is called one only if
+# its interval excludes zero. `metrics.json` has the other figures, too.
+
+# %%
+pairs = metrics["differences"].items()
+right = {f"{pair}, {part}": {"right": entry["right"]} for pair, parts in pairs for part, entry in parts.items()}
+differences_table(right)
+
+# %% [markdown]
+# ### Read them
+
+# %%
+answered = pd.DataFrame(read_lines(folder / "answers.jsonl")).query("part == 'reworded'")
+told = answered.pivot_table("answer", "question", "way", "first", sort=False)[:3].reset_index()
+warning = disclaimer or example_settings(report).get("disclaimer", NEUTRAL_DISCLAIMER)
+side_by_side(told.to_dict("list"), len(told), warning)
+
+# %% [markdown]
+# ## What to ship
+#
+# Nobody asks quite as a table does, so the decision rests on the reworded questions and on the new ones, if any way can
+# answer those. Among ways that are equally good, within one standard error, the cheapest one is named.
+
+# %%
+print(*metrics["verdict"]["sentences"], sep="\n")
+
+# %% [markdown]
+# Two things to try: `samples = 50`, for narrower intervals; `context_rows = 3` in notebook 1, which trains the model to
+# answer from rows in its prompt.
+#
+# Next: [6 · trust](06_trust.ipynb) asks what else the training did.

@@ -1,0 +1,330 @@
+"""The ways to answer from a table, with training and without: what notebook 5 compares on the same questions.
+
+From the cheapest to the dearest: always the same answer, copy the nearest row, ask the base model (alone, with a few
+fixed rows in the prompt, with the nearest rows), ask the fine-tuned model (alone, or with rows where it was trained so).
+"""
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from tabletune.chat.encoding import encode_all, encode_prompt
+from tabletune.data.context import TableContext
+from tabletune.data.retrieval import RowIndex, TableRow
+from tabletune.evaluation.content import (
+    ContentRules,
+    check_content,
+    content_differences,
+    summarize_content,
+)
+from tabletune.evaluation.scoring import perplexity
+from tabletune.stats import mean_difference, perplexity_interval
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to answer a question: who writes the answer, and which rows of the table stand in the prompt.
+
+    `model` is "base", "adapter" or "" for none, `rows` is "fixed", "nearest", "context" (as in training) or "".
+    """
+
+    name: str
+    model: str = ""
+    rows: str = ""
+
+
+CONSTANT = Way("always the same answer")
+COPY = Way("nearest row, copied", rows="nearest")
+BASE = Way("base", "base")
+BASE_FIXED = Way("base, fixed rows", "base", "fixed")
+BASE_NEAREST = Way("base, nearest rows", "base", "nearest")
+ADAPTER = Way("adapter", "adapter")
+ADAPTER_CONTEXT = Way("adapter, nearest rows", "adapter", "context")
+WAYS = (CONSTANT, COPY, BASE, BASE_FIXED, BASE_NEAREST, ADAPTER, ADAPTER_CONTEXT)
+
+
+def ways_for(rules: ContentRules, context: TableContext | None) -> list[Way]:
+    """The ways that make sense for a table and a run, the cheapest first.
+
+    One answer for all questions is a way for tables of labels only; rows in the adapter's prompt, for adapters that were
+    trained with them.
+    """
+    ways = list(WAYS)
+    if not rules.labels:
+        ways.remove(CONSTANT)
+    if context is None:
+        ways.remove(ADAPTER_CONTEXT)
+    return ways
+
+
+def fixed_rows(rows: Sequence[TableRow], number: int, asked: Iterable[str], seed: int):
+    """`number` rows to show before every question, drawn with `seed`: none of the questions `asked` (their ids).
+
+    Each has another question, and another answer where the table has so many: of labels, all are shown.
+    """
+    asked = set(asked)
+    shuffled = [row for row in rows if row.question_id not in asked]
+    random.Random(seed).shuffle(shuffled)
+    chosen: list[TableRow] = []
+    for only_new_answers in (True, False):
+        for row in shuffled:
+            new_question = row.question_id not in {other.question_id for other in chosen}
+            new_answer = row.answer not in {other.answer for other in chosen}
+            if len(chosen) < number and new_question and (new_answer or not only_new_answers):
+                chosen.append(row)
+    return chosen
+
+
+def with_rows(messages: Sequence[dict], rows: Iterable[TableRow]) -> list[dict]:
+    """The messages with rows as earlier turns, question and answer, in front of the last question.
+
+    That is how a chat model that was not trained for it best takes examples. System text and history stay in front.
+    """
+    turns = []
+    for row in rows:
+        turns.append({"role": "user", "content": row.question})
+        turns.append({"role": "assistant", "content": row.answer})
+    return [*messages[:-1], *turns, messages[-1]]
+
+
+def last_question(messages: Sequence[dict]) -> str:
+    """The text of the last turn of a user."""
+    return next(turn["content"] for turn in reversed(messages) if turn["role"] == "user")
+
+
+class Prompts:
+    """The prompt of every way for a question: the index, the fixed rows, and how many tokens a prompt may have.
+
+    Rows that do not fit into `longest` tokens are left out, the least similar first.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        index: RowIndex,
+        fixed: Sequence[TableRow],
+        context: TableContext | None,
+        longest: int,
+    ):
+        self.tokenizer, self.index, self.context = tokenizer, index, context
+        self.fixed, self.longest = list(fixed), longest
+
+    def nearest(self, messages: Sequence[dict], number: int) -> list[TableRow]:
+        """The rows whose questions are most similar to the last question, the most similar first."""
+        return [hit.row for hit in self.index.search(last_question(messages), number)]
+
+    def messages(self, way: Way, messages: Sequence[dict]) -> list[dict]:
+        """The messages as a way puts them to its model. The most similar row stands last, next to the question."""
+        if way.rows == "context":
+            return self.context.prompt(list(messages)).messages
+        rows = []
+        if way.rows == "fixed":
+            rows = list(self.fixed)
+        elif way.rows == "nearest":
+            rows = self.nearest(messages, len(self.fixed))
+        while rows and self.length(with_rows(messages, rows)) > self.longest:
+            rows.pop()
+        return with_rows(messages, rows[::-1])
+
+    def questions(self, way: Way, questions: Sequence[dict]) -> list[dict]:
+        """The questions with the prompts of a way, as `answers.generate` takes them."""
+        return [
+            {**question, "prompt": self.messages(way, question["prompt"])} for question in questions
+        ]
+
+    def length(self, messages: Sequence[dict], tools: str | None = None) -> int:
+        """How many tokens a prompt has."""
+        return len(encode_prompt(messages, self.tokenizer, json.loads(tools) if tools else None))
+
+    def lengths(self, questions: Sequence[dict]) -> list[int]:
+        """How many tokens the prompt of each question has."""
+        return [self.length(question["prompt"], question.get("tools")) for question in questions]
+
+    def copied(self, messages: Sequence[dict]) -> str:
+        """The answer of the most similar row; `unknown_answer` where the run's look-up refuses the question."""
+        if self.context is not None and self.context.prompt(list(messages)).refused:
+            return self.context.settings.unknown_answer
+        return self.nearest(messages, 1)[0].answer
+
+    def references(self, way: Way, questions: Sequence[dict], stops: Sequence[int]):
+        """The references of the questions in a way's prompts, for `scoring.score`: (rows, number of their question).
+
+        Only the last answer counts: answers of rows in the prompt are read, but not scored.
+        """
+        examples, numbers = [], []
+        for number, question in enumerate(self.questions(way, questions)):
+            for reference in dict.fromkeys(question["references"]):
+                answer = {"role": "assistant", "content": reference}
+                example = {"prompt": question["prompt"], "completion": [answer]}
+                examples.append(example | {"tools": question.get("tools") or ""})
+                numbers.append(number)
+        rows = encode_all(examples, self.tokenizer, stops)
+        for row in rows:
+            row["completion_mask"] = last_part(row["completion_mask"])
+        return rows, numbers
+
+
+def last_part(mask: Sequence[int]) -> list[int]:
+    """A mask of answers with only the last one left, which ends the text."""
+    start = len(mask)
+    while start and mask[start - 1]:
+        start -= 1
+    return [0] * start + [1] * (len(mask) - start)
+
+
+@dataclass
+class Result:
+    """What a way made of the questions.
+
+    `answers` has a line a question: answer, stopped, new_tokens, perhaps unknown, rows. `scores` has a line a reference
+    (see `scoring.score`), or is None without a model, and `numbers` the question of each.
+    """
+
+    way: Way
+    answers: pd.DataFrame
+    seconds: float
+    prompt_tokens: list[int]
+    scores: pd.DataFrame | None = None
+    numbers: list[int] = field(default_factory=list)
+
+
+def without_model(way: Way, prompts: Prompts, questions: Sequence[dict]) -> Result:
+    """The Result of a way that asks no model: no tokens, and no perplexity."""
+    begun = time.perf_counter()
+    if way == CONSTANT:
+        commonest = Counter(row.answer for row in prompts.index.rows).most_common(1)[0][0]
+        answers = [commonest for _ in questions]
+    else:
+        answers = [prompts.copied(question["prompt"]) for question in questions]
+    seconds = time.perf_counter() - begun
+    table = pd.DataFrame({"answer": answers, "stopped": True, "new_tokens": 0})
+    if prompts.context is not None:
+        table["unknown"] = [prompts.context.is_unknown(answer) for answer in answers]
+    return Result(way, table, seconds, [0] * len(answers))
+
+
+# --- figures
+
+
+def check_results(
+    results: Iterable[Result],
+    questions: Sequence[dict],
+    rules: ContentRules,
+    context: TableContext | None,
+) -> dict[str, pd.DataFrame]:
+    """The answers of each way with what `content.check_content` says of them, {way: a line a question}, and `part`."""
+    answerable = None
+    if context is not None:
+        answerable = [context.has_answer(question["references"]) for question in questions]
+    checked = {}
+    for result in results:
+        unknown = None
+        if "unknown" in result.answers:
+            unknown = list(result.answers["unknown"])
+        lines = check_content(list(result.answers["answer"]), questions, rules, unknown, answerable)
+        parts = [question["part"] for question in questions]
+        checked[result.way.name] = lines.reset_index(drop=True).assign(part=parts)
+    return checked
+
+
+def summarize_result(
+    result: Result, checked: pd.DataFrame, rules: ContentRules, draws: int, seed: int
+) -> dict:
+    """The entry of a way in `baselines/metrics.json`: content and perplexity by part, and what a question costs."""
+    tokens = np.mean(result.prompt_tokens) + result.answers["new_tokens"].mean()
+    entry = {
+        "model": result.way.model,
+        "rows": result.way.rows,
+        "tokens_a_question": float(tokens),
+        "seconds_a_question": result.seconds / max(1, len(checked)),
+        "content": {},
+        "perplexity": {},
+    }
+    for part, lines in checked.groupby("part", sort=False):
+        entry["content"][part] = summarize_content(lines, rules, draws, seed)
+        if result.scores is not None:
+            scores, numbers = scores_of(result, lines.index)
+            entry["perplexity"][part] = {
+                "response": perplexity(scores, "response"),
+                "response_ci95": perplexity_interval(scores, "response", numbers, draws, seed),
+            }
+    return entry
+
+
+def scores_of(result: Result, questions) -> tuple[pd.DataFrame, np.ndarray]:
+    """The scores of the references of some questions (their numbers), and the number of each one's question."""
+    numbers = np.array(result.numbers)
+    chosen = np.isin(numbers, list(questions))
+    return result.scores[chosen], numbers[chosen]
+
+
+def compare_results(
+    one: Result,
+    other: Result,
+    checked: Mapping[str, pd.DataFrame],
+    rules: ContentRules,
+    draws,
+    seed,
+) -> dict:
+    """{part: {figure: entry}}: how much more `one` has than `other`, in pairs on the same questions."""
+    differences = {}
+    for part, lines in checked[one.way.name].groupby("part", sort=False):
+        others = checked[other.way.name].loc[lines.index]
+        differences[part] = content_differences(lines, others, rules, draws, seed)
+        if one.scores is not None and other.scores is not None:
+            scores, numbers = scores_of(one, lines.index)
+            nll = scores["response_nll"], scores_of(other, lines.index)[0]["response_nll"]
+            tokens = scores["response_tokens"]
+            differences[part]["log_perplexity"] = mean_difference(
+                *nll, tokens, numbers, draws, seed
+            )
+    return differences
+
+
+def summarize_results(
+    results: Sequence[Result],
+    checked: Mapping[str, pd.DataFrame],
+    rules: ContentRules,
+    draws: int,
+    seed: int,
+) -> dict:
+    """What `baselines/metrics.json` says of all ways, and how the trained one differs from each of the others."""
+    metrics = {"right": rules.right, "ways": {}, "differences": {}}
+    trained = [result for result in results if result.way.model == "adapter"][-1]
+    for result in results:
+        name = result.way.name
+        metrics["ways"][name] = summarize_result(result, checked[name], rules, draws, seed)
+        if result is not trained:
+            compared = compare_results(trained, result, checked, rules, draws, seed)
+            metrics["differences"][f"{trained.way.name} - {name}"] = compared
+    return metrics
+
+
+def answer_lines(
+    results: Sequence[Result], checked: Mapping[str, pd.DataFrame], questions: Sequence[dict]
+) -> list[dict]:
+    """The lines of `baselines/answers.jsonl`: one for each way and question."""
+    lines = []
+    for result in results:
+        judged = checked[result.way.name]
+        for number, question in enumerate(questions):
+            lines.append(
+                {
+                    "part": question["part"],
+                    "question": last_question(question["prompt"]),
+                    "way": result.way.name,
+                    "answer": result.answers["answer"][number],
+                    "right": bool(judged["right"][number]),
+                    "chrf": float(judged["chrf"][number]),
+                    "references": question["references"],
+                    "prompt_tokens": result.prompt_tokens[number],
+                    "new_tokens": int(result.answers["new_tokens"][number]),
+                }
+            )
+    return lines

@@ -1,0 +1,191 @@
+"""Which way to answer should be shipped: the decision of notebook 5, in words that need no statistics."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from tabletune.evaluation.baselines import (
+    ADAPTER,
+    ADAPTER_CONTEXT,
+    BASE,
+    BASE_FIXED,
+    BASE_NEAREST,
+    CONSTANT,
+    COPY,
+)
+from tabletune.report.baselines import PARTS
+from tabletune.report.text import with_interval
+from tabletune.stats import FEWEST_GROUPS, rate_difference, rate_interval
+
+TRAINED = (ADAPTER_CONTEXT.name, ADAPTER.name)
+ADVICE = {
+    COPY.name: "Do not fine-tune for this table: copy the answer of the most similar row.",
+    BASE.name: "Do not fine-tune for this table: the base model answers these questions as it is.",
+    BASE_FIXED.name: "Do not fine-tune for this table: put a few fixed rows into the base model's prompt.",
+    BASE_NEAREST.name: "Do not fine-tune for this table: put the most similar rows into the base model's prompt.",
+    ADAPTER.name: "Training was worth it: ship the fine-tuned model.",
+    ADAPTER_CONTEXT.name: "Training was worth it: ship the fine-tuned model, with the most similar rows in its prompt.",
+}
+IN_WORDS = {
+    CONSTANT.name: "always the same answer",
+    COPY.name: "copying the most similar row",
+    BASE.name: "the base model",
+    BASE_FIXED.name: "the base model with fixed rows in its prompt",
+    BASE_NEAREST.name: "the base model with the most similar rows in its prompt",
+    ADAPTER.name: "the fine-tuned model",
+    ADAPTER_CONTEXT.name: "the fine-tuned model with the most similar rows in its prompt",
+}
+NOTHING = "Nothing works for this table yet: ship none of these."
+TOO_FEW = "There are too few questions to say what to ship."
+HELP = "What may help: context_rows in notebook 1, more rows, more epochs, a larger base model."
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to ship: the name of a way, or None; the way with most right answers; and the
+    parts of the questions that it rests on.
+
+    `rights` has for each way whether its answers to them are right, [questions].
+    """
+
+    choice: str | None
+    best: str | None
+    parts: list[str]
+    rights: dict[str, np.ndarray]
+
+
+def standard_error(one: np.ndarray, other: np.ndarray) -> float:
+    """The standard error of the difference of two rates on the same questions, in pairs."""
+    differences = np.asarray(one, float) - np.asarray(other, float)
+    return float(differences.std(ddof=1) / np.sqrt(len(differences)))
+
+
+def choose(rights: Mapping[str, np.ndarray]) -> tuple[str, str]:
+    """(The cheapest way that is as good as the best one, the best one) of `rights`, whose order is that of costs.
+
+    "As good" is within one standard error of their difference, which is the usual rule to choose among simpler and more
+    complex models (Breiman et al., Classification and Regression Trees, 1984). A single wrong answer more is within it.
+    """
+    best = max(rights, key=lambda name: np.mean(rights[name]))
+    for name, right in rights.items():
+        missing = np.mean(rights[best]) - np.mean(right)
+        if missing <= standard_error(rights[best], right) + 1e-9:  # rounding
+            return name, best
+    return best, best
+
+
+def works(rights: Mapping[str, np.ndarray], least_right: float) -> bool:
+    """Whether a way answers the share `least_right` of some questions right, and more than one fixed answer does."""
+    choice, best = choose(rights)
+    return bool(np.mean(rights[best]) >= least_right and choice != CONSTANT.name)
+
+
+def decide(rights: Mapping[str, Mapping[str, np.ndarray]], least_right: float) -> Decision:
+    """What to ship, by `rights`: {part of the questions: {way: whether its answers are right, [questions]}}.
+
+    The decision rests on reworded and on new questions, as nobody asks quite as the table does, and of these on the
+    parts that some way can answer at all: what the table does not have, none can know.
+    """
+    parts = [part for part in ("reworded", "new") if part in rights]
+    answered = [part for part in parts if works(rights[part], least_right)]
+    used = answered or parts
+    names = list(rights[used[0]]) if used else []
+    pooled = {name: np.concatenate([rights[part][name] for part in used]) for name in names}
+    if not pooled or len(pooled[names[0]]) < FEWEST_GROUPS:
+        return Decision(None, None, used, pooled)
+    choice, best = choose(pooled)
+    if not answered or not works(pooled, least_right):
+        return Decision(None, best, used, pooled)
+    return Decision(choice, best, used, pooled)
+
+
+def rights_of(checked: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, np.ndarray]]:
+    """{part: {way: whether its answers are right}} of what `baselines.check_results` returns."""
+    rights: dict[str, dict[str, np.ndarray]] = {}
+    for name, lines in checked.items():
+        for part, some in lines.groupby("part", sort=False):
+            rights.setdefault(part, {})[name] = some["right"].to_numpy(bool)
+    return rights
+
+
+def recommend(checked: Mapping[str, pd.DataFrame], ways: Mapping[str, dict], least_right: float):
+    """The `verdict` of `baselines/metrics.json`: the choice, and sentences, the most important first.
+
+    `ways` are the entries of the ways in the metrics, for what a question costs.
+    """
+    rights = rights_of(checked)
+    decision = decide(rights, least_right)
+    sentences = [headline(decision)]
+    if decision.best is not None:
+        sentences += [evidence(decision, part, rights[part]) for part in PARTS if part in rights]
+        sentences += against(decision)
+        sentences.append(costs(decision, ways))
+    if decision.choice is None:
+        sentences.append(HELP)
+    return {
+        "choice": decision.choice,
+        "best": decision.best,
+        "parts": decision.parts,
+        "least_right": least_right,
+        "sentences": sentences,
+    }
+
+
+def headline(decision: Decision) -> str:
+    """What to do, in one sentence."""
+    if decision.best is None:
+        return TOO_FEW
+    if decision.choice is None:
+        return NOTHING
+    return ADVICE[decision.choice]
+
+
+def evidence(decision: Decision, part: str, rights: Mapping[str, np.ndarray]) -> str:
+    """How many questions of a part the choice answers right; of a part that no way can answer, the best of all."""
+    name = decision.choice or decision.best
+    counts = part in decision.parts or part == "table"
+    if not counts:
+        name = choose(rights)[1]
+    right = rights[name]
+    share = with_interval(float(right.mean()), rate_interval(right), ".0%")
+    line = f"Of {len(right)} {PARTS[part]}, {IN_WORDS[name]} gets {right.sum()} right: {share}."
+    if not counts:
+        line += " No way gets more: the table does not say enough to answer them."
+    return line
+
+
+def against(decision: Decision) -> list[str]:
+    """How the choice compares with training, or with the best way without it, and whether that is sure."""
+    rights = decision.rights
+    chosen = decision.choice or decision.best
+    others = [name for name in TRAINED if name in rights]
+    if chosen in TRAINED:
+        others = [name for name in rights if name not in TRAINED]
+    other = max(others, key=lambda name: rights[name].mean())
+    entry = rate_difference(rights[chosen], rights[other])
+    points = [f"{100 * value:+.0f}" for value in (entry["difference"], *entry["ci95"])]
+    same = "of the same questions" if len(decision.parts) == 1 else "of both kinds together"
+    sentences = [
+        f"{IN_WORDS[other].capitalize()} gets {rights[other].sum()} of {len(rights[other])} right "
+        f"{same}, where {IN_WORDS[chosen]} gets {rights[chosen].sum()}: "
+        f"a difference of {points[0]} points ({points[1]} – {points[2]})."
+    ]
+    if decision.choice is not None and not entry["significant"]:
+        sentences.append(
+            "That may be chance; more questions (`samples`) would tell. "
+            "Of ways that are equally good, the cheapest is named."
+        )
+    return sentences
+
+
+def costs(decision: Decision, ways: Mapping[str, dict]) -> str:
+    """What a question costs with the choice, and with the trained model."""
+    names = [decision.choice or decision.best]
+    names += [name for name in TRAINED if name in ways and name not in names]
+    parts = []
+    for name in names:
+        tokens, seconds = ways[name]["tokens_a_question"], ways[name]["seconds_a_question"]
+        parts.append(f"{IN_WORDS[name]}, {tokens:,.0f} tokens and {seconds:.2g} seconds")
+    return "What a question costs on this machine: " + "; ".join(parts) + "."

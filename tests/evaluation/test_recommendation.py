@@ -1,0 +1,186 @@
+"""Which way to ship: the rule of one standard error, four tables whose verdict is known, and the sentences."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tabletune.evaluation.baselines import (
+    ADAPTER,
+    ADAPTER_CONTEXT,
+    BASE,
+    BASE_FIXED,
+    BASE_NEAREST,
+    CONSTANT,
+    COPY,
+    WAYS,
+)
+from tabletune.evaluation.recommendation import (
+    NOTHING,
+    TOO_FEW,
+    choose,
+    decide,
+    recommend,
+    standard_error,
+)
+
+
+def answers(right, questions=20):
+    """Whether each of so many answers is right: the first `right` of them."""
+    return np.arange(questions) < right
+
+
+def checked(shares, questions=20):
+    """What `baselines.check_results` returns, of {way: {part: right answers}}."""
+    tables = {}
+    for way, parts in shares.items():
+        lines = [
+            pd.DataFrame({"part": part, "right": answers(right, questions)})
+            for part, right in parts.items()
+        ]
+        tables[way.name] = pd.concat(lines, ignore_index=True)
+    return tables
+
+
+def verdict(shares, questions=20, least_right=0.5):
+    """The verdict on such answers; the ways come in the order of their costs."""
+    ways = {way.name: {"tokens_a_question": 10, "seconds_a_question": 0.1} for way in shares}
+    return recommend(checked(shares, questions), ways, least_right)
+
+
+def all_ways(reworded, new, table=None):
+    """{way: {part: right answers}} of lists in the order of WAYS without labels and without rows in training."""
+    ways = [COPY, BASE, BASE_FIXED, BASE_NEAREST, ADAPTER]
+    table = table or reworded
+    return {
+        way: {"new": n, "table": t, "reworded": r}
+        for way, n, t, r in zip(ways, new, table, reworded, strict=True)
+    }
+
+
+def test_the_ways_are_ordered_by_what_they_cost():
+    names = [way.name for way in WAYS]
+    assert names == [
+        "always the same answer",
+        "nearest row, copied",
+        "base",
+        "base, fixed rows",
+        "base, nearest rows",
+        "adapter",
+        "adapter, nearest rows",
+    ]
+
+
+def test_the_standard_error_is_that_of_paired_differences():
+    one, other = answers(15), answers(10)
+    differences = one.astype(float) - other
+    assert standard_error(one, other) == pytest.approx(differences.std(ddof=1) / 20**0.5)
+    assert standard_error(one, one) == 0
+
+
+def test_of_equally_good_ways_the_cheapest_is_chosen():
+    assert choose({"cheap": answers(15), "dear": answers(15)}) == ("cheap", "cheap")
+
+
+def test_one_wrong_answer_more_is_within_a_standard_error():
+    assert choose({"cheap": answers(19), "dear": answers(20)}) == ("cheap", "dear")
+
+
+def test_three_wrong_answers_more_are_not():
+    assert choose({"cheap": answers(17), "dear": answers(20)}) == ("dear", "dear")
+
+
+def test_copying_wins_on_a_table_to_look_things_up_in():
+    """As measured on the bundled table: its answers cannot be known for new questions."""
+    result = verdict(all_ways(reworded=[20, 0, 0, 6, 0], new=[0, 0, 0, 0, 1]))
+    assert result["choice"] == COPY.name
+    assert result["parts"] == ["reworded"]
+    assert result["sentences"][0].startswith("Do not fine-tune")
+    assert "copy" in result["sentences"][0]
+
+
+def test_rows_in_the_prompt_win_where_the_base_model_reads_them():
+    result = verdict(all_ways(reworded=[12, 2, 5, 19, 14], new=[4, 1, 3, 16, 9]))
+    assert result["choice"] == BASE_NEAREST.name
+    assert result["sentences"][0].startswith("Do not fine-tune")
+
+
+def test_training_wins_where_it_generalizes():
+    """Labels: the same answer for questions that no row has."""
+    shares = all_ways(reworded=[18, 3, 9, 12, 20], new=[11, 2, 8, 11, 19])
+    result = verdict({CONSTANT: {"new": 7, "table": 7, "reworded": 7}, **shares})
+    assert result["choice"] == ADAPTER.name
+    assert result["parts"] == ["reworded", "new"]
+    assert result["sentences"][0].startswith("Training was worth it")
+
+
+def test_training_with_rows_wins_where_copying_cannot_refuse():
+    shares = all_ways(reworded=[19, 0, 0, 7, 0], new=[2, 0, 0, 0, 0])
+    shares[ADAPTER_CONTEXT] = {"new": 19, "table": 20, "reworded": 19}
+    assert verdict(shares)["choice"] == ADAPTER_CONTEXT.name
+
+
+def test_nothing_works_where_all_are_wrong():
+    result = verdict(all_ways(reworded=[3, 0, 1, 2, 4], new=[1, 0, 0, 2, 3]))
+    assert result["choice"] is None
+    assert result["sentences"][0] == NOTHING
+    assert "context_rows" in result["sentences"][-1]
+
+
+def test_nothing_works_where_one_answer_for_all_is_as_good():
+    """Labels that were dealt out by chance, most of them the same."""
+    shares = all_ways(reworded=[14, 3, 12, 13, 15], new=[13, 2, 12, 13, 15])
+    result = verdict({CONSTANT: {"new": 15, "table": 15, "reworded": 15}, **shares})
+    assert result["choice"] is None
+
+
+def test_what_is_enough_is_a_parameter():
+    shares = all_ways(reworded=[0, 0, 0, 0, 12], new=[0, 0, 0, 0, 12])
+    assert verdict(shares, least_right=0.5)["choice"] == ADAPTER.name
+    assert verdict(shares, least_right=0.8)["choice"] is None
+
+
+def test_five_questions_decide_nothing():
+    result = verdict(all_ways(reworded=[2, 0, 0, 0, 0], new=[0] * 5), questions=2)
+    assert result["choice"] is None
+    assert result["sentences"][0] == TOO_FEW
+
+
+def test_the_table_as_it_stands_decides_nothing():
+    """A model that knows the table by heart, and nothing in other words."""
+    shares = all_ways(reworded=[0] * 5, new=[0] * 5, table=[20, 0, 0, 20, 20])
+    assert verdict(shares)["choice"] is None
+
+
+def test_a_part_that_was_not_asked_is_no_part_of_the_decision():
+    rights = {"new": {"copy": answers(3), "adapter": answers(18)}}
+    assert decide(rights, 0.5).parts == ["new"]
+
+
+def test_sentences_say_how_many_are_right_with_the_interval():
+    sentences = verdict(all_ways(reworded=[20, 0, 0, 6, 0], new=[0, 0, 0, 0, 1]))["sentences"]
+    assert (
+        "Of 20 reworded questions of the table, copying the most similar row gets 20 right: 100% (84% – 100%)."
+        in sentences
+    )
+
+
+def test_sentences_say_that_new_questions_have_no_answer_in_the_table():
+    sentences = verdict(all_ways(reworded=[20, 0, 0, 6, 0], new=[0, 0, 0, 0, 1]))["sentences"]
+    (line,) = [line for line in sentences if "20 new questions" in line]
+    assert "the fine-tuned model gets 1 right" in line
+    assert "No way gets more" in line
+
+
+def test_sentences_say_what_a_question_costs():
+    sentences = verdict(all_ways(reworded=[20, 0, 0, 6, 0], new=[0] * 5))["sentences"]
+    assert sentences[-1] == (
+        "What a question costs on this machine: copying the most similar row, 10 tokens and 0.1 seconds; "
+        "the fine-tuned model, 10 tokens and 0.1 seconds."
+    )
+
+
+def test_a_difference_that_may_be_chance_is_called_so():
+    close = verdict(all_ways(reworded=[0, 0, 0, 15, 17], new=[0] * 5))["sentences"]
+    clear = verdict(all_ways(reworded=[0, 0, 0, 2, 17], new=[0] * 5))["sentences"]
+    assert any("may be chance" in line for line in close)
+    assert not any("may be chance" in line for line in clear)
