@@ -65,8 +65,8 @@ precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware compu
 attn_implementation = "auto"  # "sdpa" where the model has it
 eval_batch_size = 32  # rows to score, or questions to answer, at once, where memory allows
 window = 1024  # tokens of a prompt and its answer together; rows that do not fit are left out of the prompt
-samples = 20  # questions of each kind: new ones, those of the table, and the same reworded
-few_rows = 4  # rows in a prompt, where the run has no context_rows
+baseline_samples = 16  # questions of each kind: new, of the table, and these reworded
+few_rows = 3  # rows in a prompt, where the run has no context_rows
 least_right = 0.5  # the share of right answers below which nothing is worth shipping
 max_new_tokens = 256
 bootstrap_samples = 2000
@@ -106,8 +106,9 @@ done = stage.is_done(inputs, ["baselines/metrics.json"])
 # %%
 import pandas as pd
 
-sets = question_sets(splits, samples)
-questions = [{**question, "part": part} for part in sets for question in sets[part]]
+sets = question_sets(splits, baseline_samples)
+questions = [question for part in sets.values() for question in part]
+baselines.check_questions(questions)
 pd.DataFrame(questions).groupby("part", sort=False)["asked"].agg(["count", "first"])
 
 # %% [markdown]
@@ -115,7 +116,7 @@ pd.DataFrame(questions).groupby("part", sort=False)["asked"].agg(["count", "firs
 
 # %%
 rules = content_rules(splits, report)
-print(rules.reasons.get(rules.right, rules.right))
+print(rules.reasons["right"])
 
 # %% [markdown]
 # ## The nearest row
@@ -147,13 +148,13 @@ pd.DataFrame({"question": [hit.row.question for hit in hits], "similarity": [hit
 # ## The ways to answer
 #
 # From the cheapest to the dearest. Rows in a prompt stand there as earlier turns: the chat so far, as it were. The fixed
-# ones are the same for every question, drawn by chance, and none of them is asked about.
+# ones are the same for every question, drawn by chance.
 
 # %%
 tokenizer, stops = load_tokenizer_of_run(run / "adapter")
 number = report.get("context_rows") or few_rows
 fixed = baselines.fixed_rows(rows, number, {question["group"] for question in questions}, seed)
-prompts = baselines.Prompts(tokenizer, index, fixed, context, window - max_new_tokens)
+prompts = baselines.Prompts(tokenizer, index, fixed, number, window - max_new_tokens, context)
 ways = baselines.ways_for(rules, context)
 pd.DataFrame(ways)
 
@@ -167,7 +168,7 @@ prompts.messages(baselines.BASE_NEAREST, sets["reworded"][0]["prompt"])
 # ## Ask
 #
 # Base model and adapter are one model, loaded once: with the adapter switched off it is the base. Each way answers all
-# questions, and reads the answers that the table has: how likely are they after this prompt?
+# questions, and reads the answer that the table has for each: how likely is it after this prompt?
 
 # %% tags=["nbval-ignore-output"]
 from contextlib import nullcontext
@@ -192,7 +193,7 @@ def answer_prompts(asked):
 def ask_model(way):
     """The Result of a way that asks a model: its answers, and how likely it finds the references."""
     asked = prompts.questions(way, questions)
-    references, numbers = prompts.references(way, questions, stops)
+    references = prompts.references(way, questions, stops)
     longest = max(len(row["input_ids"]) for row in references)
     with nullcontext() if way.model == "adapter" else adapted.disable_adapter():
         if way.rows == "context":
@@ -200,7 +201,7 @@ def ask_model(way):
         else:
             answers, seconds = answer_prompts(asked)
         scores = score(adapted, references, tokenizer.pad_token_id, eval_batch_size, longest, longest)
-    return baselines.Result(way, answers, seconds, prompts.lengths(asked), scores, numbers)
+    return baselines.Result(way, answers, seconds, prompts.lengths(asked), scores)
 
 
 # %% tags=["nbval-ignore-output"]
@@ -273,7 +274,7 @@ side_by_side(told.to_dict("list"), len(told), warning)
 print(*metrics["verdict"]["sentences"], sep="\n")
 
 # %% [markdown]
-# Two things to try: `samples = 50`, for narrower intervals; `context_rows = 3` in notebook 1, which trains the model to
+# Two things to try: `baseline_samples = 50`, for narrower intervals; `context_rows = 3` in notebook 1, which trains the model to
 # answer from rows in its prompt.
 #
 # Next: [6 · trust](06_trust.ipynb) asks what else the training did.

@@ -1,4 +1,5 @@
-"""How many rows to train on: nested subsets of the training questions, over one and the same test split."""
+"""How many rows to train on: nested subsets of the training questions, over one and the same test
+split."""
 
 import itertools
 import random

@@ -1,4 +1,5 @@
-"""What a reader says of answers without names: order, what is saved, and the figures. No Gradio is needed."""
+"""What a reader says of answers without names: order, what is saved, and the figures. No Gradio is
+needed."""
 
 import json
 from collections import Counter
@@ -158,7 +159,8 @@ def test_the_last_rating_of_a_pair_counts(run):
 
 
 def rated(better, said=(), chrf=(), right=()):
-    """Pairs and ratings: `better` of each, and of the fine-tuned answers whether they were said to be right."""
+    """Pairs and ratings: `better` of each, and of the fine-tuned answers whether they were said to
+    be right."""
     pairs, ratings = [], {}
     for number, choice in enumerate(better):
         measured = {

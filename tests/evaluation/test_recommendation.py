@@ -1,4 +1,5 @@
-"""Which way to ship: the rule of one standard error, four tables whose verdict is known, and the sentences."""
+"""Which way to ship: the rule of one standard error, four tables whose verdict is known, and the
+sentences."""
 
 import numpy as np
 import pandas as pd
@@ -48,7 +49,8 @@ def verdict(shares, questions=20, least_right=0.5):
 
 
 def all_ways(reworded, new, table=None):
-    """{way: {part: right answers}} of lists in the order of WAYS without labels and without rows in training."""
+    """{way: {part: right answers}} of lists in the order of WAYS without labels and without rows in
+    training."""
     ways = [COPY, BASE, BASE_FIXED, BASE_NEAREST, ADAPTER]
     table = table or reworded
     return {

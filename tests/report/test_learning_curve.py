@@ -14,7 +14,8 @@ QUESTIONS = 40  # in the test split
 
 
 def write_run(folder, questions, nll, right=None, **parameters):
-    """Leave what a learning curve reads of a run: `nll` has the mean negative log-likelihood of each test question."""
+    """Leave what a learning curve reads of a run: `nll` has the mean negative log-likelihood of
+    each test question."""
     folder = folder / f"run_{questions}_{len(parameters)}"
     rows = [{"prompt": [{"role": "user", "content": f"q{n}"}], "completion": []} for n in range(5)]
     test = datasets.Dataset.from_list(rows)
@@ -51,7 +52,8 @@ def write_run(folder, questions, nll, right=None, **parameters):
 
 
 def nll_of(mean, seed=0, spread=0.5):
-    """Likelihoods of the test questions: most of the spread is in the questions, the same for all runs."""
+    """Likelihoods of the test questions: most of the spread is in the questions, the same for all
+    runs."""
     hard = np.random.default_rng(1).normal(0, spread, QUESTIONS)
     return mean + hard + np.random.default_rng(seed).normal(0, 0.05, QUESTIONS)
 

@@ -1,7 +1,9 @@
-"""The ways to answer from a table, with training and without: what notebook 5 compares on the same questions.
+"""The ways to answer from a table, with training and without: what notebook 5 compares on the same
+questions.
 
-From the cheapest to the dearest: always the same answer, copy the nearest row, ask the base model (alone, with a few
-fixed rows in the prompt, with the nearest rows), ask the fine-tuned model (alone, or with rows where it was trained so).
+From the cheapest to the dearest: always the same answer, copy the nearest row, ask the base model
+(alone, with a few fixed rows in the prompt, with the nearest rows), ask the fine-tuned model
+(alone, or with rows where it was trained so).
 """
 
 import json
@@ -9,14 +11,17 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from transformers import PreTrainedTokenizerBase
 
 from tabletune.chat.encoding import encode_all, encode_prompt
 from tabletune.data.context import TableContext
 from tabletune.data.retrieval import RowIndex, TableRow
+from tabletune.errors import StageError
 from tabletune.evaluation.content import (
     ContentRules,
     check_content,
@@ -29,9 +34,11 @@ from tabletune.stats import mean_difference, perplexity_interval
 
 @dataclass(frozen=True)
 class Way:
-    """One way to answer a question: who writes the answer, and which rows of the table stand in the prompt.
+    """One way to answer a question: who writes the answer, and which rows of the table stand in the
+    prompt.
 
-    `model` is "base", "adapter" or "" for none, `rows` is "fixed", "nearest", "context" (as in training) or "".
+    `model` is "base", "adapter" or "" for none, `rows` is "fixed", "nearest", "context" (as in
+    training) or "".
     """
 
     name: str
@@ -52,8 +59,8 @@ WAYS = (CONSTANT, COPY, BASE, BASE_FIXED, BASE_NEAREST, ADAPTER, ADAPTER_CONTEXT
 def ways_for(rules: ContentRules, context: TableContext | None) -> list[Way]:
     """The ways that make sense for a table and a run, the cheapest first.
 
-    One answer for all questions is a way for tables of labels only; rows in the adapter's prompt, for adapters that were
-    trained with them.
+    One answer for all questions is a way for tables of labels only; rows in the adapter's prompt,
+    for adapters that were trained with them.
     """
     ways = list(WAYS)
     if not rules.labels:
@@ -63,14 +70,17 @@ def ways_for(rules: ContentRules, context: TableContext | None) -> list[Way]:
     return ways
 
 
-def fixed_rows(rows: Sequence[TableRow], number: int, asked: Iterable[str], seed: int):
-    """`number` rows to show before every question, drawn with `seed`: none of the questions `asked` (their ids).
+def fixed_rows(
+    rows: Sequence[TableRow], number: int, asked: Iterable[str], seed: int
+) -> list[TableRow]:
+    """`number` rows to show before every question, drawn with `seed`.
 
-    Each has another question, and another answer where the table has so many: of labels, all are shown.
+    Rows of the questions `asked` (their ids) come last, for tables that have few others. Each row
+    has another question, and another answer where the table has so many: of labels, all are shown.
     """
     asked = set(asked)
-    shuffled = [row for row in rows if row.question_id not in asked]
-    random.Random(seed).shuffle(shuffled)
+    shuffled = random.Random(seed).sample(list(rows), len(rows))
+    shuffled.sort(key=lambda row: row.question_id in asked)  # keeps the order of the others
     chosen: list[TableRow] = []
     for only_new_answers in (True, False):
         for row in shuffled:
@@ -81,10 +91,19 @@ def fixed_rows(rows: Sequence[TableRow], number: int, asked: Iterable[str], seed
     return chosen
 
 
+def check_questions(questions: Sequence[dict]) -> None:
+    """Raise StageError if there is nothing to ask."""
+    if not questions:
+        raise StageError(
+            "The rows of this table are texts without questions: there is nothing to compare."
+        )
+
+
 def with_rows(messages: Sequence[dict], rows: Iterable[TableRow]) -> list[dict]:
     """The messages with rows as earlier turns, question and answer, in front of the last question.
 
-    That is how a chat model that was not trained for it best takes examples. System text and history stay in front.
+    That is how a chat model that was not trained for it best takes examples. System text and
+    history stay in front.
     """
     turns = []
     for row in rows:
@@ -98,36 +117,35 @@ def last_question(messages: Sequence[dict]) -> str:
     return next(turn["content"] for turn in reversed(messages) if turn["role"] == "user")
 
 
+@dataclass
 class Prompts:
-    """The prompt of every way for a question: the index, the fixed rows, and how many tokens a prompt may have.
+    """The prompt of every way for a question.
 
-    Rows that do not fit into `longest` tokens are left out, the least similar first.
+    `number` of the nearest rows in `index`, or the rows `fixed`, go into a prompt of at most
+    `longest` tokens; what does not fit is left out, the least similar first. `context` is that of
+    the run, if it was trained with rows.
     """
 
-    def __init__(
-        self,
-        tokenizer,
-        index: RowIndex,
-        fixed: Sequence[TableRow],
-        context: TableContext | None,
-        longest: int,
-    ):
-        self.tokenizer, self.index, self.context = tokenizer, index, context
-        self.fixed, self.longest = list(fixed), longest
+    tokenizer: PreTrainedTokenizerBase
+    index: RowIndex
+    fixed: list[TableRow]
+    number: int
+    longest: int
+    context: TableContext | None = None
 
     def nearest(self, messages: Sequence[dict], number: int) -> list[TableRow]:
         """The rows whose questions are most similar to the last question, the most similar first."""
         return [hit.row for hit in self.index.search(last_question(messages), number)]
 
     def messages(self, way: Way, messages: Sequence[dict]) -> list[dict]:
-        """The messages as a way puts them to its model. The most similar row stands last, next to the question."""
-        if way.rows == "context":
+        """The messages as a way puts them to its model; the most similar row stands last."""
+        if way.rows == "context" and self.context is not None:
             return self.context.prompt(list(messages)).messages
         rows = []
         if way.rows == "fixed":
             rows = list(self.fixed)
         elif way.rows == "nearest":
-            rows = self.nearest(messages, len(self.fixed))
+            rows = self.nearest(messages, self.number)
         while rows and self.length(with_rows(messages, rows)) > self.longest:
             rows.pop()
         return with_rows(messages, rows[::-1])
@@ -140,34 +158,34 @@ class Prompts:
 
     def length(self, messages: Sequence[dict], tools: str | None = None) -> int:
         """How many tokens a prompt has."""
-        return len(encode_prompt(messages, self.tokenizer, json.loads(tools) if tools else None))
+        return len(
+            encode_prompt(list(messages), self.tokenizer, json.loads(tools) if tools else None)
+        )
 
     def lengths(self, questions: Sequence[dict]) -> list[int]:
         """How many tokens the prompt of each question has."""
         return [self.length(question["prompt"], question.get("tools")) for question in questions]
 
     def copied(self, messages: Sequence[dict]) -> str:
-        """The answer of the most similar row; `unknown_answer` where the run's look-up refuses the question."""
+        """The answer of the most similar row, or `unknown_answer` if the run's look-up refuses."""
         if self.context is not None and self.context.prompt(list(messages)).refused:
             return self.context.settings.unknown_answer
         return self.nearest(messages, 1)[0].answer
 
-    def references(self, way: Way, questions: Sequence[dict], stops: Sequence[int]):
-        """The references of the questions in a way's prompts, for `scoring.score`: (rows, number of their question).
+    def references(self, way: Way, questions: Sequence[dict], stops: Sequence[int]) -> list[dict]:
+        """The first reference of each question after a way's prompt, for `scoring.score`.
 
         Only the last answer counts: answers of rows in the prompt are read, but not scored.
         """
-        examples, numbers = [], []
-        for number, question in enumerate(self.questions(way, questions)):
-            for reference in dict.fromkeys(question["references"]):
-                answer = {"role": "assistant", "content": reference}
-                example = {"prompt": question["prompt"], "completion": [answer]}
-                examples.append(example | {"tools": question.get("tools") or ""})
-                numbers.append(number)
-        rows = encode_all(examples, self.tokenizer, stops)
+        examples = []
+        for question in self.questions(way, questions):
+            answer = {"role": "assistant", "content": question["references"][0]}
+            example = {"prompt": question["prompt"], "completion": [answer]}
+            examples.append(example | {"tools": question.get("tools") or ""})
+        rows = encode_all(examples, self.tokenizer, list(stops))
         for row in rows:
             row["completion_mask"] = last_part(row["completion_mask"])
-        return rows, numbers
+        return rows
 
 
 def last_part(mask: Sequence[int]) -> list[int]:
@@ -182,8 +200,8 @@ def last_part(mask: Sequence[int]) -> list[int]:
 class Result:
     """What a way made of the questions.
 
-    `answers` has a line a question: answer, stopped, new_tokens, perhaps unknown, rows. `scores` has a line a reference
-    (see `scoring.score`), or is None without a model, and `numbers` the question of each.
+    `answers` has a line a question: answer, stopped, new_tokens, perhaps unknown, rows. `scores`,
+    None without a model, has what the first reference of each question scores.
     """
 
     way: Way
@@ -191,7 +209,6 @@ class Result:
     seconds: float
     prompt_tokens: list[int]
     scores: pd.DataFrame | None = None
-    numbers: list[int] = field(default_factory=list)
 
 
 def without_model(way: Way, prompts: Prompts, questions: Sequence[dict]) -> Result:
@@ -204,8 +221,6 @@ def without_model(way: Way, prompts: Prompts, questions: Sequence[dict]) -> Resu
         answers = [prompts.copied(question["prompt"]) for question in questions]
     seconds = time.perf_counter() - begun
     table = pd.DataFrame({"answer": answers, "stopped": True, "new_tokens": 0})
-    if prompts.context is not None:
-        table["unknown"] = [prompts.context.is_unknown(answer) for answer in answers]
     return Result(way, table, seconds, [0] * len(answers))
 
 
@@ -218,16 +233,19 @@ def check_results(
     rules: ContentRules,
     context: TableContext | None,
 ) -> dict[str, pd.DataFrame]:
-    """The answers of each way with what `content.check_content` says of them, {way: a line a question}, and `part`."""
+    """{way: a line a question}: what `content.check_content` says of the answers, and `part`."""
     answerable = None
     if context is not None:
         answerable = [context.has_answer(question["references"]) for question in questions]
     checked = {}
     for result in results:
+        answers = list(result.answers["answer"])
         unknown = None
         if "unknown" in result.answers:
             unknown = list(result.answers["unknown"])
-        lines = check_content(list(result.answers["answer"]), questions, rules, unknown, answerable)
+        elif context is not None:
+            unknown = [context.is_unknown(answer) for answer in answers]
+        lines = check_content(answers, questions, rules, unknown, answerable)
         parts = [question["part"] for question in questions]
         checked[result.way.name] = lines.reset_index(drop=True).assign(part=parts)
     return checked
@@ -236,9 +254,9 @@ def check_results(
 def summarize_result(
     result: Result, checked: pd.DataFrame, rules: ContentRules, draws: int, seed: int
 ) -> dict:
-    """The entry of a way in `baselines/metrics.json`: content and perplexity by part, and what a question costs."""
+    """The entry of a way in `baselines/metrics.json`: content, perplexity, cost of a question."""
     tokens = np.mean(result.prompt_tokens) + result.answers["new_tokens"].mean()
-    entry = {
+    entry: dict[str, Any] = {
         "model": result.way.model,
         "rows": result.way.rows,
         "tokens_a_question": float(tokens),
@@ -249,19 +267,12 @@ def summarize_result(
     for part, lines in checked.groupby("part", sort=False):
         entry["content"][part] = summarize_content(lines, rules, draws, seed)
         if result.scores is not None:
-            scores, numbers = scores_of(result, lines.index)
+            scores = result.scores.loc[lines.index]
             entry["perplexity"][part] = {
                 "response": perplexity(scores, "response"),
-                "response_ci95": perplexity_interval(scores, "response", numbers, draws, seed),
+                "response_ci95": perplexity_interval(scores, "response", None, draws, seed),
             }
     return entry
-
-
-def scores_of(result: Result, questions) -> tuple[pd.DataFrame, np.ndarray]:
-    """The scores of the references of some questions (their numbers), and the number of each one's question."""
-    numbers = np.array(result.numbers)
-    chosen = np.isin(numbers, list(questions))
-    return result.scores[chosen], numbers[chosen]
 
 
 def compare_results(
@@ -272,17 +283,20 @@ def compare_results(
     draws,
     seed,
 ) -> dict:
-    """{part: {figure: entry}}: how much more `one` has than `other`, in pairs on the same questions."""
+    """{part: {figure: entry}}: how much more `one` has than `other`, in pairs of questions."""
     differences = {}
     for part, lines in checked[one.way.name].groupby("part", sort=False):
         others = checked[other.way.name].loc[lines.index]
         differences[part] = content_differences(lines, others, rules, draws, seed)
         if one.scores is not None and other.scores is not None:
-            scores, numbers = scores_of(one, lines.index)
-            nll = scores["response_nll"], scores_of(other, lines.index)[0]["response_nll"]
-            tokens = scores["response_tokens"]
+            scores, other_scores = one.scores.loc[lines.index], other.scores.loc[lines.index]
             differences[part]["log_perplexity"] = mean_difference(
-                *nll, tokens, numbers, draws, seed
+                scores["response_nll"],
+                other_scores["response_nll"],
+                scores["response_tokens"],
+                None,
+                draws,
+                seed,
             )
     return differences
 
@@ -294,8 +308,8 @@ def summarize_results(
     draws: int,
     seed: int,
 ) -> dict:
-    """What `baselines/metrics.json` says of all ways, and how the trained one differs from each of the others."""
-    metrics = {"right": rules.right, "ways": {}, "differences": {}}
+    """What `baselines/metrics.json` says: all ways, and the trained one against each other one."""
+    metrics: dict[str, Any] = {"right": rules.right, "ways": {}, "differences": {}}
     trained = [result for result in results if result.way.model == "adapter"][-1]
     for result in results:
         name = result.way.name

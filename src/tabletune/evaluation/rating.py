@@ -1,7 +1,8 @@
-"""What a reader thinks of the answers: pairs without names, what was said of them, and the figures of that.
+"""What a reader thinks of the answers: pairs without names, what was said of them, and the figures
+of that.
 
-The pairs are the answers of notebook 4, so no model is needed. `export.rating_page` shows them; this module does the
-rest, and works without Gradio.
+The pairs are the answers of notebook 4, so no model is needed. `export.rating_page` shows them;
+this module does the rest, and works without Gradio.
 """
 
 import hashlib
@@ -28,7 +29,8 @@ METRICS = {"chrf": "chrF", "right": "the rule for right answers"}
 
 @dataclass(frozen=True)
 class Pair:
-    """The answers of two models to one question, `left` and `right`, and what notebook 4 measured of them.
+    """The answers of two models to one question, `left` and `right`, and what notebook 4 measured
+    of them.
 
     `left_model` is "base" or "tuned". Who rates sees neither that nor the measured figures.
     """
@@ -45,7 +47,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Rating:
-    """What a reader said of a pair: which answer is better, and whether each is right; None: not said."""
+    """What a reader said of a pair: which answer is better, and whether each is right; None: not
+    said."""
 
     pair_id: str
     better: str  # "tuned", "base" or "equal"
@@ -54,7 +57,8 @@ class Rating:
 
 
 def pairs_of_run(run: Path, seed: int = 42) -> list[Pair]:
-    """The pairs of a run in random order: its base model against the merged one, or the adapter where that is missing.
+    """The pairs of a run in random order: its base model against the merged one, or the adapter
+    where that is missing.
 
     Raises StageError if notebook 4 has left no answers.
     """
@@ -102,9 +106,11 @@ def measured_of(line: dict) -> dict:
 
 
 class RatingSession:
-    """The pairs of a run that are still to be rated, one after the other; each rating is saved at once.
+    """The pairs of a run that are still to be rated, one after the other; each rating is saved at
+    once.
 
-    Ratings of answers that the run no longer has, as it was evaluated again, stay in the file and do not count.
+    Ratings of answers that the run no longer has, as it was evaluated again, stay in the file and
+    do not count.
     """
 
     def __init__(self, run: Path, seed: int = 42):
@@ -130,7 +136,8 @@ class RatingSession:
         left_is_right: bool | None = None,
         right_is_right: bool | None = None,
     ) -> Rating:
-        """Save what a reader says of a pair: `better` is "left", "right" or "equal". Raises ValueError otherwise."""
+        """Save what a reader says of a pair: `better` is "left", "right" or "equal". Raises
+        ValueError otherwise."""
         if better not in BETTER:
             raise ValueError(f"better={better!r}: use one of {', '.join(BETTER)}")
         right_model = "tuned" if pair.left_model == "base" else "base"
@@ -151,7 +158,8 @@ class RatingSession:
 
 
 def summarize_ratings(pairs: Sequence[Pair], ratings: dict[str, Rating]) -> dict:
-    """The win rate, the shares that a reader called right, and how far the measured figures agree with the reader."""
+    """The win rate, the shares that a reader called right, and how far the measured figures agree
+    with the reader."""
     rated = [(pair, ratings[pair.pair_id]) for pair in pairs if pair.pair_id in ratings]
     better = [rating.better for _, rating in rated]
     wins = [choice == "tuned" for choice in better if choice != "equal"]
@@ -183,7 +191,8 @@ def summarize_ratings(pairs: Sequence[Pair], ratings: dict[str, Rating]) -> dict
 
 
 def judged_answers(rated: Sequence[tuple[Pair, Rating]]) -> pd.DataFrame:
-    """A line for each answer that a reader called right or wrong: `pair_id`, `said` (bool) and the measured figures."""
+    """A line for each answer that a reader called right or wrong: `pair_id`, `said` (bool) and the
+    measured figures."""
     lines = []
     for pair, rating in rated:
         for model in ("base", "tuned"):
@@ -194,9 +203,11 @@ def judged_answers(rated: Sequence[tuple[Pair, Rating]]) -> pd.DataFrame:
 
 
 def rank_correlation(table: pd.DataFrame, name: str) -> dict | None:
-    """Spearman's rank correlation of a measured figure with what the reader said, with its interval by drawing pairs.
+    """Spearman's rank correlation of a measured figure with what the reader said, with its interval
+    by drawing pairs.
 
-    None where fewer than ENOUGH answers were judged, or where all of them are alike: no rank can agree with that.
+    None where fewer than ENOUGH answers were judged, or where all of them are alike: no rank can
+    agree with that.
     """
     table = table.dropna(subset=[name])
     if len(table) < ENOUGH:
@@ -230,8 +241,8 @@ def rating_sentences(metrics: dict) -> list[str]:
     if not metrics["rated"]:
         return ["No answers were rated yet."]
     sentences = [
-        f"A reader rated {metrics['rated']} of {metrics['pairs']} pairs of answers without names: the fine-tuned "
-        f"model's was better {metrics['wins']} times, the base model's {metrics['losses']} times, "
+        f"A reader rated {metrics['rated']} of {metrics['pairs']} pairs of answers without names: "
+        f"the fine-tuned model's was better {metrics['wins']} times, the base model's {metrics['losses']} times, "
         f"{metrics['ties']} were equal."
     ]
     if metrics["win_rate"] is not None:
@@ -254,7 +265,7 @@ def rating_sentences(metrics: dict) -> list[str]:
             sentences.append(f"Rank correlation of {heading} with the reader: {value}.")
     if not any(metrics["agreement"].values()):
         sentences.append(
-            f"Whether chrF and the rule for right answers agree with the reader is not measured: that takes {ENOUGH} "
-            "answers called right or wrong, some of each."
+            "Whether chrF and the rule for right answers agree with the reader is not measured: "
+            f"that takes {ENOUGH} answers called right or wrong, some of each."
         )
     return sentences

@@ -1,4 +1,5 @@
-"""Which way to answer should be shipped: the decision of notebook 5, in words that need no statistics."""
+"""Which way to answer should be shipped: the decision of notebook 5, in words that need no
+statistics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,10 +24,13 @@ TRAINED = (ADAPTER_CONTEXT.name, ADAPTER.name)
 ADVICE = {
     COPY.name: "Do not fine-tune for this table: copy the answer of the most similar row.",
     BASE.name: "Do not fine-tune for this table: the base model answers these questions as it is.",
-    BASE_FIXED.name: "Do not fine-tune for this table: put a few fixed rows into the base model's prompt.",
-    BASE_NEAREST.name: "Do not fine-tune for this table: put the most similar rows into the base model's prompt.",
+    BASE_FIXED.name: "Do not fine-tune for this table: "
+    "put a few fixed rows into the base model's prompt.",
+    BASE_NEAREST.name: "Do not fine-tune for this table: "
+    "put the most similar rows into the base model's prompt.",
     ADAPTER.name: "Training was worth it: ship the fine-tuned model.",
-    ADAPTER_CONTEXT.name: "Training was worth it: ship the fine-tuned model, with the most similar rows in its prompt.",
+    ADAPTER_CONTEXT.name: "Training was worth it: "
+    "ship the fine-tuned model, with the most similar rows in its prompt.",
 }
 IN_WORDS = {
     CONSTANT.name: "always the same answer",
@@ -55,6 +59,11 @@ class Decision:
     parts: list[str]
     rights: dict[str, np.ndarray]
 
+    @property
+    def subject(self) -> str:
+        """The way that the sentences are about: the choice, or the best of those that do not work."""
+        return self.choice or self.best or ""
+
 
 def standard_error(one: np.ndarray, other: np.ndarray) -> float:
     """The standard error of the difference of two rates on the same questions, in pairs."""
@@ -63,10 +72,12 @@ def standard_error(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def choose(rights: Mapping[str, np.ndarray]) -> tuple[str, str]:
-    """(The cheapest way that is as good as the best one, the best one) of `rights`, whose order is that of costs.
+    """(The cheapest way that is as good as the best one, the best one) of `rights`, whose order is
+    that of costs.
 
-    "As good" is within one standard error of their difference, which is the usual rule to choose among simpler and more
-    complex models (Breiman et al., Classification and Regression Trees, 1984). A single wrong answer more is within it.
+    "As good" is within one standard error of their difference, which is the usual rule to choose
+    among simpler and more complex models (Breiman et al., Classification and Regression Trees,
+    1984). A single wrong answer more is within it.
     """
     best = max(rights, key=lambda name: np.mean(rights[name]))
     for name, right in rights.items():
@@ -77,16 +88,19 @@ def choose(rights: Mapping[str, np.ndarray]) -> tuple[str, str]:
 
 
 def works(rights: Mapping[str, np.ndarray], least_right: float) -> bool:
-    """Whether a way answers the share `least_right` of some questions right, and more than one fixed answer does."""
+    """Whether a way answers the share `least_right` of some questions right, and more than one
+    fixed answer does."""
     choice, best = choose(rights)
     return bool(np.mean(rights[best]) >= least_right and choice != CONSTANT.name)
 
 
 def decide(rights: Mapping[str, Mapping[str, np.ndarray]], least_right: float) -> Decision:
-    """What to ship, by `rights`: {part of the questions: {way: whether its answers are right, [questions]}}.
+    """What to ship, by `rights`: {part of the questions: {way: whether its answers are right,
+    [questions]}}.
 
-    The decision rests on reworded and on new questions, as nobody asks quite as the table does, and of these on the
-    parts that some way can answer at all: what the table does not have, none can know.
+    The decision rests on reworded and on new questions, as nobody asks quite as the table does, and
+    of these on the parts that some way can answer at all: what the table does not have, none can
+    know.
     """
     parts = [part for part in ("reworded", "new") if part in rights]
     answered = [part for part in parts if works(rights[part], least_right)]
@@ -111,7 +125,8 @@ def rights_of(checked: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, np.nda
 
 
 def recommend(checked: Mapping[str, pd.DataFrame], ways: Mapping[str, dict], least_right: float):
-    """The `verdict` of `baselines/metrics.json`: the choice, and sentences, the most important first.
+    """The `verdict` of `baselines/metrics.json`: the choice, and sentences, the most important
+    first.
 
     `ways` are the entries of the ways in the metrics, for what a question costs.
     """
@@ -143,8 +158,9 @@ def headline(decision: Decision) -> str:
 
 
 def evidence(decision: Decision, part: str, rights: Mapping[str, np.ndarray]) -> str:
-    """How many questions of a part the choice answers right; of a part that no way can answer, the best of all."""
-    name = decision.choice or decision.best
+    """How many questions of a part the choice answers right; of a part that no way can answer, the
+    best of all."""
+    name = decision.subject
     counts = part in decision.parts or part == "table"
     if not counts:
         name = choose(rights)[1]
@@ -157,9 +173,10 @@ def evidence(decision: Decision, part: str, rights: Mapping[str, np.ndarray]) ->
 
 
 def against(decision: Decision) -> list[str]:
-    """How the choice compares with training, or with the best way without it, and whether that is sure."""
+    """How the choice compares with training, or with the best way without it, and whether that is
+    sure."""
     rights = decision.rights
-    chosen = decision.choice or decision.best
+    chosen = decision.subject
     others = [name for name in TRAINED if name in rights]
     if chosen in TRAINED:
         others = [name for name in rights if name not in TRAINED]
@@ -174,7 +191,7 @@ def against(decision: Decision) -> list[str]:
     ]
     if decision.choice is not None and not entry["significant"]:
         sentences.append(
-            "That may be chance; more questions (`samples`) would tell. "
+            "That may be chance; more questions (`baseline_samples`) would tell. "
             "Of ways that are equally good, the cheapest is named."
         )
     return sentences
@@ -182,7 +199,7 @@ def against(decision: Decision) -> list[str]:
 
 def costs(decision: Decision, ways: Mapping[str, dict]) -> str:
     """What a question costs with the choice, and with the trained model."""
-    names = [decision.choice or decision.best]
+    names = [decision.subject]
     names += [name for name in TRAINED if name in ways and name not in names]
     parts = []
     for name in names:

@@ -1,4 +1,5 @@
-"""The page of `make rate`: two answers to one question, side by side and without names. Needs Gradio."""
+"""The page of `make rate`: two answers to one question, side by side and without names. Needs
+Gradio."""
 
 import os
 import time
@@ -20,7 +21,8 @@ RIGHT = [("right", True), ("wrong", False)]
 
 
 def shown(session: RatingSession, pair: Pair | None) -> list[Any]:
-    """What stands on the page for a pair: progress, question, both answers, the table's answers; or the result."""
+    """What stands on the page for a pair: progress, question, both answers, the table's answers; or
+    the result."""
     done = f"{len(session.ratings)} of {len(session.pairs)} rated"
     if pair is None:
         result = "\n\n".join(["All pairs are rated.", *session.metrics()["sentences"]])
@@ -67,10 +69,12 @@ def rating_page(session: RatingSession, disclaimer: str) -> Any:
 
 
 def rate_command(run_dir: Path, values: dict[str, Any]) -> None:
-    """What `make rate RUN_DIR=…` does: serve the page until Ctrl-C. Raises StageError without Gradio, or answers."""
+    """What `make rate RUN_DIR=…` does: serve the page until Ctrl-C. Raises StageError without
+    Gradio, or answers."""
     if find_spec("gradio") is None:
         raise StageError(
-            f"Gradio is missing here, which makes the page. Run `make rate`, or pip install {pinned('gradio')}."
+            "Gradio is missing here, which makes the page. Run `make rate`, or pip install "
+            f"{pinned('gradio')}."
         )
     session = RatingSession(run_dir, values.get("seed", 42))
     report = read_json(run_dir / "dataset" / "report.json", "01_format_dataset")

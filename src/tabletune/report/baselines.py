@@ -1,10 +1,14 @@
 """The table and the plot of notebook 5: every way to answer, on the same questions."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from tabletune.report.text import with_interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PARTS = {  # of the questions, in the order of the table: how they are called
     "reworded": "reworded questions of the table",
@@ -20,7 +24,8 @@ def parts_of(metrics: Mapping) -> list[str]:
 
 
 def baselines_table(metrics: Mapping) -> pd.DataFrame:
-    """The figures of `baselines/metrics.json` as texts with their intervals: a line for each part and way."""
+    """The figures of `baselines/metrics.json` as texts with their intervals: a line for each part
+    and way."""
     lines = []
     for part in parts_of(metrics):
         for name, entry in metrics["ways"].items():
@@ -41,8 +46,9 @@ def baselines_table(metrics: Mapping) -> pd.DataFrame:
     return pd.DataFrame(lines).set_index(["questions", "way"])
 
 
-def plot_baselines(metrics: Mapping):
-    """A figure with a panel for each part of the questions: the share of right answers of each way, with intervals."""
+def plot_baselines(metrics: Mapping) -> "Figure":
+    """A figure with a panel for each part of the questions: the share of right answers of each way,
+    with intervals."""
     import matplotlib.pyplot as plt  # half a second
 
     parts, ways = parts_of(metrics), list(metrics["ways"])

@@ -1,10 +1,11 @@
-"""Would more rows help? Runs that differ in `train_rows`, over one test split: a curve, and a sentence on its end."""
+"""Would more rows help? A curve of runs that differ in `train_rows`, over one test split."""
 
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,9 @@ import pandas as pd
 from tabletune.report.pages import digest_of_test, read_lines
 from tabletune.run.files import read_json
 from tabletune.stats import mean_difference, perplexity_interval, rate_difference, rate_interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NOT_COMPARED = {
     "train_rows",
@@ -24,10 +28,11 @@ HALF = 0.75  # of the rows of the largest run, at most, for a smaller one to be 
 
 @dataclass
 class Point:
-    """A run of a learning curve: how many questions it was trained on, and what it made of the test split.
+    """A run of a learning curve: its number of training questions, and its test figures.
 
-    `scores` has a line a test row (`group`, `response_nll`, `response_tokens`), `right` says for each new question
-    whether its answer is right, {question: bool}, and is empty where that was not measured.
+    `scores` has a line a test row (`group`, `response_nll`, `response_tokens`), `right` says for
+    each new question whether its answer is right, {question: bool}, and is empty where that was not
+    measured.
     """
 
     name: str
@@ -62,8 +67,8 @@ def read_point(name: str, folder: Path) -> Point | None:
 def curves_of(folders: Mapping[str, Path]) -> list[list[Point]]:
     """The learning curves among some runs, each a list of Points from few to many questions.
 
-    The runs of a curve have one test split and the same parameters but for `train_rows` and `seed`, and at least two
-    different numbers of training questions.
+    The runs of a curve have one test split and the same parameters but for `train_rows` and `seed`,
+    and at least two different numbers of training questions.
     """
     alike: dict[str, list[Point]] = {}
     for name, folder in folders.items():
@@ -84,8 +89,8 @@ def key_of(folder: Path) -> str:
     return json.dumps([common, digest_of_test(folder)], sort_keys=True)
 
 
-def learning_curve(folders: Mapping[str, Path]):
-    """(A figure, sentences) on the learning curves among some runs, {name: folder}; (None, []) if there is none."""
+def learning_curve(folders: Mapping[str, Path]) -> tuple["Figure | None", list[str]]:
+    """(A figure, sentences) on the learning curves among runs, {name: folder}; or (None, [])."""
     curves = curves_of(folders)
     if not curves:
         return None, []
@@ -95,8 +100,8 @@ def learning_curve(folders: Mapping[str, Path]):
     return plot_curves(curves), sentences
 
 
-def plot_curves(curves: list[list[Point]]):
-    """A figure of the curves, with intervals: response perplexity, and right answers where they were measured."""
+def plot_curves(curves: list[list[Point]]) -> "Figure":
+    """A figure of the curves with intervals: perplexity, and right answers if measured."""
     import matplotlib.pyplot as plt  # half a second
 
     measured = all(point.right for curve in curves for point in curve)
@@ -131,7 +136,8 @@ def plot_curves(curves: list[list[Point]]):
 
 
 def error_bars(values: list[float], limits: list[list[float] | None]) -> np.ndarray:
-    """How far the limits are from the values, below and above: [2, values]; 0 where there is no interval."""
+    """How far the limits are from the values, below and above: [2, values]; 0 where there is no
+    interval."""
     below = [
         value - low_high[0] if low_high else 0
         for value, low_high in zip(values, limits, strict=True)
@@ -144,12 +150,14 @@ def error_bars(values: list[float], limits: list[list[float] | None]) -> np.ndar
 
 
 def last_doubling(curve: list[Point]) -> list[str]:
-    """Whether the last doubling of a curve still gained, in sentences, by pairs of the same test rows."""
+    """Whether the last doubling of a curve still gained, in sentences, by pairs of the same test
+    rows."""
     most = curve[-1]
     smaller = [point for point in curve if point.questions <= HALF * most.questions]
     if not smaller:
         return [
-            "No run has about half as many questions as the largest: whether more rows help cannot be said."
+            "No run has about half as many questions as the largest: "
+            "whether more rows help cannot be said."
         ]
     half = smaller[-1]
     likelihood = mean_difference(
@@ -168,18 +176,20 @@ def last_doubling(curve: list[Point]) -> list[str]:
         sentences.append("The last doubling still gained: more rows would probably help.")
     elif more_likely:
         sentences.append(
-            "The last doubling made the table's answers more likely, but it cannot be told whether more of the model's "
-            "own are right: more rows may help."
+            "The last doubling made the table's answers more likely, but it cannot be told whether "
+            "more of the model's own are right: more rows may help."
         )
     else:
         sentences.append(
-            "The last doubling gained nothing that can be told from chance: more rows of this kind would hardly help."
+            "The last doubling gained nothing that can be told from chance: "
+            "more rows of this kind would hardly help."
         )
     return sentences
 
 
 def compare_right(most: Point, half: Point) -> dict | None:
-    """How many more new questions one run answers right, in pairs: a rate; None where that was not measured."""
+    """How many more new questions one run answers right, in pairs: a rate; None where that was not
+    measured."""
     if not most.right or most.right.keys() != half.right.keys():
         return None
     questions = list(most.right)
@@ -194,8 +204,8 @@ def likelihood_sentence(most: Point, half: Point, entry: dict) -> str:
         low, high = (100 * (math.exp(limit) - 1) for limit in entry["ci95"])
         text += f" ({low:+.0f}% – {high:+.0f}%)"
     return (
-        f"From {half.questions:,} to {most.questions:,} questions in training, the perplexity of new questions "
-        f"changes by {text}."
+        f"From {half.questions:,} to {most.questions:,} questions in training, "
+        f"the perplexity of new questions changes by {text}."
     )
 
 

@@ -114,6 +114,7 @@ RANGES = {  # all other numbers must be 0 or more
     "copies": ABOVE_0,
     "train_rows": ABOVE_0,
     "few_rows": AT_LEAST_1,
+    "baseline_samples": AT_LEAST_1,
     "least_right": SHARE,
     "max_length": Range(low=1, high=10**9),
     "lora_r": Range(low=1, high=10**5),
