@@ -183,10 +183,10 @@ def against(decision: Decision) -> list[str]:
     other = max(others, key=lambda name: rights[name].mean())
     entry = rate_difference(rights[chosen], rights[other])
     points = [f"{100 * value:+.0f}" for value in (entry["difference"], *entry["ci95"])]
-    same = "of the same questions" if len(decision.parts) == 1 else "of both kinds together"
+    kinds = "the same questions" if len(decision.parts) == 1 else "both kinds together"
     sentences = [
-        f"{IN_WORDS[other].capitalize()} gets {rights[other].sum()} of {len(rights[other])} right "
-        f"{same}, where {IN_WORDS[chosen]} gets {rights[chosen].sum()}: "
+        f"Of {kinds}, {IN_WORDS[other]} gets {rights[other].sum()} of {len(rights[other])} right, "
+        f"where {IN_WORDS[chosen]} gets {rights[chosen].sum()}: "
         f"a difference of {points[0]} points ({points[1]} – {points[2]})."
     ]
     if decision.choice is not None and not entry["significant"]:
