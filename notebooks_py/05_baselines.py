@@ -46,9 +46,10 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel"])):
+if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"])):
     os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
-    lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5"
+    lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
+    lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
         sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
@@ -69,13 +70,13 @@ baseline_samples = 16  # questions of each kind: new, of the table, and these re
 few_rows = 3  # rows in a prompt, where the run has no context_rows
 least_right = 0.5  # the share of right answers below which nothing is worth shipping
 max_new_tokens = 256
+item_field = ""  # the field of the answer template that names what is recommended; "" for the example's, "none"
+unknown_threshold = "auto"  # with context_rows: below this look-up score, 0 to 1, the answer is "nothing"
 bootstrap_samples = 2000
 disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 
 # %%
-from tabletune.chat.tokenizer import load_tokenizer_of_run
 from tabletune.data.context import answer_with_context, load_context
-from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
 from tabletune.data.retrieval import RowIndex, table_rows
 from tabletune.evaluation import baselines
 from tabletune.evaluation.answers import generate
@@ -83,10 +84,10 @@ from tabletune.evaluation.content import content_rules
 from tabletune.evaluation.questions import question_sets
 from tabletune.evaluation.recommendation import recommend
 from tabletune.evaluation.scoring import score
+from tabletune.evaluation.trained_run import open_trained_run
 from tabletune.report.baselines import baselines_table, plot_baselines
 from tabletune.report.pages import read_lines
 from tabletune.report.tables import differences_table, side_by_side
-from tabletune.run.artifacts import check_run, load_dataset_of_run
 from tabletune.run.stage import start_stage
 
 stage = start_stage("05_baselines", globals())
@@ -99,14 +100,13 @@ run = stage.folder
 # table* were in training; they are asked as they stand there, and once more in other words, as people would ask.
 
 # %%
-splits, report = load_dataset_of_run(run)
-inputs = {"dataset": report["fingerprint"], "adapter": check_run(run, None, report, base_model)}
-done = stage.is_done(inputs, ["baselines/metrics.json"])
+trained = open_trained_run(run, run_dir, base_model, with_merged=False)
+done = stage.is_done(trained.inputs, ["baselines/metrics.json"])
 
 # %%
 import pandas as pd
 
-sets = question_sets(splits, baseline_samples)
+sets = question_sets(trained.splits, baseline_samples)
 questions = [question for part in sets.values() for question in part]
 baselines.check_questions(questions)
 pd.DataFrame(questions).groupby("part", sort=False)["asked"].agg(["count", "first"])
@@ -115,7 +115,7 @@ pd.DataFrame(questions).groupby("part", sort=False)["asked"].agg(["count", "firs
 # What is a right answer? That depends on the table:
 
 # %%
-rules = content_rules(splits, report)
+rules = content_rules(trained.splits, trained.report, item_field)
 print(rules.reasons["right"])
 
 # %% [markdown]
@@ -130,7 +130,7 @@ def pieces(text):
     return {text[place : place + 3] for place in range(len(text) - 2)}
 
 
-rows = table_rows(splits["train"])
+rows = table_rows(trained.splits["train"])
 question = sets["reworded"][0]["asked"].lower()
 shared = [len(pieces(question) & pieces(row.question.lower())) for row in rows]
 print(question, "→", rows[shared.index(max(shared))].question)
@@ -139,7 +139,7 @@ print(question, "→", rows[shared.index(max(shared))].question)
 # The package's index does this well, with the rows of the training split only:
 
 # %%
-context = load_context(run)
+context = load_context(run, unknown_threshold=unknown_threshold)
 index = context.index if context else RowIndex.build(rows)
 hits = index.search(sets["reworded"][0]["asked"], 3)
 pd.DataFrame({"question": [hit.row.question for hit in hits], "similarity": [hit.score for hit in hits]})
@@ -151,8 +151,8 @@ pd.DataFrame({"question": [hit.row.question for hit in hits], "similarity": [hit
 # ones are the same for every question, drawn by chance.
 
 # %%
-tokenizer, stops = load_tokenizer_of_run(run / "adapter")
-number = report.get("context_rows") or few_rows
+tokenizer, stops = trained.tokenizer, trained.stop_token_ids
+number = context.settings.context_rows if context else few_rows
 fixed = baselines.fixed_rows(rows, number, {question["group"] for question in questions}, seed)
 prompts = baselines.Prompts(tokenizer, index, fixed, number, window - max_new_tokens, context)
 ways = baselines.ways_for(rules, context)
@@ -226,9 +226,9 @@ if not done and processes.is_main_process:
     with atomic_write(folder) as partial:
         partial.mkdir()
         write_json(partial / "metrics.json", metrics)
-        write_lines(partial / "answers.jsonl", baselines.answer_lines(results, checked, questions))
+        write_lines(partial / "answers.jsonl", baselines.lines_of_answers(results, checked, questions))
         plot_baselines(metrics).savefig(partial / "results.png", dpi=150)
-    stage.record(report["fingerprint"], inputs)
+    stage.record(trained.report["fingerprint"], trained.inputs)
 processes.wait_for_everyone()
 metrics = read_json(folder / "metrics.json", stage.name)
 
@@ -260,9 +260,8 @@ differences_table(right)
 
 # %%
 answered = pd.DataFrame(read_lines(folder / "answers.jsonl")).query("part == 'reworded'")
-told = answered.pivot_table("answer", "question", "way", "first", sort=False)[:3].reset_index()
-warning = disclaimer or example_settings(report).get("disclaimer", NEUTRAL_DISCLAIMER)
-side_by_side(told.to_dict("list"), len(told), warning)
+some = answered.pivot_table("answer", "question", "way", "first", sort=False)[:3].reset_index()
+side_by_side(some.to_dict("list"), len(some), trained.disclaimer(disclaimer))
 
 # %% [markdown]
 # ## What to ship

@@ -161,7 +161,7 @@ def test_a_part_that_was_not_asked_is_no_part_of_the_decision():
 def test_sentences_say_how_many_are_right_with_the_interval():
     sentences = verdict(all_ways(reworded=[20, 0, 0, 6, 0], new=[0, 0, 0, 0, 1]))["sentences"]
     assert (
-        "Of 20 reworded questions of the table, copying the most similar row gets 20 right: 100% (84% – 100%)."
+        "Of 20 reworded questions, copying the most similar row gets 20 right: 100% (84% – 100%)."
         in sentences
     )
 

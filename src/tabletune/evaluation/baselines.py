@@ -320,7 +320,7 @@ def summarize_results(
     return metrics
 
 
-def answer_lines(
+def lines_of_answers(
     results: Sequence[Result], checked: Mapping[str, pd.DataFrame], questions: Sequence[dict]
 ) -> list[dict]:
     """The lines of `baselines/answers.jsonl`: one for each way and question."""

@@ -16,8 +16,8 @@ from tabletune.evaluation.baselines import (
     CONSTANT,
     COPY,
 )
-from tabletune.report.baselines import PARTS
-from tabletune.report.text import with_interval
+from tabletune.report.baselines import ORDER
+from tabletune.report.text import PARTS, with_interval
 from tabletune.stats import FEWEST_GROUPS, rate_difference, rate_interval
 
 TRAINED = (ADAPTER_CONTEXT.name, ADAPTER.name)
@@ -41,6 +41,7 @@ IN_WORDS = {
     ADAPTER.name: "the fine-tuned model",
     ADAPTER_CONTEXT.name: "the fine-tuned model with the most similar rows in its prompt",
 }
+NAMES = {"table": "questions of the table as they stand"}  # after a number
 NOTHING = "Nothing works for this table yet: ship none of these."
 TOO_FEW = "There are too few questions to say what to ship."
 HELP = "What may help: context_rows in notebook 1, more rows, more epochs, a larger base model."
@@ -132,9 +133,9 @@ def recommend(checked: Mapping[str, pd.DataFrame], ways: Mapping[str, dict], lea
     """
     rights = rights_of(checked)
     decision = decide(rights, least_right)
-    sentences = [headline(decision)]
+    sentences = [what_to_do(decision)]
     if decision.best is not None:
-        sentences += [evidence(decision, part, rights[part]) for part in PARTS if part in rights]
+        sentences += [evidence(decision, part, rights[part]) for part in ORDER if part in rights]
         sentences += against(decision)
         sentences.append(costs(decision, ways))
     if decision.choice is None:
@@ -148,7 +149,7 @@ def recommend(checked: Mapping[str, pd.DataFrame], ways: Mapping[str, dict], lea
     }
 
 
-def headline(decision: Decision) -> str:
+def what_to_do(decision: Decision) -> str:
     """What to do, in one sentence."""
     if decision.best is None:
         return TOO_FEW
@@ -166,7 +167,7 @@ def evidence(decision: Decision, part: str, rights: Mapping[str, np.ndarray]) ->
         name = choose(rights)[1]
     right = rights[name]
     share = with_interval(float(right.mean()), rate_interval(right), ".0%")
-    line = f"Of {len(right)} {PARTS[part]}, {IN_WORDS[name]} gets {right.sum()} right: {share}."
+    line = f"Of {len(right)} {NAMES.get(part, PARTS[part])}, {IN_WORDS[name]} gets {right.sum()} right: {share}."
     if not counts:
         line += " No way gets more: the table does not say enough to answer them."
     return line

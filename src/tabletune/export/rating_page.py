@@ -20,7 +20,7 @@ CHOICES = [("The left one", "left"), ("The right one", "right"), ("No difference
 RIGHT = [("right", True), ("wrong", False)]
 
 
-def shown(session: RatingSession, pair: Pair | None) -> list[Any]:
+def page_texts(session: RatingSession, pair: Pair | None) -> list[Any]:
     """What stands on the page for a pair: progress, question, both answers, the table's answers; or
     the result."""
     done = f"{len(session.ratings)} of {len(session.pairs)} rated"
@@ -57,14 +57,14 @@ def rating_page(session: RatingSession, disclaimer: str) -> Any:
             """Save what was said of a pair, and show the next one with nothing chosen."""
             if rated is not None and said[0] is None:
                 gr.Warning("Please say which one is better.")
-                return [rated, *shown(session, rated), *said]
+                return [rated, *page_texts(session, rated), *said]
             if rated is not None:
                 session.rate(rated, *said)
             following = session.next_pair()
-            return [following, *shown(session, following), None, None, None]
+            return [following, *page_texts(session, following), None, None, None]
 
         save.click(next_pair, [pair, *answers], [pair, *texts, *answers], concurrency_limit=1)
-        page.load(lambda rated: shown(session, rated), [pair], texts)
+        page.load(lambda rated: page_texts(session, rated), [pair], texts)
     return page
 
 

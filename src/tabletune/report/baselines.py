@@ -5,22 +5,18 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from tabletune.report.text import with_interval
+from tabletune.report.text import PARTS, with_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PARTS = {  # of the questions, in the order of the table: how they are called
-    "reworded": "reworded questions of the table",
-    "table": "questions of the table as they stand",
-    "new": "new questions",
-}
+ORDER = ("reworded", "table", "new")  # of the parts of the questions, the most important first
 
 
 def parts_of(metrics: Mapping) -> list[str]:
-    """The parts that were asked, in the order of PARTS."""
+    """The parts that were asked, in ORDER."""
     first = next(iter(metrics["ways"].values()))
-    return [part for part in PARTS if part in first["content"]]
+    return [part for part in ORDER if part in first["content"]]
 
 
 def baselines_table(metrics: Mapping) -> pd.DataFrame:
@@ -69,7 +65,7 @@ def plot_baselines(metrics: Mapping) -> "Figure":
             fill = "black" if trained else "0.7"
             axes.plot(content["right"], place, "o", color=fill, markeredgecolor="black")
         axes.set(xlim=(-0.03, 1.03), xlabel="right answers", ylim=(len(ways) - 0.5, -0.5))
-        axes.set_title(f"{content['questions']} {PARTS[part]}", fontsize=9)
+        axes.set_title(f"{PARTS[part]}: {content['questions']}", fontsize=9)
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.grid(axis="x", color="0.9")
     panels[0][0].set_yticks(range(len(ways)), ways)
