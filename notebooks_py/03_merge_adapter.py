@@ -23,9 +23,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/03_merge_adapter.ipynb)
 #
-# | 1 · format | 2 · fine-tune | **3 · merge** | 4 · evaluate | 6 · trust | 7 · export |
-# |---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | is it safe? | GGUF, cards |
+# | 1 · format | 2 · fine-tune | **3 · merge** | 4 · evaluate | 5 · baselines | 6 · trust | 7 · export |
+# |---|---|---|---|---|---|---|
+# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards |
 #
 # - **In:** `adapter/` in the run folder, from notebook 2, and the base model.
 # - **Out:** `merged/`, a plain model that needs neither PEFT nor bitsandbytes, and `merged/merge_report.json`.

@@ -23,9 +23,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/04_evaluate.ipynb)
 #
-# | 1 · format | 2 · fine-tune | 3 · merge | **4 · evaluate** | 6 · trust | 7 · export |
-# |---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | right answers, perplexity | is it safe? | GGUF, cards |
+# | 1 · format | 2 · fine-tune | 3 · merge | **4 · evaluate** | 5 · baselines | 6 · trust | 7 · export |
+# |---|---|---|---|---|---|---|
+# | rows → chat text | NF4 base + LoRA | one plain model | right answers, perplexity | was it worth it? | is it safe? | GGUF, cards |
 #
 # - **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
 # - **Out:** `evaluation/metrics.json`, `answers.jsonl`, `samples.jsonl`, `scores.parquet` and `results.png`.
@@ -354,6 +354,6 @@ print(*metrics["verdict"], sep="\n")
 # Two things to try: `context_rows = 3` in notebook 1, which puts rows of the table into the prompt; `samples = 50`, for
 # narrower intervals.
 #
-# Next: [05 · baselines](05_baselines.ipynb) asks whether training was worth it, [6 · trust](06_trust.ipynb) what else
+# Next: [5 · baselines](05_baselines.ipynb) asks whether training was worth it, [6 · trust](06_trust.ipynb) what else
 # the training did; [chat](chat.ipynb) opens a page for more questions, and [report](report.ipynb) makes one page about
 # the run.

@@ -23,9 +23,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/07_export.ipynb)
 #
-# | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 6 · trust | **7 · export** |
-# |---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | what else it did | card, GGUF, Ollama |
+# | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 5 · baselines | 6 · trust | **7 · export** |
+# |---|---|---|---|---|---|---|
+# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | what else it did | card, GGUF, Ollama |
 #
 # - **In:** a run folder in which notebooks 1 to 4 have run; the figures of 6, if it has.
 # - **Out:** `export/`: a model card for the adapter and one for the merged model; the merged model as GGUF, which

@@ -21,9 +21,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/compare_runs.ipynb)
 #
-# | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 6 · trust | 7 · export | **compare** |
-# |---|---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | is it safe? | GGUF, cards | all runs |
+# | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 5 · baselines | 6 · trust | 7 · export | **compare** |
+# |---|---|---|---|---|---|---|---|
+# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards | all runs |
 #
 # - **In:** the run folders of two or more runs, finished or not.
 # - **Out:** this page. `make compare RUNS="runs/a runs/b"` renders it, code hidden, as one HTML file; `make sweep` ends

@@ -21,9 +21,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/report.ipynb)
 #
-# | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 6 · trust | 7 · export | **report** |
-# |---|---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | is it safe? | GGUF, cards | one page |
+# | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 5 · baselines | 6 · trust | 7 · export | **report** |
+# |---|---|---|---|---|---|---|---|
+# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards | one page |
 #
 # - **In:** the run folder that notebooks 1 to 5 filled, or as many of them as have run.
 # - **Out:** this page. `make report RUN_DIR=...` renders it, code hidden, as `report.html` in the run folder: one file

@@ -25,6 +25,7 @@ SHOWN = {  # what a reader of each notebook must get to see among the outputs, a
     "02_finetune_qlora": {"tables": 2, "plots": 1},
     "03_merge_adapter": {"tables": 1, "plots": 0},
     "04_evaluate": {"tables": 2, "plots": 1},
+    "05_baselines": {"tables": 4, "plots": 1},
     "06_trust": {"tables": 2, "plots": 0},
 }
 SETTINGS = {

@@ -672,7 +672,7 @@ def test_four_machines_that_share_only_drive(finished_run, tmp_path, index):
         metrics_without_times(finished_run)
     )
     assert not secret_in(*(tmp_path / name / "content" for name in STAGES), drive)
-    for name in ("06_trust", "07_export", "report", "compare_runs"):
+    for name in ("05_baselines", "06_trust", "07_export", "report", "compare_runs"):
         more = {"runs": ["drive:remedies"]} if name == "compare_runs" else {"gguf_types": []}
         done, _ = on_colab(
             tmp_path / name, name, "drive:remedies", index, more, STAND_IN_DRIVE=str(drive)
@@ -708,6 +708,7 @@ def test_four_machines_that_share_only_the_hub(finished_run, tmp_path, index):
         ("02_finetune_qlora", "Run 01_format"),
         ("03_merge_adapter", "Run 02_fine"),
         ("04_evaluate", "Run 01_format"),
+        ("05_baselines", "Run 0"),
         ("06_trust", "Run 0"),
         ("07_export", "Run 0"),
         pytest.param("chat", "Run 0", marks=pytest.mark.export),  # with Gradio, which Colab has
