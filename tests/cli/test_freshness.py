@@ -167,6 +167,16 @@ def test_a_new_file_in_a_folder_is_noticed(tmp_path, monkeypatch):
     assert current_inputs(tmp_path, parameters, before) != before
 
 
+def test_a_changed_file_of_rewordings_is_noticed(tmp_path):
+    rewordings = tmp_path / "rewordings.csv"
+    rewordings.write_text("question,rewording\n", encoding="utf-8")
+    parameters = {"rewordings": str(rewordings)}
+    before = current_inputs(tmp_path, parameters, {"rewordings": ""})
+    assert current_inputs(tmp_path, parameters, before) == before
+    rewordings.write_text("question,rewording\na,b\n", encoding="utf-8")
+    assert current_inputs(tmp_path, parameters, before) != before
+
+
 def test_a_table_of_the_hub_is_not_asked_for_again(tmp_path):
     recorded = {"table": "abc", "commit": "def"}
     parameters = {"dataset": "owner/name", "dataset_config": "", "splits": {}}

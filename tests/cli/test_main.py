@@ -115,6 +115,17 @@ def test_summary_also_where_a_figure_is_missing(tmp_path, capsys, monkeypatch):
     assert lines[4] == ["merged", "6.00", "-", "-", "-"]
 
 
+def test_summary_says_first_whether_answers_are_right(tmp_path, capsys, monkeypatch):
+    part = {"perplexity": {"response": 6, "response_ci95": None}, "generation": None}
+    metrics = dict.fromkeys(["base", "adapter", "merged"], part)
+    (tmp_path / "evaluation").mkdir()
+    text = json.dumps(metrics | {"verdict": ["Right: 20 of 20.", "Says nothing: 9 of 10."]})
+    (tmp_path / "evaluation" / "metrics.json").write_text(text)
+    run_command(monkeypatch, "summary", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["Right: 20 of 20.", "Says nothing: 9 of 10."]
+
+
 def test_summary_of_no_run_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"metrics.json is missing. Run 04_evaluate first"):
         run_command(monkeypatch, "summary", tmp_path)

@@ -7,7 +7,6 @@ and shows its traceback.
 import argparse
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 from tabletune.cli import series
@@ -97,7 +96,7 @@ def summary(options: argparse.Namespace) -> None:
 
 def ask(options: argparse.Namespace) -> None:
     """Answer the questions of a file with a finished run's model."""
-    answer_questions = import_module("tabletune.evaluation.ask").answer_questions
+    from tabletune.evaluation.ask import answer_questions
 
     run_dir = choose_run_dir(options)
     values = read_settings(run_dir) | options.files | options.words
@@ -106,16 +105,16 @@ def ask(options: argparse.Namespace) -> None:
 
 def index(options: argparse.Namespace) -> None:
     """Renew the index of a run's table, so that it answers from rows that were added later."""
-    index_command = import_module("tabletune.data.context").index_command
+    from tabletune.data.retrieval_folder import renew_from_table
 
     run_dir = choose_run_dir(options)
     values = read_settings(run_dir) | options.files | options.words
-    index_command(run_dir, values)
+    renew_from_table(run_dir, values)
 
 
 def rate(options: argparse.Namespace) -> None:
     """Let people rate the answers of a finished run, blind, on a page."""
-    rate_command = import_module("tabletune.export.rating_page").rate_command
+    from tabletune.export.rating_page import rate_command
 
     run_dir = choose_run_dir(options)
     values = read_settings(run_dir) | options.files | options.words

@@ -128,6 +128,10 @@ def current_inputs(
     current = dict(recorded)
     if "table" in recorded and not recorded.get("commit"):
         current["table"] = digest_of_table(parameters)
+    if "rewordings" in recorded:
+        from tabletune.data.retrieval_folder import rewordings_digest
+
+        current |= rewordings_digest(parameters)
     if "dataset" in recorded:
         report = read_json(run_dir / "dataset" / "report.json", "01_format_dataset")
         current["dataset"] = report["fingerprint"]

@@ -12,6 +12,9 @@ def print_summary(run_dir: Path) -> None:
     Raises StageError without them.
     """
     metrics = read_json(run_dir / "evaluation" / "metrics.json", "04_evaluate")
+    verdict = metrics.get("verdict", [])  # runs of earlier versions have none
+    if verdict:
+        print("", *verdict, sep="\n")
     columns = ["", "response perplexity", "95% interval", "stop", "structure"]
     print(f"\n{columns[0]:10}{columns[1]:>20}{columns[2]:>18}{columns[3]:>8}{columns[4]:>12}")
     for name in ("base", "adapter", "merged"):

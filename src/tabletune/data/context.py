@@ -228,10 +228,3 @@ def threshold_table(
         not_refused = (~refused[~has]).mean() if (~has).any() else np.nan
         lines.append([threshold, false_nothing, not_refused])
     return pd.DataFrame(lines, columns=["unknown_threshold", "false nothing", "not refused"])
-
-
-def index_command(run_dir: Path, values: dict[str, Any]) -> None:
-    """`make index`: renew the index for use of a run from a table, and print what came and went."""
-    from tabletune.data.retrieval_folder import renew_from_table
-
-    renew_from_table(Path(run_dir), values)
