@@ -175,33 +175,54 @@ def coerce(name: str, value: Any, default: Any, text: str | None = None) -> Any:
     list of one. `text` is what was written where the value comes from. Raises StageError for a
     value of another kind, and for a number that makes no sense.
     """
-    is_text_default = isinstance(default, str) and default != "auto"
-    if value in (None, "") and default == "auto":
-        return "auto"
-    if value in (None, "") and (is_text_default or isinstance(default, (list, dict))):
-        return type(default)()
-    if is_text_default:
-        if isinstance(value, (bool, int, float)):
-            return str(value) if text is None else text
-        return value
+    if value in (None, ""):
+        value = empty_value(value, default)
+    if isinstance(default, str) and default != "auto":
+        return as_text(value, text)
     if isinstance(value, str) and default is not None:
         value = parse_text(value, default)
     if default == "auto":
         return check_auto(name, value, text)
     if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise StageError(f"{name}={value!r}: use true or false.")
-        return value
+        return check_truth_value(name, value)
     if isinstance(default, (int, float)):
         if value is True and name in TRUE_FOR_ALL:
             return True
         return check_number(name, value, default)
     if isinstance(default, dict):
-        if not isinstance(value, dict):
-            raise StageError(f"{name}={value!r}: use names and their values, {{name: value}}.")
-        return value
+        return check_dictionary(name, value)
     if isinstance(default, list):
         return as_list(name, value)
+    return value
+
+
+def empty_value(value: Any, default: Any) -> Any:
+    """What an empty `value` means: "auto", an empty text, list or dictionary; else it stays."""
+    if default == "auto":
+        return "auto"
+    if isinstance(default, (str, list, dict)):
+        return type(default)()
+    return value
+
+
+def as_text(value: Any, text: str | None) -> Any:
+    """A number or a truth value as it was written; other values stay."""
+    if isinstance(value, (bool, int, float)):
+        return str(value) if text is None else text
+    return value
+
+
+def check_truth_value(name: str, value: Any) -> bool:
+    """`value` if it is true or false. Raises StageError otherwise."""
+    if not isinstance(value, bool):
+        raise StageError(f"{name}={value!r}: use true or false.")
+    return value
+
+
+def check_dictionary(name: str, value: Any) -> dict[str, Any]:
+    """`value` if it is a dictionary. Raises StageError otherwise."""
+    if not isinstance(value, dict):
+        raise StageError(f"{name}={value!r}: use names and their values, {{name: value}}.")
     return value
 
 
@@ -231,9 +252,7 @@ def check_auto(name: str, value: Any, text: str | None) -> Any:
         raise StageError(
             f"{name}={value!r}: use auto, or one of the values that docs/parameters.md names."
         )
-    if isinstance(value, (int, float)):  # a code page such as 437
-        return str(value) if text is None else text
-    return value
+    return as_text(value, text)  # a code page such as 437
 
 
 def as_list(name: str, value: Any) -> Any:
