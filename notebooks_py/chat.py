@@ -23,12 +23,14 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/chat.ipynb)
 #
-# - **In:** `dataset/` and `adapter/` in the run folder, from notebooks 1 and 2, and the base model.
-# - **Out:** a page on which you ask, and the base model and the fine-tuned one answer side by side. Nothing is written.
+# - **In:** `dataset/` and `adapter/` in the run folder, from notebooks 1 and 2, and the base model; `retrieval/`, if
+#   notebook 1 ran with `context_rows`.
+# - **Out:** a page on your machine. You ask, and the base model and the fine-tuned model answer side by side. Under each
+#   answer of the fine-tuned model stand the rows of your table that it rests on. Nothing is written.
 # - **Time:** as long as it takes to load the base model.
 #
-# One model answers twice: each question goes through it as a batch of two, one row with the adapter and one without. So
-# the page needs no more memory than the training did, and fits a T4. `make chat` opens it on your machine.
+# The page needs no more memory than the training did, so it fits a T4. `make chat RUN_DIR=runs/cpu` opens it on your
+# machine.
 
 # %% [markdown]
 # On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
@@ -53,72 +55,64 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # ## Parameters
 
 # %% tags=["parameters"]
-run_dir = "runs/home_remedies"  # that of notebooks 1 and 2; in Colab better "drive:home_remedies"
+run_dir = "runs/home_remedies"  # of notebooks 1 and 2; in Colab better "drive:home_remedies"
 base_model = "NousResearch/Llama-2-7b-chat-hf"
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
 precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
 attn_implementation = "auto"
-window = 1024  # tokens of a question and its answer together
+window = 1024  # tokens of a question, its rows and its answer together
 max_new_tokens = 256
-wait = False  # true: the last cell runs until it is interrupted, which `make chat` wants
+unknown_threshold = "auto"  # similarity from 0 to 1 below which the table has nothing; "auto": what notebook 1 found
+wait = False  # True: the last cell runs until you interrupt it; `make chat` sets this
 disclaimer = ""  # above the page; "" for the example's, or a neutral one
 
-# %%
-from tabletune.chat.tokenizer import load_tokenizer_of_run
-from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
-from tabletune.errors import StageError
-from tabletune.export.chat_page import chat_page, open_page
-from tabletune.model.adapters import attach_adapter
-from tabletune.model.devices import compute_dtype
-from tabletune.model.quantization import load_base
-from tabletune.run.artifacts import check_run, load_dataset_of_run
-from tabletune.run.files import read_json
-from tabletune.run.stage import begin
+# %% [markdown]
+# ## Load the model
+#
+# The base model is loaded as it was for the training, and the adapter is attached to it. An adapter that was trained on
+# another data set or on another base model is refused.
 
-stage = begin("chat", globals())
-if find_spec("gradio") is None:
-    raise StageError(
-        "Gradio is missing here, which makes the page. Run `make chat`, or pip install gradio==6.20.0."
-    )
+# %%
+from tabletune.export.chat_page import chat_page, load_chat, open_page
+from tabletune.run.stage import start_stage
+
+stage = start_stage("chat", globals())
+chat = load_chat(stage)
 
 # %% [markdown]
-# ## The model
+# ## What the model is asked
 #
-# The adapter must have been trained on this data set and this base model, which is loaded as it was for the training.
+# With `context_rows`, each question is looked up in the table first. The most similar rows go into the prompt, in the
+# same words as in the training, and both models see them. All rows of the table can be found here, those of the test
+# split too. Without `context_rows`, the prompt is the question alone.
 
 # %%
-splits, report = load_dataset_of_run(stage.folder)
-check_run(stage.folder, None, report, base_model)
-tokenizer, stops = load_tokenizer_of_run(stage.folder / "adapter")
-warning = disclaimer or example_settings(report).get("disclaimer", NEUTRAL_DISCLAIMER)
-
-# %%
-quantization = read_json(stage.folder / "adapter/provenance.json", "02_finetune_qlora").get(
-    "quantization", "nf4"
-)
-how = {"attn_implementation": attn_implementation, "quantization": quantization}
-base = load_base(base_model, base_model_revision, compute_dtype(precision), **how)
-adapted = attach_adapter(base, stage.folder / "adapter")
+for question in chat.examples[:1]:
+    print(chat.prompt(question).messages[-1]["content"])
 
 # %% [markdown]
 # ## Two answers at once
 #
-# PEFT can give each row of a batch an adapter of its own, or none. Each token that comes is shown at once; a row that
-# has reached its end mark waits for the other. Greedy, as in notebook 4. Each question is answered by itself, as in
-# training: the models do not see the conversation before it. Two visitors at once wait for each other in a queue, and
-# the disclaimer stays in view, however far one scrolls.
+# One model gives both answers. The question goes through it as a batch of two: one row uses the adapter, the other does
+# not. PEFT can choose that for each row. A row that has reached its end waits for the other one.
+#
+# - Answers are greedy, as in notebook 4: the same question gets the same answer.
+# - Each question is answered by itself, as in the training. The models do not see earlier questions of the chat.
+# - Below an answer stands what it rests on: the rows that were found, and how similar their questions are. Where the
+#   table has nothing, the page says *nothing*, and why: no row was similar enough, or the model did not find an answer
+#   in the rows.
+# - If two people ask at once, the second one waits. The disclaimer stays in view.
 
 # %%
-page = chat_page(adapted, tokenizer, stops, splits["test"], warning, window, max_new_tokens)
+page = chat_page(chat)
 
 # %%
 import time
 
 try:
-    print(
-        f"{warning}\nThe page is at {open_page(page, inline=not wait)}" + "; Ctrl-C ends it." * wait
-    )
+    address = open_page(page, inline=not wait)
+    print(f"{chat.disclaimer}\nThe page is at {address}")
     while wait:
-        time.sleep(1)
+        time.sleep(1)  # Ctrl-C ends it
 except KeyboardInterrupt:
     page.close()

@@ -1,136 +1,73 @@
-"""Taking the model away: what a run left, its cards, their upload, and what each exported file lost."""
+"""Model cards, and the upload of a model with its card."""
 
-import hashlib
 import json
 import os
-import re
 from functools import partial
 from importlib import resources
-from pathlib import Path
-from types import SimpleNamespace
 
-from huggingface_hub import ModelCard, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
-from tabletune.chat.tokenizer import load_tokenizer_of_run
-from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
-from tabletune.errors import StageError
-from tabletune.export.ollama import put_text
-from tabletune.model.run_models import find_merged
-from tabletune.report.tables import results_table
-from tabletune.report.text import figures_of, with_interval
-from tabletune.run.artifacts import check_run, load_dataset_of_run
-from tabletune.run.files import read_json, set_aside, write_json
+from tabletune.errors import StageError, first_line
+from tabletune.export.finished_run import ExportRun, write_if_changed
+from tabletune.report.text import with_interval
+from tabletune.run.files import read_json
+
+CARD = "resources/templates/card.md.j2"
+QUESTIONS = {  # the sets of questions of notebook 4
+    "table": "of the table",
+    "reworded": "of the table, reworded",
+    "added": "of the test split, with their rows added to the table",
+    "new": "of the test split, whose rows it never saw",
+}
+to_json = partial(json.dumps, ensure_ascii=False)
 
 
-def open_finished(stage):
-    """What is exported, a namespace: what the stages left, the names for the cards, and `folder`, where to export to.
+def write_card(export_run: ExportRun, part: str, card_data: ModelCardData) -> ModelCard:
+    """Write the card of "adapter" or "merged" to `export/PART/README.md`, and return it.
 
-    An `export/` that another model left is set aside. Raises StageError if something is missing or does not belong to
-    the rest, or if a name cannot be one on the Hub.
+    Beside the adapter's card stands its config with the base model's name on the Hub.
     """
-    run, told = stage.folder, SimpleNamespace(**stage.parameters)
-    merged = find_merged(run, told.run_dir) or run / "merged"
-    splits, report = load_dataset_of_run(run)
-    base_model = read_json(run / "adapter/adapter_config.json", "02_finetune_qlora")[
-        "base_model_name_or_path"
-    ]
-    digest = check_run(run, merged, report, base_model)
-    merging = read_json(merged / "merge_report.json", "03_merge_adapter")
-    metrics = read_json(run / "evaluation/metrics.json", "04_evaluate")
-    trust = read_json(run / "trust/metrics.json", "06_trust") if (run / "trust").exists() else {}
-    for name in ("base_model_on_hub", "push_to_hub"):
-        if not re.fullmatch(r"|[\w.-]+/[\w.-]+", value := getattr(told, name)):
-            raise StageError(f'{name}="{value}": use owner/name, as on the Hub.')
-    base_on_hub = told.base_model_on_hub or (None if Path(base_model).exists() else base_model)
-    if told.push_to_hub and not base_on_hub:
-        raise StageError(
-            f"The base model was the folder {base_model}: set base_model_on_hub, for others to find it."
-        )
-    folder, made_of = (
-        merged.with_name("export"),
-        {"adapter_sha256": digest, "base_weights": merging["base_weights"]},
+    template = (resources.files("tabletune") / CARD).read_text(encoding="utf-8")
+    card = ModelCard.from_template(
+        card_data,
+        template_str=template,
+        run=export_run,
+        part=part,
+        parts=QUESTIONS,
+        with_interval=with_interval,
+        to_json=to_json,
     )
-    kept = (
-        read_json(folder / "metrics.json", "07_export")
-        if (folder / "metrics.json").exists()
-        else {}
-    )
-    if not made_of.items() <= kept.items():
-        set_aside(folder.parent, "export")
-        write_json(folder / "metrics.json", made_of)
-    found = SimpleNamespace(
-        told=told, run=run, merged=merged, folder=folder, made_of=made_of, splits=splits
-    )
-    found.report, found.merging, found.manifest = report, merging, stage.entries()
-    found.tokenizer, found.stops = load_tokenizer_of_run(merged)
-    found.base_model, found.base_on_hub = base_model, base_on_hub
-    found.training = read_json(run / "training/metrics.json", "02_finetune_qlora")
-    found.models = {
-        name: trust.get(name.split(",")[0], {}) | entry
-        for name, entry in figures_of(metrics).items()
-    }
-    found.table = results_table(metrics)
-    found.outputs = [os.path.relpath(folder / "metrics.json", run)]
-    found.inputs = {
-        **made_of,
-        "figures": hashlib.sha256(json.dumps(found.models).encode()).hexdigest(),
-    }
-    found.name, found.dataset = (
-        told.push_to_hub.rpartition("/")[2] or run.name,
-        report["source"]["dataset"],
-    )
-    found.dataset_on_hub = found.dataset if report["dataset_commit"] else None
-    found.disclaimer = told.disclaimer or example_settings(report).get(
-        "disclaimer", NEUTRAL_DISCLAIMER
-    )
-    return found
-
-
-# --- cards
-
-
-def write_card(found, part, about):
-    """Write the card of "adapter" or "merged" into `export/PART/`, a ModelCard. `about` is its ModelCardData.
-
-    The adapter's config beside it names the base model as it is called on the Hub.
-    """
-    template = (resources.files("tabletune") / "resources/templates/card.md.j2").read_text(
-        encoding="utf-8"
-    )
-    tools = {"written": with_interval, "quoted": partial(json.dumps, ensure_ascii=False)}
-    card = ModelCard.from_template(about, template_str=template, **vars(found), part=part, **tools)
-    files = {"README.md": card.content}
-    if part == "adapter" and found.base_on_hub:
-        config = read_json(found.run / "adapter/adapter_config.json", "02_finetune_qlora")
-        files["adapter_config.json"] = json.dumps(
-            config | {"base_model_name_or_path": found.base_on_hub}, indent=2
-        )
-    for name, text in files.items():
-        put_text(found.folder / part / name, text)
+    folder = export_run.folder / part
+    write_if_changed(folder / "README.md", card.content)
+    if part == "adapter" and export_run.base_on_hub:
+        path = export_run.run / "adapter/adapter_config.json"
+        config = read_json(path, "02_finetune_qlora")
+        config["base_model_name_or_path"] = export_run.base_on_hub
+        write_if_changed(folder / "adapter_config.json", json.dumps(config, indent=2))
     return card
 
 
-def upload(found, part, name):
-    """Upload "adapter" or "merged", with its card, to a repository on the Hub. Raises StageError if that refuses."""
-    source, better = found.merged if part == "merged" else found.run / part, found.folder / part
+def upload(export_run: ExportRun, part: str, repository: str) -> None:
+    """Upload "adapter" or "merged", with its card, to a repository on the Hub, and print its address.
+
+    Raises StageError if the Hub refuses.
+    """
+    model = export_run.merged if part == "merged" else export_run.run / part
+    cards = export_run.folder / part
+    replaced = os.listdir(
+        cards
+    )  # the card, and the adapter's config: newer than those beside the model
+    private = export_run.parameters["private"]
     try:
-        create_repo(name, repo_type="model", private=found.told.private, exist_ok=True)
-        for folder, ignored in ((source, os.listdir(better)), (better, None)):
-            upload_folder(
-                repo_id=name, repo_type="model", folder_path=folder, ignore_patterns=ignored
-            )
+        create_repo(repository, repo_type="model", private=private, exist_ok=True)
+        upload_folder(
+            repo_id=repository, repo_type="model", folder_path=model, ignore_patterns=replaced
+        )
+        upload_folder(
+            repo_id=repository, repo_type="model", folder_path=cards, ignore_patterns=None
+        )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise StageError(
-            f"{source} is here, but could not go to the Hub as {name}: {reason}"
-        ) from None
-    print(f"https://huggingface.co/{name}")
-
-
-# --- what each file lost
-
-
-def questions(found):
-    """The first prompts of the test split, each once, as many as `proof_questions`; none of a table of lone texts."""
-    prompts = {json.dumps(prompt): prompt for prompt in found.splits["test"]["prompt"] if prompt}
-    return list(prompts.values())[: found.told.proof_questions]
+            f"{model} is here, but could not go to the Hub as {repository}: {first_line(error)}"
+        ) from error
+    print(f"https://huggingface.co/{repository}")

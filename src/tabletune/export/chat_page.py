@@ -1,155 +1,355 @@
-"""The chat page: one model answers each question twice, with its adapter and without."""
+"""The chat page: one model answers each question twice, with its adapter and without, and shows what it rests on."""
 
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
 from queue import Queue
 from threading import Event
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tabletune.chat.encoding import answer_text, encode_prompt
+from tabletune.chat.tokenizer import load_tokenizer_of_run
+from tabletune.data.context import ContextPrompt, TableContext, load_context
+from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
+from tabletune.errors import StageError
 from tabletune.evaluation.answers import without_settings
+from tabletune.model.adapters import attach_adapter
+from tabletune.model.devices import compute_dtype
+from tabletune.model.quantization import load_base
+from tabletune.run.artifacts import check_run, load_dataset_of_run
+from tabletune.run.files import read_json
+from tabletune.run.machine import pinned
+from tabletune.run.stage import Stage
+
+if TYPE_CHECKING:
+    import gradio
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page sends nothing anywhere
 
+Messages = list[dict[str, str]]
+EXAMPLES = 3
+WAITING = "…"
 
-def two_answers(model, tokenizer, stops, messages, max_new_tokens):
+
+@dataclass
+class Chat:
+    """What the page asks, and how."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: list[int]
+    disclaimer: str
+    window: int  # tokens of a question, its rows and its answer
+    max_new_tokens: int
+    context: TableContext | None = None  # finds rows of the table; None with context_rows 0
+    system: Messages = field(default_factory=list)  # the table's system message, or nothing
+    examples: list[str] = field(default_factory=list)  # questions to click on
+
+    def prompt(self, question: str) -> ContextPrompt:
+        """What both models are asked: the system message and the question, with the rows that were found for it."""
+        messages = [*self.system, {"role": "user", "content": question}]
+        if self.context is None:
+            return ContextPrompt(messages, [], False)
+        return self.context.prompt(messages)
+
+
+@dataclass
+class BatchPass:
+    """One call of `generate`: which of the two answers it makes, and with which adapters."""
+
+    rows: list[int]  # 0: the base model's answer, 1: the fine-tuned model's
+    options: dict[str, Any] = field(default_factory=dict)
+    adapter: AbstractContextManager = field(default_factory=nullcontext)
+
+
+def load_chat(stage: Stage) -> Chat:
+    """Load the models of a run as the training had them, and what the page needs beside.
+
+    Raises StageError if Gradio is missing, or if the adapter was trained on another data set or another base model.
+    """
+    if find_spec("gradio") is None:
+        raise StageError(
+            f"Gradio is missing here, which makes the page. Run `make chat`, or pip install {pinned('gradio')}."
+        )
+    run = stage.folder
+    parameters = stage.parameters
+    splits, report = load_dataset_of_run(run)
+    check_run(run, None, report, parameters["base_model"])
+    tokenizer, stop_token_ids = load_tokenizer_of_run(run / "adapter")
+    disclaimer = parameters["disclaimer"]
+    if not disclaimer:
+        disclaimer = example_settings(report).get("disclaimer", NEUTRAL_DISCLAIMER)
+    chat = Chat(
+        model=load_model_of_run(run / "adapter", parameters),
+        tokenizer=tokenizer,
+        stop_token_ids=stop_token_ids,
+        disclaimer=disclaimer,
+        window=parameters["window"],
+        max_new_tokens=parameters["max_new_tokens"],
+        context=load_context(run, "use", parameters["unknown_threshold"]),
+    )
+    add_examples(chat, splits["test"]["prompt"])
+    return chat
+
+
+def load_model_of_run(adapter: Path, parameters: dict[str, Any]) -> PeftModel:
+    """The base model, quantized as for the training, with the adapter of a folder."""
+    provenance = read_json(adapter / "provenance.json", "02_finetune_qlora")
+    base = load_base(
+        parameters["base_model"],
+        parameters["base_model_revision"],
+        compute_dtype(parameters["precision"]),
+        parameters["attn_implementation"],
+        quantization=provenance.get("quantization", "nf4"),
+    )
+    return attach_adapter(base, adapter)
+
+
+def add_examples(chat: Chat, prompts: list[Messages]) -> None:
+    """Take the system message, and questions to click on, from prompts of the table; those of texts are empty."""
+    prompts = [prompt for prompt in prompts if prompt]
+    if prompts:
+        chat.system = [message for message in prompts[0] if message["role"] == "system"]
+    questions = dict.fromkeys(prompt[-1]["content"] for prompt in prompts)
+    chat.examples = list(questions)[:EXAMPLES]
+
+
+# --- answers
+
+
+def two_answers(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: list[int],
+    messages: Messages,
+    max_new_tokens: int,
+) -> Iterator[list[str]]:
     """Yield the answers of the base and of the fine-tuned model so far, two texts, after each token. Greedy.
 
-    `model` is a PeftModel. Each row of a batch gets an adapter of its own or none, so that both answers grow at once,
-    and one that has stopped waits for the other. Where PEFT cannot do that (DoRA, experts), one comes after the other.
+    Each row of a batch gets an adapter of its own or none, so both answers grow at once, and one that has stopped waits
+    for the other. Where PEFT cannot do that (DoRA, experts), one comes after the other.
     """
-    ids, new, config = encode_prompt(messages, tokenizer), [[], []], model.peft_config["default"]
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops)
+    prompt = encode_prompt(messages, tokenizer)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_token_ids
+    )
     settings.pad_token_id = tokenizer.pad_token_id
-    experts = any(
+    answers: list[list[int]] = [[], []]
+    for batch in batch_passes(model):
+        with batch.adapter:
+            steps = stream(model, [prompt] * len(batch.rows), settings, **batch.options)
+            for new_ids in steps:
+                for row, token in zip(batch.rows, new_ids, strict=True):
+                    answers[row].append(token)
+                yield [answer_text(ids, tokenizer, stop_token_ids)[0] for ids in answers]
+
+
+def batch_passes(model: PeftModel) -> list[BatchPass]:
+    """One pass for both answers, or two where rows of a batch cannot have different adapters."""
+    config = model.peft_config["default"]
+    has_expert_adapters = any(
         "expert" in name and hasattr(module, "lora_A") for name, module in model.named_modules()
     )
-    ways = [([0, 1], {"adapter_names": ["__base__", "default"]}, nullcontext())]
-    if config.use_dora or config.target_parameters or experts:
-        ways = [([0], {}, model.disable_adapter()), ([1], {}, nullcontext())]
-    for rows, how, adapter in ways:
-        with adapter:
-            for step in stream(model, [ids] * len(rows), settings, **how):
-                for row, token in zip(rows, step, strict=True):
-                    new[row].append(token)
-                yield [answer_text(row, tokenizer, stops)[0] for row in new]
+    if config.use_dora or config.target_parameters or has_expert_adapters:
+        return [BatchPass([0], adapter=model.disable_adapter()), BatchPass([1])]
+    return [BatchPass([0, 1], {"adapter_names": ["__base__", "default"]})]
 
 
-def stream(model, prompts, config, **how):
-    """Yield the new ids of all rows, [rows], after each step of `generate`, which ends when nobody listens any more."""
-    ids, steps, closed = torch.tensor(prompts, device=model.device), Queue(), Event()
-    streamer = SimpleNamespace(
-        put=lambda new: new.dim() == 1 and steps.put(new.tolist()), end=lambda: None
-    )
-    how |= {
-        "streamer": streamer,
-        "stopping_criteria": [lambda *_: closed.is_set()],
-        "generation_config": config,
-    }
+def stream(
+    model: PeftModel, prompts: list[list[int]], settings: GenerationConfig, **options: Any
+) -> Iterator[list[int]]:
+    """Yield the new ids of all rows, [rows], after each step of `generate`.
+
+    `generate` runs in a thread, and ends when nobody listens any more.
+    """
+    input_ids = torch.tensor(prompts, device=model.device)  # [rows, tokens]
+    steps: Queue = Queue()
+    closed = Event()
+
+    def put(ids: torch.Tensor) -> None:
+        if ids.dim() == 1:  # not the prompt, [rows, tokens], which comes first
+            steps.put(ids.tolist())
+
+    def stop_when_closed(*_: Any) -> bool:
+        return closed.is_set()
+
     with without_settings(model), ThreadPoolExecutor(1) as thread:
-        work = thread.submit(
-            model.generate, input_ids=ids, attention_mask=torch.ones_like(ids), **how
+        generation = thread.submit(
+            model.generate,
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=settings,
+            streamer=SimpleNamespace(put=put, end=lambda: None),
+            stopping_criteria=[stop_when_closed],
+            **options,
         )
-        work.add_done_callback(lambda _: steps.put(None))
+        generation.add_done_callback(lambda _: steps.put(None))
         try:
             yield from iter(steps.get, None)
-            work.result()
+            generation.result()  # raises what `generate` raised
         finally:
             closed.set()
 
 
-def chat_page(model, tokenizer, stops, rows, disclaimer, window, max_new_tokens):
-    """The page, ready to be launched, under the disclaimer. Needs Gradio.
+# --- what an answer rests on
 
-    Each question is asked as those in `rows`, which are shown as examples: by itself, after the table's system message
-    if it has one. With its answer it has room in `window` tokens.
+
+def settle(context: TableContext, prompt: ContextPrompt, answer: str) -> tuple[str, str, str]:
+    """The answer that counts, and what it rests on: a title, and the rows in Markdown.
+
+    An answer that says that the table has nothing rests on nothing; then the title says why, and the rows are those that
+    came nearest.
     """
+    settings = context.settings
+    rows = prompt.rows
+    text = "\n\n".join(row_text(number, row) for number, row in enumerate(rows, 1))
+    if prompt.refused:
+        best = max((row["score"] for row in rows), default=0.0)
+        limit = settings.unknown_threshold
+        title = f"Rests on nothing: no row is similar enough (best {best:.2f}, limit {limit:.2f})"
+        return settings.unknown_answer, title, f"The model was not asked. Nearest rows:\n\n{text}"
+    final, unknown = context.final_answer(answer, prompt)
+    if unknown:
+        title = "Rests on nothing: the model found no answer in these rows"
+        return final, title, text
+    if final != answer:
+        title = "Rests on 1 row of the table, which asks nearly the same"
+        return final, title, row_text(1, rows[0])
+    title = (
+        "Rests on 1 row of the table"
+        if len(rows) == 1
+        else f"Rests on {len(rows)} rows of the table"
+    )
+    return final, title, text
+
+
+def row_text(number: int, row: dict) -> str:
+    """A row that was found, as Markdown: its question, how similar it is, its answer."""
+    answer = "\n".join(f"> {line}" for line in row["answer"].splitlines())
+    return f"{number}. **{row['question']}** (similarity {row['score']:.2f})\n\n{answer}"
+
+
+# --- the page
+
+
+def chat_page(chat: Chat) -> "gradio.Blocks":
+    """The page, ready to be launched, under the disclaimer. Needs Gradio."""
     import gradio as gr
 
-    prompts, most = [row["prompt"] for row in rows if row["prompt"]], window - max_new_tokens
-    system = [message for message in (prompts or [[]])[0] if message["role"] == "system"]
-
-    def ask(question, *chats):
+    def ask(question: str, base_chat: Messages, tuned_chat: Messages) -> Iterator[tuple]:
         """Yield the text box and the two conversations while the answers grow."""
-        asked = {"role": "user", "content": question.strip()}
-        length = len(encode_prompt([*system, asked], tokenizer))
-        if not asked["content"] or length > most:
-            long = f"This question is too long: it has {length:,} tokens, and there is room for {most:,}."
-            gr.Warning(long if asked["content"] else "Please type a question first.")
-            yield asked["content"], *chats
+        question = question.strip()
+        problem = problem_with(chat, question)
+        if problem:
+            gr.Warning(problem)
+            yield question, base_chat, tuned_chat
             return
-        for texts in two_answers(model, tokenizer, stops, [*system, asked], max_new_tokens):
-            new = [[asked, {"role": "assistant", "content": text or "…"}] for text in texts]
-            yield "", chats[0] + new[0], chats[1] + new[1]
+        for base, tuned in answers_of(chat, question):
+            yield "", base_chat + base, tuned_chat + tuned
 
     with gr.Blocks(title="Base and fine-tuned side by side") as page:
-        gr.HTML(f"<strong>{escape(disclaimer)}</strong>", elem_id="disclaimer")
+        gr.HTML(f"<strong>{escape(chat.disclaimer)}</strong>", elem_id="disclaimer")
         with gr.Row():
-            chats = [
-                gr.Chatbot(label=name, height="55vh", buttons=["copy"])
-                for name in ("Base model", "Fine-tuned")
-            ]
+            base_chat = gr.Chatbot(label="Base model", height="55vh", buttons=["copy"])
+            tuned_chat = gr.Chatbot(label="Fine-tuned", height="55vh", buttons=["copy"])
         with gr.Row():
             box = gr.Textbox(
                 placeholder="Your question", show_label=False, scale=4, max_lines=4, autofocus=True
             )
             send = gr.Button("Ask", variant="primary", scale=1, min_width=80)
             stop = gr.Button("Stop", variant="stop", scale=1, min_width=80)
-            gr.ClearButton([box, *chats], value="Clear", scale=1, min_width=80)
-        examples = dict.fromkeys(prompt[-1]["content"] for prompt in prompts)
-        gr.Examples(
-            [[text] for text in list(examples)[:3]],
-            box,
-            label="Questions that were not in training",
-        )
-        asking = gr.on(
-            [box.submit, send.click], ask, [box, *chats], [box, *chats], concurrency_limit=1
-        )
+            gr.ClearButton([box, base_chat, tuned_chat], value="Clear", scale=1, min_width=80)
+        examples = [[question] for question in chat.examples]
+        gr.Examples(examples, box, label="Questions that were not in training")
+        parts = [box, base_chat, tuned_chat]
+        asking = gr.on([box.submit, send.click], ask, parts, parts, concurrency_limit=1)
         stop.click(None, cancels=[asking])
     return page.queue(max_size=20)
 
 
-def open_page(page, inline=True):
+def problem_with(chat: Chat, question: str) -> str | None:
+    """Why a question cannot be asked, or None."""
+    if not question:
+        return "Please type a question first."
+    length = len(encode_prompt(chat.prompt(question).messages, chat.tokenizer))
+    room = chat.window - chat.max_new_tokens
+    if length <= room:
+        return None
+    what = "This question is" if chat.context is None else "This question with its rows is"
+    return f"{what} too long: {length:,} tokens, and there is room for {room:,}."
+
+
+def answers_of(chat: Chat, question: str) -> Iterator[tuple[list[dict], list[dict]]]:
+    """Yield the turn of the base model and that of the fine-tuned one, lists of messages, while the answers grow.
+
+    Both see the same rows. Below the fine-tuned model's answer stands, in the end, what it rests on.
+    """
+    user = {"role": "user", "content": question}
+    prompt = chat.prompt(question)
+    base = tuned = ""
+    answers = two_answers(
+        chat.model, chat.tokenizer, chat.stop_token_ids, prompt.messages, chat.max_new_tokens
+    )
+    for base, tuned in answers:
+        if prompt.refused:
+            tuned = WAITING
+        yield [user, assistant(base)], [user, assistant(tuned)]
+    if chat.context is not None:
+        final, title, rows = settle(chat.context, prompt, tuned)
+        sources = {"role": "assistant", "content": rows, "metadata": {"title": title}}
+        yield [user, assistant(base)], [user, assistant(final), sources]
+
+
+def assistant(text: str) -> dict:
+    """A message of the model."""
+    return {"role": "assistant", "content": text or WAITING}
+
+
+def open_page(page: "gradio.Blocks", inline: bool = True) -> str:
     """Serve a page to this machine alone, and show it in the notebook if `inline`. Returns its address.
 
     Left to itself, Gradio in Colab downloads a program that opens a tunnel, through which anybody could ask for a week.
-    Colab's own proxy does as well, once Gradio knows that its address is another outside
+    Colab's own proxy does as well, once Gradio knows that its address is another one outside
     (https://github.com/gradio-app/gradio/issues/13629).
     """
     import gradio as gr
 
-    place = {}
+    address: dict[str, Any] = {}
     if "google.colab" in sys.modules:
         from google.colab.output import eval_js
 
-        with socket.socket() as any_free:
-            any_free.bind(("127.0.0.1", 0))
-            port = any_free.getsockname()[1]
-        place = {
-            "server_port": port,
-            "root_path": eval_js(f"google.colab.kernel.proxyPort({port})"),
-        }
-    style = (resources.files("tabletune") / "resources/templates/chat.css").read_text(
-        encoding="utf-8"
-    )
-    theme = gr.themes.Default(
-        font=["system-ui", "sans-serif"], font_mono=["monospace"]
-    )  # none from the network
+        port = free_port()
+        proxy = eval_js(f"google.colab.kernel.proxyPort({port})")
+        address = {"server_port": port, "root_path": proxy}
+    css = resources.files("tabletune") / "resources/templates/chat.css"
     page.launch(
         share=False,
         quiet=True,
         prevent_thread_lock=True,
         inline=inline,
-        css=style,
-        theme=theme,
-        **place,
+        css=css.read_text(encoding="utf-8"),
+        # fonts of the machine, none from the network
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        **address,
     )
-    return place.get("root_path", page.local_url)
+    return address.get("root_path", page.local_url)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing uses."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

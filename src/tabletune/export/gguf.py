@@ -2,127 +2,167 @@
 
 import ctypes
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
 from tabletune.chat.encoding import encode, prompt_and_completion
 from tabletune.errors import StageError
-from tabletune.export.llama_cpp import InLlamaCpp, fetch_converter, llama
-from tabletune.run.files import whole
+from tabletune.export.finished_run import ExportRun
+from tabletune.export.llama_cpp import InLlamaCpp, fetch_converter, load_llama_cpp
+from tabletune.run.files import archive, atomic_write
+
+# llama.cpp knows by this part of a model's name that special tokens swallow the white space after them
+SWALLOWS_SPACE = " (Phi-3)"
 
 
-def prepare(model, copy, begins_with_bos):
-    """Fill the folder `copy` with links to a model's files, and a tokenizer that the converter reads as it is.
+def make_gguf(export_run: ExportRun, kind: str) -> Path:
+    """The merged model as a GGUF file of the `kind`, "F16" or one quantized from it. A finished file stays.
 
-    Tokens beyond the embedding matrix go. A SentencePiece vocabulary is written as tokenizer.model, as the converter
-    takes the order of merges, without which words are cut elsewhere, from there only. It tells that kind by the
-    fallback to bytes, which a vocabulary that is all bytes may claim as well.
+    Raises StageError if llama.cpp does not know the model's architecture or its tokenizer.
+    """
+    file = export_run.folder / "gguf" / f"{export_run.name}-{kind}.gguf"
+    if file.exists():
+        return file
+    with atomic_write(file) as unfinished:
+        if kind == "F16":
+            convert_to_f16(export_run, unfinished)
+        else:
+            quantize(make_gguf(export_run, "F16"), unfinished, kind)
+    return file
+
+
+def convert_to_f16(export_run: ExportRun, file: Path) -> None:
+    """Write the merged model to `file` in 16 bits, with llama.cpp's converter. Raises StageError if it refuses."""
+    tokenizer = export_run.tokenizer
+    first_row = encode(export_run.splits["train"][0], tokenizer, export_run.stop_token_ids)
+    begins_with_bos = first_row["input_ids"][0] == tokenizer.bos_token_id
+    name = export_run.name
+    if any(token.rstrip for token in tokenizer.added_tokens_decoder.values()):
+        name += SWALLOWS_SPACE
+    with tempfile.TemporaryDirectory() as copy:
+        prepare_for_converter(export_run.merged, Path(copy), begins_with_bos)
+        command = [sys.executable, str(fetch_converter()), copy, "--outtype", "f16"]
+        command += ["--outfile", str(file), "--model-name", name]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise StageError(f"llama.cpp cannot convert {export_run.merged}: {lines[-1]}")
+
+
+def quantize(source: Path, file: Path, kind: str) -> None:
+    """Write the GGUF file `source` to `file`, quantized to `kind`. Raises StageError if llama.cpp refuses."""
+    llama_cpp = load_llama_cpp()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if llama_cpp.llama_model_quantize(bytes(source), bytes(file), ctypes.byref(params)):
+        raise StageError(f"llama.cpp could not quantize {source} to {kind}.")
+
+
+def check_tokens(export_run: ExportRun, file: Path) -> int:
+    """Check that llama.cpp splits the conversations of this run into the tokens of the training; their number.
+
+    If it does not, `file` moves to `earlier/`, and StageError is raised. Other files stay where they are.
+    """
+    model = InLlamaCpp(file)
+    tokenizer = export_run.tokenizer
+    number = 0
+    for row in map(export_run.as_asked, export_run.conversations()):
+        text = "".join(prompt_and_completion(row, tokenizer)) or row["completion"][0]["content"]
+        expected = tokenizer(text, add_special_tokens=not row["prompt"])["input_ids"]
+        if model.tokenize(text, tokenizer.bos_token) != expected:
+            archive_refused(export_run, file)
+            raise StageError(
+                f"llama.cpp splits {text[:60]!r}… into other tokens than the training did: {file.name} is not used."
+            )
+        number += 1
+    return number
+
+
+def archive_refused(export_run: ExportRun, *files: Path) -> None:
+    """Move files that did not pass a check to `earlier/`, and leave everything else in `export/gguf/`."""
+    parent = export_run.folder.parent
+    archive(parent, *(str(file.relative_to(parent)) for file in files))
+
+
+def prepare_for_converter(model: Path, copy: Path, begins_with_bos: bool) -> None:
+    """Fill the folder `copy` with links to a model's files, and with a tokenizer that the converter reads correctly.
+
+    Tokens beyond the embedding matrix are left out. A SentencePiece vocabulary is also written as tokenizer.model: the
+    converter reads the order of merges from there only, and without it words are split elsewhere. The converter
+    recognizes that kind by the fallback to bytes, which a byte-level vocabulary may claim, too.
     """
     for path in model.iterdir():
         if "token" not in path.name:
             (copy / path.name).symlink_to(path.resolve())
-    about = AutoConfig.from_pretrained(model)
-    rows = about.get_text_config().vocab_size
-    names = ("tokenizer.json", "tokenizer_config.json")
-    files = {name: json.loads((model / name).read_text(encoding="utf-8")) for name in names}
-    state, config = files.values()
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
-    if "ByteLevel" in json.dumps(state["pre_tokenizer"]):
-        state["model"]["byte_fallback"] = False
-        if (
-            about.model_type == "phi3"
-        ):  # a Phi-4, which the converter tells from a Phi-3 by this name
+    model_config = AutoConfig.from_pretrained(model)
+    vocabulary_size = model_config.get_text_config().vocab_size
+    tokenizer = read_json_text(model / "tokenizer.json")
+    config = read_json_text(model / "tokenizer_config.json")
+    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+
+    tokens = [token for token in tokenizer["added_tokens"] if token["id"] < vocabulary_size]
+    tokenizer["added_tokens"] = tokens
+    if "ByteLevel" in json.dumps(tokenizer["pre_tokenizer"]):
+        tokenizer["model"]["byte_fallback"] = False
+        if model_config.model_type == "phi3":
+            # a Phi-4, which the converter tells from a Phi-3 by this name
             config["tokenizer_class"] = "GPT2Tokenizer"
-    elif state["model"].get("byte_fallback"):
-        (copy / "tokenizer.model").write_bytes(sentencepiece_model(state, rows))
-        files["added_tokens.json"] = {
-            t["content"]: t["id"] for t in state["added_tokens"] if not t["special"]
-        }
-        state["post_processor"], config["add_bos_token"] = None, begins_with_bos
+    elif tokenizer["model"].get("byte_fallback"):
+        sentencepiece = sentencepiece_model(tokenizer, vocabulary_size)
+        (copy / "tokenizer.model").write_bytes(sentencepiece)
+        ordinary = {token["content"]: token["id"] for token in tokens if not token["special"]}
+        files["added_tokens.json"] = ordinary
+        tokenizer["post_processor"] = None
+        config["add_bos_token"] = begins_with_bos
     for name, content in files.items():
         (copy / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
-def sentencepiece_model(state, rows):
-    """The vocabulary of a tokenizer.json, its content `state`, as a SentencePiece model of `rows` tokens: bytes."""
+def read_json_text(path: Path) -> dict[str, Any]:
+    """The content of a JSON file of the model."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sentencepiece_model(tokenizer: dict[str, Any], vocabulary_size: int) -> bytes:
+    """The vocabulary of a tokenizer.json, its content `tokenizer`, as a SentencePiece model of that many tokens."""
     from sentencepiece import sentencepiece_model_pb2 as schema
 
-    rank, kind = {}, schema.ModelProto.SentencePiece
-    for k, pair in enumerate(state["model"]["merges"]):
-        rank.setdefault("".join(pair if isinstance(pair, list) else pair.split(" ")), k)
-    ids = state["model"]["vocab"] | {
-        token["content"]: token["id"] for token in state["added_tokens"]
-    }
-    kinds = dict.fromkeys(range(rows), kind.UNUSED) | dict.fromkeys(ids.values(), kind.NORMAL)
-    kinds |= {
-        ids[byte]: kind.BYTE for byte in (f"<0x{value:02X}>" for value in range(256)) if byte in ids
-    }
-    kinds |= {
-        t["id"]: kind.CONTROL if t["special"] else kind.USER_DEFINED for t in state["added_tokens"]
-    }
-    kinds[ids[state["model"]["unk_token"] or "<unk>"]] = kind.UNKNOWN
-    names = {i: f"[PAD{i}]" for i in range(rows)} | {i: token for token, i in ids.items()}
-    model = schema.ModelProto(
-        trainer_spec={"model_type": schema.TrainerSpec.BPE, "byte_fallback": True}
-    )
-    for i in range(rows):
-        model.pieces.add(piece=names[i], score=-rank.get(names[i], len(rank)), type=kinds[i])
+    ranks = merge_ranks(tokenizer["model"]["merges"])
+    ids = dict(tokenizer["model"]["vocab"])
+    for token in tokenizer["added_tokens"]:
+        ids[token["content"]] = token["id"]
+    names = {i: f"[PAD{i}]" for i in range(vocabulary_size)}
+    names |= {i: token for token, i in ids.items()}
+
+    kind = schema.ModelProto.SentencePiece
+    kinds = dict.fromkeys(range(vocabulary_size), kind.UNUSED)
+    kinds |= dict.fromkeys(ids.values(), kind.NORMAL)
+    for value in range(256):
+        byte = f"<0x{value:02X}>"
+        if byte in ids:
+            kinds[ids[byte]] = kind.BYTE
+    for token in tokenizer["added_tokens"]:
+        kinds[token["id"]] = kind.CONTROL if token["special"] else kind.USER_DEFINED
+    kinds[ids[tokenizer["model"]["unk_token"] or "<unk>"]] = kind.UNKNOWN
+
+    trainer = {"model_type": schema.TrainerSpec.BPE, "byte_fallback": True}
+    model = schema.ModelProto(trainer_spec=trainer)
+    for i in range(vocabulary_size):
+        # the earlier a merge, the higher its score
+        score = -ranks.get(names[i], len(ranks))
+        model.pieces.add(piece=names[i], score=score, type=kinds[i])
     return model.SerializeToString()
 
 
-def make_gguf(found, kind):
-    """The merged model as a GGUF of the `kind`, "F16" or one quantized from it: its path. What is there stays.
-
-    Raises StageError if llama.cpp does not know the model's architecture or its tokenizer.
-    """
-    file = found.folder / "gguf" / f"{found.name}-{kind}.gguf"
-    if file.exists():
-        return file
-    with whole(file) as partial, tempfile.TemporaryDirectory() as copy:
-        if kind == "F16":
-            first = encode(found.splits["train"][0], found.tokenizer, found.stops)["input_ids"][0]
-            prepare(found.merged, Path(copy), first == found.tokenizer.bos_token_id)
-            # by this name llama.cpp knows that special tokens swallow the white space after them
-            swallow = any(token.rstrip for token in found.tokenizer.added_tokens_decoder.values())
-            command = [
-                sys.executable,
-                fetch_converter(),
-                copy,
-                "--outtype",
-                "f16",
-                "--outfile",
-                partial,
-            ]
-            command += ["--model-name", found.name + " (Phi-3)" * swallow]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                reason = done.stderr.strip().splitlines()[-1]
-                raise StageError(f"llama.cpp cannot convert {found.merged}: {reason}")
-        else:
-            params = llama().llama_model_quantize_default_params()
-            params.ftype = getattr(llama(), f"LLAMA_FTYPE_MOSTLY_{kind}")
-            source = make_gguf(found, "F16")
-            if llama().llama_model_quantize(bytes(source), bytes(partial), ctypes.byref(params)):
-                raise StageError(f"llama.cpp could not write {file}.")
-    return file
-
-
-def check_tokens(found, file):
-    """Raise StageError unless llama.cpp cuts conversations of all splits into the same tokens. Returns their number."""
-    model, tokenizer, number = InLlamaCpp(file), found.tokenizer, 0
-    for split in found.splits.values():
-        for row in split.select(range(min(len(split), 1000))):
-            text = "".join(prompt_and_completion(row, tokenizer)) or row["completion"][0]["content"]
-            trained_on = tokenizer(text, add_special_tokens=not row["prompt"])["input_ids"]
-            if model.cut(text, tokenizer.bos_token) != trained_on:
-                shutil.rmtree(file.parent)
-                raise StageError(
-                    f"llama.cpp cuts {text[:60]!r}… into other tokens than training: no GGUF is kept."
-                )
-            number += 1
-    return number
+def merge_ranks(merges: list[str | list[str]]) -> dict[str, int]:
+    """The rank of each token that merges make, {token: rank}, by the first merge that makes it."""
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        parts = pair if isinstance(pair, list) else pair.split(" ")
+        ranks.setdefault("".join(parts), rank)
+    return ranks

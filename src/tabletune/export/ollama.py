@@ -1,102 +1,104 @@
-"""Ollama's Modelfile, which asks as in training."""
+"""Ollama's Modelfile, whose prompts are those of the training."""
 
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from importlib import resources
 from itertools import pairwise
+from pathlib import Path
 
 import jinja2
 
 from tabletune.chat.encoding import encode_prompt
 from tabletune.chat.templates import render
 from tabletune.errors import StageError
+from tabletune.export.finished_run import ExportRun, write_if_changed
 from tabletune.export.llama_cpp import InLlamaCpp
-from tabletune.run.files import whole
 
-# --- Ollama
-
-
-def put_text(path, text):
-    """Write a text file, unless it says just that already."""
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        with whole(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+Messages = list[dict[str, str]]
+Parts = dict[tuple[str, str], str]  # {(role before, role after): text}, "" at the beginning and end
+MODELFILE = "resources/templates/Modelfile.j2"
 
 
-def take_apart(render):
-    """The texts that a chat template puts around messages: {(role before, this role): text}, "" at beginning and end.
+def write_modelfile(export_run: ExportRun, file: Path, prompts: list[Messages]) -> str | None:
+    """Write Ollama's `Modelfile` beside a GGUF file, and return its text.
 
-    `render` takes messages and gives what the template makes of them, up to where the next answer begins. Raises
-    ValueError if the template is more than texts around the messages.
+    None, with a line that says why, if the chat template cannot be written in Ollama's language. Raises StageError if
+    it would make other tokens of one of `prompts` than the training.
     """
-
-    def around(*roles):
-        marks = [f"«{k}»" for k in range(len(roles))]
-        text = render(
-            [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-        )
-        if re.findall("«.»", text) != marks:
-            raise ValueError("it leaves out messages or repeats them")
-        return dict(zip(pairwise(["", *roles, ""]), re.split("«.»", text), strict=True))
-
-    texts = around("user", "assistant", "user")
-    with suppress(
-        jinja2.TemplateError, StageError, ValueError
-    ):  # it may have no place for a system message
-        texts = around("system", "user") | texts
-    for roles in (
-        ["user"],
-        ["user", "assistant"] * 2 + ["user"],
-        ["system", "user", "assistant", "user"],
-    ):
-        messages = [
-            {"role": role, "content": f'{k}. *Say* "{role}"'} for k, role in enumerate(roles)
-        ]
-        if ("", roles[0]) in texts and put_together(texts, messages) != render(messages):
-            raise ValueError("it does more than put texts around the messages")
-    return texts
-
-
-def put_together(texts, messages):
-    """What the Ollama template of `texts` makes of messages."""
-    roles = ["", *(message["role"] for message in messages)]
-    parts = [texts[pair] + m["content"] for pair, m in zip(pairwise(roles), messages, strict=True)]
-    return "".join(parts) + texts[roles[-1], ""]
-
-
-def write_modelfile(found, file, prompts):
-    """Write Ollama's `Modelfile` for a GGUF beside it: its text, or None, with a line why, if there can be none.
-
-    Raises StageError if it would make another prompt of one of `prompts` than the training, token for token.
-    """
-    model, tokenizer = InLlamaCpp(file), found.tokenizer
-    bos = tokenizer.bos_token or "" if model.adds_bos else ""
+    model = InLlamaCpp(file)
+    tokenizer = export_run.tokenizer
     try:
-        texts = take_apart(lambda messages: render(messages, tokenizer))
-        texts = {(a, b): text if a else text.removeprefix(bos) for (a, b), text in texts.items()}
-        asked = [put_together(texts, prompt) for prompt in prompts]
+        parts = split_template(lambda messages: render(messages, tokenizer))
+        if model.adds_bos and tokenizer.bos_token:
+            # llama.cpp puts it there
+            for roles, text in parts.items():
+                if roles[0] == "":
+                    parts[roles] = text.removeprefix(tokenizer.bos_token)
+        rendered = [render_parts(parts, prompt) for prompt in prompts]
     except (ValueError, KeyError, StageError) as error:
-        print(
-            f"No Modelfile: the chat template cannot be written in Ollama's language, as {error}."
-        )
+        print(f"No Modelfile: the chat template cannot be written in Ollama's language: {error}")
         return None
-    for prompt, text in zip(prompts, asked, strict=True):
-        if model.cut(text) != encode_prompt(prompt, tokenizer):
+    for prompt, text in zip(prompts, rendered, strict=True):
+        if model.tokenize(text) != encode_prompt(prompt, tokenizer):
             raise StageError(
                 f"Ollama's prompt for {prompt[-1]['content']!r} is not the training's: no Modelfile."
             )
-    text = modelfile(found, file.name, texts)
-    put_text(file.with_name("Modelfile"), text)
+    text = modelfile(export_run, file.name, parts)
+    write_if_changed(file.with_name("Modelfile"), text)
     return text
 
 
-def modelfile(found, file, texts):
-    """The text of a Modelfile for the GGUF named `file`, from the `texts` of the chat template."""
-    source = (resources.files("tabletune") / "resources/templates/Modelfile.j2").read_text(
-        encoding="utf-8"
-    )
+def modelfile(export_run: ExportRun, file: str, parts: Parts) -> str:
+    """The text of a Modelfile for the GGUF file named `file`, from the `parts` of the chat template."""
+    source = (resources.files("tabletune") / MODELFILE).read_text(encoding="utf-8")
     template = jinja2.Template(source, keep_trailing_newline=True)
-    quoted = partial(json.dumps, ensure_ascii=False)  # which is how Go quotes, too
-    return template.render(**vars(found), file=file, texts=texts, quoted=quoted)
+    to_json = partial(json.dumps, ensure_ascii=False)  # Go quotes texts in the same way
+    return template.render(run=export_run, file=file, parts=parts, to_json=to_json)
+
+
+def split_template(render: Callable[[Messages], str]) -> Parts:
+    """The texts that a chat template puts around messages.
+
+    `render` takes messages and returns what the template makes of them, up to where the next answer begins. Raises
+    ValueError if the template does more than put texts around the messages.
+    """
+    parts = parts_around(render, "user", "assistant", "user")
+    with suppress(jinja2.TemplateError, StageError, ValueError):
+        # a template may have no place for a system message
+        parts = parts_around(render, "system", "user") | parts
+    check_parts(parts, render, ["user"])
+    check_parts(parts, render, ["user", "assistant", "user", "assistant", "user"])
+    check_parts(parts, render, ["system", "user", "assistant", "user"])
+    return parts
+
+
+def parts_around(render: Callable[[Messages], str], *roles: str) -> Parts:
+    """The texts around messages of these roles. Raises ValueError if not every message stands there once, in order."""
+    marks = [f"«{k}»" for k in range(len(roles))]
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    text = render(messages)
+    if re.findall("«.»", text) != marks:
+        raise ValueError("it leaves out messages or repeats them")
+    return dict(zip(pairwise(["", *roles, ""]), re.split("«.»", text), strict=True))
+
+
+def check_parts(parts: Parts, render: Callable[[Messages], str], roles: list[str]) -> None:
+    """Raise ValueError unless the parts make the same of messages of these roles as the template."""
+    if ("", roles[0]) not in parts:
+        return  # the template takes no system message
+    messages = [{"role": role, "content": f'{k}. *Say* "{role}"'} for k, role in enumerate(roles)]
+    if render_parts(parts, messages) != render(messages):
+        raise ValueError("it does more than put texts around the messages")
+
+
+def render_parts(parts: Parts, messages: Messages) -> str:
+    """What the Ollama template of `parts` makes of messages."""
+    text = ""
+    before = ""
+    for message in messages:
+        text += parts[before, message["role"]] + message["content"]
+        before = message["role"]
+    return text + parts[before, ""]

@@ -15,10 +15,12 @@ import base_models
 import pytest
 import torch
 from conftest import TINY, make, run_of_make, run_tiny
+from export_runs import run_dir, with_rows  # noqa: F401
 from peft import LoraConfig, get_peft_model
 
 from tabletune.chat.encoding import answer_text, encode_prompt
 from tabletune.chat.tokenizer import load_tokenizer
+from tabletune.data.context import load_context
 from tabletune.export import chat_page
 from tabletune.model.loading import load_model
 from tabletune.training import lora_targets
@@ -35,9 +37,11 @@ def adapted(folder, **options):
     config = LoraConfig(
         r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False, **options
     )
-    tokenizer, stops = load_tokenizer(str(folder))
+    tokenizer, stop_token_ids = load_tokenizer(str(folder))
     return SimpleNamespace(
-        model=get_peft_model(base, config).eval(), tokenizer=tokenizer, stops=stops
+        model=get_peft_model(base, config).eval(),
+        tokenizer=tokenizer,
+        stop_token_ids=stop_token_ids,
     )
 
 
@@ -48,18 +52,20 @@ def tiny():
 
 def answers(there, most=24):
     """All that `two_answers` yields."""
-    return list(chat_page.two_answers(there.model, there.tokenizer, there.stops, ASKED, most))
+    return list(
+        chat_page.two_answers(there.model, there.tokenizer, there.stop_token_ids, ASKED, most)
+    )
 
 
 def generated(there, most=24):
     """The two answers as `generate` alone gives them."""
     ids = torch.tensor([encode_prompt(ASKED, there.tokenizer)])
-    greedy = {"max_new_tokens": most, "do_sample": False, "eos_token_id": there.stops}
+    greedy = {"max_new_tokens": most, "do_sample": False, "eos_token_id": there.stop_token_ids}
     with there.model.disable_adapter():
         base = there.model.generate(input_ids=ids, **greedy)
     tuned = there.model.generate(input_ids=ids, **greedy)
     return [
-        answer_text(new[0, ids.shape[1] :].tolist(), there.tokenizer, there.stops)[0]
+        answer_text(new[0, ids.shape[1] :].tolist(), there.tokenizer, there.stop_token_ids)[0]
         for new in (base, tuned)
     ]
 
@@ -101,7 +107,9 @@ def test_an_answer_that_stops_waits_for_the_other(tiny):
             input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False
         )[0, len(ids) :]
     place = next(k for k in range(3, 24) if new[k] not in new[:k])
-    there = SimpleNamespace(**{**vars(tiny), "stops": [*tiny.stops, int(new[place])]})
+    there = SimpleNamespace(
+        **{**vars(tiny), "stop_token_ids": [*tiny.stop_token_ids, int(new[place])]}
+    )
     shown, before = answers(there), answers(tiny)
     assert len(shown[-1][0]) < len(before[-1][0]) and shown[-1][0] == shown[place][0]
     assert shown[-1] == generated(there)
@@ -110,12 +118,109 @@ def test_an_answer_that_stops_waits_for_the_other(tiny):
 def test_nothing_goes_on_when_nobody_listens(tiny):
     threads, steps = threading.active_count(), []
     hook = tiny.model.get_base_model().register_forward_hook(lambda *_: steps.append(1))
-    answer = chat_page.two_answers(tiny.model, tiny.tokenizer, tiny.stops, ASKED, 400)
+    answer = chat_page.two_answers(tiny.model, tiny.tokenizer, tiny.stop_token_ids, ASKED, 400)
     next(answer)
     answer.close()
     hook.remove()
     assert threading.active_count() == threads and len(steps) < 100
     assert answers(tiny)[-1] == generated(tiny)
+
+
+# --- what an answer rests on
+
+
+def chat_of(there, window, max_new_tokens, context=None):
+    """A chat with a model, without a run."""
+    return chat_page.Chat(
+        there.model,
+        there.tokenizer,
+        there.stop_token_ids,
+        'Do not "trust" <it>.',
+        window,
+        max_new_tokens,
+        context,
+    )
+
+
+@pytest.fixture
+def context(run_dir):
+    return load_context(with_rows(run_dir), "use")
+
+
+def last_turn(chat, question):
+    """What the page shows in the end: the base model's turn, and the fine-tuned model's."""
+    *_, turns = chat_page.answers_of(chat, question)
+    return turns
+
+
+def says(monkeypatch, base, tuned):
+    """Let the models give these answers. Returns the prompts that they get."""
+    prompts = []
+
+    def two_answers(model, tokenizer, stop_token_ids, messages, max_new_tokens):
+        prompts.append(messages)
+        yield [base, tuned]
+
+    monkeypatch.setattr(chat_page, "two_answers", two_answers)
+    return prompts
+
+
+def test_the_rows_stand_under_the_answer(tiny, context, monkeypatch):
+    says(monkeypatch, "I do not know.", "Ginger tea.")
+    best = context.index.rows[0]
+    base, tuned = last_turn(chat_of(tiny, 400, 8, context), best.question)
+    assert [message["content"] for message in base] == [best.question, "I do not know."]
+    assert tuned[1]["content"] == "Ginger tea."
+    assert tuned[2]["metadata"]["title"] == "Rests on 3 rows of the table"
+    assert tuned[2]["content"].startswith(f"1. **{best.question}** (similarity 1.00)")
+    assert all(f"> {line}" in tuned[2]["content"] for line in best.answer.splitlines())
+
+
+def test_both_models_are_asked_with_the_rows_in_the_words_of_the_series(tiny, context, monkeypatch):
+    prompts = says(monkeypatch, "a", "b")
+    last_turn(chat_of(tiny, 400, 8, context), QUESTION)
+    assert prompts == [context.prompt(ASKED).messages]
+
+
+def test_nothing_is_said_plainly_where_the_model_finds_nothing(tiny, context, monkeypatch):
+    says(monkeypatch, "a", "My table has nothing on that.")
+    _, tuned = last_turn(chat_of(tiny, 400, 8, context), "I suffer from a cold, or so it seems")
+    assert tuned[2]["metadata"]["title"].startswith("Rests on nothing: the model found no answer")
+
+
+def test_nothing_is_said_plainly_where_no_row_is_similar(tiny, context, monkeypatch):
+    """And the model's own answer is not shown."""
+    says(monkeypatch, "a", "Ginger tea.")
+    _, tuned = last_turn(chat_of(tiny, 400, 8, context), "Zwölf Boxkämpfer jagen Viktor")
+    assert tuned[1]["content"] == "My table has nothing on that."
+    assert tuned[2]["metadata"]["title"].startswith("Rests on nothing: no row is similar enough")
+
+
+def test_a_row_that_asks_the_same_counts_more_than_a_model_that_finds_nothing(
+    tiny, context, monkeypatch
+):
+    says(monkeypatch, "a", "My table has nothing on that.")
+    row = context.index.rows[0]
+    _, tuned = last_turn(chat_of(tiny, 400, 8, context), row.question)
+    assert tuned[1]["content"] == row.answer
+    assert "which asks nearly the same" in tuned[2]["metadata"]["title"]
+
+
+def test_without_context_rows_nothing_stands_under_an_answer(tiny, monkeypatch):
+    prompts = says(monkeypatch, "a", "b")
+    _, tuned = last_turn(chat_of(tiny, 400, 8), QUESTION)
+    assert len(tuned) == 2 and prompts == [ASKED]
+
+
+@pytest.mark.parametrize(
+    ("question", "problem"),
+    [("", "type a question"), (QUESTION, None), ("cold " * 1500, "with its rows is too long")],
+    ids=["empty", "a question", "too long"],
+)
+def test_what_cannot_be_asked(tiny, context, question, problem):
+    found = chat_page.problem_with(chat_of(tiny, 1024, 8, context), question)
+    assert (problem or "") in (found or "")
+    assert (found is None) == (problem is None)
 
 
 # --- the page
@@ -174,7 +279,9 @@ def test_two_at_once_wait_for_each_other(chat, client):
     for job, question in zip(jobs, ("First?", "Second?"), strict=True):
         _, base, tuned = job.result()
         asked = [{"role": "user", "content": question}]
-        *_, alone = chat_page.two_answers(chat.adapted, chat.tokenizer, chat.stops, asked, 48)
+        *_, alone = chat_page.two_answers(
+            chat.chat.model, chat.chat.tokenizer, chat.chat.stop_token_ids, asked, 48
+        )
         assert text(base[0]) == question and [text(base[1]), text(tuned[1])] == [
             answer or "…" for answer in alone
         ]
@@ -199,12 +306,12 @@ def test_a_tables_system_message_goes_before_each_question(tiny, monkeypatch):
     )
     system = {"role": "system", "content": "You are brief."}
     rows = [{"prompt": [system, *ASKED]}, {"prompt": []}]
-    page = chat_page.chat_page(
-        tiny.model, tiny.tokenizer, tiny.stops, rows, 'Do not "trust" <it>.', 400, 8
-    )
+    chat = chat_of(tiny, 400, 8)
+    chat_page.add_examples(chat, [row["prompt"] for row in rows])
+    page = chat_page.chat_page(chat)
     list(next(f.fn for f in page.fns.values() if f.name == "ask")("Why?", [], []))
     assert asked == [[system, {"role": "user", "content": "Why?"}]]
-    chat_page.chat_page(tiny.model, tiny.tokenizer, tiny.stops, [{"prompt": []}], "", 400, 8)
+    chat_page.chat_page(chat_of(tiny, 400, 8))
 
 
 @pytest.fixture
@@ -305,9 +412,9 @@ def test_in_colab_it_works_behind_the_proxy(tiny, browser, colab_proxy, monkeypa
         "gradio.networking.setup_tunnel", lambda **_: pytest.fail("a tunnel was opened")
     )
     monkeypatch.setattr("gradio.utils.colab_check", lambda: True)
-    page = chat_page.chat_page(
-        tiny.model, tiny.tokenizer, tiny.stops, [{"prompt": ASKED}], "Careful.", 160, 48
-    )
+    chat = chat_of(tiny, 160, 48)
+    chat_page.add_examples(chat, [ASKED])
+    page = chat_page.chat_page(chat)
     try:
         assert chat_page.open_page(page) == colab_proxy
         assert ask_in(browser, colab_proxy)
