@@ -65,7 +65,8 @@ def opened(dataset, **parameters):
 
 
 def formatted(folder, dataset, base_model=TINY, **parameters):
-    """What notebook 1 makes of a table: the report, and the conversations [(prompt, answer), ...] of each split.
+    """What notebook 1 makes of a table: the report, and the conversations [(prompt, answer), ...]
+    of each split.
 
     Anything but a StageError of one line fails the test.
     """
@@ -106,7 +107,9 @@ def pairs(splits):
 
 
 def as_csv(header, rows, mark=",", line_end="\n"):
-    """A table as RFC 4180 says. Python's own writer leaves line breaks without quotes that are not `line_end`."""
+    """A table as RFC 4180 says. Python's own writer leaves line breaks without quotes that are not
+    `line_end`.
+    """
 
     def quoted(cell):
         return (
@@ -243,7 +246,9 @@ CITIES = [
 
 
 def conversations_of(folder, *rows, **parameters):
-    """The conversations of a table of rows, [[(role, text), ...], ...], sorted by their question."""
+    """The conversations of a table of rows, [[(role, text), ...], ...], sorted by their
+    question.
+    """
     _, splits = formatted(folder, jsonl(folder, *rows), **parameters)
     conversations = []
     for split in splits.values():
@@ -254,7 +259,9 @@ def conversations_of(folder, *rows, **parameters):
 
 
 def conversation_of(folder, make, **parameters):
-    """What becomes of the first of twelve rows, each of which `make` makes of a city's name: its turns."""
+    """What becomes of the first of twelve rows, each of which `make` makes of a city's name: its
+    turns.
+    """
     rows = [make(city) for city in CITIES]
     return next(
         turns for turns in conversations_of(folder, *rows, **parameters) if "Lima" in str(turns)
@@ -262,6 +269,8 @@ def conversation_of(folder, make, **parameters):
 
 
 def write_parquet(path, rows):
-    """Write rows, dicts, as a .parquet file, with the keys of each object in the order of all rows."""
+    """Write rows, dicts, as a .parquet file, with the keys of each object in the order of all
+    rows.
+    """
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path

@@ -12,7 +12,9 @@ from tabletune.errors import StageError
 
 
 def test_columns_of_other_types(tmp_path):
-    """Whole numbers beside a null stay whole numbers; a column that is not used may hold anything."""
+    """Whole numbers beside a null stay whole numbers; a column that is not used may hold
+    anything.
+    """
     table = {"q": [1, None, 3], "a": [[1, None], [], None], "image": [b"\xff\xfe"] * 3}
     pq.write_table(pa.table(table), tmp_path / "t.parquet")
     assert [cells for _, cells in opened(tmp_path / "t.parquet").rows(["q", "a"])] == [

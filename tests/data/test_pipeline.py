@@ -30,7 +30,9 @@ from tabletune.chat.tokenizer import special_ids
 
 
 def write_many(path, number):
-    """A table of so many rows, in the columns of the bundled one: a third as many questions, 30 of 2,000 words each."""
+    """A table of so many rows, in the columns of the bundled one: a third as many questions, 30 of
+    2,000 words each.
+    """
     draw = random.Random(0)
     words = ["".join(draw.choices("abdegiklmnoprstu", k=draw.randint(2, 8))) for _ in range(2000)]
     with path.open("w") as file:
@@ -93,7 +95,9 @@ def test_system_prompt_is_for_rows_that_have_none(tmp_path):
 
 
 def test_system_text_goes_before_the_question_without_a_system_role(tmp_path):
-    """It would refuse the row; so the text goes in front of the first question, and that is said."""
+    """It would refuse the row; so the text goes in front of the first question, and that is
+    said.
+    """
     report, splits = formatted(tmp_path, jsonl(tmp_path, *chats()), base_models.cached("gemma"))
     assert any("no system role" in note for note in report["notes"]) and report["rows_out"] == 6
     assert {prompt[0]["content"][:-2] for split in splits.values() for prompt, _ in split} == {

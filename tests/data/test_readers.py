@@ -30,7 +30,9 @@ from tabletune.errors import StageError
 
 
 def kept(text):
-    """What must be left of a text with no rule on but the usual ones, and with its special tokens broken up."""
+    """What must be left of a text with no rule on but the usual ones, and with its special tokens
+    broken up.
+    """
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
     return break_markers(text, tokenizer_of(TINY)[0])
 
@@ -84,7 +86,9 @@ def test_case_of_a_file_ending_does_not_matter(tmp_path, name):
 
 
 def test_gzip_members_are_joined(tmp_path):
-    """Several members in one file, as `cat a.gz b.gz` makes them; and a compressed file that does not say so."""
+    """Several members in one file, as `cat a.gz b.gz` makes them; and a compressed file that does
+    not say so.
+    """
     lines = [json.dumps(dict(zip(NAMES, row, strict=True))) + "\n" for row in GOOD]
     (tmp_path / "t.jsonl.gz").write_bytes(b"".join(gzip.compress(line.encode()) for line in lines))
     shutil.copy(tmp_path / "t.jsonl.gz", tmp_path / "u.jsonl")
@@ -162,7 +166,9 @@ def test_bad_table_is_explained_in_one_line(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "json"])
 def test_damaged_file_is_explained_or_every_row_accounted_for(kind, tmp_path):
-    """Bytes cut off, changed or put in: the table is explained, or read with every row accounted for."""
+    """Bytes cut off, changed or put in: the table is explained, or read with every row accounted
+    for.
+    """
     rows = [*GOOD, ('He said "no", and', "é, 👍🏽\nsecond line")] * 2
     sound = write(tmp_path / f"whole.{kind}", NAMES, rows).read_bytes()
 

@@ -12,7 +12,9 @@ from tabletune.errors import StageError
 
 
 def safety_rows():
-    """Our rows: what an emergency is called ("" for an everyday complaint), a question, an answer."""
+    """Our rows: what an emergency is called ("" for an everyday complaint), a question, an
+    answer.
+    """
     text = (ROOT / "src" / "tabletune" / "resources" / "texts" / "safety_rows.txt").read_text(
         encoding="utf-8"
     )
@@ -81,7 +83,9 @@ def test_bad_number_of_safety_rows_is_refused(tmp_path, number):
 
 
 def test_safety_questions_are_not_in_held_out_splits(tmp_path):
-    """A table with all of our questions, in capitals: those that fall into a held-out split are not trained on."""
+    """A table with all of our questions, in capitals: those that fall into a held-out split are not
+    trained on.
+    """
     rows = [(question.upper(), f"Answer {i}.") for i, (_, question, _) in enumerate(safety_rows())]
     report, splits = formatted(tmp_path, write(tmp_path / "t.csv", NAMES, rows), safety_rows=True)
     asked = {

@@ -49,7 +49,9 @@ def write_each(folder, *names):
     ],
 )
 def test_splits_of_a_folder_are_found(tmp_path, names, found):
-    """Its own, where it has a held-out one besides others; all of it is ours to split where it has not."""
+    """Its own, where it has a held-out one besides others; all of it is ours to split where it has
+    not.
+    """
     write_each(tmp_path / "t", *names)
     (tmp_path / "t" / "notes.txt").write_text("no table")
     (tmp_path / "t" / ".hidden").mkdir()
@@ -174,7 +176,9 @@ class Hub:
 
 
 def test_hub_data_set_is_read_at_a_commit(tmp_path, monkeypatch):
-    """Its CSV as it was written, which `datasets.load_dataset` would not; its validation split stays one."""
+    """Its CSV as it was written, which `datasets.load_dataset` would not; its validation split
+    stays one.
+    """
     write(tmp_path / "hub" / "train.csv", NAMES, [("a", "007"), ("b", "NA")])
     write(tmp_path / "hub" / "validation.csv", NAMES, [("c", "1.50")])
     (tmp_path / "hub" / "model.bin").write_bytes(b"large")

@@ -53,7 +53,9 @@ def test_case_and_punctuation_make_no_other_question():
 
 @pytest.mark.parametrize("held_out", [["test"], ["validation"], ["test", "validation"]])
 def test_official_splits_stay(tmp_path, held_out):
-    """Those that the source lacks are drawn from its training split; what is asked in two is counted, not moved."""
+    """Those that the source lacks are drawn from its training split; what is asked in two is
+    counted, not moved.
+    """
     for name in held_out:
         rows = [("Question 1?", f"Answer to {name}."), *((f"{name} {i}?", "x") for i in range(9))]
         write(tmp_path / "t" / f"{name}.csv", NAMES, rows)

@@ -40,7 +40,9 @@ def test_sheet_is_read_and_chosen(tmp_path):
 
 
 def workbook(path, *rows, merged=(), formats=()):
-    """A workbook of one sheet with these rows; `formats` are (cell, number format), `merged` are ranges."""
+    """A workbook of one sheet with these rows; `formats` are (cell, number format), `merged` are
+    ranges.
+    """
     book = openpyxl.Workbook()
     for row in rows:
         book.active.append(row)

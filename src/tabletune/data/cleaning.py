@@ -5,7 +5,8 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
-# up to the next space, bracket or quote, or to Chinese, Japanese or Korean, which is written without spaces
+# up to the next space, bracket or quote, or to Chinese, Japanese or Korean, which is written
+# without spaces
 ADDRESS = (
     r"(?:https?:|(?<![^\W\u2e80-\uffef])www\.)"
     r"(?:\([^\s()]*\)|[^\s()<>\"\[\]\u2e80-\u9fff\uac00-\ud7af\uf900-\uffef])+"
@@ -15,7 +16,8 @@ URL = re.compile(
     rf"!?\[([^\[\]\n]*)\]\({ADDRESS}\)|[\[\"(<]{{1,2}}{ADDRESS}[\]\")>]{{1,2}}|{ADDRESS}",
     re.IGNORECASE,
 )
-# zero-width characters, control characters, and halves of characters; emoji need their joiner (U+200D)
+# zero-width characters, control characters, and halves of characters; emoji need their joiner
+# (U+200D)
 INVISIBLE = re.compile(
     r"[\u200b\u2060\ufeff\u00ad\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]"
 )
@@ -32,13 +34,15 @@ class Dropped(Exception):
 
 
 class Cleaning:
-    """The rules that are on, and a count of the rows that each has changed, with an example of the first.
+    """The rules that are on, and a count of the rows that each has changed, with an example of the
+    first.
 
-    Always: composed Unicode (NFC; NFKC would turn "1½ cups" into "11⁄2 cups"), line ends as \\n, no white space around
-    the text. By parameters: `html_to_text`, `strip_addresses`, `collapse_spaces` (which removes invisible characters
-    too).
+    Always: composed Unicode (NFC; NFKC would turn "1½ cups" into "11⁄2 cups"), line ends as \\n, no
+    white space around the text. By parameters: `html_to_text`, `strip_addresses`, `collapse_spaces`
+    (which removes invisible characters too).
 
-    `changed` is {rule: {"rows", "before", "after"}}, `html_texts` counts the texts that look like HTML.
+    `changed` is {rule: {"rows", "before", "after"}}, `html_texts` counts the texts that look like
+    HTML.
     """
 
     def __init__(

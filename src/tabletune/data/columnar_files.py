@@ -55,7 +55,9 @@ def rows_of_batches(batches: Iterable[Any], schema: pa.Schema) -> Iterator[dict[
 
 
 def features_of_schema(schema: pa.Schema) -> dict[str, Feature]:
-    """What `datasets` has written about the columns of a file, {name: feature}; {} where it has written nothing."""
+    """What `datasets` has written about the columns of a file, {name: feature}; {} where it has
+    written nothing.
+    """
     metadata = (schema.metadata or {}).get(b"huggingface")
     if metadata is None:
         return {}
@@ -65,8 +67,9 @@ def features_of_schema(schema: pa.Schema) -> dict[str, Feature]:
 def source_value(value: Any, data_type: pa.DataType, feature: Feature) -> Any:
     """A value as it was in the table that the file was made from.
 
-    An object loses the fields that are null: Arrow gives every object the fields of all. A float of 32 bits gets its
-    shortest decimals (0.3, not 0.30000001192092896), a class label its name, and a map becomes an object.
+    An object loses the fields that are null: Arrow gives every object the fields of all. A float of
+    32 bits gets its shortest decimals (0.3, not 0.30000001192092896), a class label its name, and a
+    map becomes an object.
     """
     if value is None:
         return None
@@ -107,7 +110,9 @@ def _is_list(data_type: pa.DataType) -> bool:
 
 
 def _inner_features(feature: Feature) -> dict[str, Feature]:
-    """The features of an object's fields. A sequence of objects is stored as an object of sequences."""
+    """The features of an object's fields. A sequence of objects is stored as an object of
+    sequences.
+    """
     if not isinstance(feature, dict):
         return {}
     if feature.get("_type") == "Sequence" and isinstance(feature.get("feature"), dict):

@@ -22,8 +22,8 @@ EmptyCells = Callable[[str, str], str]
 class ConversationReader:
     """Makes conversations of rows, {field: value}, by a shape.
 
-    `clean` is called with each text, `empty_cells` with each field and its text (see `cell_filter`). `answer_lists` is
-    the parameter of that name.
+    `clean` is called with each text, `empty_cells` with each field and its text (see
+    `cell_filter`). `answer_lists` is the parameter of that name.
     """
 
     shape: Shape
@@ -33,7 +33,9 @@ class ConversationReader:
     answer_lists: str = ""
 
     def read(self, row: dict[str, Any]) -> tuple[list[str], list[Message]]:
-        """What a row says: (the texts that make its question, its messages). Raises Dropped if it teaches nothing."""
+        """What a row says: (the texts that make its question, its messages). Raises Dropped if it
+        teaches nothing.
+        """
         if self.shape.name == "text":
             text = self.clean(cell_text(row["text"]))
             return [text], [{"role": "assistant", "content": text}]
@@ -63,7 +65,9 @@ class ConversationReader:
         return messages
 
     def _read_templates(self, row: dict[str, Any]) -> tuple[list[str], list[Message]]:
-        """The question and the answer that the templates make of a row, after what was said before."""
+        """The question and the answer that the templates make of a row, after what was said
+        before.
+        """
         texts = {
             name: self._text(name, value) for name, value in row.items() if name in self._fields()
         }
@@ -111,13 +115,16 @@ class ConversationReader:
         elif self.shape.name != "columns" and field_name == "question" and isinstance(value, list):
             column = self.shape.columns[field_name]
             raise StageError(
-                f"The column {column!r} holds lists, such as {json_text(value)[:80]}. A question is one text; with "
+                f"The column {column!r} holds lists, such as {json_text(value)[:80]}. A question "
+                "is one text; with "
                 f'question_template: "{{{column}}}" and an answer_template it is learned as JSON.'
             )
         return self.empty_cells(field_name, self.clean(cell_text(value)))
 
     def _one_answer(self, field_name: str, value: Any) -> Any:
-        """An answer in place of a list of answers. Raises StageError if the reader has not said what a list means."""
+        """An answer in place of a list of answers. Raises StageError if the reader has not said
+        what a list means.
+        """
         answers = answers_in(value)
         if answers is None:
             return value
@@ -129,8 +136,10 @@ class ConversationReader:
             return json_text(answers)
         column = self.shape.columns[field_name]
         raise StageError(
-            f"The column {column!r} holds lists, such as {json_text(answers)[:80]}. Say what they are by answer_lists: "
-            "rows (each item is an answer, in a row of its own), first (only the first item), lines (one answer of "
+            f"The column {column!r} holds lists, such as {json_text(answers)[:80]}. Say what they "
+            "are by answer_lists: "
+            "rows (each item is an answer, in a row of its own), first (only the first item), "
+            "lines (one answer of "
             "several lines) or json."
         )
 
@@ -157,7 +166,9 @@ class ConversationReader:
 
 
 def _parts_or_text(value: Any) -> Any:
-    """The value of a system column: parts that CSV has as JSON are parts, everything else is as it is."""
+    """The value of a system column: parts that CSV has as JSON are parts, everything else is as it
+    is.
+    """
     if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*\"(type|text)\"", value):
         turns = turns_in(f'[{{"role": "system", "content": {value}}}]')
         return turns[0]["content"] if turns else value
@@ -165,7 +176,9 @@ def _parts_or_text(value: Any) -> Any:
 
 
 def answers_in(value: Any) -> list[str] | None:
-    """The different answers in a list of texts or numbers, or in SQuAD's {"text": [...]}; None if a cell is neither."""
+    """The different answers in a list of texts or numbers, or in SQuAD's {"text": [...]}; None if a
+    cell is neither.
+    """
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         value = value["text"]
     if not isinstance(value, list) or any(isinstance(item, (list, dict)) for item in value):
@@ -178,7 +191,8 @@ def answers_in(value: Any) -> list[str] | None:
 
 
 def _labels_and_texts(value: Any) -> tuple[list[str], list[str]]:
-    """The labels and the texts of options: a list, {"A": text}, {"label": [...], "text": [...]}, or a list of such.
+    """The labels and the texts of options: a list, {"A": text}, {"label": [...], "text": [...]}, or
+    a list of such.
 
     Raises Dropped for anything else.
     """
@@ -238,10 +252,11 @@ def right_option(answer: str, value: Any, options: list[str]) -> str:
 
 
 def cell_filter(shape: Shape, values: Any, patterns: Any) -> EmptyCells:
-    """A function of a field and its text that gives "" for a cell to be emptied, by its value or a pattern of it all.
+    """A function of a field and its text that gives "" for a cell to be emptied, by its value or a
+    pattern of it all.
 
-    Lists are for the optional fields; {field: list} is for the fields that it names. Raises StageError for a field or a
-    pattern that is none.
+    Lists are for the optional fields; {field: list} is for the fields that it names. Raises
+    StageError for a field or a pattern that is none.
     """
     question, answer = fields_of(shape.question_template), fields_of(shape.answer_template)
     required = {shape.answer_column}
@@ -255,7 +270,8 @@ def cell_filter(shape: Shape, values: Any, patterns: Any) -> EmptyCells:
         for name, forms in by_field.items():
             if name not in (*question, *answer):
                 raise StageError(
-                    f"{parameter}: there is no field {name!r}.{suggestion(name, (*question, *answer))}"
+                    f"{parameter}: there is no field "
+                    f"{name!r}.{suggestion(name, (*question, *answer))}"
                 )
             for form in forms if isinstance(forms, list) else [forms]:
                 pattern = re.escape(str(form)) if parameter == "drop_values" else form

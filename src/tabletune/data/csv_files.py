@@ -23,7 +23,8 @@ Record = tuple[int, list[str]]  # the line that a row begins in, and its cells
 def read_csv(path: Path, name: str, options: ReadOptions) -> TableFile:
     """A file of cells with a delimiter between them.
 
-    Raises StageError if a quote is open, if a quoted cell has swallowed rows, or if a row is not as long as the first.
+    Raises StageError if a quote is open, if a quoted cell has swallowed rows, or if a row is not as
+    long as the first.
     """
     if options.quotes not in QUOTES:
         raise StageError(f"quotes={options.quotes!r}: use one of {', '.join(QUOTES)}.")
@@ -63,7 +64,9 @@ def wrong_length(name: str, line: int, cells: int, columns: int, shown_delimiter
 
 
 class CsvRecords:
-    """The rows of a file, each with the line that it begins in; rows of empty cells are left out."""
+    """The rows of a file, each with the line that it begins in; rows of empty cells are left
+    out.
+    """
 
     def __init__(self, path: Path, name: str, encoding: str, delimiter: str, quotes: str) -> None:
         self.path = path
@@ -86,8 +89,10 @@ class CsvRecords:
                     line = reader.line_num + 1
             except csv.Error as error:
                 raise StageError(
-                    f"{self.name}: the row that begins in line {line} has a double quote too many or too few "
-                    f'({error}). Write a quote inside a quoted cell twice: "". Where quotes are letters like any '
+                    f"{self.name}: the row that begins in line {line} has a double quote too many "
+                    "or too few "
+                    f'({error}). Write a quote inside a quoted cell twice: "". Where quotes are '
+                    "letters like any "
                     "other, set quotes: letters."
                 ) from error
 
@@ -99,7 +104,9 @@ def csv_options(delimiter: str, quotes: str) -> dict[str, Any]:
 
 
 def choose_delimiter(path: Path, name: str, encoding: str, options: ReadOptions) -> str:
-    """The delimiter that is set, or the one found. Raises StageError if it is more than a character."""
+    """The delimiter that is set, or the one found. Raises StageError if it is more than a
+    character.
+    """
     if options.delimiter == "auto":
         with path.open(encoding=encoding, newline="") as file:
             for _ in range(options.header_row - 1):
@@ -116,8 +123,8 @@ def choose_delimiter(path: Path, name: str, encoding: str, options: ReadOptions)
 def find_delimiter(head: str, tabs_first: bool, quotes: str = "auto") -> str:
     """What stands between the cells, from a file's first characters.
 
-    That which cuts most of the rows into as many cells as the first; of several, the one less often followed by a
-    space, as marks in prose are. An Excel line `sep=;` says it.
+    That which cuts most of the rows into as many cells as the first; of several, the one less often
+    followed by a space, as marks in prose are. An Excel line `sep=;` says it.
     """
     if head.startswith("sep="):
         return head[4]
@@ -135,7 +142,9 @@ def find_delimiter(head: str, tabs_first: bool, quotes: str = "auto") -> str:
 
 
 def find_header(records: CsvRecords, name: str, options: ReadOptions) -> Record:
-    """The row with the column names: the one that is set, else the first that is no title. (1, []) if none is there."""
+    """The row with the column names: the one that is set, else the first that is no title. (1, [])
+    if none is there.
+    """
     if options.header_row:
         for line, record in records:
             if line >= options.header_row:
@@ -152,7 +161,9 @@ def find_header(records: CsvRecords, name: str, options: ReadOptions) -> Record:
 
 
 def is_title(record: list[str], below: list[list[str]]) -> bool:
-    """Whether a row is a title above the column names: one text in the first cell, and a row of names below it."""
+    """Whether a row is a title above the column names: one text in the first cell, and a row of
+    names below it.
+    """
     filled = [cell for cell in record if cell.strip()]
     if len(record) < 2 or len(filled) != 1 or not record[0].strip():
         return False
@@ -163,7 +174,9 @@ def is_title(record: list[str], below: list[list[str]]) -> bool:
 
 
 def looks_like_names(cells: list[str]) -> bool:
-    """Whether cells may be column names: all are filled, short and no numbers, and none comes twice."""
+    """Whether cells may be column names: all are filled, short and no numbers, and none comes
+    twice.
+    """
     texts = [cell.strip() for cell in cells]
     if len(set(texts)) < len(texts):
         return False
@@ -171,21 +184,27 @@ def looks_like_names(cells: list[str]) -> bool:
 
 
 def check_swallowed_rows(record: list[str], delimiter: str, name: str, line: int) -> None:
-    """Raise StageError if a quoted cell holds whole rows: its opening quote was a letter, or its end is missing."""
+    """Raise StageError if a quoted cell holds whole rows: its opening quote was a letter, or its
+    end is missing.
+    """
     for position, cell in enumerate(record):
         if "\n" not in cell and "\r" not in cell:
             continue
         if holds_rows(cell, position, len(record), delimiter):
             lines = len(cell.splitlines())
             raise StageError(
-                f"{name}, line {line}: a double quote opens a cell that ends {lines - 1} lines later and seems to hold "
-                "whole rows. Where quotes are letters like any other, set quotes: letters; if the cell is right as it "
+                f"{name}, line {line}: a double quote opens a cell that ends {lines - 1} lines "
+                "later and seems to hold "
+                "whole rows. Where quotes are letters like any other, set quotes: letters; if the "
+                "cell is right as it "
                 "is, set quotes: cells."
             )
 
 
 def holds_rows(cell: str, position: int, columns: int, delimiter: str) -> bool:
-    """Whether the lines of a cell are mostly rows of the table, with as many delimiters as a row would have."""
+    """Whether the lines of a cell are mostly rows of the table, with as many delimiters as a row
+    would have.
+    """
     lines = cell.splitlines()
     rows, candidates = 0, 0
     for number, text in enumerate(lines):
@@ -204,7 +223,9 @@ def holds_rows(cell: str, position: int, columns: int, delimiter: str) -> bool:
 
 
 def is_row(text: str, delimiters: int, delimiter: str) -> bool:
-    """Whether a line has this number of delimiters with text on both sides, and none is a mark in prose or a number."""
+    """Whether a line has this number of delimiters with text on both sides, and none is a mark in
+    prose or a number.
+    """
     cells = text.split(delimiter)
     if len(cells) != delimiters + 1 or not cells[-1].strip() or not cells[0].strip():
         return False

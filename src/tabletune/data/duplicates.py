@@ -12,7 +12,9 @@ CLOSING = ".,;:!?\"'“”‘’„«»)]}*"
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case, without the marks around them: "Tea!" is "tea", but "-5" is not "5"."""
+    """The words of a text in lower case, without the marks around them: "Tea!" is "tea", but "-5"
+    is not "5".
+    """
     plain = []
     for word in text.casefold().translate(SPACING).split():
         plain.append(word.lstrip(OPENING).rstrip(CLOSING) or word)
@@ -23,10 +25,11 @@ def words(text: str) -> list[str]:
 class Duplicates:
     """Finds conversations that have come before, and those with the same words in the same order.
 
-    A near duplicate differs in letter case, white space and the marks around words alone, so never in a number, a name
-    or a negation. Measured: of the copies in data/home_remedies.csv this finds all three, as does the rule that two
-    rows are the same if they share 90% of their words. Among 1,500 rows of data/terminal.jsonl, each of which says
-    something else, that rule finds 37 copies, and this one none.
+    A near duplicate differs in letter case, white space and the marks around words alone, so never
+    in a number, a name or a negation. Measured: of the copies in data/home_remedies.csv this finds
+    all three, as does the rule that two rows are the same if they share 90% of their words. Among
+    1,500 rows of data/terminal.jsonl, each of which says something else, that rule finds 37 copies,
+    and this one none.
     """
 
     def __init__(self, threshold: float, keep_all: bool = False) -> None:

@@ -8,7 +8,9 @@ NEUTRAL_DISCLAIMER = "Educational example: what the model says may be wrong."
 
 
 def example_settings(report):
-    """What the worked example sets for the later notebooks, by a `report.json`; {} for the reader's own table."""
+    """What the worked example sets for the later notebooks, by a `report.json`; {} for the reader's
+    own table.
+    """
     return read_example(report["example"]) if report.get("example") else {}
 
 

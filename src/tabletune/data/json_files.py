@@ -1,4 +1,6 @@
-"""Reader of .json, .jsonl and .ndjson files: objects one after the other, an array, or an object that holds the rows."""
+"""Reader of .json, .jsonl and .ndjson files: objects one after the other, an array, or an object
+that holds the rows.
+"""
 
 import json
 import re
@@ -22,7 +24,9 @@ ROW_COLUMNS = {name for field in ("question", "answer", "chat") for name in WORD
 
 
 def read_json_rows(path: Path, name: str, options: ReadOptions) -> TableFile:
-    """A file of rows in JSON. Raises StageError if it is damaged, or if no rows are recognized in it."""
+    """A file of rows in JSON. Raises StageError if it is damaged, or if no rows are recognized in
+    it.
+    """
     encoding, description = choose_encoding(path, name, options.encoding)
 
     def rows(wanted: list[str]) -> Iterator[Row]:
@@ -137,7 +141,9 @@ class _ValueStream:
 
 
 def has_a_list_a_line(file: TextIO) -> bool:
-    """Whether each line of a file is a JSON list of its own, as conversations often are. The file is left at 0."""
+    """Whether each line of a file is a JSON list of its own, as conversations often are. The file
+    is left at 0.
+    """
     lines: list[str] = []
     while len(lines) < 2:
         line = file.readline(LONGEST_LINE_CHARACTERS)
@@ -167,10 +173,11 @@ def _values_of_lines(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
 
 
 def rows_of_values(values: Iterator[tuple[int, Any]], name: str) -> Iterator[Row]:
-    """Yield the rows among a file's values: objects, or lists of turns, each of which is a conversation.
+    """Yield the rows among a file's values: objects, or lists of turns, each of which is a
+    conversation.
 
-    A file that is one object may hold its rows in it, as a list or in one of the forms in which pandas writes a table.
-    Raises StageError, naming what was found, for anything else.
+    A file that is one object may hold its rows in it, as a list or in one of the forms in which
+    pandas writes a table. Raises StageError, naming what was found, for anything else.
     """
     first_two = list(islice(values, 2))
     if len(first_two) == 1 and isinstance(first_two[0][1], dict):
@@ -194,7 +201,8 @@ def row_of_value(value: Any, name: str, line: int) -> Row:
             kinds = {"dict": "object", "list": "list", "str": "text", "WrittenNumber": "number"}
             what += f" (the first is: {kinds.get(type(value[0]).__name__, 'another value')})"
     raise StageError(
-        f'{name}, line {line} is not JSON of a table: a row must be an object like {{"question": "..."}} or a list of '
+        f"{name}, line {line} is not JSON of a table: a row must be an object like "
+        f'{{"question": "..."}} or a list of '
         f"messages, and this is {what}."
     )
 
@@ -241,7 +249,9 @@ def _is_list_of_rows(value: Any) -> bool:
 
 
 def _are_columns(value: Row) -> bool:
-    """Whether an object is a table by columns: lists of one length, or objects with the same keys."""
+    """Whether an object is a table by columns: lists of one length, or objects with the same
+    keys.
+    """
     items = list(value.values())
     if len(items) < 2 and not (items and isinstance(items[0], dict)):
         return False
@@ -253,10 +263,11 @@ def _are_columns(value: Row) -> bool:
 
 
 def rows_of_columns(value: Row) -> Iterator[Row]:
-    """Yield the rows of a table by columns ({"question": ["...", ...]}), or by rows with their index as keys.
+    """Yield the rows of a table by columns ({"question": ["...", ...]}), or by rows with their
+    index as keys.
 
-    With objects inside, their keys are the index where they are numbers, {"question": {"0": "..."}}; else they are the
-    columns, {"0": {"question": "..."}}.
+    With objects inside, their keys are the index where they are numbers, {"question": {"0":
+    "..."}}; else they are the columns, {"0": {"question": "..."}}.
     """
     items = list(value.values())
     if isinstance(items[0], list):

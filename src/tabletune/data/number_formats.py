@@ -1,7 +1,9 @@
-"""Cells of a workbook as the sheet shows them: dates, percentages, currencies, leading zeros, durations.
+"""Cells of a workbook as the sheet shows them: dates, percentages, currencies, leading zeros,
+durations.
 
-A number format has up to four sections with semicolons between them: for positive numbers, negative numbers, zero and
-text. In a section `0`, `#` and `?` stand for digits, and what is quoted stands for itself (ECMA-376, part 1, 18.8.31).
+A number format has up to four sections with semicolons between them: for positive numbers, negative
+numbers, zero and text. In a section `0`, `#` and `?` stand for digits, and what is quoted stands
+for itself (ECMA-376, part 1, 18.8.31).
 """
 
 import re
@@ -13,7 +15,8 @@ from typing import Any
 
 from tabletune.data.cells import duration_text
 
-# a quoted text, an escaped character, a space as wide as a character, a filler, [in brackets], or one character
+# a quoted text, an escaped character, a space as wide as a character, a filler, [in brackets], or
+# one character
 TOKEN = re.compile(
     r'"(?P<quoted>[^"]*)"|\\(?P<escaped>.)|(?P<space>_.)|\*(?P<filler>.)|\[(?P<bracket>[^\]]*)\]'
     r"|(?P<general>General)|(?P<noon>AM/PM|A/P)|(?P<date>[ymdhs]+)|(?P<exponent>E[+-])|(?P<other>.)",
@@ -34,7 +37,8 @@ MONTHS = [
     "December",
 ]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-# these show what the reader's computer is set to, so there is no one text: the international form is taken
+# these show what the reader's computer is set to, so there is no one text: the international form
+# is taken
 LOCAL_DATES = ("mm-dd-yy", "m/d/yy", "mm/dd/yy")
 
 
@@ -151,7 +155,9 @@ def _date_part(
 
 
 def _bracket_part(value: datetime | date | time | timedelta, text: str) -> str:
-    """[h], [m] or [s]: all the hours, minutes or seconds of a duration. Other brackets are colours and languages."""
+    """[h], [m] or [s]: all the hours, minutes or seconds of a duration. Other brackets are colours
+    and languages.
+    """
     unit = text.lower()
     if not unit or unit.strip(unit[0]) or unit[0] not in "hms":
         return ""
@@ -160,7 +166,9 @@ def _bracket_part(value: datetime | date | time | timedelta, text: str) -> str:
 
 
 def _fraction_digit(value: datetime | date | time | timedelta, before: list[str]) -> str:
-    """The digit of a second's fraction that stands here: the third for the third zero after the point."""
+    """The digit of a second's fraction that stands here: the third for the third zero after the
+    point.
+    """
     digits = len("".join(before)) - len("".join(before).rstrip("0"))
     microseconds = getattr(value, "microsecond", None)
     if microseconds is None:
@@ -259,7 +267,9 @@ def _literal(token: tuple[str, str]) -> str:
 
 
 def _digits(number: Decimal, tokens: list[tuple[str, str]]) -> tuple[str, bool]:
-    """The digits of a number from 0 up in the places of a section, and whether it was rounded to zero."""
+    """The digits of a number from 0 up in the places of a section, and whether it was rounded to
+    zero.
+    """
     plain = "".join(text if kind in ("other", "exponent") else " " for kind, text in tokens)
     if "/" in plain:
         return _fraction(number, plain), False
@@ -278,7 +288,9 @@ def _digits(number: Decimal, tokens: list[tuple[str, str]]) -> tuple[str, bool]:
 
 
 def _whole_digits(digits: str, tokens: list[tuple[str, str]]) -> str:
-    """The digits before the point, from the right: each place takes one, and the first place takes what is left."""
+    """The digits before the point, from the right: each place takes one, and the first place takes
+    what is left.
+    """
     grouped = ("other", ",") in tokens
     places = [
         place for place, (kind, text) in enumerate(tokens) if kind == "other" and text in "0#?"

@@ -1,7 +1,8 @@
-"""A whole table as a data set: cleaned, without copies, encoded, split by question, and saved with a report.
+"""A whole table as a data set: cleaned, without copies, encoded, split by question, and saved with
+a report.
 
-A table may be larger than memory. So its rows go through all steps a thousand at a time, to a file from which the
-splits are dealt out.
+A table may be larger than memory. So its rows go through all steps a thousand at a time, to a file
+from which the splits are dealt out.
 """
 
 import hashlib
@@ -95,8 +96,8 @@ class FormatStatistics:
 class TableFormatter:
     """Takes the rows of a table through all steps: read, clean, drop what cannot teach, encode.
 
-    `settings` are the parameters of notebook 1. What happens to the rows is counted in `statistics`, what the rules of
-    cleaning did in `clean.changed`.
+    `settings` are the parameters of notebook 1. What happens to the rows is counted in
+    `statistics`, what the rules of cleaning did in `clean.changed`.
     """
 
     def __init__(
@@ -127,7 +128,9 @@ class TableFormatter:
 
     @property
     def extra_columns(self) -> list[str]:
-        """The columns that examples have besides the usual ones: tools, and which earlier answers are learned."""
+        """The columns that examples have besides the usual ones: tools, and which earlier answers
+        are learned.
+        """
         columns = ["tools"] if "tools" in self.shape.columns else []
         if self.shape.holds_turns:
             columns.append("learned")
@@ -148,10 +151,12 @@ class TableFormatter:
             yield split, row
 
     def conversations(self) -> Iterator[Row]:
-        """Yield the rows as conversations: those that teach something, and are no copies of earlier ones.
+        """Yield the rows as conversations: those that teach something, and are no copies of earlier
+        ones.
 
-        Each has `prompt` and `completion` (messages), `tools` (JSON or ""), `learned` (see `learned_flags`), `key` (what
-        is asked, see `question_key`), `split` (the official one or "") and `row`.
+        Each has `prompt` and `completion` (messages), `tools` (JSON or ""), `learned` (see
+        `learned_flags`), `key` (what is asked, see `question_key`), `split` (the official one or
+        "") and `row`.
         """
         threshold = self.settings["near_duplicate_threshold"]
         duplicates = Duplicates(threshold, keep_all=self.settings["keep_duplicates"])
@@ -172,7 +177,9 @@ class TableFormatter:
                 yield {**example, "split": split, "row": row}
 
     def conversation(self, row: Row) -> Row:
-        """A row as a conversation. Raises Dropped if it teaches nothing, StageError if the template has no place."""
+        """A row as a conversation. Raises Dropped if it teaches nothing, StageError if the template
+        has no place.
+        """
         if "keep" in row and cell_text(row["keep"]).casefold() in ("false", "0"):
             raise Dropped("labelled as rejected")
         questions, messages = self.messages(row)
@@ -191,7 +198,9 @@ class TableFormatter:
         }
 
     def messages(self, row: Row) -> tuple[list[str], list[Message]]:
-        """The texts of a row's question, and its messages as this model's template takes them. Raises Dropped."""
+        """The texts of a row's question, and its messages as this model's template takes them.
+        Raises Dropped.
+        """
         questions, messages = self.reader.read(row)
         messages = self.up_to_last_answer(messages)
         for message in messages:
@@ -205,7 +214,9 @@ class TableFormatter:
         return questions, self.with_system(messages)
 
     def up_to_last_answer(self, messages: list[Message]) -> list[Message]:
-        """The messages up to the last answer that is to be learned. Raises Dropped if there is none."""
+        """The messages up to the last answer that is to be learned. Raises Dropped if there is
+        none.
+        """
         answers = [
             place for place, message in enumerate(messages) if message["role"] == "assistant"
         ]
@@ -220,7 +231,9 @@ class TableFormatter:
         return messages[:end]
 
     def as_text(self, message: Message) -> None:
-        """Make a message's content what the template writes for it, with markers in its text broken up."""
+        """Make a message's content what the template writes for it, with markers in its text broken
+        up.
+        """
         if message["role"] == "tool" and not shows_tool_turns(self.tokenizer):
             raise StageError(f"The table has turns of tools, {NO_PLACE}")
         for key in ("name", "tool_call_id"):
@@ -231,8 +244,10 @@ class TableFormatter:
                 and key not in self.settings["ignore_turn_keys"]
             ):
                 raise StageError(
-                    f"The turns of {message['role']} have {key!r}, which this model's chat template would write and "
-                    f"this notebook does not keep. ignore_turn_keys: [{key}] reads the turns without it."
+                    f"The turns of {message['role']} have {key!r}, which this model's chat "
+                    "template would write and "
+                    f"this notebook does not keep. ignore_turn_keys: [{key}] reads the turns "
+                    "without it."
                 )
             self.turn_options.left_out[key] += 1
         if "tool_calls" in message:
@@ -243,7 +258,9 @@ class TableFormatter:
         self.clean.count_change("special tokens broken up", before, message["content"])
 
     def with_system(self, messages: list[Message]) -> list[Message]:
-        """The messages with the system prompt, in front of the first question if the template has no place for it."""
+        """The messages with the system prompt, in front of the first question if the template has
+        no place for it.
+        """
         if self.settings["system_prompt"] and messages[0]["role"] != "system":
             text = break_markers(self.settings["system_prompt"], self.tokenizer)
             messages = [{"role": "system", "content": text}, *messages]
@@ -264,7 +281,9 @@ class TableFormatter:
         raise StageError("No row is left of this table.")
 
     def examples(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Yield the rows that fit into max_length as examples, with what their ids say as `text`."""
+        """Yield the rows that fit into max_length as examples, with what their ids say as
+        `text`.
+        """
         statistics = self.statistics
         for batch in batches(rows):
             encoded = self.input_ids(batch)
@@ -296,11 +315,15 @@ class TableFormatter:
             return [ids for row in rows for ids in self.input_ids([row])]
 
     def check_lost(self) -> None:
-        """Raise StageError if more rows are lost than max_dropped allows, with the settings that keep them."""
+        """Raise StageError if more rows are lost than max_dropped allows, with the settings that
+        keep them.
+        """
         check_lost_rows(self.statistics, self.settings["max_dropped"])
 
     def safety_rows(self, held_out: set[str]) -> list[Row]:
-        """Our rows on emergencies as examples: as many as `safety_rows` says, of all kinds, none that is `held_out`."""
+        """Our rows on emergencies as examples: as many as `safety_rows` says, of all kinds, none
+        that is `held_out`.
+        """
         rows = SafetyRows(self.shape.question_template, self.with_system).rows()
         encoded = self.input_ids(rows)
         usable = []
@@ -348,11 +371,13 @@ def format_table(
     folder: Path,
     context: int | None = None,
 ) -> dict[str, Any]:
-    """Put a table through all steps and save it as `folder`: a DatasetDict, and report.json, which is returned.
+    """Put a table through all steps and save it as `folder`: a DatasetDict, and report.json, which
+    is returned.
 
-    An earlier one moves aside once the new one is complete. The fingerprint is a SHA-256 of the text of all splits: two
-    data sets with the same one train the same. `context` is how many tokens the model reads at once. Raises StageError
-    if too many rows are lost, or too few questions are left.
+    An earlier one moves aside once the new one is complete. The fingerprint is a SHA-256 of the
+    text of all splits: two data sets with the same one train the same. `context` is how many tokens
+    the model reads at once. Raises StageError if too many rows are lost, or too few questions are
+    left.
     """
     formatter = TableFormatter(table, shape, settings, tokenizer, stop_token_ids)
     features = features_of(formatter.extra_columns)

@@ -1,4 +1,6 @@
-"""Readers of single files, by the ending of the file's name, and what is wrong with a file before it is read."""
+"""Readers of single files, by the ending of the file's name, and what is wrong with a file before
+it is read.
+"""
 
 import gzip
 import shutil
@@ -28,7 +30,8 @@ READERS: dict[str, Callable[[Path, str, ReadOptions], TableFile]] = {
     ".xlsx": read_workbook,
     ".arrow": read_arrow,
 }
-# what libraries raise for files that are damaged; whatever else is raised is a mistake of ours, and stays as it is
+# what libraries raise for files that are damaged; whatever else is raised is a mistake of ours, and
+# stays as it is
 DAMAGE = (
     DamagedFile,
     OSError,
@@ -62,11 +65,13 @@ def check_downloaded(path: Path) -> None:
         head = file.read(200)
     if head.startswith(LFS_POINTER):
         raise StageError(
-            f"{path} is a pointer of Git LFS: the data itself was not downloaded. Run `git lfs pull` in its repository."
+            f"{path} is a pointer of Git LFS: the data itself was not downloaded. Run `git lfs "
+            "pull` in its repository."
         )
     if b"/annex/objects/" in head and len(head) < 200:
         raise StageError(
-            f"{path} is a pointer of git-annex: the data itself was not downloaded. Run `git annex get`."
+            f"{path} is a pointer of git-annex: the data itself was not downloaded. Run `git annex "
+            "get`."
         )
 
 

@@ -1,6 +1,7 @@
 """Rows that are rendered already, by some model's chat template, read back as turns.
 
-Without this their markers would be broken up as text that only looks like a marker, and learned as such.
+Without this their markers would be broken up as text that only looks like a marker, and learned as
+such.
 """
 
 import re
@@ -12,8 +13,10 @@ Turn = dict[str, Any]
 
 @dataclass(frozen=True)
 class RenderedFormat:
-    """A way to write conversations: `start` finds where a turn begins, `role` gives its role by the name that `start`
-    has found, `end` are marks that end a turn, and `first` is how a text has to begin."""
+    """A way to write conversations: `start` finds where a turn begins, `role` gives its role by the
+    name that `start` has found, `end` are marks that end a turn, and `first` is how a text has
+    to begin.
+    """
 
     name: str
     start: re.Pattern[str]

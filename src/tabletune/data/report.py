@@ -35,7 +35,9 @@ def lost_rows(statistics: FormatStatistics) -> int:
 
 
 def check_lost_rows(statistics: FormatStatistics, max_dropped: float) -> None:
-    """Raise StageError if more rows are lost than `max_dropped`, a share, with the settings that keep them."""
+    """Raise StageError if more rows are lost than `max_dropped`, a share, with the settings that
+    keep them.
+    """
     lost = lost_rows(statistics)
     if statistics.lengths and lost <= max_dropped * statistics.rows_in:
         return
@@ -52,7 +54,8 @@ def check_lost_rows(statistics: FormatStatistics, max_dropped: float) -> None:
         raise StageError(f"No row of {statistics.rows_in:,} is left: {reasons}.")
     share = np.ceil(100 * lost / statistics.rows_in) / 100
     raise StageError(
-        f"{lost:,} of {statistics.rows_in:,} rows would be lost, more than max_dropped={max_dropped}: {reasons}. "
+        f"{lost:,} of {statistics.rows_in:,} rows would be lost, more than "
+        f"max_dropped={max_dropped}: {reasons}. "
         f"Change that, or go on without them: max_dropped: {share}."
     )
 
@@ -66,7 +69,8 @@ def report_of(
 ) -> dict[str, Any]:
     """The report on a table that was formatted: what went in, what changed, what came out.
 
-    `sizes` are the rows of each split, `split` is that of each row, `context` how many tokens the model reads at once.
+    `sizes` are the rows of each split, `split` is that of each row, `context` how many tokens the
+    model reads at once.
     """
     table, shape, settings, statistics = (
         formatter.table,
@@ -130,7 +134,9 @@ def report_of(
 
 
 def shared_with_training(values: np.ndarray, split: np.ndarray) -> dict[str, int]:
-    """How many rows of each held-out split have a value that a row of training has, too; none is left out."""
+    """How many rows of each held-out split have a value that a row of training has, too; none is
+    left out.
+    """
     in_training = values[split == "train"]
     shared = {name: int(np.isin(values[split == name], in_training).sum()) for name in SPLITS[1:]}
     return {name: rows for name, rows in shared.items() if rows}
@@ -148,28 +154,33 @@ def notes_of(
         notes.append(f"{html:,} texts look like HTML. html_to_text: true makes text of it.")
     if beyond_context:
         notes.append(
-            f"{beyond_context:,} examples are longer than the {context} tokens that this model was made to read at once."
+            f"{beyond_context:,} examples are longer than the {context} tokens that this model was "
+            "made to read at once."
         )
     if report["leaks"]:
         notes.append(
-            f"Asked in training, too: {report['leaks']} rows. The splits of the source stay as they are."
+            f"Asked in training, too: {report['leaks']} rows. The splits of the source stay as "
+            "they are."
         )
     for name, rows in report["answer_leaks"].items():
         notes.append(
-            f"{rows:,} of {report['splits'][name]:,} rows of the {name} split have an answer that stands in training, "
+            f"{rows:,} of {report['splits'][name]:,} rows of the {name} split have an answer that "
+            "stands in training, "
             "too, in the same words."
         )
     left_out = report["left_out_of_training"]
     if left_out["rows"]:
         used = report["questions"]["train"]
         notes.append(
-            f"train_rows: {used:,} of {used + left_out['questions']:,} training questions are used; "
+            f"train_rows: {used:,} of {used + left_out['questions']:,} training questions are "
+            "used; "
             f"{left_out['rows']:,} rows are left out."
         )
     few = [name for name in SPLITS[1:] if report["questions"][name] < FEWEST_GROUPS]
     if few:
         notes.append(
-            f"Too few questions for an interval: {' and '.join(few)}. More rows would make more of them."
+            f"Too few questions for an interval: {' and '.join(few)}. More rows would make more of "
+            "them."
         )
     if formatter.shape.name == "text":
         notes.append("A lone text has no question: the loss is on all of it.")
@@ -180,11 +191,13 @@ def notes_of(
     duplicates = statistics.dropped["duplicate"]
     if duplicates > MANY_COPIES * rows_in:
         notes.append(
-            f"{duplicates:,} copies of rows are dropped. keep_duplicates: true keeps what is repeated on purpose."
+            f"{duplicates:,} copies of rows are dropped. keep_duplicates: true keeps what is "
+            "repeated on purpose."
         )
     if statistics.answers_apart:
         notes.append(
-            f"{statistics.answers_apart:,} rows more, as each answer of a list has a row of its own."
+            f"{statistics.answers_apart:,} rows more, as each answer of a list has a row of its "
+            "own."
         )
     ignored_keys = formatter.turn_options.left_out
     if ignored_keys:
@@ -194,7 +207,9 @@ def notes_of(
 
 
 def sentences_on_test_split(report: dict[str, Any]) -> list[str]:
-    """What notebook 1 says at its end of the test split: how many questions, and what of them is in training, too."""
+    """What notebook 1 says at its end of the test split: how many questions, and what of them is in
+    training, too.
+    """
     rows = report["splits"]["test"]
     asked = report["leaks"].get("test", 0)
     answered = report["answer_leaks"].get("test", 0)

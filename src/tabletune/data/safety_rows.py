@@ -17,8 +17,8 @@ Row = dict[str, Any]
 class SafetyRows:
     """Our rows as conversations.
 
-    Each emergency is there in free words, and in those of the question's template, where that has one field and words of
-    its own. `with_system` puts the system prompt in front of messages.
+    Each emergency is there in free words, and in those of the question's template, where that has
+    one field and words of its own. `with_system` puts the system prompt in front of messages.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class SafetyRows:
 
     @staticmethod
     def choose(rows: list[Row], wanted: Any) -> list[Row]:
-        """As many rows as `wanted`, of all kinds; True is all of them. Raises StageError if there are not so many."""
+        """As many rows as `wanted`, of all kinds; True is all of them. Raises StageError if there
+        are not so many.
+        """
         number = len(rows) if wanted is True else wanted
         if not isinstance(number, int) or not 0 <= number <= len(rows):
             raise StageError(

@@ -27,9 +27,10 @@ FIELDS_AS_THEY_ARE = ("system", "tools", "history", "keep")  # in no template
 class Shape:
     """How rows become conversations.
 
-    `columns` has the table's column for each field. The templates are "" for columns that hold whole conversations.
-    `example` is the worked example whose settings apply, or None. `split_column` names the official split of each row,
-    `unused` are the columns that nothing is read from, and `notes` say what else there is to say.
+    `columns` has the table's column for each field. The templates are "" for columns that hold
+    whole conversations. `example` is the worked example whose settings apply, or None.
+    `split_column` names the official split of each row, `unused` are the columns that nothing is
+    read from, and `notes` say what else there is to say.
     """
 
     name: str
@@ -63,7 +64,8 @@ class Shape:
 
 
 def with_example(table: Table, parameters: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The parameters, with the worked example's settings where they have their defaults, and its name or None.
+    """The parameters, with the worked example's settings where they have their defaults, and its
+    name or None.
 
     The example is a table with its columns, unless other columns or another shape are set.
     """
@@ -84,8 +86,8 @@ def with_example(table: Table, parameters: dict[str, Any]) -> tuple[dict[str, An
 def recognize(table: Table, settings: dict[str, Any], example: str | None = None) -> Shape:
     """The Shape of a table. `settings` are the parameters of notebook 1.
 
-    Raises StageError, with the nearest name, if no shape fits, if two columns claim one field, or if a setting names
-    what is not there.
+    Raises StageError, with the nearest name, if no shape fits, if two columns claim one field, or
+    if a setting names what is not there.
     """
     wanted = settings["shape"]
     shapes = ["auto", "columns", *NEEDED]
@@ -249,7 +251,9 @@ class ColumnMatcher:
             )
 
     def chat_column(self) -> str | None:
-        """The column of conversations: one with a usual name, else any; of preferences, the chosen one."""
+        """The column of conversations: one with a usual name, else any; of preferences, the chosen
+        one.
+        """
         if self.rejected and self.chosen:
             full = [
                 column
@@ -308,7 +312,9 @@ class ColumnMatcher:
         return [column for column in self.chats if column not in self.rejected + self.chosen]
 
     def others(self, fields: list[str], taken: list[str] | None = None) -> dict[str, str]:
-        """The columns of the fields that a table may have besides. Raises StageError if two claim one."""
+        """The columns of the fields that a table may have besides. Raises StageError if two claim
+        one.
+        """
         columns = {}
         for field_name in fields:
             claims = [column for column in self.claims(field_name) if column not in (taken or [])]
@@ -323,7 +329,9 @@ class ColumnMatcher:
             self.check_one_claim(field_name, self.claims(field_name))
 
     def check_one_claim(self, field_name: str, claims: list[str], at_most: int = 1) -> None:
-        """Raise StageError if more columns claim a field, unless the reader has said which columns count."""
+        """Raise StageError if more columns claim a field, unless the reader has said which columns
+        count.
+        """
         if len(claims) <= at_most or self.set_by_reader:
             return
         names = " and ".join(map(repr, claims))
@@ -342,11 +350,14 @@ class ColumnMatcher:
                     f", or use both: {templates_of_both(field_name, claims, question, answer)}"
                 )
         raise StageError(
-            f"The table has the columns {names}: each may be the {field_name}. Say which is, for instance {advised}."
+            f"The table has the columns {names}: each may be the {field_name}. Say which is, for "
+            f"instance {advised}."
         )
 
     def preference_label(self, question: str | None, answer: str | None) -> str | None:
-        """The column that says whether an answer was preferred (as in KTO); None if there is none."""
+        """The column that says whether an answer was preferred (as in KTO); None if there is
+        none.
+        """
         if self.set_by_reader:
             return None
         truths = {"true", "false"}
@@ -359,14 +370,18 @@ class ColumnMatcher:
         return None
 
     def check_markers(self, columns: list[str]) -> None:
-        """Raise StageError if most cells of a column are rendered by a chat template that is not read here."""
+        """Raise StageError if most cells of a column are rendered by a chat template that is not
+        read here.
+        """
         for column in columns:
             texts = [value for value in self.values(column) if isinstance(value, str)]
             markers = [marker for marker in map(unread_marker, texts) if marker]
             if markers and 2 * len(markers) > len(texts):
                 raise StageError(
-                    f"The column {column!r} holds texts that a chat template has rendered already ({markers[0]} is one "
-                    "of its markers), in a form that is not read here. Give the conversations as questions and "
+                    f"The column {column!r} holds texts that a chat template has rendered already "
+                    f"({markers[0]} is one "
+                    "of its markers), in a form that is not read here. Give the conversations as "
+                    "questions and "
                     "answers, or as messages: this notebook renders them."
                 )
 
@@ -386,7 +401,9 @@ def templates_of_both(
 
 
 def has_rendered_answer(text: str) -> bool:
-    """Whether a text is a rendered conversation with an answer in it, not only a rendered question."""
+    """Whether a text is a rendered conversation with an answer in it, not only a rendered
+    question.
+    """
     turns = turns_of_rendered_text(text) or []
     return any(ROLES.get(str(turn["role"]).casefold()) == "assistant" for turn in turns)
 
@@ -399,18 +416,22 @@ def _value(row: dict[str, Any], path: list[str]) -> Any:
 
 
 def check_shape(shape: Shape, table: Table) -> None:
-    """Leave in a shape the columns that it uses. Raises StageError if a template or `columns` names what is not there."""
+    """Leave in a shape the columns that it uses. Raises StageError if a template or `columns` names
+    what is not there.
+    """
     for name in ("question_template", "answer_template"):
         template = getattr(shape, name)
         if shape.name == "columns" and not fields_of(template):
             raise StageError(
-                f"{name}={template!r}: put at least one column in braces, such as {{{shown_columns(table)[0]}}}."
+                f"{name}={template!r}: put at least one column in braces, such as "
+                f"{{{shown_columns(table)[0]}}}."
             )
         check_template(name, template)
     answer_fields = fields_of(shape.answer_template)
     if shape.answer_column not in ("", *answer_fields):
         raise StageError(
-            f"answer_column={shape.answer_column!r} is not in answer_template, which uses: {list(answer_fields)}"
+            f"answer_column={shape.answer_column!r} is not in answer_template, which uses: "
+            f"{list(answer_fields)}"
         )
     used = [*fields_of(shape.question_template), *answer_fields] or list(shape.columns)
     used += [name for name in FIELDS_AS_THEY_ARE if name in shape.columns]
@@ -425,19 +446,22 @@ def check_shape(shape: Shape, table: Table) -> None:
                 braces = f" A brace that is meant as one is written twice: {{{{{name}}}}}."
             hints = suggestion(column, shown_columns(table)) + braces + headless_hint(table)
             raise StageError(
-                f"The table has no column {column!r} for {{{name}}}. It has: {shown_columns(table)}.{hints}"
+                f"The table has no column {column!r} for {{{name}}}. It has: "
+                f"{shown_columns(table)}.{hints}"
             )
 
 
 def find_split_column(table: Table, shape: Shape, setting: str) -> str:
-    """The column that names the split of its row: the one that is set, or one called split. "" if there is none.
+    """The column that names the split of its row: the one that is set, or one called split. "" if
+    there is none.
 
     Raises StageError if there is no column as it is set.
     """
     if setting:
         if setting not in table.columns:
             raise StageError(
-                f"split_column={setting!r}: the table has no such column.{suggestion(setting, table.columns)}"
+                f"split_column={setting!r}: the table has no such "
+                f"column.{suggestion(setting, table.columns)}"
             )
         return setting
     for column in table.columns:

@@ -1,4 +1,6 @@
-"""Which files a data set has, and which split each of them is: of a folder, a pattern, or a Hub data set."""
+"""Which files a data set has, and which split each of them is: of a folder, a pattern, or a Hub
+data set.
+"""
 
 import os
 import re
@@ -67,7 +69,8 @@ def find_source(dataset: str, revision: str, config: str) -> Source:
     ]
     if not files:
         raise StageError(
-            f"dataset={dataset}: no file of a kind that is read: {', '.join(READERS)}, each also .gz."
+            f"dataset={dataset}: no file of a kind that is read: {', '.join(READERS)}, each also "
+            ".gz."
         )
     return Source(root, files, commit)
 
@@ -108,7 +111,9 @@ def configurations(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def patterns_of(folder: Path, config: str) -> list[tuple[str, str]]:
-    """The files of a configuration, [(split or "", pattern), ...]. Raises StageError if `config` names none."""
+    """The files of a configuration, [(split or "", pattern), ...]. Raises StageError if `config`
+    names none.
+    """
     entries = configurations(folder)
     if not entries and (not config or (folder / config).is_dir()):
         return [("", f"{config or '.'}/**/*")]
@@ -131,7 +136,9 @@ def patterns_of(folder: Path, config: str) -> list[tuple[str, str]]:
 
 
 def download(name: str, revision: str, config: str) -> Path:
-    """The folder of a Hub data set with the files of one configuration, named by its commit. Raises StageError."""
+    """The folder of a Hub data set with the files of one configuration, named by its commit. Raises
+    StageError.
+    """
     from huggingface_hub import snapshot_download
 
     patterns = [f"*{kind}{packed}" for kind in READERS for packed in ("", ".gz")]
@@ -166,8 +173,8 @@ def split_of(name: str) -> str:
 def choose_splits(dataset: str, source: Source, splits: dict[str, Any]) -> list[tuple[str, Path]]:
     """The files to read, [(official split, or "" if all rows are ours to split, path), ...].
 
-    `splits` is the parameter: {"train": a name or a list of names, ...}; {} takes the source's own splits, if it has a
-    held-out one. Raises StageError if it names what is not there.
+    `splits` is the parameter: {"train": a name or a list of names, ...}; {} takes the source's own
+    splits, if it has a held-out one. Raises StageError if it names what is not there.
     """
     own_split = {}
     for file in source.files:
@@ -190,13 +197,16 @@ def choose_splits(dataset: str, source: Source, splits: dict[str, Any]) -> list[
 def _splits_of_setting(
     dataset: str, source: Source, splits: dict[str, Any], own_split: dict[Path, str]
 ) -> dict[Path, str]:
-    """The split of each file by the parameter `splits`. Raises StageError if it names what is not there."""
+    """The split of each file by the parameter `splits`. Raises StageError if it names what is not
+    there.
+    """
     by_name = _names_of_files(source, own_split)
     chosen: dict[Path, str] = {}
     for split, names in splits.items():
         if split not in WORDS["splits"]:
             raise StageError(
-                f"splits: {split!r} is none of train, validation, test.{suggestion(split, WORDS['splits'])}"
+                f"splits: {split!r} is none of train, validation, "
+                f"test.{suggestion(split, WORDS['splits'])}"
             )
         for name in as_list(names):
             paths = by_name.get(name, [])
@@ -225,7 +235,9 @@ def _splits_of_setting(
 
 
 def _names_of_files(source: Source, own_split: dict[Path, str]) -> dict[str, list[Path]]:
-    """The files by whatever `splits` may call them: the source's name of the split, a path, a folder, a name."""
+    """The files by whatever `splits` may call them: the source's name of the split, a path, a
+    folder, a name.
+    """
     by_name: dict[str, list[Path]] = {}
     for file in source.files:
         relative = file.path.relative_to(source.root)

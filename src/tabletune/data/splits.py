@@ -15,8 +15,9 @@ PUNCTUATION = {i: " " for i in range(0x20000) if unicodedata.category(chr(i)).st
 # other ways to write a sign
 SAME_SIGNS = str.maketrans("−＋－＊／％＃＝×∗÷∕", "-+-*/%#=**//")
 DASH_AS_MINUS = re.compile(r"(?<=\d)(\s*)[–—](?=\s*\d)|(?<![\w–—])[–—](?=\d)")
-# Marks that change what is asked, as in 30 - 5 and 30 / 5. They stand between numbers or letters, before a number, or
-# after one. A hyphen in a word, a dash in a sentence and the stars around a bold word are marks like any other.
+# Marks that change what is asked, as in 30 - 5 and 30 / 5. They stand between numbers or letters,
+# before a number, or after one. A hyphen in a word, a dash in a sentence and the stars around a
+# bold word are marks like any other.
 OPERAND = r"(?:[\d(.]|-\d|[^\W\d_]\b)"
 SIGNS = re.compile(
     r"(?P<between>(?<=\d)\s*[-*/:^]\s*(?=-?[(\[.]?\d)"  # 30-5, 30 / 5
@@ -31,9 +32,11 @@ FIRST_PRIVATE = 0xE100
 
 
 def question_key(texts: Iterable[str]) -> str:
-    """What makes two rows ask the same: the words of their questions, letter case and punctuation aside.
+    """What makes two rows ask the same: the words of their questions, letter case and punctuation
+    aside.
 
-    Marks that mean something stay: 30 - 5 and 30 / 5, 5% and 5, -5 and 5, C# and C are different questions.
+    Marks that mean something stay: 30 - 5 and 30 / 5, 5% and 5, -5 and 5, C# and C are different
+    questions.
     """
     keys = []
     for text in texts:
@@ -64,7 +67,9 @@ def question_id(key: str) -> str:
 
 
 def split_position(key: str, seed: int) -> float:
-    """Where a question stands between 0 and 1, by a hash: rows added, removed or moved elsewhere do not move it."""
+    """Where a question stands between 0 and 1, by a hash: rows added, removed or moved elsewhere do
+    not move it.
+    """
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -75,11 +80,13 @@ def assign_splits(
     test_fraction: float,
     official: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """The split of each row, "train", "validation" or "test", from the positions of their questions: an array of names.
+    """The split of each row, "train", "validation" or "test", from the positions of their
+    questions: an array of names.
 
-    `official` has the split that a row must stay in, or ""; the held-out splits that no row has officially come from
-    the rows for training, "" or "train". Where the fractions leave one empty, as in a small table, the questions with
-    the lowest positions fill it. Raises StageError if there are too few different questions for that.
+    `official` has the split that a row must stay in, or ""; the held-out splits that no row has
+    officially come from the rows for training, "" or "train". Where the fractions leave one empty,
+    as in a small table, the questions with the lowest positions fill it. Raises StageError if there
+    are too few different questions for that.
     """
     positions = np.array(positions)  # [rows]
     official_splits = np.array(
@@ -92,7 +99,8 @@ def assign_splits(
     questions = np.unique(positions[is_free])  # sorted
     if len(questions) < len(names):
         raise StageError(
-            f"Only {len(questions)} different questions are left; {', '.join(names)} need at least {len(names)}. "
+            f"Only {len(questions)} different questions are left; {', '.join(names)} need at least "
+            f"{len(names)}. "
             "If one prompt has many answers in this table, set split_by: row."
         )
     if len(np.unique(np.digitize(questions, bounds))) < len(names):
@@ -103,15 +111,17 @@ def assign_splits(
 def limit_training(split: np.ndarray, positions: Sequence[float], train_rows: float) -> np.ndarray:
     """The splits of the rows with fewer questions for training: the rows of the others get "".
 
-    `train_rows` is a share of the training questions up to 1, or above 1 how many. Those with the lowest positions are
-    taken, so that a smaller set is part of every larger one, and the held-out splits stay as they are. Raises
-    StageError if there are not so many, or if the number is not whole.
+    `train_rows` is a share of the training questions up to 1, or above 1 how many. Those with the
+    lowest positions are taken, so that a smaller set is part of every larger one, and the held-out
+    splits stay as they are. Raises StageError if there are not so many, or if the number is not
+    whole.
     """
     positions = np.array(positions)  # [rows]
     questions = np.unique(positions[split == "train"])  # sorted
     if train_rows > len(questions) or (train_rows > 1 and train_rows % 1):
         raise StageError(
-            f"train_rows={train_rows}: use a share up to 1, or a whole number up to {len(questions)}, "
+            f"train_rows={train_rows}: use a share up to 1, or a whole number up to "
+            f"{len(questions)}, "
             "the training questions of this table."
         )
     number = int(train_rows)
@@ -126,6 +136,7 @@ def split_of_cell(value: str, column: str) -> str:
     split = split_of(value)
     if not split:
         raise StageError(
-            f"split_column={column!r}: a row has {value[:60]!r} there, which is none of train, validation, test."
+            f"split_column={column!r}: a row has {value[:60]!r} there, which is none of train, "
+            "validation, test."
         )
     return split

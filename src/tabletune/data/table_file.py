@@ -7,7 +7,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files are read: the parameters of notebook 1 of the same names, and a workbook's `sheet`."""
+    """How files are read: the parameters of notebook 1 of the same names, and a workbook's
+    `sheet`.
+    """
 
     encoding: str = "auto"
     delimiter: str = "auto"
@@ -21,8 +23,8 @@ class ReadOptions:
 class TableFile:
     """A file that can be read as often as needed.
 
-    `rows` is called with the columns that are wanted, and yields dicts of at least those. `description` is what there
-    is to say about the file.
+    `rows` is called with the columns that are wanted, and yields dicts of at least those.
+    `description` is what there is to say about the file.
     """
 
     columns: list[str]

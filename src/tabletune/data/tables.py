@@ -1,8 +1,9 @@
-"""Tables as people keep them: any usual file, folder or Hub data set as rows, each cell as it was written.
+"""Tables as people keep them: any usual file, folder or Hub data set as rows, each cell as it was
+written.
 
-`datasets.load_dataset` does not read them: it turns 007 in a CSV into 7 and NA into nothing, and silently shifts the
-cells of a row that has more of them than the header. What can be understood in two ways is refused here, in one line
-that says where.
+`datasets.load_dataset` does not read them: it turns 007 in a CSV into 7 and NA into nothing, and
+silently shifts the cells of a row that has more of them than the header. What can be understood in
+two ways is refused here, in one line that says where.
 """
 
 import hashlib
@@ -26,7 +27,9 @@ DIGEST_CHARACTERS = 16
 
 @dataclass(frozen=True)
 class TablePart:
-    """A file of a table: its official split, or "" if that is ours to choose; its columns; a function for its rows."""
+    """A file of a table: its official split, or "" if that is ours to choose; its columns; a
+    function for its rows.
+    """
 
     split: str
     path: Path
@@ -38,8 +41,8 @@ class TablePart:
 class Table:
     """A table that can be read as often as needed.
 
-    `descriptions` has a line about each file, `commit` is that of a Hub data set or None, `digest` is one of all bytes,
-    and what was compressed lies in `unpacked` as long as the table is in use.
+    `descriptions` has a line about each file, `commit` is that of a Hub data set or None, `digest`
+    is one of all bytes, and what was compressed lies in `unpacked` as long as the table is in use.
     """
 
     parts: list[TablePart]
@@ -54,7 +57,8 @@ class Table:
         return list(dict.fromkeys(name for part in self.parts for name in part.columns))
 
     def records(self, wanted: list[str]) -> Iterator[tuple[str, list[Any]]]:
-        """Yield (official split, values of the `wanted` columns) for each row, None where a value is missing.
+        """Yield (official split, values of the `wanted` columns) for each row, None where a value
+        is missing.
 
         A column "a.b" is the field b of the objects in column a, if no column has that very name.
         """
@@ -67,7 +71,9 @@ class Table:
 
     @staticmethod
     def read_value(part: TablePart, row: dict[str, Any], path: list[str]) -> Any:
-        """The value of a column or field in a row, bytes as a text. Raises StageError for bytes that are no text."""
+        """The value of a column or field in a row, bytes as a text. Raises StageError for bytes
+        that are no text.
+        """
         value = value_at(row, path)
         if not isinstance(value, bytes):
             return value
@@ -80,7 +86,9 @@ class Table:
             ) from error
 
     def rows(self, wanted: list[str]) -> Iterator[tuple[str, list[str]]]:
-        """Yield (official split, texts of the `wanted` columns, "" where one is missing) for each row."""
+        """Yield (official split, texts of the `wanted` columns, "" where one is missing) for each
+        row.
+        """
         for split, values in self.records(wanted):
             yield split, [cell_text(value) for value in values]
 
@@ -98,7 +106,9 @@ class Table:
         return any(value_at(row, path) is not None for row in self.sample())
 
     def sample(self, number: int = 20) -> list[dict[str, Any]]:
-        """The first rows of each of the first files, dicts of all columns as the file's reader gives them."""
+        """The first rows of each of the first files, dicts of all columns as the file's reader
+        gives them.
+        """
         rows: list[dict[str, Any]] = []
         for part in self.parts[:number]:
             with explained(part.path):
@@ -106,7 +116,9 @@ class Table:
         return rows
 
     def looks_headless(self) -> bool:
-        """Whether the column names seem to be a row: sentences, numbers, or values that come again in their column."""
+        """Whether the column names seem to be a row: sentences, numbers, or values that come again
+        in their column.
+        """
         if any(
             re.search(r"[.?!]$|^[-\d.,]+$|^.{60}", name.strip(), re.DOTALL) for name in self.columns
         ):
@@ -115,7 +127,9 @@ class Table:
 
 
 def value_at(row: dict[str, Any], path: list[str]) -> Any:
-    """The value of a column or, with more names in `path`, of a field in its objects; None if there is none."""
+    """The value of a column or, with more names in `path`, of a field in its objects; None if there
+    is none.
+    """
     value: Any = row
     for name in path:
         if not isinstance(value, dict):
@@ -127,7 +141,8 @@ def value_at(row: dict[str, Any], path: list[str]) -> Any:
 def table_digest(
     dataset: str, revision: str = "main", config: str = "", splits: dict[str, Any] | None = None
 ) -> str:
-    """The digest that the Table of a data set has, of all bytes of its files, without reading their rows.
+    """The digest that the Table of a data set has, of all bytes of its files, without reading their
+    rows.
 
     Raises StageError if there is no such data set.
     """
@@ -151,11 +166,13 @@ def open_table(
     splits: dict[str, Any] | None = None,
     options: ReadOptions | None = None,
 ) -> Table:
-    """The Table in a file, a folder, the files of a pattern such as `data/*.csv`, or a Hub data set.
+    """The Table in a file, a folder, the files of a pattern such as `data/*.csv`, or a Hub data
+    set.
 
-    `config` names one of several configurations, or a sheet of a workbook. `splits`, {"train": ..., "test": ...}, says
-    which of the source's splits, or which files, are to be what; without it the source's own stay, if it has a held-out
-    one. Raises StageError if there is no such table, if it is damaged or ambiguous, or if it has no rows.
+    `config` names one of several configurations, or a sheet of a workbook. `splits`, {"train": ...,
+    "test": ...}, says which of the source's splits, or which files, are to be what; without it the
+    source's own stay, if it has a held-out one. Raises StageError if there is no such table, if it
+    is damaged or ambiguous, or if it has no rows.
     """
     source = find_source(str(dataset), revision, config)
     options = replace(options or ReadOptions(), sheet=config)

@@ -23,7 +23,8 @@ BLOCK_BYTES = 2**20
 
 
 def choose_encoding(path: Path, name: str, encoding: str) -> tuple[str, str]:
-    """The encoding to read a text file in, and what to say about it. `encoding` is a setting, or "auto".
+    """The encoding to read a text file in, and what to say about it. `encoding` is a setting, or
+    "auto".
 
     Raises StageError if there is no such encoding, or if the file's cannot be determined.
     """
@@ -43,8 +44,9 @@ def choose_encoding(path: Path, name: str, encoding: str) -> tuple[str, str]:
 def detect_encoding(path: Path, name: str) -> str:
     """The encoding of a text file. Raises StageError if it cannot be determined.
 
-    UTF-8, UTF-16 and UTF-32 prove themselves. The rest is read as Windows-1252, which contains Latin-1, unless it is
-    UTF-8 with a few damaged bytes or, being mostly beyond ASCII, in another script.
+    UTF-8, UTF-16 and UTF-32 prove themselves. The rest is read as Windows-1252, which contains
+    Latin-1, unless it is UTF-8 with a few damaged bytes or, being mostly beyond ASCII, in another
+    script.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file, suppress(UnicodeDecodeError):
@@ -70,6 +72,7 @@ def detect_encoding(path: Path, name: str) -> str:
         if damaged:
             problem = "is UTF-8 with damaged bytes"
         raise StageError(
-            f"{name} {problem}. Save it as UTF-8, or set `encoding`: cp1251, shift_jis, gb18030, euc_kr, …"
+            f"{name} {problem}. Save it as UTF-8, or set `encoding`: cp1251, shift_jis, gb18030, "
+            "euc_kr, …"
         )
     return "cp1252"

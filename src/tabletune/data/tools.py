@@ -25,12 +25,16 @@ NUMBER_MARKS = (
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text, its numbers as they are written. Raises ValueError or RecursionError."""
+    """The value of a JSON text, its numbers as they are written. Raises ValueError or
+    RecursionError.
+    """
     return json.loads(text, parse_float=WrittenNumber, parse_int=WrittenNumber)
 
 
 def calls_in(value: Any) -> list[dict[str, Any]]:
-    """The calls in a value: a list of them, one, or JSON of either. Raises Dropped if it is none of these."""
+    """The calls in a value: a list of them, one, or JSON of either. Raises Dropped if it is none of
+    these.
+    """
     if isinstance(value, str):
         try:
             value = parse_json(value)
@@ -41,9 +45,11 @@ def calls_in(value: Any) -> list[dict[str, Any]]:
 
 
 def call_of_function(call: Any) -> dict[str, Any]:
-    """A call as chat templates take it: {"type": "function", "function": {"name", "arguments": a dict}}, perhaps "id".
+    """A call as chat templates take it: {"type": "function", "function": {"name", "arguments": a
+    dict}}, perhaps "id".
 
-    OpenAI has the arguments as JSON in a text, Gemini calls them `args`. Raises Dropped if it is no call.
+    OpenAI has the arguments as JSON in a text, Gemini calls them `args`. Raises Dropped if it is no
+    call.
     """
     if not isinstance(call, dict):
         raise Dropped("a call of a tool without a name")
@@ -70,10 +76,11 @@ def call_of_function(call: Any) -> dict[str, Any]:
 
 
 def tools_text(value: Any) -> str:
-    """The tools of a row as JSON, each {"type": "function", "function": {...}}; "" if there are none.
+    """The tools of a row as JSON, each {"type": "function", "function": {...}}; "" if there are
+    none.
 
-    OpenAI's older `functions` and ShareGPT's tools are bare functions, and are put into that form. Raises Dropped if the
-    value is no list of tools.
+    OpenAI's older `functions` and ShareGPT's tools are bare functions, and are put into that form.
+    Raises Dropped if the value is no list of tools.
     """
     if isinstance(value, str):
         if not value.strip():
@@ -127,7 +134,9 @@ def _rendered_calls(message: dict[str, Any], tokenizer: PreTrainedTokenizerBase)
 
 
 def _number_for_template(number: WrittenNumber) -> Any:
-    """A number as a template takes it; one that JSON would write in another way (1.50, 1e6) as a marked text."""
+    """A number as a template takes it; one that JSON would write in another way (1.50, 1e6) as a
+    marked text.
+    """
     value = json.loads(number)
     if json.dumps(value) == number:
         return value
@@ -154,7 +163,9 @@ def shows_tool_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 @cached_per_template
 def writes_key(tokenizer: PreTrainedTokenizerBase, role: str, key: str) -> bool:
-    """Whether the chat template writes what a message of this role has under a key, such as `name`."""
+    """Whether the chat template writes what a message of this role has under a key, such as
+    `name`.
+    """
     name = "tabletune_probe"
     call = {"id": "callabcde", "type": "function", "function": {"name": "x", "arguments": {}}}
     before: list[dict[str, Any]] = [USER]

@@ -1,7 +1,7 @@
 """Conversations as tables have them: which cells hold one, and the messages in it.
 
-A turn that has more in it than a role and a text is read right (calls of tools, thinking, weights of the loss), or it
-is refused with the name of the key: nothing in it is dropped silently.
+A turn that has more in it than a role and a text is read right (calls of tools, thinking, weights
+of the loss), or it is refused with the name of the key: nothing in it is dropped silently.
 """
 
 import ast
@@ -36,7 +36,9 @@ Message = dict[str, Any]
 
 @dataclass
 class TurnOptions:
-    """How turns are read: the parameters of notebook 1, and a count of the keys that were left out."""
+    """How turns are read: the parameters of notebook 1, and a count of the keys that were left
+    out.
+    """
 
     thinking: bool = False
     ignore_turn_keys: tuple[str, ...] = ()
@@ -50,9 +52,10 @@ class TurnOptions:
 def turns_in(cell: Any, texts_are_turns: bool = False) -> list[Turn] | None:
     """The turns that a cell holds, dicts with a role; None if it holds none.
 
-    A conversation is a list of turns, also one written as JSON or Python; an object that has one; an object of lists;
-    a list of {"human": ..., "assistant": ...}; or a text that is rendered already. With `texts_are_turns`, for a column
-    that is called a conversation, also a list of texts, or of pairs of texts, in which two take turns.
+    A conversation is a list of turns, also one written as JSON or Python; an object that has one;
+    an object of lists; a list of {"human": ..., "assistant": ...}; or a text that is rendered
+    already. With `texts_are_turns`, for a column that is called a conversation, also a list of
+    texts, or of pairs of texts, in which two take turns.
     """
     if isinstance(cell, str):
         cell = _parsed(cell)
@@ -118,7 +121,9 @@ def _turns_of_objects(cell: list[Turn]) -> list[Turn] | None:
 
 
 def _turns_of_exchanges(cell: list[Turn]) -> list[Turn] | None:
-    """The turns of a list of questions with their answers, such as {"input": ..., "output": ...}."""
+    """The turns of a list of questions with their answers, such as {"input": ..., "output":
+    ...}.
+    """
     turns = []
     for exchange in cell:
         names = {str(key).casefold(): key for key in exchange}
@@ -161,10 +166,12 @@ def _first_key(turn: Turn, keys: list[str]) -> str | None:
 def messages_in(
     turns: list[Turn], clean: Callable[[str], str], options: TurnOptions
 ) -> list[Message]:
-    """The messages of a conversation: role and content, `tool_calls` where there are, `learn`: False of an answer that
-    is not to be learned, `name` and `tool_call_id` where a turn has them.
+    """The messages of a conversation: role and content, `tool_calls` where there are, `learn`:
+    False of an answer that is not to be learned, `name` and `tool_call_id` where a turn has
+    them.
 
-    Raises Dropped for a row that cannot be read, StageError for a key that says something which is not understood.
+    Raises Dropped for a row that cannot be read, StageError for a key that says something which is
+    not understood.
     """
     messages: list[Message] = []
     for turn in _with_assistant(turns):
@@ -173,7 +180,9 @@ def messages_in(
 
 
 def _with_assistant(turns: list[Turn]) -> list[Turn]:
-    """The turns; where speakers are a user and a "system" alone (as in MultiWOZ), that is the assistant."""
+    """The turns; where speakers are a user and a "system" alone (as in MultiWOZ), that is the
+    assistant.
+    """
     if "speaker" not in turns[0]:
         return turns
     roles = {str(turn.get("speaker")).casefold() for turn in turns}
@@ -230,7 +239,8 @@ def _content_key(turn: Turn) -> str | None:
     filled = [key for key in CONTENT_KEYS if not is_empty(turn.get(key))]
     if len(filled) > 1 and len({json_text(turn[key]) for key in filled}) > 1:
         raise StageError(
-            f"A turn has a text under {' and '.join(map(repr, filled))}. Leave one, or set ignore_turn_keys."
+            f"A turn has a text under {' and '.join(map(repr, filled))}. Leave one, or set "
+            "ignore_turn_keys."
         )
     return filled[0] if filled else _first_key(turn, CONTENT_KEYS)
 
@@ -246,7 +256,9 @@ class Extras:
 
 
 def _read_extras(turn: Turn, read: set[str | None], options: TurnOptions) -> Extras:
-    """What is under the other keys of a turn. Raises StageError for a key that is not understood."""
+    """What is under the other keys of a turn. Raises StageError for a key that is not
+    understood.
+    """
     extras = Extras()
     for key, value in turn.items():
         if key in read or value is None or key in options.ignore_turn_keys or key in CONTENT_KEYS:
@@ -267,21 +279,25 @@ def _read_extras(turn: Turn, read: set[str | None], options: TurnOptions) -> Ext
             options.left_out[key] += 1
         else:
             raise StageError(
-                f"A turn has {key!r} ({cell_text(value)[:60]!r}), which is not read here. Remove it, or read the turns "
+                f"A turn has {key!r} ({cell_text(value)[:60]!r}), which is not read here. Remove "
+                "it, or read the turns "
                 f"without it: ignore_turn_keys: [{key}]."
             )
     return extras
 
 
 def _weight(key: str, value: Any) -> bool:
-    """Whether a weight means that an answer is learned. Raises StageError if it is neither 0 nor 1."""
+    """Whether a weight means that an answer is learned. Raises StageError if it is neither 0 nor
+    1.
+    """
     text = cell_text(value).strip().casefold()
     if text in ("1", "1.0", "true", "yes"):
         return True
     if text in ("0", "0.0", "false", "no"):
         return False
     raise StageError(
-        f"A turn has {key}: {cell_text(value)[:60]}. Only 0 and 1, false and true are understood there."
+        f"A turn has {key}: {cell_text(value)[:60]}. Only 0 and 1, false and true are understood "
+        "there."
     )
 
 
@@ -296,7 +312,9 @@ class Content:
 
 
 def read_content(content: Any) -> Content:
-    """What a turn's content says: a text, a number, or a list of parts. Raises Dropped if it is anything else."""
+    """What a turn's content says: a text, a number, or a list of parts. Raises Dropped if it is
+    anything else.
+    """
     if isinstance(content, dict) and isinstance(content.get("parts"), list):
         content = content["parts"]
     if isinstance(content, dict):
@@ -317,7 +335,9 @@ def read_content(content: Any) -> Content:
 
 
 def _read_part(part: dict[str, Any], texts: list[str], result: Content) -> None:
-    """Add what a part of a content says to the texts and the result. Raises Dropped for a picture, a sound, a file."""
+    """Add what a part of a content says to the texts and the result. Raises Dropped for a picture,
+    a sound, a file.
+    """
     kind = part.get("type")
     if kind == "tool_use":
         result.calls.append(

@@ -21,8 +21,8 @@ class DamagedFile(Exception):
 class Sheet:
     """A sheet's cells as texts, without empty columns.
 
-    `rows` has (number of the row in the sheet, texts); empty rows are left out. `errors` counts cells such as #N/A,
-    which are read as empty.
+    `rows` has (number of the row in the sheet, texts); empty rows are left out. `errors` counts
+    cells such as #N/A, which are read as empty.
     """
 
     title: str
@@ -40,7 +40,8 @@ def read_workbook(path: Path, name: str, options: ReadOptions) -> TableFile:
     titles = [sheet.title for sheet in book.worksheets]
     if options.sheet and options.sheet not in titles:
         raise StageError(
-            f"dataset_config={options.sheet!r}: {name} has no such sheet. It has: {', '.join(titles)}."
+            f"dataset_config={options.sheet!r}: {name} has no such sheet. It has: "
+            f"{', '.join(titles)}."
         )
     sheet = read_sheet(book[options.sheet]) if options.sheet else choose_sheet(book)
     check_formulas(path, name, sheet.title)
@@ -71,7 +72,9 @@ def describe(sheet: Sheet, number: int, titles: list[str], options: ReadOptions)
 
 
 def load_book(path: Path, formulas: bool = False) -> Any:
-    """The workbook, with the formulas or with what they came to. Raises DamagedFile if it is none."""
+    """The workbook, with the formulas or with what they came to. Raises DamagedFile if it is
+    none.
+    """
     import openpyxl
 
     try:
@@ -82,7 +85,8 @@ def load_book(path: Path, formulas: bool = False) -> Any:
 
 
 def choose_sheet(book: Any) -> Sheet:
-    """The first sheet with a table: two columns or more, and two rows. Else the first that is not empty, or the first.
+    """The first sheet with a table: two columns or more, and two rows. Else the first that is not
+    empty, or the first.
 
     Hidden sheets come last.
     """
@@ -144,7 +148,9 @@ def find_header_row(sheet: Sheet, name: str, options: ReadOptions) -> tuple[int,
 
 
 def check_formulas(path: Path, name: str, title: str) -> None:
-    """Raise StageError if a sheet has a formula whose result is not in the file, as programs that write files do it."""
+    """Raise StageError if a sheet has a formula whose result is not in the file, as programs that
+    write files do it.
+    """
     with zipfile.ZipFile(path) as archive:
         sheets = [part for part in archive.namelist() if part.startswith("xl/worksheets/")]
         if not any(re.search(rb"<f[ >/]", archive.read(part)) for part in sheets):
@@ -155,6 +161,7 @@ def check_formulas(path: Path, name: str, title: str) -> None:
             if cell.data_type == "f" and computed[cell.coordinate].value is None:
                 formula = getattr(cell.value, "text", cell.value)
                 raise StageError(
-                    f"{name}, sheet {title!r}, cell {cell.coordinate}: the formula {str(formula)[:60]!r} was never "
+                    f"{name}, sheet {title!r}, cell {cell.coordinate}: the formula "
+                    f"{str(formula)[:60]!r} was never "
                     "computed. Open the workbook in Excel or LibreOffice, and save it."
                 )
