@@ -177,7 +177,7 @@ print(*table_shape.describe(), sep="\n")
 
 # %%
 from tabletune.data.cells import cell_text
-from tabletune.data.pipeline import TableFormatter
+from tabletune.data.formatter import TableFormatter
 
 formatter = TableFormatter(table, table_shape, settings, tokenizer, stops)
 first = formatter.first()

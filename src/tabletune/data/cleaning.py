@@ -22,7 +22,8 @@ INVISIBLE = re.compile(
     r"[\u200b\u2060\ufeff\u00ad\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]"
 )
 HTML = re.compile(
-    r"</?(p|br|div|span|a|img|ul|ol|li|table|tr|td|h[1-6]|b|i|em|strong)\b[^<>]*>|&(amp|lt|gt|nbsp|quot|#\d+);"
+    r"</?(p|br|div|span|a|img|ul|ol|li|table|tr|td|h[1-6]|b|i|em|strong)\b[^<>]*>"
+    r"|&(amp|lt|gt|nbsp|quot|#\d+);"
 )
 BLOCK_TAGS = ["br", "p", "div", "li", "tr", "ul", "ol", "table", "h1", "h2", "h3", "h4", "h5", "h6"]
 SHOWN_BEFORE, SHOWN_CHARACTERS = 20, 80  # of an example of a change

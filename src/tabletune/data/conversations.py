@@ -7,9 +7,10 @@ from typing import Any
 
 from tabletune.data.cells import cell_text, is_empty, json_text
 from tabletune.data.cleaning import Dropped
+from tabletune.data.conversation_shape import Shape
 from tabletune.data.field_templates import fields_of, fill, is_incomplete
-from tabletune.data.shapes import Shape
-from tabletune.data.turns import Message, TurnOptions, messages_in, read_content, turns_in
+from tabletune.data.messages import Message, TurnOptions, messages_in, read_content
+from tabletune.data.turns import turns_in
 from tabletune.errors import StageError, suggestion
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

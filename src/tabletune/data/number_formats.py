@@ -19,7 +19,8 @@ from tabletune.data.cells import duration_text
 # one character
 TOKEN = re.compile(
     r'"(?P<quoted>[^"]*)"|\\(?P<escaped>.)|(?P<space>_.)|\*(?P<filler>.)|\[(?P<bracket>[^\]]*)\]'
-    r"|(?P<general>General)|(?P<noon>AM/PM|A/P)|(?P<date>[ymdhs]+)|(?P<exponent>E[+-])|(?P<other>.)",
+    r"|(?P<general>General)|(?P<noon>AM/PM|A/P)|(?P<date>[ymdhs]+)|(?P<exponent>E[+-])"
+    r"|(?P<other>.)",
     re.IGNORECASE | re.DOTALL,
 )
 MONTHS = [

@@ -12,12 +12,14 @@ from tabletune.errors import StageError
 from tabletune.stats import FEWEST_GROUPS
 
 if TYPE_CHECKING:
-    from tabletune.data.pipeline import FormatStatistics, TableFormatter
+    from tabletune.data.formatter import FormatStatistics, TableFormatter
 
 ADVICE = {
     "no question": "a column that may be empty gets a line of its own in question_template",
     "no answer": "answer_column names what every row needs",
-    "near duplicate": "near_duplicate_threshold: 1.01 keeps what differs in capitals or punctuation",
+    "near duplicate": (
+        "near_duplicate_threshold: 1.01 keeps what differs in capitals or punctuation"
+    ),
     "a turn of an unknown role": "roles: {NAME: user, NAME: assistant} says who is who",
 }
 NOT_LOST = (

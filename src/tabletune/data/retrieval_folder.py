@@ -34,7 +34,7 @@ from tabletune.run.artifacts import load_dataset_of_run
 from tabletune.run.files import archive, atomic_write, write_json
 
 if TYPE_CHECKING:
-    from tabletune.data.pipeline import TableFormatter
+    from tabletune.data.formatter import TableFormatter
 
 PROMPTS = "prompts"
 VALIDATION_SHARE = 0.2  # of the number of training prompts: so many validation prompts
@@ -380,7 +380,7 @@ def renew_index(run: Path, rows: Sequence[TableRow]) -> dict[str, int]:
 def renew_from_table(run: Path, values: Mapping[str, Any]) -> None:
     """`make index`: read the table that `values` name, and renew the index for use of a run."""
     from tabletune.chat.tokenizer import load_tokenizer
-    from tabletune.data.pipeline import TableFormatter
+    from tabletune.data.formatter import TableFormatter
     from tabletune.data.shapes import recognize, with_example
     from tabletune.data.table_file import ReadOptions
     from tabletune.data.tables import open_table

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from tabletune.data.field_templates import fields_of, fill
+from tabletune.data.messages import Message
 from tabletune.data.splits import question_id, question_key
-from tabletune.data.turns import Message
 from tabletune.errors import StageError
 
 Row = dict[str, Any]

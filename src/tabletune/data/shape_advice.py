@@ -8,7 +8,8 @@ from tabletune.data.tables import Table
 
 MOST_COLUMNS = 30
 NOT_FOR_A_FIELD = re.compile(
-    r"(.*[_\s-])?(id|ids|idx|index|url|link|uri|date|time|timestamp|source|split|lang|language|license|hash|"
+    r"(.*[_\s-])?(id|ids|idx|index|url|link|uri|date|time|timestamp|source|split|"
+    r"lang|language|license|hash|"
     r"created|updated|author|file|path|no|nr)",
     re.IGNORECASE,
 )
@@ -39,9 +40,14 @@ def advice(table: Table, rejected: list[str]) -> str:
     columns = text_columns(table, rejected)
     if len(columns) > 1:
         question, answer = question_and_answer_of(columns)
-        return f"Say which are which, for instance columns: {{question: {question[:60]!r}, answer: {answer[:60]!r}}}."
+        pair = f"{{question: {question[:60]!r}, answer: {answer[:60]!r}}}"
+        return f"Say which are which, for instance columns: {pair}."
     if len(columns) == 1:
-        return f"Its one column of texts, {columns[0][:60]!r}, can be learned as it is: shape: text, columns: {{text: {columns[0][:60]!r}}}."
+        name = columns[0][:60]
+        return (
+            f"Its one column of texts, {name!r}, can be learned as it is: "
+            f"shape: text, columns: {{text: {name!r}}}."
+        )
     return "It needs a column of questions and one of answers, or one of conversations."
 
 

@@ -1,0 +1,309 @@
+"""Finds which columns of a table hold questions, answers and conversations."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from tabletune.data.cells import cell_text, is_empty
+from tabletune.data.conversation_shape import Shape
+from tabletune.data.rendered import turns_of_rendered_text, unread_marker
+from tabletune.data.shape_advice import advice, headless_hint, shown_columns
+from tabletune.data.tables import Table, value_at
+from tabletune.data.turns import ROLE_KEYS, turns_in
+from tabletune.data.vocabulary import ROLES, WORDS
+from tabletune.errors import StageError
+
+NEEDED: dict[str, str] = WORDS["shapes"]
+
+
+class ColumnMatcher:
+    """Finds the column of each field by the names of the columns and by what is in the first rows.
+
+    `columns`, if it is not empty, has the only columns to look at, by the names that they count as.
+    """
+
+    def __init__(self, table: Table, columns: dict[str, str]) -> None:
+        self.table = table
+        self.set_by_reader = bool(columns)
+        self.sample = table.sample()
+        self.names: dict[str, list[str]] = {}  # the columns of a name in lower case
+        for name, column in (columns or {column: column for column in table.columns}).items():
+            self.names.setdefault(name.strip().casefold(), []).append(column)
+        self.rejected = self.candidates(WORDS["preferences"]["rejected"])
+        self.chosen = self.candidates(WORDS["preferences"]["chosen"])
+        looked_at = list(columns.values())
+        if not columns:
+            others = self.rejected + self.candidates(WORDS["columns"]["system"])
+            if self.claims("question") and self.claims("answer"):
+                others += self.candidates(WORDS["columns"]["history"])
+            looked_at = [column for column in table.columns if column not in others]
+        self.rendered: list[str] = []  # the columns whose conversations are rendered texts
+        kinds = {column: self.kind_of_conversation(column) for column in looked_at}
+        self.chats = {column: kind for column, kind in kinds.items() if kind}
+
+    def candidates(self, names: Iterable[str]) -> list[str]:
+        """The columns that have one of these names."""
+        return [column for name in names for column in self.names.get(name, [])]
+
+    def values(self, column: str) -> list[Any]:
+        """What a column has in the first rows, without what is empty."""
+        path = self.table.path_of(column)
+        cells = [value_at(row, path) for row in self.sample]
+        return [cell for cell in cells if not is_empty(cell)]
+
+    def kind_of_conversation(self, column: str) -> str:
+        """The shape that a column of conversations has, "" if its cells are none.
+
+        Cells that are texts must mostly be rendered conversations, as some text may quote one.
+        """
+        cells = self.values(column)
+        texts_are_turns = column in self.candidates(WORDS["columns"]["chat"])
+        conversations = [
+            turns for turns in (turns_in(cell, texts_are_turns) for cell in cells) if turns
+        ]
+        if not conversations:
+            return ""
+        rendered = [cell for cell in cells if isinstance(cell, str) and has_rendered_answer(cell)]
+        texts = [cell for cell in cells if isinstance(cell, str) and turns_of_rendered_text(cell)]
+        if texts and 2 * len(rendered) < len(cells):
+            return ""
+        if rendered:
+            self.rendered.append(column)
+        return "conversations" if "from" in conversations[0][0] else "messages"
+
+    def shape(self, wanted: str) -> Shape:
+        """The shape of the table, or the `wanted` one unless that is "auto". Raises StageError."""
+        chat = self.chat_column()
+        question, answer = self.question_and_answer()
+        both_lists = {question, answer} <= set(self.chats) and question is not None
+        text = self.first(self.candidates(WORDS["columns"]["text"]))
+        plain = "prompt_completion" if question in self.names.get("prompt", []) else "instruction"
+        if wanted == "auto":
+            if both_lists:
+                wanted = plain
+            elif chat:
+                wanted = self.chats[chat]
+            elif question and answer:
+                wanted = plain
+            elif text and len(self.table.columns) == 1:
+                wanted = "text"
+        if wanted == "text" and text:
+            self.check_markers([text])
+            return Shape("text", {"text": text})
+        if wanted in ("messages", "conversations") and chat:
+            self.check_one_claim("messages", self.claims_of_chat())
+            shape = Shape(wanted, {"chat": chat, **self.others(["system", "tools"])})
+            self.add_note_on_preferences(shape, chat)
+            self.add_preference_label(shape, question=None, answer=chat)
+            return shape
+        if wanted in ("prompt_completion", "instruction") and question and answer:
+            self.check_claims()
+            if both_lists or answer in self.chats:
+                self.check_one_claim(
+                    "messages", [c for c in self.claims_of_chat() if c not in (question, answer)], 0
+                )
+                columns = {
+                    "question": question,
+                    "answer": answer,
+                    **self.others(["system", "tools"]),
+                }
+                shape = Shape(wanted, columns)
+                self.add_note_on_preferences(shape, answer)
+                self.add_preference_label(shape, question, answer)
+                return shape
+            return self.pair_shape(wanted, question, answer)
+        needs = "their shape is not recognized"
+        if wanted != "auto":
+            needs = f"shape={wanted} needs {NEEDED[wanted]}"
+        raise StageError(
+            f"The table has the columns {shown_columns(self.table)}: {needs}. "
+            f"{advice(self.table, self.rejected)}{headless_hint(self.table)}"
+        )
+
+    def pair_shape(self, name: str, question: str, answer: str) -> Shape:
+        """The shape of a table with a question and an answer in each row."""
+        self.check_markers([question, answer])
+        columns = {"question": question, "answer": answer}
+        columns |= self.others(
+            ["context", "system", "tools", "history", "options"], taken=[question, answer]
+        )
+        shape = Shape(name, columns, "{question}", "{answer}", "answer")
+        if "options" in columns:
+            shape.question_template += "\n\n{options}"
+        if "context" in columns:
+            shape.question_template += "\n\n{context}"
+        self.add_note_on_preferences(shape, answer)
+        self.add_preference_label(shape, question, answer)
+        return shape
+
+    def add_note_on_preferences(self, shape: Shape, column: str) -> None:
+        """Say of a table of preferences which answers are learned."""
+        if column in self.chosen and self.rejected:
+            shape.notes.append(
+                f"a table of preferences: {column!r} is learned, {self.rejected[0]!r} is not"
+            )
+
+    def add_preference_label(self, shape: Shape, question: str | None, answer: str | None) -> None:
+        """Let a shape leave out the rows whose answer was rejected, and say so."""
+        label = self.preference_label(question, answer)
+        if label:
+            shape.columns["keep"] = label
+            shape.notes.append(
+                f"rows whose {label!r} is false are answers that were rejected: they are left out"
+            )
+
+    def chat_column(self) -> str | None:
+        """The column of conversations: one with a usual name, else any; of preferences, the chosen
+        one.
+        """
+        if self.rejected and self.chosen:
+            full = [
+                column
+                for column in self.chosen
+                if self.chats.get(column) and self.has_questions(column)
+            ]
+            if full:
+                return full[0]
+        named = [
+            column for column in self.candidates(WORDS["columns"]["chat"]) if column in self.chats
+        ]
+        if named:
+            return named[0]
+        question, answer = self.question_and_answer()
+        for column in self.claims_of_chat():
+            part_of_pair = column in (question, answer) and not self.has_questions(column)
+            beside_a_pair = column in self.rendered and question and answer
+            if not part_of_pair and not beside_a_pair:
+                return column
+        return None
+
+    def has_questions(self, column: str) -> bool:
+        """Whether the conversations of a column have turns of a user."""
+        for cell in self.values(column):
+            for turn in turns_in(cell) or []:
+                role = next((turn[key] for key in ROLE_KEYS if key in turn), "")
+                if ROLES.get(str(role).casefold()) == "user":
+                    return True
+        return False
+
+    def question_and_answer(self) -> tuple[str | None, str | None]:
+        """The columns of questions and answers, None where there is none."""
+        question = self.first(self.claims("question"))
+        answers = self.claims("answer")
+        if not answers and self.candidates(WORDS["columns"]["options"]):
+            answers = self.candidates(WORDS["right_option"])
+        answer = self.first([column for column in answers if column != question])
+        return question, answer
+
+    def claims(self, field_name: str) -> list[str]:
+        """The columns that may be a field. An `input` beside another question is its context."""
+        if field_name == "answer" and self.chosen and self.rejected:
+            return self.chosen
+        columns = self.candidates(WORDS["columns"][field_name])
+        if not columns:
+            columns = self.candidates(WORDS["other_columns"].get(field_name, []))
+        inputs = self.names.get("input", [])
+        if field_name == "question" and set(columns) - set(inputs):
+            columns = [column for column in columns if column not in inputs]
+        if field_name == "context" and not set(self.claims("question")) - set(inputs):
+            columns = [column for column in columns if column not in inputs]
+        return list(dict.fromkeys(columns))
+
+    def claims_of_chat(self) -> list[str]:
+        """The columns of conversations, without those of preferences."""
+        return [column for column in self.chats if column not in self.rejected + self.chosen]
+
+    def others(self, fields: list[str], taken: list[str] | None = None) -> dict[str, str]:
+        """The columns of the fields that a table may have besides. Raises StageError if two claim
+        one.
+        """
+        columns = {}
+        for field_name in fields:
+            claims = [column for column in self.claims(field_name) if column not in (taken or [])]
+            self.check_one_claim(field_name, claims)
+            if claims:
+                columns[field_name] = claims[0]
+        return columns
+
+    def check_claims(self) -> None:
+        """Raise StageError if two columns claim to be the question, or the answer."""
+        for field_name in ("question", "answer"):
+            self.check_one_claim(field_name, self.claims(field_name))
+
+    def check_one_claim(self, field_name: str, claims: list[str], at_most: int = 1) -> None:
+        """Raise StageError if more columns claim a field, unless the reader has said which columns
+        count.
+        """
+        if len(claims) <= at_most or self.set_by_reader:
+            return
+        names = " and ".join(map(repr, claims))
+        if field_name == "messages":
+            advised = f"columns: {{messages: {claims[0]!r}}}"
+        else:
+            question, answer = self.question_and_answer()
+            fields = {"question": question, "answer": answer} | {field_name: claims[0]}
+            advised = (
+                "columns: {"
+                + ", ".join(f"{name}: {column!r}" for name, column in fields.items() if column)
+                + "}"
+            )
+            if field_name in ("question", "answer"):
+                advised += (
+                    f", or use both: {templates_of_both(field_name, claims, question, answer)}"
+                )
+        raise StageError(
+            f"The table has the columns {names}: each may be the {field_name}. Say which is, for "
+            f"instance {advised}."
+        )
+
+    def preference_label(self, question: str | None, answer: str | None) -> str | None:
+        """The column that says whether an answer was preferred (as in KTO); None if there is
+        none.
+        """
+        if self.set_by_reader:
+            return None
+        truths = {"true", "false"}
+        if question in self.names.get("prompt", []) and answer in self.names.get("completion", []):
+            truths |= {"0", "1"}
+        for column in self.candidates(WORDS["preferences"]["label"]):
+            values = {cell_text(value).casefold() for value in self.values(column)}
+            if values and values <= truths and column not in (question, answer):
+                return column
+        return None
+
+    def check_markers(self, columns: list[str]) -> None:
+        """Raise StageError if most cells of a column are rendered by a chat template that is not
+        read here.
+        """
+        for column in columns:
+            texts = [value for value in self.values(column) if isinstance(value, str)]
+            markers = [marker for marker in map(unread_marker, texts) if marker]
+            if markers and 2 * len(markers) > len(texts):
+                raise StageError(
+                    f"The column {column!r} holds texts that a chat template has rendered already "
+                    f"({markers[0]} is one "
+                    "of its markers), in a form that is not read here. Give the conversations as "
+                    "questions and "
+                    "answers, or as messages: this notebook renders them."
+                )
+
+    @staticmethod
+    def first(columns: list[str]) -> str | None:
+        """The first of some columns, None if there are none."""
+        return columns[0] if columns else None
+
+
+def templates_of_both(
+    field_name: str, claims: list[str], question: str | None, answer: str | None
+) -> str:
+    """Templates that use all of the columns that claim a field, as a setting."""
+    templates = {"question": f"{{{question}}}", "answer": f"{{{answer}}}"}
+    templates[field_name] = r"\n\n".join(f"{{{column}}}" for column in claims)
+    return f'question_template: "{templates["question"]}", answer_template: "{templates["answer"]}"'
+
+
+def has_rendered_answer(text: str) -> bool:
+    """Whether a text is a rendered conversation with an answer in it, not only a rendered
+    question.
+    """
+    turns = turns_of_rendered_text(text) or []
+    return any(ROLES.get(str(turn["role"]).casefold()) == "assistant" for turn in turns)
