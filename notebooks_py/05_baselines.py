@@ -267,7 +267,7 @@ side_by_side(some.to_dict("list"), len(some), trained.disclaimer(disclaimer))
 # ## What to ship
 #
 # Nobody asks quite as a table does, so the decision rests on the reworded questions and on the new ones, if any way can
-# answer those. Among ways that are equally good, within one standard error, the cheapest one is named.
+# answer those. It names the cheapest way that is as good as the best one on each of the two, within one standard error.
 
 # %%
 print(*metrics["verdict"]["sentences"], sep="\n")

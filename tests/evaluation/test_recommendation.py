@@ -18,6 +18,7 @@ from tabletune.evaluation.baselines import (
 from tabletune.evaluation.recommendation import (
     NOTHING,
     TOO_FEW,
+    as_good_as_best,
     choose,
     decide,
     recommend,
@@ -80,15 +81,31 @@ def test_the_standard_error_is_that_of_paired_differences():
 
 
 def test_of_equally_good_ways_the_cheapest_is_chosen():
-    assert choose({"cheap": answers(15), "dear": answers(15)}) == ("cheap", "cheap")
+    assert choose([{"cheap": answers(15), "dear": answers(15)}]) == "cheap"
 
 
 def test_one_wrong_answer_more_is_within_a_standard_error():
-    assert choose({"cheap": answers(19), "dear": answers(20)}) == ("cheap", "dear")
+    assert as_good_as_best({"cheap": answers(19), "dear": answers(20)}) == ["cheap", "dear"]
 
 
 def test_three_wrong_answers_more_are_not():
-    assert choose({"cheap": answers(17), "dear": answers(20)}) == ("dear", "dear")
+    assert as_good_as_best({"cheap": answers(17), "dear": answers(20)}) == ["dear"]
+
+
+def test_the_choice_is_as_good_as_the_best_in_every_part():
+    parts = [
+        {"copy": answers(20), "train": answers(19)},
+        {"copy": answers(10), "train": answers(18)},
+    ]
+    assert choose(parts) == "train"
+
+
+def test_if_no_way_is_as_good_everywhere_the_worst_part_decides():
+    parts = [
+        {"copy": answers(20), "train": answers(16)},
+        {"copy": answers(8), "train": answers(15)},
+    ]
+    assert choose(parts) == "train"
 
 
 def test_copying_wins_on_a_table_to_look_things_up_in():
@@ -113,6 +130,13 @@ def test_training_wins_where_it_generalizes():
     assert result["choice"] == ADAPTER.name
     assert result["parts"] == ["reworded", "new"]
     assert result["sentences"][0].startswith("Training was worth it")
+
+
+def test_copying_does_not_win_by_the_table_alone_where_training_generalizes():
+    """Labels again: copying is always right for questions of the table, and half of the time else."""
+    shares = all_ways(reworded=[20, 3, 9, 12, 17], new=[10, 2, 8, 11, 17])
+    result = verdict({CONSTANT: {"new": 7, "table": 7, "reworded": 7}, **shares})
+    assert result["choice"] == ADAPTER.name
 
 
 def test_training_with_rows_wins_where_copying_cannot_refuse():
@@ -145,6 +169,18 @@ def test_five_questions_decide_nothing():
     result = verdict(all_ways(reworded=[2, 0, 0, 0, 0], new=[0] * 5), questions=2)
     assert result["choice"] is None
     assert result["sentences"][0] == TOO_FEW
+
+
+def test_a_part_of_few_questions_decides_nothing():
+    shares = all_ways(reworded=[20, 0, 0, 6, 0], new=[0] * 5)
+    tables = checked(shares)
+    for lines in tables.values():
+        lines.drop(lines.index[(lines["part"] == "new")][3:], inplace=True)
+    ways = {name: {"tokens_a_question": 1, "seconds_a_question": 1} for name in tables}
+    result = recommend(tables, ways, 0.5)
+    assert result["parts"] == ["reworded"]
+    (line,) = [line for line in result["sentences"] if "3 new questions" in line]
+    assert line.endswith("Too few to decide anything.")
 
 
 def test_the_table_as_it_stands_decides_nothing():

@@ -1,7 +1,7 @@
 """Which way to answer should be shipped: the decision of notebook 5, in words that need no
 statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,10 +49,10 @@ HELP = "What may help: context_rows in notebook 1, more rows, more epochs, a lar
 
 @dataclass(frozen=True)
 class Decision:
-    """What to ship: the name of a way, or None; the way with most right answers; and the
-    parts of the questions that it rests on.
+    """What to ship: `choice` is the name of a way, or None if nothing works; `best` comes nearest.
 
-    `rights` has for each way whether its answers to them are right, [questions].
+    The decision rests on `parts` of the questions. `rights` has for each way whether its answers to
+    these are right, [questions].
     """
 
     choice: str | None
@@ -72,47 +72,66 @@ def standard_error(one: np.ndarray, other: np.ndarray) -> float:
     return float(differences.std(ddof=1) / np.sqrt(len(differences)))
 
 
-def choose(rights: Mapping[str, np.ndarray]) -> tuple[str, str]:
-    """(The cheapest way that is as good as the best one, the best one) of `rights`, whose order is
-    that of costs.
+def best_of(rights: Mapping[str, np.ndarray]) -> str:
+    """The way with most right answers; of equal ones the cheapest. `rights` are in the order of costs."""
+    return max(rights, key=lambda name: np.mean(rights[name]))
+
+
+def as_good_as_best(rights: Mapping[str, np.ndarray]) -> list[str]:
+    """The ways that are as good as the best one, the cheapest first.
 
     "As good" is within one standard error of their difference, which is the usual rule to choose
     among simpler and more complex models (Breiman et al., Classification and Regression Trees,
     1984). A single wrong answer more is within it.
     """
-    best = max(rights, key=lambda name: np.mean(rights[name]))
+    best = rights[best_of(rights)]
+    names = []
     for name, right in rights.items():
-        missing = np.mean(rights[best]) - np.mean(right)
-        if missing <= standard_error(rights[best], right) + 1e-9:  # rounding
-            return name, best
-    return best, best
+        missing = np.mean(best) - np.mean(right)
+        if missing <= standard_error(best, right) + 1e-9:  # rounding
+            names.append(name)
+    return names
 
 
 def works(rights: Mapping[str, np.ndarray], least_right: float) -> bool:
-    """Whether a way answers the share `least_right` of some questions right, and more than one
-    fixed answer does."""
-    choice, best = choose(rights)
-    return bool(np.mean(rights[best]) >= least_right and choice != CONSTANT.name)
+    """Whether some way answers the share `least_right` right, and one answer for all does not."""
+    best = np.mean(rights[best_of(rights)])
+    return bool(best >= least_right and CONSTANT.name not in as_good_as_best(rights))
+
+
+def choose(parts: Sequence[Mapping[str, np.ndarray]]) -> str:
+    """The cheapest way that is as good as the best in every part of the questions.
+
+    If there is none, as one is good here and another one there: the way whose worst part is best.
+    """
+    as_good = [as_good_as_best(rights) for rights in parts]
+    for name in as_good[0]:
+        if all(name in names for names in as_good):
+            return name
+    return max(parts[0], key=lambda name: min(np.mean(rights[name]) for rights in parts))
+
+
+def enough(rights: Mapping[str, np.ndarray]) -> bool:
+    """Whether a part has enough questions to decide anything."""
+    return any(len(right) >= FEWEST_GROUPS for right in rights.values())
 
 
 def decide(rights: Mapping[str, Mapping[str, np.ndarray]], least_right: float) -> Decision:
-    """What to ship, by `rights`: {part of the questions: {way: whether its answers are right,
-    [questions]}}.
+    """What to ship, by `rights`: {part of the questions: {way: whether its answers are right}}.
 
     The decision rests on reworded and on new questions, as nobody asks quite as the table does, and
     of these on the parts that some way can answer at all: what the table does not have, none can
-    know.
+    know. A part of fewer than FEWEST_GROUPS questions decides nothing.
     """
-    parts = [part for part in ("reworded", "new") if part in rights]
+    parts = [part for part in ("reworded", "new") if enough(rights.get(part, {}))]
     answered = [part for part in parts if works(rights[part], least_right)]
     used = answered or parts
-    names = list(rights[used[0]]) if used else []
+    if not used:
+        return Decision(None, None, [], {})
+    names = list(rights[used[0]])
     pooled = {name: np.concatenate([rights[part][name] for part in used]) for name in names}
-    if not pooled or len(pooled[names[0]]) < FEWEST_GROUPS:
-        return Decision(None, None, used, pooled)
-    choice, best = choose(pooled)
-    if not answered or not works(pooled, least_right):
-        return Decision(None, best, used, pooled)
+    best = choose([rights[part] for part in used])
+    choice = best if answered and np.mean(pooled[best]) >= least_right else None
     return Decision(choice, best, used, pooled)
 
 
@@ -160,15 +179,18 @@ def what_to_do(decision: Decision) -> str:
 
 def evidence(decision: Decision, part: str, rights: Mapping[str, np.ndarray]) -> str:
     """How many questions of a part the choice answers right; of a part that no way can answer, the
-    best of all."""
-    name = decision.subject
-    counts = part in decision.parts or part == "table"
-    if not counts:
-        name = choose(rights)[1]
+    best of all.
+    """
+    few = not enough(rights)
+    hopeless = part not in (*decision.parts, "table") and not few
+    name = best_of(rights) if hopeless else decision.subject
     right = rights[name]
     share = with_interval(float(right.mean()), rate_interval(right), ".0%")
-    line = f"Of {len(right)} {NAMES.get(part, PARTS[part])}, {IN_WORDS[name]} gets {right.sum()} right: {share}."
-    if not counts:
+    kind = NAMES.get(part, PARTS[part])
+    line = f"Of {len(right)} {kind}, {IN_WORDS[name]} gets {right.sum()} right: {share}."
+    if few:
+        line += " Too few to decide anything."
+    elif hopeless:
         line += " No way gets more: the table does not say enough to answer them."
     return line
 
