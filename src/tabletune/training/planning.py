@@ -23,6 +23,7 @@ from tabletune.model.loading import skeleton
 from tabletune.training.base_summary import summarize_base_model
 from tabletune.training.fsdp import check_sharding
 from tabletune.training.memory import GIB, TrainingMemory
+from tabletune.training.step_advice import few_steps_advice
 from tabletune.training.validation import check_choices, targets_to_adapt, when_to_evaluate
 
 MOST_ROWS = 16  # of a step that "auto" makes
@@ -153,6 +154,9 @@ def plan_steps(chosen, rows, examples, room, processes):
     if steps < chosen["min_steps"] and chosen["batch_size"] != "auto":
         few = f", fewer than min_steps={chosen['min_steps']}: batch_size=auto makes smaller ones"
     print(f"a step is {' '.join(parts)}, about {of_all:.0f} examples; {steps:,} steps{few}")
+    advice = few_steps_advice(steps, len(examples), chosen["epochs"])
+    if advice:
+        print(advice)
     return batch_size, accumulation, steps
 
 
