@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-BAR = re.compile(
-    r"([^\r\n|]*?\d+%)\|[^|\r\n]*\|([^\r\n]*)"
-)  # tqdm: "scoring:  35%|███   | 12/34 [01:12<02:10]"
-TRAINING = re.compile(
-    r"\[\s*(\d+/\d+ [\d:]+ < [\d:]+|\d+/\d+ [\d:]+)[^\]]*\]"
-)  # transformers' bar in HTML
+# tqdm: "scoring:  35%|███   | 12/34 [01:12<02:10]"; in a narrow terminal there is no bar between
+BAR = re.compile(r"([^\r\n|]*?\d+%)(?:\|[^|\r\n]*\|)?\s*(\S+/\S+ \[[^\r\n]*)")
+# transformers in HTML: "[ 11/46 00:12 < 00:40, 0.9 it/s, Epoch 0.2/1]"
+TRAINING = re.compile(r"\[\s*(\d+/\d+ [\d:]+ < [\d:]+|\d+/\d+ [\d:]+)[^\]]*\]")
 REFRESH_SECONDS = 0.5
 LOG_SECONDS = 60  # between lines, where the output is no terminal
 
