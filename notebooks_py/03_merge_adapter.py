@@ -29,11 +29,11 @@
 #
 # - **In:** `adapter/` in the run folder, from notebook 2, and the base model.
 # - **Out:** `merged/`, a plain model that needs neither PEFT nor bitsandbytes, and `merged/merge_report.json`.
-# - **Time:** about as long as copying the base model's files, then as long again to prove the result: a minute or two
+# - **Time:** about as long as copying the base model's files, then as long again to verify the result: a minute or two
 #   for 7B on a T4, half a minute on a CPU with the small model of `profiles/cpu.yaml`.
 #
 # The usual way, `merge_and_unload`, holds the whole base model in memory: 13 GB for a 7B model, more than free Colab
-# has. But an adapter changes one matrix at a time, so this notebook reads, merges and writes them one after the other.
+# has. But an adapter changes one matrix at a time. So this notebook reads, merges and writes one matrix after the other.
 
 # %% [markdown]
 # On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
@@ -58,8 +58,8 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # ## Parameters
 #
 # The adapter was trained on top of *quantized* weights. `base_weights = "original"` adds it to the weights as they were
-# published; `"dequantized"` adds it to what the training really saw: the weights after a trip through NF4. Neither is
-# better in principle; notebook 6 measures.
+# published. `"dequantized"` adds it to what the training really saw: the weights after a round trip through NF4.
+# Neither is better in principle; notebook 6 measures both.
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # that of notebooks 1 and 2; in Colab better "drive:home_remedies"
@@ -69,19 +69,17 @@ base_weights = "original"  # or "dequantized"
 max_shard_gb = 1.0  # size of a file of the merged model, and about the memory that merging takes
 
 # %% [markdown]
-# A plan says which tensors of the base model change. It has read the adapter, and of the base model only the names and
-# shapes; that both belong together is checked already.
+# A plan says which tensors of the base model change. It has read the adapter, and only names and shapes of the base
+# model. It has also checked that the two belong together.
 
 # %%
-from tabletune.merging.plan import Plan
+from tabletune.merging.plan import MergePlan
 from tabletune.run.stage import begin
 
 stage = begin("03_merge_adapter", globals())
 run = stage.folder
-plan = Plan(run, base_model, base_model_revision, base_weights)
-print(
-    f"{len(plan.adapted)} adapted layers, {len(plan.tensors)} tensors in the base, r = {plan.config.r}"
-)
+plan = MergePlan(run, base_model, base_model_revision, base_weights)
+print(f"{len(plan.adapted)} adapted layers, {len(plan.tensors)} tensors in the base, r = {plan.config.r}")
 
 # %% [markdown]
 # ## One matrix
@@ -90,14 +88,11 @@ print(
 # is the first layer that has them:
 
 # %%
-with_lora = [
-    name
-    for name, m in plan.modules.items()
-    if f"base_model.model.{m}.lora_A.weight" in plan.adapter
-]
-name, module = with_lora[0], plan.modules[with_lora[0]]
+from tabletune.merging.lora import lora_matrices
+
+name, module = next(item for item in plan.modules.items() if item[1] in plan.adapted)
 weight = plan.read(name)
-a, b = (plan.adapter[f"base_model.model.{module}.lora_{matrix}.weight"].float() for matrix in "AB")
+a, b = lora_matrices(plan.adapter, module)
 print(f"{module}\nW {tuple(weight.shape)}, A {tuple(a.shape)}, B {tuple(b.shape)}")
 print(f"numbers in A and B: {(a.numel() + b.numel()) / weight.numel():.0%} of those in W")
 
@@ -110,7 +105,7 @@ from tabletune.merging.lora import scaling
 merged = weight + scaling(plan.config, module) * b @ a
 
 # %% [markdown]
-# The package's `add_lora` does the same in place, and serves all layers from here on.
+# The package's `add_lora` does the same in place. It merges all layers from here on.
 
 # %%
 import torch
@@ -121,32 +116,33 @@ by_package = add_lora(weight.clone(), plan.adapter, plan.config, module)
 assert torch.allclose(merged, by_package, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
-# How much is that? Three things move a matrix: the adapter, the rounding of the sum to the dtype in which it is stored,
-# and the way through NF4 that the training saw. Each is said as a share of the size of $W$, by the Frobenius norm.
+# How much is that? Three things change a matrix: the adapter, the rounding of the sum to the dtype in which it is
+# stored, and the round trip through NF4 that the training saw. Each is shown as a share of the size of $W$, by the
+# Frobenius norm.
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
 from tabletune.merging.lora import nf4_round_trip
 
-moved = pd.Series(
+changes = pd.Series(
     {
         "the adapter": merged - weight,
         f"rounding to {plan.dtype}": merged.to(plan.dtype).float() - merged,
         "NF4 and back": nf4_round_trip(weight, plan.training_dtype) - weight,
     }
 )
-moved.map(lambda change: f"{(change.norm() / weight.norm()).item():.3%}").to_frame("moves W by")
+changes.map(lambda change: f"{(change.norm() / weight.norm()).item():.3%}").to_frame("changes W by")
 
 # %% [markdown]
 # ## All of them
 #
-# Every tensor of the base model's files is copied as it is stored, and those with an adapter are merged on the way: so
+# Every tensor of the base model's files is copied as it is stored, and those with an adapter are merged on the way. So
 # vision layers, experts and buffers stay bit for bit what they were. The files appear under a temporary name.
 #
-# Then comes the proof: the merged model is read back from its files and must compute what base and adapter compute.
-# Both read two rows of the test split. With `"dequantized"` the comparison is with the adapter on the quantized model.
-# What differs by more than rounding is not kept.
+# Then the result is verified: the merged model is read back from its files, and must add to the base model what the
+# adapter adds. All three read two rows of the test split. With `"dequantized"` the base is the quantized model. A
+# merged model that differs by more than rounding is not kept.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.merging.write import merge_adapter
@@ -155,21 +151,22 @@ merged_folder, report = merge_adapter(plan, stage, max_shard_gb)
 report
 
 # %% [markdown]
-# The largest difference of a logit, next to the range that the logits span. Well under 1% is the rounding of fp16, some
-# percent that of bf16.
+# The difference is measured beside the adapter's own effect: 0% is a perfect merge, 100% one that left the adapter out.
+# Some percent are the rounding of bf16, well under 1% that of fp16.
 
 # %%
-proven = report["logit_range"] is not None
-if proven:
-    share = max(report["max_logit_difference"] / report["logit_range"], 1e-4)
-    print(f"largest difference: at most {share:.2%} of the range of the logits")
+verified = report["difference_to_effect"] is not None
+if verified:
+    share = max(report["difference_to_effect"], 0.001)
+    print(f"the merged model differs by at most {share:.1%} of what the adapter changes")
     print(f"same most likely next token at {report['same_next_token']:.0%} of the positions")
 
 # %% [markdown]
 # ## Does it answer?
 #
 # Anyone can use the folder now, with transformers alone: `pipeline("text-generation", "runs/…/merged")`. The package's
-# `load_model` hands the pipeline the same model, in less memory. The question is the first one of the test split.
+# `load_model` gives the pipeline the same model in less memory. The question is the first one of the test split. A
+# table of plain texts has no questions: the model continues the beginning of one.
 
 # %% tags=["nbval-ignore-output"]
 from transformers import AutoTokenizer, pipeline
@@ -180,15 +177,16 @@ from tabletune.model.loading import load_model
 from tabletune.run.artifacts import load_dataset_of_run
 
 splits, dataset_report = load_dataset_of_run(run)
-if proven:
+row = splits["test"][0]
+start = row["prompt"] or row["completion"][0]["content"][:40]
+
+# %% tags=["nbval-ignore-output"]
+if verified:
     model = load_model(merged_folder, None, compute_dtype("auto"))
-    ask = pipeline(
-        "text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(merged_folder)
-    )
-    conversation = ask(splits["test"][0]["prompt"], max_new_tokens=60, do_sample=False)[0][
-        "generated_text"
-    ]
-    print(*(f"{turn['role']}: {turn['content']}" for turn in conversation), sep="\n\n")
+    ask = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(merged_folder))
+    written = ask(start, max_new_tokens=60, do_sample=False)[0]["generated_text"]
+    turns = written if row["prompt"] else [{"role": "text", "content": written}]
+    print(*(f"{turn['role']}: {turn['content']}" for turn in turns), sep="\n\n")
     print(f"\n{example_settings(dataset_report).get('disclaimer', NEUTRAL_DISCLAIMER)}")
 
 # %% [markdown]
@@ -208,7 +206,7 @@ pd.Series(
 # %% [markdown]
 # Two things to try:
 #
-# - `base_weights = "dequantized"`: the table above says by how much the starting point moves. Notebook 6 says what that
+# - `base_weights = "dequantized"`: the table above says how much the round trip changes $W$. Notebook 6 says what that
 #   does to the answers.
 # - `max_shard_gb = 0.1`: more files, less memory, and the same tensors to the last bit.
 #

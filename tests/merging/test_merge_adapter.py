@@ -1,4 +1,6 @@
-"""Merging: the merged model computes what the adapter on its base computes, and is else what the base was."""
+"""Merging: the merged model computes what the adapter on its base computes, and is else what the
+base was.
+"""
 
 import json
 import shutil
@@ -21,11 +23,15 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tabletune.chat.tokenizer import load_tokenizer, save_tokenizer
 from tabletune.errors import StageError
-from tabletune.merging import lora as lora_module
 from tabletune.merging import verification
 from tabletune.merging import write as write_module
 from tabletune.merging.lora import nf4_round_trip
-from tabletune.merging.plan import Plan, merge_in_memory, nf4_round_trip_model, quantized_layers
+from tabletune.merging.plan import (
+    MergePlan,
+    merge_in_memory,
+    nf4_round_trip_model,
+    quantized_layers,
+)
 from tabletune.model.adapters import attach_adapter
 from tabletune.model.loading import load_model, skeleton
 from tabletune.model.quantization import load_base
@@ -54,7 +60,9 @@ STORED_IN_4_BITS = BitsAndBytesConfig(
 
 
 def make_run(folder, base, dtype="float32", quantization="nf4", targets="auto", seed=1, **lora):
-    """A run folder with two test rows and a random adapter on `base`, none of whose matrices is zero."""
+    """A run folder with two test rows and a random adapter on `base`, none of whose matrices is
+    zero.
+    """
     row = {"prompt": [{"role": "user", "content": "I am suffering from Cold."}]}
     row["completion"] = [{"role": "assistant", "content": "Drink ginger tea, warm and sweet."}]
     DatasetDict(test=Dataset.from_list([row, row])).save_to_disk(folder / "dataset")
@@ -96,7 +104,7 @@ def merge(run, base=TINY, base_weights="original", max_shard_gb=1.0, run_dir=Non
     }
     stage = Stage("03_merge_adapter", run, parameters)
     return write_module.merge_adapter(
-        Plan(run, str(base), None, base_weights), stage, max_shard_gb
+        MergePlan(run, str(base), None, base_weights), stage, max_shard_gb
     )[1]
 
 
@@ -145,7 +153,9 @@ def run(tmp_path):
     ],
 )
 def test_the_proof_computes_in_fp32_with_weights_of_16_bits(name):
-    """Computed in bf16, the logits of gpt-oss move by 14% of their range, as its router picks other experts."""
+    """Computed in bf16, the logits of gpt-oss move by 14% of their range, as its router picks other
+    experts.
+    """
     model, exact = (
         load_model(cached(name), None, dtype) for dtype in (torch.bfloat16, torch.float32)
     )
@@ -164,7 +174,9 @@ def test_the_proof_computes_in_fp32_with_weights_of_16_bits(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_architecture_merges_as_peft_does(tmp_path, name):
-    """Tensor by tensor; what the adapter does not change stays bit for bit, whatever transformers makes of it."""
+    """Tensor by tensor; what the adapter does not change stays bit for bit, whatever transformers
+    makes of it.
+    """
     base = cached(name)
     run = make_run(tmp_path, base, "bfloat16", r=4, lora_alpha=8)
     report = merge(run, base)
@@ -189,7 +201,9 @@ def test_every_architecture_merges_as_peft_does(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma3", slow("gpt2")])
 def test_dequantized_is_the_quantized_model_that_was_trained(tmp_path, name):
-    """Experts and vision layers keep their weights: bitsandbytes quantizes no experts, and training sees no images."""
+    """Experts and vision layers keep their weights: bitsandbytes quantizes no experts, and training
+    sees no images.
+    """
     base = cached(name)
     run = make_run(tmp_path, base)
     report = merge(run, base, "dequantized")
@@ -348,7 +362,9 @@ def test_quantize_again_is_keeping_it_in_4_bits():
     ],
 )
 def test_a_base_that_is_stored_in_4_bits(tmp_path, stored_as, trained_in, merged_in):
-    """Stored as bf16 and trained in fp16, it merges in fp16: at 7B, bf16's rounding came to 6% of the logits' range."""
+    """Stored as bf16 and trained in fp16, it merges in fp16: at 7B, bf16's rounding came to 6% of
+    the logits' range.
+    """
     base, dtype = tmp_path / "stored", getattr(torch, stored_as)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         TINY, quantization_config=STORED_IN_4_BITS, dtype=dtype
@@ -506,40 +522,6 @@ def test_an_interruption_leaves_nothing_that_looks_complete(run, monkeypatch, er
     assert merge(run)["shards"] == 1 and not (run / "merged.partial").exists()
 
 
-def test_a_merge_that_is_not_proven_is_not_kept(run, monkeypatch):
-    monkeypatch.setattr(
-        lora_module, "scaling", lambda config, module: 1.5 * config.lora_alpha / config.r
-    )
-    with pytest.raises(StageError, match=r"differs by .* in logits that span .*: not kept"):
-        merge(run)
-    assert not list(run.glob("merged*"))
-
-
-@pytest.mark.parametrize(("rounding_makes", "kept"), [(4.0, True), (2.0, False)])
-def test_what_rounding_does_to_a_model_is_no_mistake_of_the_merge(
-    run, monkeypatch, rounding_makes, kept
-):
-    """A mixture of random weights differs by 16% of its range, as its router picks other experts after any rounding."""
-    first, second, third = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3)
-    first[0, 0], second[0, 0], third[0, 0] = 30.0, 30.0 - rounding_makes, 25.0
-    given = iter([first, third, second])
-    monkeypatch.setattr(verification, "logits_of", lambda model, rows, exactly=True: next(given))
-    if kept:
-        assert merge(run)["max_logit_difference"] == 5
-    else:
-        with pytest.raises(StageError, match="differs by 5 in logits that span 30: not kept"):
-            merge(run)
-
-
-def test_without_memory_for_the_proof_the_report_says_so(run, monkeypatch, capsys):
-    monkeypatch.setattr(verification, "available_memory_gib", lambda: 0.001)
-    report = merge(run)
-    assert "UNPROVEN: comparing takes" in capsys.readouterr().out
-    assert (
-        report["max_logit_difference"] is report["logit_range"] is report["same_next_token"] is None
-    )
-
-
 def test_a_model_too_large_for_drive_stays_here(run, tmp_path, monkeypatch, capsys):
     """Nothing on Drive is deleted, and the second time it is found."""
     merge(run)
@@ -561,7 +543,8 @@ def test_a_model_too_large_for_drive_stays_here(run, tmp_path, monkeypatch, caps
 # --- what it takes
 
 
-# Peak of resident memory in GiB of merging two layers of Llama-2-7B's shape, 0.567 of it there beforehand
+# Peak of resident memory in GiB of merging two layers of Llama-2-7B's shape, 0.567 of it there
+# beforehand
 MERGING = [
     ("q_proj k_proj v_proj o_proj", "original", 1.0, 1.50),
     ("all", "original", 1.0, 1.52),
@@ -583,7 +566,7 @@ def test_the_expected_memory_is_near_the_measured(adapted, base_weights, max_sha
     split = write_module.split_torch_state_dict_into_shards(
         tensors, max_shard_size=int(max_shard_gb * 1e9)
     )
-    expected = Plan.gib(plan, split.filename_to_tensors.values())
+    expected = MergePlan.gib(plan, split.filename_to_tensors.values())
     assert expected + 0.567 == pytest.approx(measured, rel=0.15)
 
 
@@ -611,7 +594,7 @@ def test_a_merge_without_room_does_not_begin(run, monkeypatch, lacking, message)
 def test_an_adapter_of_another_base_is_refused(run, tmp_path):
     other = shutil.copytree(TINY, tmp_path / "other")
     with pytest.raises(StageError, match=rf"trained on {TINY}, but base_model is {other}"):
-        Plan(run, str(other))
+        MergePlan(run, str(other))
 
 
 def test_an_adapter_without_numbers_is_refused(run):
@@ -620,7 +603,7 @@ def test_an_adapter_without_numbers_is_refused(run):
     next(iter(weights.values()))[0, 0] = torch.nan
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(StageError, match="holds infinity or NaN: its training diverged"):
-        Plan(run, str(TINY))
+        MergePlan(run, str(TINY))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "garbage config", "no adapter"])
@@ -635,7 +618,7 @@ def test_a_damaged_adapter_is_named(run, damage):
     else:
         shutil.rmtree(run / "adapter")
     with pytest.raises(StageError, match=r"is damaged|is missing\. Run 02_finetune_qlora first"):
-        Plan(run, str(TINY))
+        MergePlan(run, str(TINY))
 
 
 def test_a_damaged_base_is_named(tmp_path):
@@ -644,7 +627,7 @@ def test_a_damaged_base_is_named(tmp_path):
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(StageError, match=rf"{file} is damaged"):
-        Plan(run, str(base))
+        MergePlan(run, str(base))
 
 
 @pytest.mark.parametrize("change", ["name", "shape"])
@@ -662,7 +645,7 @@ def test_an_adapter_that_does_not_fit_is_refused(run, change):
     with pytest.raises(
         StageError, match=r"The adapter changes .*_proj, which .* does not have in that shape"
     ):
-        Plan(run, str(TINY))
+        MergePlan(run, str(TINY))
 
 
 @pytest.mark.parametrize(
@@ -672,16 +655,16 @@ def test_an_adapter_on_tied_layers_is_refused(tmp_path, config):
     base = cached("llama_tied")
     run = make_run(tmp_path, base, **config)
     with pytest.raises(StageError, match="which is tied to another layer: it cannot be merged"):
-        Plan(run, str(base))
+        MergePlan(run, str(base))
 
 
 def test_base_weights_that_mean_nothing_are_refused(tmp_path, run):
     with pytest.raises(StageError, match='base_weights=\'half\': use "original" or "dequantized"'):
-        Plan(run, str(TINY), base_weights="half")
+        MergePlan(run, str(TINY), base_weights="half")
     plain = make_run(tmp_path / "plain", TINY, quantization="none")
     with pytest.raises(StageError, match=r"was not trained on NF4\. Use .original"):
-        Plan(plain, str(TINY), base_weights="dequantized")
-    assert Plan(plain, str(TINY)).base_weights == "original"
+        MergePlan(plain, str(TINY), base_weights="dequantized")
+    assert MergePlan(plain, str(TINY)).base_weights == "original"
 
 
 def test_what_is_more_than_plain_cannot_go_into_4_bits(tmp_path):
@@ -695,7 +678,7 @@ def test_what_is_more_than_plain_cannot_go_into_4_bits(tmp_path):
     with pytest.raises(
         StageError, match="is stored in 4 bits, and only plain LoRA can be merged into that"
     ):
-        Plan(run, str(base))
+        MergePlan(run, str(base))
 
 
 # --- the notebook

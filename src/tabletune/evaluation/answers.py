@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from tabletune.chat.encoding import answer_text, encode_prompt
-from tabletune.model.generation import decode, static_cache
+from tabletune.model.generation import decode_loop, static_cache
 from tabletune.model.memory import max_batch_size
 
 WARPERS = {  # the settings of sampling, in the order in which transformers applies them
@@ -145,7 +145,7 @@ def generate(
             ).to(model.device)
             prompt_tokens = padded["input_ids"].shape[1]
             cache = static_cache(model, prompt_tokens + max_new_tokens)
-            loop = {"custom_generate": decode, "past_key_values": cache} if cache else {}
+            loop = {"custom_generate": decode_loop, "past_key_values": cache} if cache else {}
             output = model.generate(
                 **padded,
                 generation_config=settings,

@@ -1,35 +1,72 @@
-"""Adding a LoRA update to one weight matrix."""
+"""Adding a LoRA update to one weight matrix.
+
+Adapters are stored in PEFT's checkpoint format
+(https://huggingface.co/docs/peft/developer_guides/checkpoint): the matrices A and B of a layer have
+the names `base_model.model.LAYER.lora_A.weight` and `base_model.model.LAYER.lora_B.weight`.
+"""
+
+import re
+from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
-from transformers.pytorch_utils import Conv1D
+from peft import LoraConfig
+from transformers import Conv1D
 
-from tabletune.model.compat import dequantize_4bit, quantize_4bit
-
-# --- one matrix
+from tabletune.model.bnb import dequantize_4bit, quantize_4bit
 
 
-def scaling(config, module):
-    """The factor of B · A for a module: α / r, or α / √r with rsLoRA (https://arxiv.org/abs/2312.03732)."""
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(
-        get_pattern_key(config.alpha_pattern, module), config.lora_alpha
-    )
+def lora_matrices(
+    adapter: dict[str, torch.Tensor], module: str
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The matrices A, [r, in], and B, [out, r], of a layer, in fp32; None if it has none."""
+    stem = f"base_model.model.{module}"
+    if f"{stem}.lora_A.weight" not in adapter:
+        return None
+    return adapter[f"{stem}.lora_A.weight"].float(), adapter[f"{stem}.lora_B.weight"].float()
+
+
+def scaling(config: LoraConfig, module: str) -> float:
+    """The factor of B · A for a layer: α / r, or α / √r with rsLoRA.
+
+    See https://arxiv.org/abs/2312.03732 for the latter.
+    """
+    r = of_layer(config.rank_pattern, module, config.r)
+    alpha = of_layer(config.alpha_pattern, module, config.lora_alpha)
     return alpha / (r**0.5 if config.use_rslora else r)
 
 
-def add_lora(weight, adapter, config, module):
-    """Add scaling · B A of a module to its `weight`, fp32 and [out, in], in place. Returns it."""
-    a, b = (adapter[f"base_model.model.{module}.lora_{matrix}.weight"].float() for matrix in "AB")
+def of_layer(patterns: dict[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern, a name or a regular expression, that a layer's name ends
+    with.
+
+    This is how PEFT documents `rank_pattern` and `alpha_pattern`.
+    """
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def add_lora(
+    weight: torch.Tensor, adapter: dict[str, torch.Tensor], config: LoraConfig, module: str
+) -> torch.Tensor:
+    """Add scaling · B A of a layer to its `weight`, fp32 and [out, in], in place. Returns it."""
+    a, b = lora_matrices(adapter, module)
     return weight.addmm_(b, a, alpha=scaling(config, module))
 
 
-def nf4_round_trip(weight, dtype):
-    """A weight as training saw it: cast to `dtype`, quantized to NF4 with double quantization, and back, in fp32."""
-    weight = weight.to("cuda" if torch.cuda.is_available() else "cpu", dtype).float().contiguous()
-    return dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True)).cpu()
+def nf4_round_trip(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight as training saw it, in fp32 on the CPU.
+
+    It is cast to `dtype`, quantized to NF4 with double quantization, and dequantized.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = weight.to(device, dtype).float().contiguous()
+    quantized, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return dequantize_4bit(quantized, state).cpu()
 
 
-def transpose_conv1d(layer, weight):
-    """A layer's weight as [out, in], or back: a view. GPT-2's `Conv1D` keeps it the other way round."""
+def transpose_conv1d(layer: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's weight as [out, in], or back: a view. GPT-2's `Conv1D` has it the other way round.
+    """
     return weight.T if isinstance(layer, Conv1D) else weight

@@ -1,21 +1,163 @@
-"""Verifying that a merged model computes what base and adapter compute."""
+"""Verifying that a merged model computes what the base model with its adapter computes."""
 
 import gc
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
 
-from tabletune.errors import StageError
+from tabletune.errors import StageError, first_line
+from tabletune.merging.lora import lora_matrices, scaling, transpose_conv1d
+from tabletune.merging.plan import MergePlan
 from tabletune.model.adapters import attach_adapter
 from tabletune.model.devices import available_memory_gib
 from tabletune.model.loading import load_model
 from tabletune.model.quantization import load_base
+from tabletune.model.weights import weight_files
+
+MAX_TOKENS = 512  # of a row that is compared: their logits take 0.3 GiB with a large vocabulary
+# Shares of the adapter's effect that a merged model may differ by. Rounding gives 0 to 0.05, half
+# of the adapter 0.5 to 1. Above the first, the weights are compared; above the second, without
+# that.
+MAX_SHARE = 0.05
+MAX_SHARE_BY_LOGITS = 0.2
+MAX_WRONG = 0.05  # of the numbers that the adapter changes in a matrix: sums may round otherwise
+
+
+def verify_merge(plan: MergePlan, folder: Path, rows: list[list[int]]) -> dict[str, float | None]:
+    """Compare the logits of the merged model in `folder` with those of base and adapter, on `rows`
+    of token ids.
+
+    What the merged model adds to the base must be what the adapter adds: their difference is
+    measured as a share of the adapter's own effect, so that a merge that left out a weak adapter
+    does not pass. All is computed in float32; only the rounding of the merged weights is left. An
+    adapter so weak that this rounding hides it is compared number by number. Returns
+    `max_logit_difference`, `logit_range`, `same_next_token` and `difference_to_effect`; all are
+    None if memory does not suffice, which is printed. Raises StageError if the merged model is
+    another one.
+    """
+    names = ("max_logit_difference", "logit_range", "same_next_token", "difference_to_effect")
+    rows = [row[:MAX_TOKENS] for row in rows]
+    needed, available = 1.05 * plan.size / 2**30, available_memory_gib()
+    if available < needed:
+        print(
+            f"UNPROVEN: comparing takes {needed:.1f} GiB of memory, and there are "
+            f"{available:.1f} GiB."
+        )
+        return dict.fromkeys(names)
+    try:
+        base, adapted, merged = logits_to_compare(plan, folder, rows)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"UNPROVEN: memory ran out while comparing ({first_line(error)}).")
+        return dict.fromkeys(names)
+    share = difference_to_effect(base, adapted, merged)
+    difference = (merged - adapted).abs().max().item()
+    if not share <= MAX_SHARE:
+        wrong = wrongly_merged_layers(plan, folder)
+        if wrong or (wrong is None and not share <= MAX_SHARE_BY_LOGITS):
+            layers = f" Wrong: {', '.join(wrong[:3])}." if wrong else ""
+            raise StageError(
+                "The merged model is not the base model with its adapter: it differs by "
+                f"{share:.0%} of what the adapter changes (a logit by {difference:.3g}). It is not "
+                f"kept.{layers}"
+            )
+        if wrong is not None:
+            print(
+                f"Rounding to {plan.dtype} hides {min(share, 1):.0%} of what the adapter changes. "
+                "Each merged weight is right."
+            )
+    same = (merged.argmax(-1) == adapted.argmax(-1)).float().mean().item()
+    span = (adapted.max() - adapted.min()).item()
+    return dict(zip(names, (difference, span, same, share), strict=True))
+
+
+def difference_to_effect(base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor) -> float:
+    """By how much a merged model differs from the adapted one, as a share of what the adapter
+    changes.
+
+    All are logits, [tokens, vocabulary]. The share is taken for each token, by the Euclidean norm,
+    and the median is
+    returned: in a mixture of experts, rounding may send single tokens to other experts. 0 is a
+    perfect merge, 1 one that left the adapter out. Infinity where the adapter changes nothing but
+    the merged model differs.
+    """
+    effect = (adapted - base).norm(dim=-1)  # [tokens]
+    difference = (merged - adapted).norm(dim=-1)
+    shares = torch.where(difference == 0, 0.0, difference / effect)
+    return shares.median().item()
+
+
+def logits_to_compare(
+    plan: MergePlan, folder: Path, rows: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The logits of the base model, of the base model with its adapter, and of the merged model in
+    `folder`.
+
+    They are computed in float32, but for models with GPU kernels for 16 bits only: those compute in
+    their own dtype, all three, which is printed. Only one model is in memory at a time.
+    """
+    try:
+        return compute_logits(plan, folder, rows, exactly=True)
+    except RuntimeError as error:
+        # out of memory and errors of the GPU are no reason to compute otherwise
+        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+            raise
+        print(
+            f"This model cannot compute in float32 ({first_line(error)}): compared in {plan.dtype}."
+        )
+    return compute_logits(plan, folder, rows, exactly=False)
+
+
+def compute_logits(
+    plan: MergePlan, folder: Path, rows: list[list[int]], exactly: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`logits_to_compare` in float32, if `exactly`, or in the models' own dtype."""
+    release_memory()
+    if plan.base_weights == "original":
+        model = load_model(plan.base, None, plan.dtype)
+    else:
+        model = load_base(plan.base, None, plan.training_dtype)
+    base = logits_of(model, rows, exactly)
+    model = attach_adapter(model, plan.folder)
+    adapted = logits_of(model, rows, exactly)
+    del model
+    release_memory()
+    merged = logits_of(load_model(folder, None, plan.dtype), rows, exactly)
+    return base, adapted, merged
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, rows: list[list[int]], exactly: bool = True) -> torch.Tensor:
+    """The logits of `model` at every token of `rows`, lists of token ids, on the CPU: fp32,
+    [tokens, vocabulary].
+
+    Computed in fp32, if `exactly`, else in the model's own dtype.
+    """
+    model.eval()
+    logits = []
+    for row in rows:
+        ids = torch.tensor([row], device=model.device)  # [1, tokens]
+        if exactly:
+            with in_fp32(model):
+                output = model(ids)
+        else:
+            output = model(ids)
+        logits.append(output.logits[0].float().cpu())
+    return torch.cat(logits)
 
 
 @contextmanager
-def in_fp32(model):
-    """Compute with a model in fp32 whose weights stay in memory as they are: a layer's are cast while it works."""
-    stored = {}
+def in_fp32(model: torch.nn.Module) -> Iterator[None]:
+    """Compute with a model in fp32 whose weights stay in memory as they are: a layer's are cast
+    while it works.
+    """
+    stored: dict[torch.nn.Module, list] = {}
 
     def cast(module, _):
         weights = [weight for weight in module.parameters() if weight.is_floating_point()]
@@ -33,14 +175,15 @@ def in_fp32(model):
         if isinstance(module, torch.nn.ModuleList)
         for layer in module
     ]
-    alone = [
+    with_weights = [
         module
         for module in model.modules()
         if next(module.parameters(recurse=False), None) is not None
     ]
-    modules = dict.fromkeys([*layers, *alone])
-    hooks = [module.register_forward_pre_hook(cast) for module in modules]
-    hooks += [module.register_forward_hook(restore) for module in modules]
+    hooks = []
+    for module in dict.fromkeys([*layers, *with_weights]):
+        hooks.append(module.register_forward_pre_hook(cast))
+        hooks.append(module.register_forward_hook(restore))
     try:
         yield
     finally:
@@ -50,64 +193,44 @@ def in_fp32(model):
             restore(module)
 
 
-def logits_of(model, rows, exactly=True):
-    """The logits of `model` at every token of `rows`, lists of token ids, on the CPU: fp32, [tokens, vocabulary].
+@torch.no_grad()
+def wrongly_merged_layers(plan: MergePlan, folder: Path) -> list[str] | None:
+    """The names of the adapted layers whose merged weight is not base + adapter, rounded; None if
+    that is unknown.
 
-    Computed in fp32, but for a model with kernels that know no fp32; or, if not `exactly`, in the model's own dtype.
+    Compared are the numbers that the adapter changes after rounding. A change that is lost in the
+    rounding of all of them is no mistake of the merge. What PEFT merges is not plain B · A:
+    unknown.
     """
+    if not plan.plain:
+        return None
+    files, wrong = weight_files(folder), []
+    for name, layer_name in plan.modules.items():
+        if layer_name not in plan.adapted:
+            continue
+        layer = plan.model.get_submodule(layer_name)
+        base = plan.read(name)  # float32, [out, in]
+        a, b = lora_matrices(plan.adapter, layer_name)
+        expected = (base + scaling(plan.config, layer_name) * (b @ a)).to(plan.tensors[name].dtype)
+        with safe_open(files[name], framework="pt") as file:
+            merged = transpose_conv1d(layer, file.get_tensor(name))
+        changed = expected != base.to(expected.dtype)
+        if changed.any() and (merged != expected)[changed].float().mean() > MAX_WRONG:
+            wrong.append(layer_name)
+    return wrong
 
-    @torch.no_grad()
-    def compute():
-        ids = [torch.tensor([row], device=model.device) for row in rows]
-        return torch.cat([model.eval()(row).logits[0].float().cpu() for row in ids])
 
-    if exactly:
-        with suppress(RuntimeError), in_fp32(model):
-            return compute()
-    return compute()
+def release_memory() -> None:
+    """Give back the memory of models that are no longer used."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
-def verify_merge(plan, folder, rows):
-    """Compare the logits of the model in `folder` with those of base and adapter, on `rows` of token ids.
-
-    Computed in fp32, so that only the rounding of the merged weights is left. How much a model makes of rounding shows
-    in what computing in its own dtype changes: of a mixture a lot, as its router picks other experts. The figures are
-    None if memory does not suffice. Raises StageError if the two differ by more than rounding explains.
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU (whose allocator raises a plain
+    RuntimeError).
     """
-    keys, room, dtype = (
-        ("max_logit_difference", "logit_range", "same_next_token"),
-        available_memory_gib(),
-        plan.dtype,
+    message = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or bool(
+        re.search(r"out of memory|can't allocate memory|not enough memory", message)
     )
-    needed = 1.05 * plan.size / 2**30
-    if room < needed:
-        print(
-            f"UNPROVEN: comparing takes {needed:.1f} GiB of memory, and there are {room:.1f} GiB."
-        )
-        return dict.fromkeys(keys)
-
-    def logits(merged=False, exactly=True):
-        gc.collect()
-        torch.cuda.empty_cache()
-        if merged:
-            return logits_of(load_model(folder, None, dtype), rows)
-        original = plan.base_weights == "original"
-        load, its_dtype = (load_model, dtype) if original else (load_base, plan.training_dtype)
-        return logits_of(
-            attach_adapter(load(plan.base, None, its_dtype), plan.folder), rows, exactly
-        )
-
-    expected, actual = logits(), logits(merged=True)
-    difference, span = (
-        (actual - expected).abs().max().item(),
-        (expected.max() - expected.min()).item(),
-    )
-    limit = (0.1 if dtype == torch.bfloat16 else 0.05) * span
-    if not difference < limit:
-        limit = 2 * (logits(exactly=False) - expected).abs().max().item()
-    if not difference < limit:
-        raise StageError(
-            f"The merged model differs by {difference:.3g} in logits that span {span:.3g}: not kept."
-        )
-    same = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
-    return dict(zip(keys, (difference, span, same), strict=True))

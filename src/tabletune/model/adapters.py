@@ -1,17 +1,25 @@
 """Putting a trained LoRA adapter on a base model."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from tabletune.errors import StageError
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def attach_adapter(model, folder):
+
+def attach_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
     """A PeftModel of `model` with the adapter in `folder`, for inference.
 
-    Not by `PeftModel.from_pretrained`: peft 0.19.1 with transformers 5.13.1 fails in it for every mixture of experts
-    (`WeightConverter.__init__() got an unexpected keyword argument 'distributed_operation'`; peft 0.20 has it mended).
+    `PeftModel.from_pretrained` only warns of an adapter that does not fit, and with peft 0.19.1 and
+    transformers 5.13.1 it fails for every mixture of experts (`WeightConverter.__init__() got an
+    unexpected keyword argument 'distributed_operation'`; mended in peft 0.20). Raises StageError if
+    the adapter does not fit.
     """
     from peft import PeftConfig, get_peft_model  # here, as notebook 1 starts sooner without it
 
@@ -21,21 +29,26 @@ def attach_adapter(model, folder):
     return adapted.requires_grad_(False).eval()
 
 
-def load_adapter_weights(adapted, folder, *_, **__):
+@torch.no_grad()
+def load_adapter_weights(adapted: "PeftModel", folder: str | Path, *_: Any, **__: Any) -> None:
     """Put the weights of the adapter in `folder` into a PeftModel that has one of the same config.
 
-    Raises StageError if they do not fit.
+    Further arguments are ignored: Trainer calls it as a model's `load_adapter`. Raises StageError
+    if the adapter does not fit.
     """
-    own, weights = adapted.state_dict(), {}
-    for name, tensor in load_file(Path(folder) / "adapter_model.safetensors").items():
-        stem, _, last = name.rpartition(".")
-        called = [f"{stem}.default.{last}", f"{name}.default.weight", f"{name}.default"]
-        called.append(f"{stem}.modules_to_save.default.{last}")
-        weights[next((place for place in called if place in own), name)] = tensor
-    result = adapted.load_state_dict(weights, strict=False)
-    lacking = [name for name in result.missing_keys if "lora_" in name]
-    if lacking or result.unexpected_keys:
-        odd = (lacking or result.unexpected_keys)[0]
+    from peft import get_peft_model_state_dict
+
+    saved = load_file(Path(folder) / "adapter_model.safetensors")
+    # under the names of the file, and still the model's own memory
+    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    wrong = saved.keys() ^ weights.keys()
+    wrong |= {
+        name for name in saved.keys() & weights.keys() if saved[name].shape != weights[name].shape
+    }
+    if wrong:
         raise StageError(
-            f"The adapter in {folder} does not fit the base model ({odd}). Run 02_finetune_qlora again."
+            f"The adapter in {folder} does not fit the base model ({min(wrong)}). Run "
+            "02_finetune_qlora again."
         )
+    for name, tensor in saved.items():
+        weights[name].copy_(tensor)

@@ -1,64 +1,71 @@
-"""CUDA graphs: what the GPU does again and again in the same shapes, recorded once and then started as one.
+"""CUDA graphs: work that a GPU repeats in the same shapes, recorded once and then started as one.
 
-A layer of a language model is some thirty kernels. With few tokens to work on, Python takes longer to start them than
-the GPU to run them: on an H100, a step of training a 7B on one row of 512 tokens took 0.21 s, 0.07 s when recorded, and
-48 tokens of 11 answers 2.2 s, 0.9 s when recorded. What waits for the GPU on the way cannot be recorded, and then
-nothing changes.
+A layer of a language model is some thirty kernels. With few tokens, Python takes longer to start
+them than the GPU to run them. On an H100, a training step of a 7B on one row of 512 tokens took
+0.21 s, and 0.07 s as a graph; 48 tokens of 11 answers took 2.2 s, and 0.9 s as graphs. Work that
+waits for the GPU on its way cannot be recorded, and then nothing changes.
 """
 
 import inspect
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
 from peft import PeftModel
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tabletune.model.inspection import text_part
 
-MOST_TOKENS = 4096  # of a batch: with more, the GPU is the slower one
+MOST_TOKENS = 4096  # of a batch: with more, the GPU is the slower one, even an H200
 
 
-def is_small_batch(batch_size, max_length, processes):
-    """Whether a batch of a training is one that recording makes faster: a small one, in one process."""
+def is_small_batch(batch_size: int, max_length: int, processes: int) -> bool:
+    """Whether a graph makes training on such a batch faster: it is small, and in one process."""
     return batch_size * max_length <= MOST_TOKENS and processes == 1
 
 
+def dtype_of(args: TrainingArguments) -> torch.dtype:
+    """The dtype that a Trainer with these arguments computes in."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else torch.float32
+
+
 def uses_dropout(model: torch.nn.Module) -> bool:
-    """Whether a model draws random numbers in training: by dropout of its own or of its adapters."""
+    """Whether a model draws random numbers in training: dropout of its own or of its adapters."""
     config = model.config.get_text_config()
     modules = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     return bool(getattr(config, "attention_dropout", 0)) or any(m.p > 0 for m in modules)
 
 
-def dtype_of(args):
-    """The dtype that a Trainer with these arguments computes in."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+def base_of(model: torch.nn.Module) -> PreTrainedModel:
+    """The base model of a PeftModel, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def supports_cuda_graph(model):
-    """Whether a model asks for nothing on its way that depends on what it computes.
+def supports_cuda_graph(model: torch.nn.Module) -> bool:
+    """Whether nothing that a model does depends on what it computes.
 
-    transformers says so of each architecture. Mixtures of experts are left out, as their way depends on the tokens.
+    transformers says so of each architecture. Mixtures of experts are left out: which experts work
+    depends on the tokens.
     """
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    return (
-        plain._can_compile_fullgraph
-        and "position_ids" in inspect.signature(type(plain).forward).parameters
-        and not any(parameter.dim() == 3 for parameter in plain.parameters())
-    )
+    base = base_of(model)
+    takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
+    has_experts = any(parameter.dim() == 3 for parameter in base.parameters())
+    return base._can_compile_fullgraph and takes_positions and not has_experts
 
 
-def layers_support_cuda_graph(model):
-    """Whether a model can be recorded and hands its layers the token ids; a multimodal one hands them embeddings."""
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    return supports_cuda_graph(plain) and plain.base_model is text_part(plain)
+def layers_support_cuda_graph(model: torch.nn.Module) -> bool:
+    """The same, for a model whose layers get token ids; a multimodal one hands them embeddings."""
+    base = base_of(model)
+    return supports_cuda_graph(base) and base.base_model is text_part(base)
 
 
-def cuda_graph(step):
-    """A function that has run before, to be run again and again: its CUDA graph, or itself if there can be none.
+def cuda_graph(step: Callable) -> Callable:
+    """The CUDA graph of a function that has run before, or the function if there can be none.
 
-    The graph reads and writes the same memory each time: its inputs are to be changed in place.
+    The graph reads and writes the same memory each time, so its inputs must be changed in place.
     """
     if not torch.cuda.is_available():
         return step
@@ -77,87 +84,77 @@ def cuda_graph(step):
 
 
 class CudaGraphCallback(TrainerCallback):
-    """Record the layers of a model, forward and backward, before a training on small batches of packed rows begins.
+    """Before a training on small batches of packed rows, make its layers a CUDA graph.
 
-    Embedding to last hidden state, that is: the loss waits for the GPU. What has more rows or another length, and what
-    needs no gradient, goes the usual way.
+    It goes from the token ids to the last hidden state, forward and backward. The loss is left out,
+    as it waits for the GPU. Layers may be recomputed in it, if that restores no random numbers.
     """
 
     def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
-        shape = (args.per_device_train_batch_size, args.max_length)
+        shape = (args.per_device_train_batch_size, args.max_length)  # [rows, tokens]
         packed = "seq_lengths" in getattr(train_dataloader.dataset, "column_names", [])
-        again = args.gradient_checkpointing  # layers that keep no state of a random generator
-        again_plainly = not (args.gradient_checkpointing_kwargs or {}).get(
-            "preserve_rng_state", True
-        )
-        fit = (
-            is_small_batch(*shape, args.world_size)
-            and packed
-            and not uses_dropout(model)
-            and (not again or again_plainly)
-        )
-        if fit and model.device.type == "cuda" and layers_support_cuda_graph(model):
-            dtype = dtype_of(args)
-            with (
-                suppress(RuntimeError),
-                torch.autocast("cuda", dtype, dtype != torch.float32, cache_enabled=False),
-            ):
-                graph_layers(text_part(model.get_base_model()), shape)
+        options = args.gradient_checkpointing_kwargs or {}
+        restores = args.gradient_checkpointing and options.get("preserve_rng_state", True)
+        if not packed or uses_dropout(model) or restores:
+            return
+        small = is_small_batch(*shape, args.world_size)
+        if not small or model.device.type != "cuda" or not layers_support_cuda_graph(model):
+            return
+        dtype = dtype_of(args)
+        autocast = torch.autocast("cuda", dtype, dtype != torch.float32, cache_enabled=False)
+        with suppress(RuntimeError), autocast:  # what cannot be recorded runs as it is
+            graph_layers(text_part(model.get_base_model()), shape)
 
 
 class Layers(torch.nn.Module):
-    """A decoder that takes token ids and positions, tensors [rows, tokens], and gives the last hidden state."""
+    """A decoder as a function of tensors alone, which is what a graph can be made of."""
 
-    def __init__(self, decoder):
+    def __init__(self, decoder: torch.nn.Module) -> None:
         super().__init__()
-        self.decoder, self.usual = decoder, decoder.forward
+        self.decoder = decoder
+        self.decoder_forward = decoder.forward
 
-    def forward(self, input_ids, position_ids):
-        return self.usual(
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The last hidden state, [rows, tokens, width], for ids and positions, [rows, tokens]."""
+        output = self.decoder_forward(
             input_ids=input_ids, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        )
+        return output.last_hidden_state
 
 
-def graph_layers(decoder, shape):
-    """Replace the forward of `decoder` for ids of this shape, [rows, tokens], or fewer rows, with gradients."""
+def graph_layers(decoder: torch.nn.Module, shape: tuple[int, int]) -> None:
+    """Make the forward of a decoder a graph for ids of this shape, [rows, tokens].
+
+    Batches with fewer rows are filled up. Those with more rows, another length or an attention
+    mask, and those that need no gradient, are computed as before.
+    """
+    rows, tokens = shape
     layers = Layers(decoder).train()
     decoder.train()
     ids = torch.zeros(shape, dtype=torch.long, device=decoder.device)
-    # two examples a row: what is alone in its row is masked in another way
-    positions = (
-        torch.arange(shape[1], device=decoder.device)
-        .remainder(shape[1] // 2 + 1)
-        .repeat(shape[0], 1)
-    )
-    # the adapter's gradients come from the stream that recorded them, which is no mistake here
+    # Two examples a row: a row with a single one gets another mask.
+    positions = torch.arange(tokens, device=decoder.device) % (tokens // 2 + 1)
+    # The adapter's gradients come from the stream that recorded them, which is no mistake here.
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    replay = torch.cuda.make_graphed_callables(layers, (ids, positions), num_warmup_iters=1)
+    inputs = (ids, positions.repeat(rows, 1))
+    replay = torch.cuda.make_graphed_callables(layers, inputs, num_warmup_iters=1)
     for parameter in layers.parameters():
-        if (
-            parameter.requires_grad
-        ):  # the graph's own gradient would be kept, and overwritten by the next batch's
+        if parameter.requires_grad:
+            # A copy: the next batch overwrites the gradient that belongs to the graph.
             parameter.register_hook(torch.clone)
 
     def forward(input_ids=None, attention_mask=None, position_ids=None, **others):
-        like = input_ids is not None and position_ids is not None and input_ids.shape[1] == shape[1]
-        if (
-            like
-            and len(input_ids) <= shape[0]
-            and attention_mask is None
-            and torch.is_grad_enabled()
-        ):
-            lacking = (
-                0,
-                0,
-                0,
-                shape[0] - len(input_ids),
-            )  # of the last batch: as much memory again would be taken
-            full = (
-                torch.nn.functional.pad(tensor, lacking) for tensor in (input_ids, position_ids)
+        has_both = input_ids is not None and position_ids is not None
+        same_shape = has_both and input_ids.shape[1] == tokens and len(input_ids) <= rows
+        if not same_shape or attention_mask is not None or not torch.is_grad_enabled():
+            return layers.decoder_forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **others,
             )
-            return BaseModelOutputWithPast(last_hidden_state=replay(*full)[: len(input_ids)])
-        return layers.usual(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **others
-        )
+        missing = (0, 0, 0, rows - len(input_ids))  # rows at the end of the last batch
+        filled = [torch.nn.functional.pad(ids, missing) for ids in (input_ids, position_ids)]
+        return BaseModelOutputWithPast(last_hidden_state=replay(*filled)[: len(input_ids)])
 
     decoder.forward = forward

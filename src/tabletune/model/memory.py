@@ -2,46 +2,45 @@
 
 import torch
 from accelerate.utils import gather_object
+from transformers import PreTrainedModel
 
 from tabletune.model.devices import available_memory_gib
 
 
 @torch.no_grad()
-def bytes_per_token(model, with_logits=True):
-    """What a token takes while it is read: what the cache keeps of it, and logits, as computed and twice in fp32.
+def bytes_per_token(model: PreTrainedModel, with_logits: bool = True) -> int:
+    """What a token takes while it is read: what the cache keeps of it, and its logits.
 
-    Measured, as caches differ: keys and values of some layers, or states that do not grow.
+    Logits are counted as computed and twice in fp32. The cache is measured, as caches differ: keys
+    and values of some layers, or states that do not grow.
     """
 
-    def read(tokens):
+    def read(tokens: int) -> tuple[int, torch.Tensor]:
         ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
         output = model(input_ids=ids, use_cache=True)
-        layers = getattr(output.get("past_key_values"), "layers", [])
-        kept = [
-            value
-            for layer in layers
-            for value in vars(layer).values()
-            if isinstance(value, torch.Tensor)
-        ]
-        return sum(tensor.nbytes for tensor in kept), output.logits
+        size = 0
+        for layer in getattr(output.get("past_key_values"), "layers", []):
+            tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+            size += sum(tensor.nbytes for tensor in tensors)
+        return size, output.logits
 
-    (few, _), (more, logits) = read(8), read(16)
-    return (more - few) // 8 + with_logits * logits.shape[-1] * (logits.element_size() + 4 + 4)
+    size_of_8, _ = read(8)
+    size_of_16, logits = read(16)
+    size = (size_of_16 - size_of_8) // 8
+    if with_logits:
+        size += logits.shape[-1] * (logits.element_size() + 4 + 4)
+    return size
 
 
-def max_batch_size(model, length, most, with_logits=True):
+def max_batch_size(model: PreTrainedModel, length: int, most: int, with_logits: bool = True) -> int:
     """How many rows of `length` tokens, up to `most`, have room in memory beside `model`.
 
-    A fifth of the free memory is left alone. An answer needs no logits but the last. Of several processes, the one with
-    the least room decides.
+    A fifth of the free memory is left alone. An answer needs no logits but the last. Of several
+    processes, the one with the least room decides.
     """
     if most <= 1:
         return 1
     model.eval()
-    room = (
-        0.8
-        * available_memory_gib()
-        * 2**30
-        / (length * max(1, bytes_per_token(model, with_logits)))
-    )
-    return min(gather_object([max(1, min(most, int(room)))]))
+    row = length * max(1, bytes_per_token(model, with_logits))
+    rows = int(0.8 * available_memory_gib() * 2**30 / row)
+    return min(gather_object([max(1, min(most, rows))]))

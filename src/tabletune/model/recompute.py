@@ -35,7 +35,7 @@ def recompute_first_layers(model: torch.nn.Module, count: int) -> None:
 
 
 class RecomputeFirstLayers(TrainerCallback):
-    """Recompute only the first layers in a training with gradient checkpointing; with 0, as it is."""
+    """Recompute only the first layers in a training with checkpointing; with 0, change nothing."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -135,21 +135,22 @@ def is_gated_mlp(module: torch.nn.Module, dtype: torch.dtype) -> bool:
 
     It is tried on random numbers, with the module's own forward.
     """
-    projections = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(hasattr(layer, "in_features") for layer in projections):
+    layers = dict(module.named_children())
+    if not {"gate_proj", "up_proj", "down_proj"} <= layers.keys():
         return False
     if not hasattr(module.forward, "__func__"):
         return False
     seen: dict[str, torch.Tensor] = {}
-    gate, up, down = projections
+    gate, up, down = layers["gate_proj"], layers["up_proj"], layers["down_proj"]
     hooks = [
         gate.register_forward_hook(lambda layer, inputs, output: seen.update(gate=output)),
         up.register_forward_hook(lambda layer, inputs, output: seen.update(up=output)),
         down.register_forward_pre_hook(lambda layer, inputs: seen.update(down=inputs[0])),
     ]
     device = next(module.parameters()).device
-    x = torch.randn(1, 2, gate.in_features, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
     try:
+        x = torch.randn(1, 2, gate.in_features, generator=generator)
         module(x.to(device, dtype))
         return torch.equal(input_of_last(module, seen["gate"], seen["up"]), seen["down"])
     except (RuntimeError, TypeError, AttributeError, KeyError):
@@ -218,8 +219,8 @@ def recompute_cheap_parts(model: torch.nn.Module, dtype: torch.dtype) -> None:
         recipes = Recipes()
         for module in layer.modules():
             weight = getattr(module, "weight", None)
-            is_norm = "Norm" in type(module).__name__ and weight is not None
-            if is_norm and weight.numel() == hidden_size:
+            hidden = isinstance(weight, torch.Tensor) and weight.numel() == hidden_size
+            if hidden and "Norm" in type(module).__name__:
                 watch_norm(module, recipes)
             has_adapter = isinstance(getattr(module, "down_proj", None), LoraLayer)
             if has_adapter and is_gated_mlp(module, dtype):

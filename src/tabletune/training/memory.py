@@ -32,7 +32,7 @@ GATHERED_LAYERS = 6
 def intermediate_size(config: PretrainedConfig) -> int:
     """The width of a layer between its two halves, of all experts that work on a token.
 
-    What a config lacks is taken as usual.
+    What a config lacks is assumed to be as usual.
     """
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     if isinstance(width, (list, tuple)):
@@ -165,9 +165,9 @@ class TrainingMemory:
 
     def trained_weights(self) -> int:
         """How many weights are trained: those of the adapters and of `modules_to_save`."""
-        count = sum(self.lora_r * (taken + given) for taken, given in self.features)
+        count = sum(self.lora_r * (width_in + width_out) for width_in, width_out in self.features)
         if self.dora:
-            count += sum(given for _, given in self.features)  # a magnitude for each output
+            count += sum(width_out for _, width_out in self.features)  # a magnitude for each output
         saved = tuple(self.lora_options.get("modules_to_save") or ())
         for name, module in self.model.named_modules():
             if saved and name.endswith(saved):
@@ -220,7 +220,7 @@ class TrainingMemory:
             numbers += self.max_length  # a row of the attention mask
         dropped = 0.0
         if self.lora_dropout and not fused:  # each input after dropout, and its mask
-            dropped = sum(taken for taken, _ in self.features) / shape.layers * (size + 1)
+            dropped = sum(width_in for width_in, _ in self.features) / shape.layers * (size + 1)
         return numbers * size + dropped
 
     def norms_and_mlp(self) -> int:
@@ -238,10 +238,10 @@ class TrainingMemory:
         """
         shape = self.shape
         size = self.dtype.itemsize
-        taken = sum(taken for taken, _ in self.features) / shape.layers
-        given = sum(given for _, given in self.features) / shape.layers
-        in_fp32 = self.norms_and_mlp() + given
-        return in_fp32 * 4 + (shape.attention + taken + given) * size
+        inputs = sum(width_in for width_in, _ in self.features) / shape.layers
+        results = sum(width_out for _, width_out in self.features) / shape.layers
+        in_fp32 = self.norms_and_mlp() + results
+        return in_fp32 * 4 + (shape.attention + inputs + results) * size
 
     def activations(self, tokens: int, recomputed_layers: int) -> float:
         """The most that all layers keep of a batch at one time.
@@ -251,10 +251,10 @@ class TrainingMemory:
         """
         shape = self.shape
         inputs = recomputed_layers * shape.hidden * self.dtype.itemsize
-        others = (shape.layers - recomputed_layers) * self.layer_activations(bool(self.fused))
+        kept = (shape.layers - recomputed_layers) * self.layer_activations(bool(self.fused))
         if recomputed_layers:
-            others = max(others, self.layer_activations(fused=False))
-        return tokens * (inputs + others)
+            kept = max(kept, self.layer_activations(fused=False))
+        return tokens * (inputs + kept)
 
     def logits(self, tokens: int) -> float:
         """The logits: in pieces with Liger's loss, else whole.
@@ -281,7 +281,7 @@ class TrainingMemory:
         layer = (3 * shape.hidden + 2 * shape.intermediate) * tokens * size
         weight = shape.largest_layer * size
         if self.dora:  # the weight with its adapter in fp32 for its norm, and an identity matrix
-            widest = max(taken for taken, _ in self.features)
+            widest = max(width_in for width_in, _ in self.features)
             weight += 2 * shape.largest_layer * 4 + widest * widest * (4 + size)
         return max(layer + weight, self.logits(tokens) + 3 * shape.hidden * tokens * size)
 

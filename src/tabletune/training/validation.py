@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from tabletune.errors import StageError, suggestion
 from tabletune.merging.plan import CHANGES_BASE, base_module_name, is_plain_lora
-from tabletune.model.inspection import context_length
+from tabletune.model.inspection import context_length, tied_weight_names
 from tabletune.training.lora_targets import lora_targets, shortest_target_names
 
 # what SFTConfig takes, and would do nothing here: the rows are made by notebooks 1 and 2
@@ -126,7 +126,7 @@ def targets_to_adapt(chosen, model):
 
     It is tried on the skeleton, which is of no use afterwards. Raises StageError if it could not be merged.
     """
-    targets, tied = lora_targets(model, chosen["lora_target_modules"]), model.all_tied_weights_keys
+    targets, tied = lora_targets(model, chosen["lora_target_modules"]), tied_weight_names(model)
     layers = {name for name, _ in model.named_modules()}
     options = {
         "r": chosen["lora_r"],
@@ -152,7 +152,7 @@ def targets_to_adapt(chosen, model):
             "lora_options: this base is stored in 4 bits, and only plain LoRA can be merged into that."
         )
     for module in map(base_module_name, saved):
-        if f"{module}.weight" in {*tied, *tied.values()}:
+        if f"{module}.weight" in tied:
             raise StageError(
                 f"lora_options would change {module}, which is tied to another layer: that has no merge."
             )
