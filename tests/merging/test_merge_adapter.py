@@ -481,7 +481,7 @@ def everything_in(folder):
     return {
         path.relative_to(folder): path.stat().st_mtime_ns
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"
     }
 
 

@@ -22,7 +22,7 @@ from tabletune.errors import StageError
 from tabletune.merging.plan import MergePlan
 from tabletune.merging.verification import verify_merge
 from tabletune.run.artifacts import load_dataset_of_run
-from tabletune.run.files import read_json, set_aside, whole, write_json
+from tabletune.run.files import archive, atomic_write, read_json, write_json
 from tabletune.run.machine import peak_memory_gib
 from tabletune.run.stage import Stage
 

@@ -9,7 +9,6 @@ it is complete. What is finished is never deleted: what makes room for something
 import json
 import os
 import platform
-import warnings
 import weakref
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,11 +22,8 @@ from tabletune.run.lock import RunLock, manifest_lock
 from tabletune.run.machine import installed, peak_memory_gib
 from tabletune.run.parameters import PARAMETERS, check_names, coerce, injected_names
 from tabletune.run.provenance import git_commit
+from tabletune.run.quiet import quiet_libraries
 from tabletune.run.stopwatch import Stopwatch
-
-warnings.filterwarnings(
-    "ignore", message="IProgress not found"
-)  # tqdm looks for widgets, and works without them
 
 PACKAGES = [
     "torch",
@@ -188,6 +184,7 @@ def start_stage(name: str, variables: dict[str, Any]) -> Stage:
     with are written back to `variables`. Raises StageError if a value is of another type, if
     papermill was given a name that is none, or if another program is at work in the folder.
     """
+    quiet_libraries()
     is_numbered = name[0] == "0"
     notebooks = [other for other in PARAMETERS if other[0] == "0"] if is_numbered else [name]
     check_names(injected_names(variables.get("In", [])), notebooks)
