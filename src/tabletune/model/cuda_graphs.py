@@ -8,13 +8,14 @@ waits for the GPU on its way cannot be recorded, and then nothing changes.
 
 import inspect
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from tabletune.errors import first_line
+from tabletune.model.compat import never_waits_for_gpu
 from tabletune.model.inspection import text_part
 
 MOST_TOKENS = 4096  # of a batch: with more, the GPU is the slower one, even an H200
@@ -53,7 +54,7 @@ def supports_cuda_graph(model: torch.nn.Module) -> bool:
     base = base_of(model)
     takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
     has_experts = any(parameter.dim() == 3 for parameter in base.parameters())
-    return base._can_compile_fullgraph and takes_positions and not has_experts
+    return never_waits_for_gpu(base) and takes_positions and not has_experts
 
 
 def layers_support_cuda_graph(model: torch.nn.Module) -> bool:
@@ -73,7 +74,8 @@ def cuda_graph(step: Callable) -> Callable:
     try:
         with torch.cuda.graph(graph):
             output = step()
-    except RuntimeError:
+    except RuntimeError as error:
+        print_no_graph(error)
         return step
 
     def replay():
@@ -81,6 +83,11 @@ def cuda_graph(step: Callable) -> Callable:
         return output
 
     return replay
+
+
+def print_no_graph(error: RuntimeError) -> None:
+    """Print that there is no CUDA graph, and why, be it for lack of memory: steps take longer."""
+    print(f"no CUDA graph, so steps take longer: {first_line(error)[:150]}")
 
 
 class CudaGraphCallback(TrainerCallback):
@@ -102,8 +109,11 @@ class CudaGraphCallback(TrainerCallback):
             return
         dtype = dtype_of(args)
         autocast = torch.autocast("cuda", dtype, dtype != torch.float32, cache_enabled=False)
-        with suppress(RuntimeError), autocast:  # what cannot be recorded runs as it is
-            graph_layers(text_part(model.get_base_model()), shape)
+        try:
+            with autocast:
+                graph_layers(text_part(model.get_base_model()), shape)
+        except RuntimeError as error:
+            print_no_graph(error)
 
 
 class Layers(torch.nn.Module):
