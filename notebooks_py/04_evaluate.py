@@ -69,6 +69,7 @@ eval_batch_size = 32  # rows to score, or questions to answer, at once, where me
 window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
 stride = 512  # by which a window moves on
 samples = 20  # questions to answer: so many new ones, of the table, and reworded
+ask_all_models = True  # False: only the merged model answers more than the new questions, which saves time on a CPU
 max_new_tokens = 256
 do_sample = False  # greedy answers can be reproduced; sampled ones vary with temperature and top_p
 temperature = 0.7
@@ -126,7 +127,8 @@ done = stage.is_done(trained.inputs, ["evaluation/metrics.json"])
 # - **added**, with `context_rows` only: the new questions again, now with their rows in the index. They came after
 #   training, so this shows whether the model answers from rows it was not trained on.
 #
-# Each question is asked once, up to `samples` of each kind. In a conversation it is the last one, after all the turns
+# Each question is asked once, up to `samples` of each kind; without `ask_all_models` the base model and the adapter get
+# the new ones alone. In a conversation it is the last one, after all the turns
 # before it.
 
 # %%

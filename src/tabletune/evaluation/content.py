@@ -297,6 +297,8 @@ def summarize_content(
         "wrong": checked["outcome"] == "wrong",
         "nothing": checked["unknown"],
     }
+    if "copied" in checked:  # by the lookup, without the model
+        outcomes["copied"] = checked["copied"]
     for name in ("exact_match", "right_item"):
         values = checked[name].dropna()
         outcomes[name] = values if name in rules.metrics else values[:0]

@@ -43,6 +43,7 @@ class ExaminationSettings:
     """The parameters of notebook 4 that an examination depends on, under their names there."""
 
     samples: int = 20
+    ask_all_models: bool = True
     eval_batch_size: int = 32
     window: int = 1024
     stride: int = 512
@@ -155,22 +156,28 @@ class Examination:
         return answer_with_context(context, prompts, generate_answers)
 
     def examine(self, name: str, model: PreTrainedModel, also: list[dict]) -> None:
-        """Score the test rows and answer all questions with a model; `also` are prompts without a right answer.
+        """Score the test rows and answer the questions with a model; `also` are prompts without a right answer.
 
-        The answers to them stand under the part "yours".
+        The answers to them stand under the part "yours". Without `ask_all_models` only the merged model is asked more
+        than the new questions.
         """
+        asks_all = self.settings.ask_all_models or name == "merged"
+        parts = ["new", "table", "reworded"] if asks_all else ["new"]
         scores = self.score(model, self.rows)
-        parts = ["new", "table", "reworded"]
-        sets = {part: self.sets[part] for part in parts} | {"yours": also}
+        sets = {part: self.sets[part] for part in parts}
+        if self.context_for_use is None:
+            sets["yours"] = also
         answers, seconds = self.ask_sets(model, sets, self.context)
-        with_rows = None
+        scores_with_rows = None
         if self.context_for_use is not None:
-            with_rows = self.score(model, self.encode_test(self.context_for_use))
-            sets = {"added": self.sets["added"], "yours": also}
-            added, more_seconds = self.ask_sets(model, sets, self.context_for_use)
-            answers |= added
+            sets = {"yours": also}
+            if asks_all:
+                sets["added"] = self.sets["added"]
+                scores_with_rows = self.score(model, self.encode_test(self.context_for_use))
+            more_answers, more_seconds = self.ask_sets(model, sets, self.context_for_use)
+            answers |= more_answers
             seconds += more_seconds
-        self.results[name] = ModelResults(scores, answers, seconds, with_rows)
+        self.results[name] = ModelResults(scores, answers, seconds, scores_with_rows)
 
     def ask_sets(
         self, model: PreTrainedModel, sets: dict[str, list[dict]], context: TableContext | None
@@ -192,7 +199,10 @@ class Examination:
         if context is not None and context.settings.unknown_answer:
             answerable = [context.has_answer(question["references"]) for question in questions]
         unknown = answers.get("unknown", None)
-        return check_content(answers["answer"], questions, self.rules, unknown, answerable)
+        checked = check_content(answers["answer"], questions, self.rules, unknown, answerable)
+        if "copied" in answers:
+            checked["copied"] = answers["copied"].to_numpy()
+        return checked
 
     def metrics(self) -> dict:
         """What goes into `evaluation/metrics.json`: the figures of all models, their differences, and the verdict."""
@@ -205,7 +215,11 @@ class Examination:
             self.results_of_test(), self.questions, self.groups, self.trained.report, draws, seed
         )
         checked = {
-            name: {part: self.check(result.answers[part], part) for part in self.sets}
+            name: {
+                part: self.check(result.answers[part], part)
+                for part in self.sets
+                if part in result.answers
+            }
             for name, result in self.results.items()
         }
         for name, parts in checked.items():
@@ -227,6 +241,7 @@ class Examination:
                     checked[one][part], checked[other][part], self.rules, draws, seed
                 )
                 for part in self.sets
+                if part in checked[one] and part in checked[other]
             }
             for one, other in PAIRS
         }
@@ -269,6 +284,8 @@ class Examination:
         lines = []
         for part, questions in self.sets.items():
             for name, result in self.results.items():
+                if part not in result.answers:
+                    continue
                 answers = result.answers[part]
                 table = pd.concat([answers, self.check(answers, part)], axis=1)
                 table = table.loc[:, ~table.columns.duplicated()]

@@ -137,24 +137,27 @@ def perplexity_sentence(metrics: dict, name: str) -> list[str]:
     key, what = "response", "the answers to new questions"
     if metrics.get("retrieval"):
         key, what = "response_added", "the answers to test questions, their rows in the index"
-    entries = [metrics.get(model, {}).get("perplexity", {}) for model in ("base", name)]
-    before, after = (entry.get(key) for entry in entries)
-    if before is None or after is None:
+    before, after = (metrics.get(model, {}).get("perplexity", {}) for model in ("base", name))
+    if after.get(key) is None:
         return []
-    texts = [number_with_interval(entry[key], entry.get(f"{key}_ci95")) for entry in entries]
+    figures = f"{number_with_interval(after, key)} after"
+    meaning = ""
+    if before.get(key) is not None:
+        figures = f"{number_with_interval(before, key)} before, {figures}"
+        meaning = "Their form and wording surprise it less. "
+        if after[key] >= before[key]:
+            meaning = "They surprise it more. "
     change = metrics.get("differences", {}).get("adapter - base", {}).get("log_perplexity", {})
-    meaning = "their form and wording surprise it less"
-    if after >= before:
-        meaning = "they surprise it more"
-    if key == "response" and not change.get("significant"):
-        meaning = "the difference may be chance"
+    if meaning and key == "response" and not change.get("significant"):
+        meaning = "The difference may be chance. "
     return [
-        f"Perplexity of {what}: {texts[0]} before, {texts[1]} after "
-        f"(lower is better); {meaning}. It does not say whether answers are right."
+        f"Perplexity of {what}: {figures} (lower is better). {meaning}It does not say whether "
+        "answers are right."
     ]
 
 
-def number_with_interval(value: float, ci95: list[float] | None) -> str:
+def number_with_interval(figures: dict, key: str) -> str:
     """A perplexity with its interval, such as `5.96 (5.21–6.89)`."""
+    ci95 = figures.get(f"{key}_ci95")
     interval = "" if ci95 is None else f" ({ci95[0]:,.2f}–{ci95[1]:,.2f})"
-    return f"{value:,.2f}{interval}"
+    return f"{figures[key]:,.2f}{interval}"

@@ -48,7 +48,7 @@ def plot_results(metrics: dict) -> "Figure":
     columns = [
         column
         for column in PANELS
-        if all(stored(entry, column)[0] is not None for entry in models.values())
+        if any(stored(entry, column)[0] is not None for entry in models.values())
     ]
     rows = (len(columns) + 2) // 3
     across = min(3, len(columns))

@@ -135,8 +135,9 @@ def samples_table(folder: Path, disclaimer: str, of_each: int = 3) -> HTML:
     shown = []
     for part in PARTS:
         shown += [row for (of_part, _), row in rows.items() if of_part == part][:of_each]
-    headings = list(shown[0]) if shown else []
-    columns = {heading: [row[heading] for row in shown] for heading in headings}
+    models = [name for name in ("base", "adapter", "merged") if any(name in row for row in shown)]
+    headings = ["question", "in the table", *models]
+    columns = {heading: [row.get(heading, "–") for row in shown] for heading in headings}
     return side_by_side(columns, len(shown), disclaimer)
 
 

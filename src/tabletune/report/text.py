@@ -25,6 +25,7 @@ CONTENT_COLUMNS = {  # of the table of content: a figure of `content`, and its f
     "wrong": ("wrong", ".0%"),
     'says "nothing"': ("nothing", ".0%"),
     'wrongly "nothing"': ("false_nothing", ".0%"),
+    "copied from a row": ("copied", ".0%"),
     "word for word": ("exact_match", ".0%"),
     "right item": ("right_item", ".0%"),
     "numbers and names": ("facts", ".0%"),
