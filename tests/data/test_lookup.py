@@ -1,0 +1,108 @@
+"""Lookup with the standard library: the same rows and scores as scikit-learn's, and the words of a prompt."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tabletune.data.lookup import (
+    PlainIndex,
+    char_ngrams,
+    choose_rows,
+    context_message,
+    final_answer,
+    is_refused,
+    is_unknown,
+    lookup_text,
+)
+from tabletune.data.retrieval import RowIndex, TableRow, new_vectorizer
+
+NOTHING = "The table has nothing on that."
+texts = st.text(alphabet="abcdeé äß-?. 你好", min_size=1, max_size=30)
+
+
+@pytest.mark.parametrize("analyzer", ["char_wb", "char"])
+@given(text=texts)
+@settings(max_examples=100, deadline=None)
+def test_ngrams_are_those_of_scikit_learn(analyzer, text):
+    theirs = new_vectorizer(analyzer).build_analyzer()(text)
+    assert sorted(char_ngrams(lookup_text(text), analyzer)) == sorted(theirs)
+
+
+@given(questions=st.lists(texts, min_size=1, max_size=30), question=texts)
+@settings(max_examples=100, deadline=None)
+def test_plain_index_has_the_rows_and_scores_of_the_fast_one(questions, question):
+    rows = [{"question": text, "answer": str(i)} for i, text in enumerate(questions)]
+    try:
+        fast = RowIndex.build([TableRow(**row, question_id="") for row in rows], "char_wb")
+    except ValueError:  # no n-gram is left: nothing can be found
+        return
+    plain = PlainIndex(rows)
+    expected = fast.scores(question)
+    scores = {row["answer"]: score for row, score in plain.search(question, len(rows))}
+    assert all(abs(scores[str(i)] - expected[i]) < 1e-6 for i in range(len(rows)))
+    found = [row["answer"] for row, _ in plain.search(question, 3)]
+    assert found == [hit.row.answer for hit in fast.search(question, 3)]
+
+
+def test_words_that_most_questions_share_do_not_count():
+    rows = [{"question": f"please help with {name}", "answer": name} for name in NAMES]
+    best = PlainIndex(rows).search("please help with walnuts", 1)
+    assert best[0][1] < 0.3
+
+
+NAMES = [
+    f"{a}{b}" for a in ("ru", "mo", "ti", "ka", "zo") for b in ("pen", "lar", "sim", "dok", "gu")
+]
+
+
+def test_message_keeps_braces_of_the_texts():
+    rows = [{"question": "{question}?", "answer": "use {rows}"}]
+    message = context_message("R: {rows} Q: {question} end {", rows, "what is {rows}?")
+    assert message == "R: {question}?\nuse {rows} Q: what is {rows}? end {"
+
+
+def test_the_question_may_come_first():
+    rows = [{"question": "a", "answer": "b"}]
+    assert context_message("{question}\n{rows}", rows, "q") == "q\na\nb"
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        (NOTHING, True),
+        ("the table has nothing on that", True),
+        (f"{NOTHING} Ask a doctor.", True),
+        ("The table has ginger.", False),
+        ("", False),
+    ],
+)
+def test_unknown_answers_are_recognized(answer, expected):
+    assert is_unknown(answer, NOTHING) == expected
+
+
+def test_without_unknown_answer_nothing_is_unknown():
+    assert not is_unknown("", "")
+    assert not is_refused([0.0], "", 0.5)
+
+
+def test_the_lookup_refuses_below_its_threshold():
+    assert is_refused([0.2, 0.1], NOTHING, 0.3)
+    assert not is_refused([0.3], NOTHING, 0.3)
+    assert is_refused([], NOTHING, 0.3)
+
+
+def test_a_certain_row_answers_where_the_model_refuses():
+    rows = [{"question": "q", "answer": "a", "score": 0.9}]
+    assert final_answer(NOTHING, rows, NOTHING, 0.8) == ("a", False)
+    assert final_answer(NOTHING, rows, NOTHING, 0.95) == (NOTHING, True)
+    assert final_answer("b", rows, NOTHING, 0.8) == ("b", False)
+
+
+def test_an_answer_is_shown_once_and_short_rows_fill_up():
+    rows = [
+        {"question": "q", "answer": "same"},
+        {"question": "other words", "answer": "Same!"},
+        *[{"question": "q", "answer": str(i)} for i in range(10)],
+    ]
+    assert choose_rows(rows, 3, 0) == [0, 2, 3]
+    assert choose_rows(rows, 3, 13) == [0, 2, 3, 4, 5]
