@@ -32,10 +32,7 @@ def test_ngrams_are_those_of_scikit_learn(analyzer, text):
 @settings(max_examples=100, deadline=None)
 def test_plain_index_has_the_rows_and_scores_of_the_fast_one(questions, question):
     rows = [{"question": text, "answer": str(i)} for i, text in enumerate(questions)]
-    try:
-        fast = RowIndex.build([TableRow(**row, question_id="") for row in rows], "char_wb")
-    except ValueError:  # no n-gram is left: nothing can be found
-        return
+    fast = RowIndex.build([TableRow(**row, question_id="") for row in rows], "char_wb")
     plain = PlainIndex(rows)
     expected = fast.scores(question)
     scores = {row["answer"]: score for row, score in plain.search(question, len(rows))}

@@ -58,6 +58,14 @@ def test_a_saved_index_has_no_pickle(tmp_path):
         assert all(arrays[name].dtype != object for name in arrays)
 
 
+@pytest.mark.parametrize("questions", [["ท"], ["the same"] * 30])
+def test_questions_that_cannot_be_told_apart_are_found_with_score_0(questions, tmp_path):
+    index = RowIndex.build([TableRow(text, "a", "1") for text in questions])
+    assert index.search(questions[0], 1)[0].score == 0
+    index.save(tmp_path)
+    assert RowIndex.load(tmp_path).search(questions[0], 1)[0].score == 0
+
+
 def test_an_index_without_rows_is_refused():
     with pytest.raises(ValueError, match="at least one row"):
         RowIndex.build([])

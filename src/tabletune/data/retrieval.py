@@ -21,6 +21,7 @@ WITHOUT_SPACES = (
     ("\u2e80", "\u9fff"),
     ("\uf900", "\ufaff"),
 )
+NEVER_WRITTEN = "\0\0"  # the only n-gram of an index that finds nothing
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,11 @@ class RowIndex:
         if analyzer == "auto":
             analyzer = analyzer_for(questions)
         vectorizer = new_vectorizer(analyzer, most_rows=most_rows(len(rows)))
-        vectors = vectorizer.fit_transform(questions)  # [rows, n-grams]
+        try:
+            vectors = vectorizer.fit_transform(questions)  # [rows, n-grams]
+        except ValueError:  # no n-gram is left that tells questions apart: nothing can be found
+            vectorizer = new_vectorizer(analyzer, [NEVER_WRITTEN])
+            vectors = vectorizer.fit_transform(questions)
         return cls(rows, analyzer, vectorizer, vectors.T.tocsr())
 
     def scores(self, question: str) -> np.ndarray:
