@@ -74,7 +74,7 @@ def test_no_row_of_a_test_question_is_in_the_index_or_a_prompt(
 ):
     held_out = {row.question_id for name in ("validation", "test") for row in rows[name]}
     maker = maker_of(
-        rows["train"], PromptOptions(rate, copies, 0, 0.5, 0, seed), characters=characters
+        rows["train"], PromptOptions(rate, copies, 0.5, 0, seed), characters=characters
     )
     assert not held_out & {row.question_id for row in maker.context.index.rows}
     texts = {lookup_text(row.question) for name in ("validation", "test") for row in rows[name]}
@@ -93,7 +93,7 @@ def reworded_to(texts):
 @given(rows=tables(), seed=st.integers(0, 99), rate=st.sampled_from([0.0, 0.5, 1.0]))
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 def test_rows_of_a_missing_question_are_never_its_own(rows, seed, rate):
-    maker = maker_of(rows["train"], PromptOptions(rate, 2, 0, 0.0, 0, seed))
+    maker = maker_of(rows["train"], PromptOptions(rate, 2, 0.0, 0, seed))
     by_text = {}
     for row in rows["train"]:
         by_text.setdefault(row.question, set()).add(row.question_id)
@@ -140,8 +140,13 @@ def test_each_row_is_asked_as_often_as_copies_say():
     assert set(asked.values()) == {2}
 
 
-def test_most_prompts_is_the_limit():
-    assert len(list(maker_of(numbered(), PromptOptions(copies=9, most_prompts=7)).prompts())) == 7
+def test_most_tokens_is_the_limit(tokenizer):
+    from tabletune.data.retrieval_folder import PromptWriter
+
+    maker = maker_of(numbered(), PromptOptions(copies=9))
+    writer = PromptWriter(maker.context, {"max_length": 1000}, *tokenizer)
+    writer.examples(maker.prompts(), 2000)
+    assert 2000 <= sum(writer.lengths) < 2000 + max(writer.lengths)
 
 
 def test_without_an_unknown_answer_the_own_answer_stays():
@@ -168,7 +173,7 @@ def test_the_readers_rewordings_are_used():
     rows = numbered()
     wrapped = [TrainingRow(row, row.answer) for row in rows]
     own = {row.question_id: ["in my own words"] for row in rows}
-    maker = PromptMaker(context_of(rows), wrapped, PromptOptions(1.0, 1, 0, 1.0), own)
+    maker = PromptMaker(context_of(rows), wrapped, PromptOptions(1.0, 1, 1.0), own)
     asked = {turn.question for prompt in maker.prompts() for turn in prompt.turns}
     assert asked == {"in my own words"}
 

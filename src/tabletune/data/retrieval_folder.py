@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from tabletune.data.formatter import TableFormatter
 
 PROMPTS = "prompts"
-VALIDATION_SHARE = 0.2  # of the number of training prompts: so many validation prompts
+TABLE_SHARE = 0.8  # of most_tokens are for prompts about the table, the rest for practice
+VALIDATION_SHARE = 0.1  # of the number of training prompts: so many validation prompts
 FEWEST_VALIDATION = 8
 MOST_VALIDATION = 200
 
@@ -158,22 +159,21 @@ class PromptWriter:
         options = PromptOptions(
             self.settings["context_hit_rate"],
             self.settings["copies"],
-            self.settings["most_prompts"],
             self.settings["reworded_share"],
             self.settings["practice_prompts"],
             self.settings["seed"],
         )
         rows = training_rows(train)
         maker = PromptMaker(self.context, rows, options, rewordings)
-        prompts = list(maker.prompts())
+        most = self.settings["most_tokens"]
+        examples = self.examples(maker.prompts(), TABLE_SHARE * most)
         system = [turn for turn in train[0]["prompt"][:1] if turn["role"] == "system"]
-        prompts += practice_prompts(self.context, options, system)
-        self.splits["train"] = self.examples(prompts, count=True)
-        number = round(VALIDATION_SHARE * len(prompts))
+        examples += self.examples(practice_prompts(self.context, options, system), most)
+        self.splits["train"] = examples
+        number = round(VALIDATION_SHARE * len(examples))
         number = min(MOST_VALIDATION, max(FEWEST_VALIDATION, number))
-        self.splits["validation"] = self.examples(
-            self.validation_prompts(maker, validation, number)
-        )
+        new = self.validation_prompts(maker, validation, number)
+        self.splits["validation"] = self.examples(new, count=False)
         if not self.splits["train"] or not self.splits["validation"]:
             raise StageError(
                 f"max_length={self.settings['max_length']}: no prompt with rows in it is as short. "
@@ -208,13 +208,17 @@ class PromptWriter:
         return TrainingPrompt(history, rows, [Turn(question, answer, "")], row.row.question_id)
 
     def examples(
-        self, prompts: Iterable[TrainingPrompt], count: bool = False
+        self, prompts: Iterable[TrainingPrompt], most_tokens: float = 0, count: bool = True
     ) -> list[dict[str, Any]]:
         """The prompts as examples that fit into max_length; one that does not loses turns, then
         rows.
+
+        They end where all that was counted has `most_tokens`; 0 is no limit.
         """
-        examples = []
+        examples: list[dict[str, Any]] = []
         for prompt in prompts:
+            if most_tokens and sum(self.lengths) >= most_tokens:
+                break
             example, length, shorter = self.fitting(prompt)
             if count:
                 self.shortened += shorter and example is not None

@@ -36,7 +36,6 @@ class PromptOptions:
 
     context_hit_rate: float = 0.75
     copies: float = 1.0
-    most_prompts: int = 0
     reworded_share: float = 0.5
     practice_prompts: int = 0
     seed: int = 42
@@ -122,18 +121,11 @@ class PromptMaker:
         self.unknown = self.context.settings.unknown_answer
 
     def prompts(self) -> Iterator[TrainingPrompt]:
-        """Yield the prompts of the table: each row is asked `copies` times, or until
-        `most_prompts` are made.
-        """
-        made = 0
+        """Yield the prompts of the table: each row is asked `copies` times."""
         asked: Counter[int] = Counter()
         for lap, place in self.order():
-            if asked[place] > lap:
-                continue
-            if self.options.most_prompts and made >= self.options.most_prompts:
-                return
-            yield self.prompt(place, asked, lap)
-            made += 1
+            if asked[place] <= lap:
+                yield self.prompt(place, asked, lap)
 
     def order(self) -> Iterator[tuple[int, int]]:
         """Yield (lap, place of a row): all rows in a random order, again and again, `copies`
