@@ -381,7 +381,7 @@ def renew_index(run: Path, rows: Sequence[TableRow]) -> dict[str, int]:
     return {"rows": len(rows), "came": len(after - before), "went": len(before - after)}
 
 
-def index_command(run: Path, values: Mapping[str, Any]) -> None:
+def renew_from_table(run: Path, values: Mapping[str, Any]) -> None:
     """`make index`: read the table that `values` name, and renew the index for use of a run."""
     from tabletune.chat.tokenizer import load_tokenizer
     from tabletune.data.formatter import TableFormatter
