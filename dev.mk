@@ -24,10 +24,10 @@ $(or $(VENV),.venv)/.ready: requirements.txt
 	@echo "installing the pinned packages into $(@D)"
 	@$(PYTHON) -m venv $(@D)
 	@$(PIP) -r requirements.txt
-	@grep -v '^-e' requirements.txt > $(@D)/constraints.txt
 	@touch $@
 $(or $(VENV),.venv)/.extra-%: pyproject.toml $(READY)
 	@echo "installing what \"$*\" needs into $(@D)"
+	@grep -v '^-e' requirements.txt > $(@D)/constraints.txt
 	@$(PIP) -c $(@D)/constraints.txt -e ".[$*]"
 	@touch $@
 environment:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tabletune.cli.base_models import make_base_model
-from tabletune.cli.notebooks import SERIES, notebook_values, run_notebook
+from tabletune.cli.notebooks import SERIES, check_environment, notebook_values, run_notebook
 from tabletune.cli.options import RunChoice, read_run_choice, write_settings
 from tabletune.cli.paths import notebook
 from tabletune.cli.summary import print_summary
@@ -36,6 +36,7 @@ def run_all(options: argparse.Namespace) -> None:
 
 def make_series(choice: RunChoice, until: str = SERIES[-1]) -> None:
     """Run the notebooks of a run up to `until`, as far as they are not done. Raises StageError."""
+    check_environment()
     make_base_model(choice.values.get("base_model"))
     with run_lock(choice.run_dir, "run-all"):
         write_settings(choice)
