@@ -11,28 +11,32 @@ import argparse
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
-from datetime import UTC, datetime
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for its neighbours, from any folder
+
+from base_models import make_base_model
+from common import (
+    ALL_LINEAR,
+    ATTENTION,
+    HERE,
+    ROOT,
+    installed_packages,
+    limit_memory,
+    make_dataset,
+    now,
+)
+from trainers import notebook_trainer, trl_trainer, unsloth_trainer
+
 WARM_UP, STEPS = 5, 20
-# tokens of the 115 rows of medss19/home_remedies_dataset, prompt and template included
-LENGTHS = [int(n) for n in (HERE / "lengths.txt").read_text().split()]
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 SEED = {
     "precision": "fp16",
@@ -110,6 +114,32 @@ ROWS = {
         {"profile": "70b", "gpus": 2, "model": "70b", "room": 72},
     ),
 }
+# adapters on all linear layers, for both sides
+for rank in (16, 64):
+    all_linear = {"lora_target_modules": "all-linear", "lora_r": rank}
+    peer = {**UNSLOTH, "targets": ALL_LINEAR, "lora_r": rank}
+    ROWS |= {
+        f"a100 profile, 39 GiB, all-linear r {rank}": (
+            "notebook",
+            39,
+            {"profile": "a100", **all_linear},
+        ),
+        f"Unsloth 12 x 512, 39 GiB, all-linear r {rank}": (
+            "unsloth",
+            39,
+            {**peer, "batch": 12, "checkpointing": False},
+        ),
+        f"t4 profile, 14.5 GiB, fp16, all-linear r {rank}": (
+            "notebook",
+            14.5,
+            {"profile": "t4", "precision": "fp16", **all_linear},
+        ),
+        f"Unsloth 8 x 512, 14.5 GiB, fp16, its checkpointing, all-linear r {rank}": (
+            "unsloth",
+            14.5,
+            {**peer, "batch": 8, "checkpointing": True, "fp16": True},
+        ),
+    }
 # two more base models, each in the shape of its entry in models/
 for title, model in {"Llama 3.1 8B": "llama-3.1-8b-instruct", "Qwen3 4B": "qwen3-4b"}.items():
     peer = {**UNSLOTH, "model": model, "batch": 8}
@@ -141,255 +171,32 @@ JOBS = {
     ),
     "whole job, Unsloth, 14.5 GiB, fp16": ("unsloth", 14.5, {"fp16": True}),
     "whole job, TRL, 14.5 GiB": ("trl", 14.5, {}),
+    "whole job, a100 profile, 39 GiB, all-linear r 16": (
+        "notebooks",
+        39,
+        {"profile": "a100", "lora_target_modules": "all-linear", "lora_r": 16},
+    ),
+    "whole job, Unsloth, 39 GiB, all-linear r 16": (
+        "unsloth",
+        39,
+        {"fp16": False, "targets": ALL_LINEAR, "lora_r": 16},
+    ),
+    "whole job, t4 profile, 14.5 GiB, fp16, all-linear r 16": (
+        "notebooks",
+        14.5,
+        {
+            "profile": "t4",
+            "precision": "fp16",
+            "lora_target_modules": "all-linear",
+            "lora_r": 16,
+        },
+    ),
+    "whole job, Unsloth, 14.5 GiB, fp16, all-linear r 16": (
+        "unsloth",
+        14.5,
+        {"fp16": True, "targets": ALL_LINEAR, "lora_r": 16},
+    ),
 }
-
-
-def make_base_model(folder, size):
-    """Make a base model of random weights, with the tokenizer of the tiny profile, on the GPU.
-
-    `size` is "7b" or "70b" for a Llama-2, or an entry of models/. They are stored in 16 bits. 70B would take 128 GiB on
-    disk, so it is stored in 4 bits, in the way that FSDP can shard, and made one layer at a time.
-    """
-    import torch
-    from bitsandbytes.functional import quantize_4bit
-    from safetensors.torch import save_file
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        BitsAndBytesConfig,
-        LlamaConfig,
-        LlamaForCausalLM,
-    )
-
-    shapes = {
-        "7b": {"intermediate_size": 11008, "num_hidden_layers": 32},
-        "70b": {
-            "hidden_size": 8192,
-            "intermediate_size": 28672,
-            "num_hidden_layers": 80,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-        },
-    }
-    torch.manual_seed(0)
-    AutoTokenizer.from_pretrained(ROOT / ".cache" / "tiny-llama").save_pretrained(folder)
-    if size in shapes:
-        config = LlamaConfig(**shapes[size], max_position_embeddings=4096, dtype="float16")
-    else:
-        published = json.loads(
-            (ROOT / "tests" / "model_configs" / f"{size}.json").read_text(encoding="utf-8")
-        )
-        config = AutoConfig.for_model(**published["config"])
-    if size != "70b":
-        torch.set_default_dtype(torch.float16 if size in shapes else torch.bfloat16)
-        with torch.device("cuda"):
-            model = AutoModelForCausalLM.from_config(config)
-        model.save_pretrained(folder, max_shard_size="5GB")
-        return
-    with torch.device("meta"):
-        skeleton = LlamaForCausalLM(config)
-    files = {}
-    for name, parameter in skeleton.named_parameters():
-        files.setdefault(".".join(name.split(".")[:3]), {})[name] = parameter.shape
-    weight_map = {}
-    for part, names in files.items():
-        tensors = {}
-        for name, shape in names.items():
-            norm = len(shape) == 1
-            weight = (torch.ones if norm else torch.randn)(
-                shape, dtype=torch.float16, device="cuda"
-            )
-            tensors[name] = weight if norm else weight.mul_(config.initializer_range)
-            if ".layers." in name and not norm:
-                tensors[name], state = quantize_4bit(
-                    weight, quant_type="nf4", compress_statistics=True, quant_storage=torch.float32
-                )
-                tensors |= {
-                    f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()
-                }
-        weight_map |= dict.fromkeys(tensors, f"{part}.safetensors")
-        save_file(tensors, Path(folder) / f"{part}.safetensors", metadata={"format": "pt"})
-    (Path(folder) / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
-    config.architectures = ["LlamaForCausalLM"]
-    config.quantization_config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_storage=torch.float32,
-    ).to_dict()
-    config.save_pretrained(folder)
-
-
-def make_dataset(run_dir, base_model, steps):
-    """Make a run folder as notebook 1 leaves it: the upstream's lengths, the words of the bundled table."""
-    import datasets
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base_model)
-    words = (ROOT / "data" / "home_remedies.csv").read_text(encoding="utf-8").split()
-    sizes = [len(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words]
-    rng = random.Random(0)
-
-    def conversation(length):
-        text, room = [], length - 30  # the prompt, the template, BOS and EOS
-        while room > 0:
-            i = rng.randrange(len(words))
-            if sizes[i] <= room:
-                text.append(words[i])
-                room -= sizes[i]
-        prompt = [
-            {"role": "user", "content": "I am suffering from a cold. Please suggest a home remedy."}
-        ]
-        return {"prompt": prompt, "completion": [{"role": "assistant", "content": " ".join(text)}]}
-
-    count = steps * 32 * 512 // 150
-    rows = [conversation(length) for length in rng.choices(LENGTHS, k=count)]
-    splits = {"train": rows, "validation": rows[:4], "test": rows[:4]}
-    splits = datasets.DatasetDict(
-        {name: datasets.Dataset.from_list(part) for name, part in splits.items()}
-    )
-    splits.save_to_disk(Path(run_dir) / "dataset")
-    (Path(run_dir) / "dataset" / "report.json").write_text('{"fingerprint": "benchmark"}')
-
-
-def notebook_trainer(settings, base_model, run_dir, limit=None):
-    """The trainer of notebook 2, made by its own cells, with a profile and settings on top.
-
-    It plans with the memory that it will have, unless the settings tell it of less `room`.
-    """
-    import yaml
-
-    sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import run_script
-
-    profile = yaml.safe_load((ROOT / "profiles" / f"{settings['profile']}.yaml").read_text())
-    profile |= {
-        "min_steps": WARM_UP + STEPS,
-        **settings,
-        "base_model": str(base_model),
-        "run_dir": str(run_dir),
-    }
-    limit_memory(settings.get("room", limit))
-    trainer = run_script("02_finetune_qlora", before="## Train", **profile).trainer
-    trainer.args.eval_strategy = trainer.args.save_strategy = "no"
-    return trainer
-
-
-def token_ids(run_dir, base_model):
-    """The same examples as ids, for those that have their own way to a trainer."""
-    import datasets
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base_model)
-    train = datasets.load_from_disk(Path(run_dir) / "dataset")["train"]
-    return train.map(
-        lambda row: {
-            "input_ids": tokenizer.apply_chat_template(
-                row["prompt"] + row["completion"], return_dict=False
-            )
-        },
-        remove_columns=train.column_names,
-    )
-
-
-def trl_trainer(settings, base_model, run_dir):
-    """As in huggingface/trl, examples/notebooks/sft_trl_lora_qlora.ipynb."""
-    import torch
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    from trl import SFTConfig, SFTTrainer
-
-    model = AutoModelForCausalLM.from_pretrained(
-        base_model,
-        attn_implementation="sdpa",
-        dtype=torch.float16,
-        device_map={"": 0},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_compute_dtype=torch.float16,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_quant_type="nf4",
-        ),
-    )
-    arguments = SFTConfig(
-        output_dir=str(run_dir),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=4,
-        warmup_steps=5,
-        learning_rate=2e-4,
-        optim="paged_adamw_8bit",
-        max_length=1024,
-        use_liger_kernel=True,
-        activation_offloading=True,
-        gradient_checkpointing=True,
-        save_strategy="no",
-        report_to="none",
-    )
-    return SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=token_ids(run_dir, base_model),
-        processing_class=AutoTokenizer.from_pretrained(base_model),
-        peft_config=LoraConfig(r=32, lora_alpha=32, target_modules=ALL_LINEAR),
-    )
-
-
-def unsloth_trainer(settings, base_model, run_dir):
-    """As in unslothai/notebooks, nb/Llama3.1_(8B)-Alpaca.ipynb, with these settings."""
-    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
-    from unsloth import FastLanguageModel, is_bfloat16_supported  # isort: skip, it patches what comes after
-    import torch
-    from trl import SFTConfig, SFTTrainer
-
-    fp16 = settings.get("fp16", not is_bfloat16_supported())
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        str(base_model),
-        max_seq_length=settings["max_length"],
-        dtype=torch.float16 if fp16 else torch.bfloat16,
-        load_in_4bit=True,
-    )
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=settings["lora_r"],
-        target_modules=settings["targets"],
-        lora_alpha=16,
-        lora_dropout=0,
-        bias="none",
-        use_gradient_checkpointing="unsloth" if settings["checkpointing"] else False,
-        random_state=3407,
-    )
-    arguments = SFTConfig(
-        output_dir=str(run_dir),
-        max_length=settings["max_length"],
-        packing=settings["packing"],
-        per_device_train_batch_size=settings["batch"],
-        gradient_accumulation_steps=settings["accumulate"],
-        warmup_steps=5,
-        learning_rate=2e-4,
-        optim="adamw_8bit",
-        weight_decay=0.01,
-        fp16=fp16,
-        bf16=not fp16,
-        save_strategy="no",
-        report_to="none",
-    )
-    return SFTTrainer(
-        model=model,
-        processing_class=tokenizer,
-        train_dataset=token_ids(run_dir, base_model),
-        args=arguments,
-    )
-
-
-def limit_memory(gib):
-    """Let this process reserve so much of the GPU and no more; all of it, if `gib` is None."""
-    import torch
-
-    whole = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole) if gib else 1.0)
 
 
 def measure(row, base_model, run_dir):
@@ -400,12 +207,13 @@ def measure(row, base_model, run_dir):
     engine, limit, settings = ROWS[row]
     if settings.get("gpus", 1) > 1:  # as make does; PyTorch reads it when it is imported
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    expected = None
     if engine == "notebook":
-        trainer = notebook_trainer(settings, base_model, run_dir, limit)
+        settings = {"min_steps": WARM_UP + STEPS, **settings}
+        trainer, expected = notebook_trainer(settings, base_model, run_dir, limit)
     else:
-        trainer = {"trl": trl_trainer, "unsloth": unsloth_trainer}[engine](
-            settings, base_model, run_dir
-        )
+        make_trainer = {"trl": trl_trainer, "unsloth": unsloth_trainer}[engine]
+        trainer = make_trainer(settings, base_model, run_dir)
     import torch
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -450,6 +258,7 @@ def measure(row, base_model, run_dir):
         "seconds_per_step": round(statistics.median(steps), 3),
         "tokens_per_step": round(statistics.mean(tokens[WARM_UP : WARM_UP + len(steps)])),
         "peak_gib": round(reserved / 2**30, 2),
+        "expected_gib": expected and round(expected, 2),
         "allocated_gib": round(allocated / 2**30, 2),
         "steps": len(steps),
         "skipped_steps": sum(skipped),
@@ -457,37 +266,6 @@ def measure(row, base_model, run_dir):
         "measured": now(),
         "packages": installed_packages(),
     }
-
-
-def installed_packages():
-    """The versions of the packages that make a difference, of those that are there."""
-    names = [
-        "torch",
-        "transformers",
-        "peft",
-        "trl",
-        "bitsandbytes",
-        "liger-kernel",
-        "unsloth",
-        "xformers",
-    ]
-    found = {}
-    for name in names:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def now():
-    """The date and the minute, as results of several runs can stand in one file."""
-    return datetime.now(UTC).isoformat(timespec="minutes")
-
-
-def peak_gib():
-    """What PyTorch has reserved on the GPU at most."""
-    import torch
-
-    return round(torch.cuda.max_memory_reserved() / 2**30, 2)
 
 
 def matrix_speed():
@@ -606,10 +384,12 @@ def table(results):
         if "error" in result:
             lines.append(f"| {row} | {result['error']} | | | | |")
         else:
+            peak = f"{result['peak_gib']:.1f}"
+            if result.get("expected_gib"):
+                peak += f" ({result['expected_gib']:.1f} expected)"
             lines.append(
                 f"| {row} | {result['tokens_per_second']:,} | {result['seconds_per_step']:.3f} | "
-                f"{result['tokens_per_step']:,} | {result['peak_gib']:.1f} | "
-                f"{result['of_limit']:.0%} |"
+                f"{result['tokens_per_step']:,} | {peak} | {result['of_limit']:.0%} |"
             )
     return "\n".join(lines)
 
@@ -666,126 +446,165 @@ def plot_jobs(jobs, path):
     figure.savefig(path, dpi=110)
 
 
-def main():
-    """Run every row in a process of its own, print the tables as they grow, write results.json and the two plots."""
+def read_options():
+    """The options of the command line, and those of a process that measures one row."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    absolute = {
-        "type": lambda path: str(Path(path).absolute())
-    }  # the rows run in a folder of their own
+    # absolute paths, as the rows run in a folder of their own
     parser.add_argument(
         "--base-model",
-        **absolute,
+        type=lambda path: str(Path(path).absolute()),
         help="a folder with a 7B model; random weights are made if it is left out",
     )
     parser.add_argument(
         "--peer-python",
-        **absolute,
+        type=lambda path: str(Path(path).absolute()),
         help="Python of an environment with Unsloth; its rows are left out without",
     )
-    parser.add_argument("--only", action="append", metavar="ROW", choices=[*ROWS, *JOBS],
-                        help="a row to run; may be repeated, a job also to be run again, of which the median counts. "
-                        "What results.json has of others stays")  # fmt: skip
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="ROW",
+        choices=[*ROWS, *JOBS],
+        help="a row to run; may be repeated. A job that is named several times runs as often, and "
+        "the median counts. What results.json has of other rows stays",
+    )
     parser.add_argument("--out", type=Path, default=HERE)
     for name in ("--row", "--run-dir", "--stage"):
         parser.add_argument(name, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def measure_here(options):
+    """Measure the row or the part of a job that this process was started for, and print it."""
     if options.row in JOBS:
         import whole_job
 
         doer, limit, settings = JOBS[options.row]
+        if doer == "notebooks":  # as they do themselves, before PyTorch is imported
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         limit_memory(limit)
-        part = {
+        parts = {
             "notebooks": whole_job.notebook,
             "unsloth": whole_job.unsloth,
             "trl": whole_job.trl,
-        }[doer]
-        print(
-            "RESULT",
-            json.dumps(part(options.stage, settings, options.base_model, options.run_dir)),
-            flush=True,
-        )
-        os._exit(0)
-    if options.row:
+        }
+        result = parts[doer](options.stage, settings, options.base_model, options.run_dir)
+    else:
         result = measure(options.row, options.base_model, options.run_dir)
-        if os.environ.get("RANK", "0") == "0":
-            print("RESULT", json.dumps(result), flush=True)
-        os._exit(0)  # worker threads of a framework would hold the process up
+    if os.environ.get("RANK", "0") == "0":
+        print("RESULT", json.dumps(result), flush=True)
+    os._exit(0)  # worker threads of a framework would keep the process alive
+
+
+class BaseModels:
+    """The base models of random weights. Each is made when a row first needs it."""
+
+    def __init__(self, folder, base_model):
+        self.folder = folder
+        self.models = {"7b": base_model} if base_model else {}
+
+    def path(self, size):
+        """The folder of a model, made by a process that leaves the GPU as it was."""
+        if size not in self.models:
+            target = str(self.folder / f"random-{size}")
+            context = multiprocessing.get_context("spawn")
+            maker = context.Process(target=make_base_model, args=(target, size))
+            maker.start()
+            maker.join()
+            if maker.exitcode:
+                sys.exit(f"The base model {size} could not be made.")
+            self.models[size] = target
+        return self.models[size]
+
+
+class Results:
+    """What was measured, in results.json after each row."""
+
+    def __init__(self, options, machine):
+        self.machine = machine
+        self.file = options.out / "results.json"
+        stored = {}
+        if options.only and self.file.exists():
+            stored = json.loads(self.file.read_text(encoding="utf-8"))
+        self.rows = stored.get("rows", {})
+        self.jobs = stored.get("jobs", {})
+        self.runs = {}  # of each job, those of today
+
+    def add_row(self, row, result):
+        """Store and print a row."""
+        self.rows[row] = result
+        self.write()
+        print(table({row: result}).splitlines()[-1], flush=True)
+
+    def add_job(self, job, result):
+        """Store the median run of a job, and print this one."""
+        self.runs.setdefault(job, []).append(result)
+        self.jobs[job] = middle(self.runs[job])
+        self.write()
+        print(table_of_jobs({job: result}).splitlines()[-1], flush=True)
+
+    def write(self):
+        """Write results.json, rows and jobs in the order of ROWS and JOBS."""
+        self.rows = {row: self.rows[row] for row in ROWS if row in self.rows}
+        self.jobs = {job: self.jobs[job] for job in JOBS if job in self.jobs}
+        content = {**self.machine, "rows": self.rows, "jobs": self.jobs}
+        self.file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def launched(command, gpus):
+    """The command of a row, in a process for each of its GPUs."""
+    if gpus == 1:
+        return command
+    config = ROOT / "profiles" / "accelerate" / "gpus.yaml"
+    launch = [command[0], "-m", "accelerate.commands.launch", "--num_processes", str(gpus)]
+    return [*launch, "--config_file", str(config), *command[1:]]
+
+
+def main():
+    """Run every row in a process of its own; print the tables, write results.json and two plots."""
+    options = read_options()
+    if options.row:
+        measure_here(options)
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("The benchmark needs an NVIDIA GPU; there is none here.")
     scratch = Path(tempfile.mkdtemp(prefix="benchmark-"))
-    base_models = {"7b": options.base_model}
-
-    def base_model_of(size):
-        """The folder of a base model, made when it is first asked for, by a process that leaves the GPU as it was."""
-        if not base_models.get(size):
-            base_models[size] = str(scratch / f"random-{size}")
-            context = multiprocessing.get_context("spawn")
-            maker = context.Process(target=make_base_model, args=(base_models[size], size))
-            maker.start()
-            maker.join()
-            if maker.exitcode:
-                sys.exit(f"The base model {size} could not be made.")
-        return base_models[size]
-
+    base_models = BaseModels(scratch, options.base_model)
     wanted = options.only or [*ROWS, *JOBS]
     if not set(wanted) <= JOBS.keys():
-        make_dataset(scratch, base_model_of("7b"), WARM_UP + STEPS)
+        make_dataset(scratch, base_models.path("7b"), WARM_UP + STEPS)
     machine = {"gpu": torch.cuda.get_device_name(), "bf16_flops": matrix_speed()}
     torch.cuda.empty_cache()
     print(f"{machine['gpu']}: {machine['bf16_flops'] / 1e12:,.0f} TFLOP/s in bf16\n", flush=True)
-    file = options.out / "results.json"
-    kept = json.loads(file.read_text(encoding="utf-8")) if options.only and file.exists() else {}
-    results, jobs, runs = kept.get("rows", {}), kept.get("jobs", {}), {}
-
-    def keep():
-        ordered = {row: results[row] for row in ROWS if row in results}
-        in_order = {job: jobs[job] for job in JOBS if job in jobs}
-        file.write_text(json.dumps({**machine, "rows": ordered, "jobs": in_order}, indent=2) + "\n")
-        return ordered, in_order
-
+    results = Results(options, machine)
     for row in wanted:
-        engine, _, settings = (ROWS | JOBS)[row]
+        engine, limit, settings = (ROWS | JOBS)[row]
         gpus = settings.get("gpus", 1)
         python = options.peer_python if engine == "unsloth" else sys.executable
         if python is None or gpus > torch.cuda.device_count():
             continue
-        base_model = base_model_of(settings.get("model", "7b"))
+        base_model = base_models.path(settings.get("model", "7b"))
         command = [python, __file__, "--row", row, "--base-model", base_model]
         if row in JOBS:
-            found = do_job(
-                command, scratch / str(JOBS[row][1]), STAGES if engine == "notebooks" else [engine]
-            )
-            runs.setdefault(row, []).append(found)
-            jobs[row] = middle(runs[row])
-            keep()
-            print(table_of_jobs({row: found}).splitlines()[-1], flush=True)
+            stages = STAGES if engine == "notebooks" else [engine]
+            results.add_job(row, do_job(command, scratch / str(limit), stages))
             continue
-        command += ["--run-dir", str(scratch)]
-        if gpus > 1:
-            launch = [python, "-m", "accelerate.commands.launch", "--num_processes", str(gpus)]
-            command = [
-                *launch,
-                "--config_file",
-                str(ROOT / "profiles" / "accelerate" / "gpus.yaml"),
-                *command[1:],
-            ]
-        results[row] = child(command, scratch)
-        if "error" not in results[row]:
-            arithmetic = results[row]["tokens_per_second"] * operations_per_token(base_model)
-            results[row]["of_limit"] = round(arithmetic / machine["bf16_flops"] / gpus, 4)
-        keep()
-        print(table({row: results[row]}).splitlines()[-1], flush=True)
-    results, jobs = keep()
-    print("\n" + table(results) + "\n\n" + table_of_jobs(jobs))
-    versions = {row: r["packages"] for row, r in (results | jobs).items() if "packages" in r}
-    for packages in {json.dumps(p): p for p in versions.values()}.values():
+        result = child(launched([*command, "--run-dir", str(scratch)], gpus), scratch)
+        if "error" not in result:
+            arithmetic = result["tokens_per_second"] * operations_per_token(base_model)
+            result["of_limit"] = round(arithmetic / machine["bf16_flops"] / gpus, 4)
+        results.add_row(row, result)
+    results.write()
+    print("\n" + table(results.rows) + "\n\n" + table_of_jobs(results.jobs))
+    measured = [*results.rows.values(), *results.jobs.values()]
+    versions = [result["packages"] for result in measured if "packages" in result]
+    for packages in {json.dumps(p): p for p in versions}.values():
         print("\n" + ", ".join(f"{name} {number}" for name, number in packages.items()))
-    plot(results, options.out / "throughput.png")
-    plot_jobs(jobs, options.out / "whole_job.png")
+    plot(results.rows, options.out / "throughput.png")
+    plot_jobs(results.jobs, options.out / "whole_job.png")
 
 
 if __name__ == "__main__":

@@ -7,31 +7,30 @@ time, Python's start and imports included.
 
 import gc
 import os
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import (
+    ATTENTION,
+    ROOT,
+    installed_packages,
+    parameters_of,
+    peak_gib,
+    run_notebook,
+    token_ids,
+)
+from trainers import trl_trainer
 
 
 def notebook(stage, settings, base_model, run_dir):
-    """Run a notebook of ours with a profile and settings on top, as Papermill would. Returns its peak GiB."""
-    import yaml
+    """Run a notebook of ours with a profile and settings on top, as Papermill would.
 
-    sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import run_script
-    from run import installed_packages, peak_gib
-
-    os.environ["MPLBACKEND"] = "agg"
-    profile = yaml.safe_load(
-        (ROOT / "profiles" / f"{settings['profile']}.yaml").read_text(encoding="utf-8")
-    )
-    table = str(ROOT / "data" / "home_remedies.csv")
-    run_script(
-        stage,
-        **profile | settings | {"base_model": base_model, "dataset": table, "run_dir": run_dir},
-    )
+    Returns its peak GiB.
+    """
+    parameters = parameters_of(settings, base_model, run_dir)
+    parameters["dataset"] = str(ROOT / "data" / "home_remedies.csv")
+    run_notebook(stage, parameters)
     return {"peak_gib": peak_gib(), "packages": installed_packages()}
 
 
@@ -55,8 +54,6 @@ def answer(model, tokenizer, run_dir):
 
 def measured(marks):
     """The seconds of each part, under the name of our notebook for it, from the moments {part: its end}."""
-    from run import installed_packages, peak_gib
-
     seconds = {part: end - begun for (_, begun), (part, end) in pairwise(marks.items())}
     return {"seconds": seconds, "peak_gib": peak_gib(), "packages": installed_packages()}
 
@@ -66,7 +63,6 @@ def trl(_, settings, base_model, run_dir):
     marks = {"start": time.perf_counter()}
     import torch
     from peft import PeftModel
-    from run import trl_trainer
     from transformers import AutoModelForCausalLM
 
     trainer = trl_trainer(settings, base_model, run_dir)
@@ -102,7 +98,6 @@ def unsloth(_, settings, base_model, run_dir):
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     from unsloth import FastLanguageModel  # isort: skip, it patches what comes after
     import torch
-    from run import ATTENTION, token_ids
     from trl import SFTConfig, SFTTrainer
 
     model, tokenizer = FastLanguageModel.from_pretrained(
@@ -113,8 +108,8 @@ def unsloth(_, settings, base_model, run_dir):
     )
     model = FastLanguageModel.get_peft_model(
         model,
-        r=64,
-        target_modules=ATTENTION,
+        r=settings.get("lora_r", 64),
+        target_modules=settings.get("targets", ATTENTION),
         lora_alpha=16,
         lora_dropout=0,
         bias="none",

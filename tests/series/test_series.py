@@ -382,7 +382,7 @@ def test_the_examples_of_the_benchmark_fit_into_a_row(tmp_path, tokenizer):
 
     from tabletune.chat.encoding import encode
 
-    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "run.py"))
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "common.py"))
     benchmark["make_dataset"](tmp_path, TINY, steps=2)
     train = datasets.load_from_disk(tmp_path / "dataset")["train"]
     lengths = [len(encode(row, *tokenizer)["input_ids"]) for row in train]
