@@ -37,7 +37,7 @@ def rating_page(session: RatingSession, disclaimer: str) -> Any:
 
     with gr.Blocks(title="Which answer is better?") as page:
         gr.HTML(f"<strong>{escape(disclaimer)}</strong>", elem_id="disclaimer")
-        pair = gr.State(session.next_pair())
+        pair = gr.State(None)
         progress = gr.Textbox(label="Progress", interactive=False)
         question = gr.Textbox(label="Question", interactive=False, lines=2)
         with gr.Row():
@@ -64,7 +64,13 @@ def rating_page(session: RatingSession, disclaimer: str) -> Any:
             return [following, *page_texts(session, following), None, None, None]
 
         save.click(next_pair, [pair, *answers], [pair, *texts, *answers], concurrency_limit=1)
-        page.load(lambda rated: page_texts(session, rated), [pair], texts)
+
+        def first_pair() -> list[Any]:
+            """The first pair that is not rated, also when the page is loaded again."""
+            first = session.next_pair()
+            return [first, *page_texts(session, first)]
+
+        page.load(first_pair, None, [pair, *texts])
     return page
 
 
