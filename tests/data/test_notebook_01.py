@@ -72,8 +72,8 @@ def test_table_of_another_shape_through_make(tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     done = make(
         "01_format_dataset",
-        "PROFILE=own",
-        f"PROFILE_FILE={tmp_path / 'own.yaml'}",
+        "PROFILE=tiny",
+        f"ARGS=-f {tmp_path / 'own.yaml'}",
         f"RUN_DIR={tmp_path / 'run'}",
     )
     assert done.returncode == 0, done.stderr

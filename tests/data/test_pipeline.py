@@ -56,7 +56,7 @@ def test_ten_times_the_rows_take_ten_times_as_long_and_no_more_memory(tmp_path):
     program = f"""if True:
         import resource, sys, time
         from pathlib import Path
-        sys.path.insert(0, {str(ROOT / "tests")!r})
+        sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "data")!r}]
         from table_helpers import formatted
         folder = Path({str(tmp_path)!r})
         for number in (500, 2_000, 20_000):

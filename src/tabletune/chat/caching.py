@@ -16,7 +16,9 @@ def cached_per_template(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def cached(tokenizer: Any, *arguments: Any) -> Any:
-        state = (tokenizer.chat_template, len(tokenizer), tuple(tokenizer.all_special_tokens))
+        # not len(tokenizer), which builds the vocabulary anew: 75 ms for one of 49,000 tokens
+        added_tokens = len(tokenizer.added_tokens_decoder)
+        state = (tokenizer.chat_template, added_tokens, tuple(tokenizer.all_special_tokens))
         known_state, results = states.get(tokenizer, (None, {}))
         if known_state != state:
             results = {}
