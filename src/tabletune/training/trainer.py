@@ -16,6 +16,7 @@ from tabletune.model.cuda_graphs import CudaGraphCallback, dtype_of
 from tabletune.model.dequantize import dequantize_layers
 from tabletune.model.fused_lora import fuse_adapters
 from tabletune.model.recompute import RecomputeFirstLayers, recompute_cheap_parts
+from tabletune.training.answer_logits import loss_of_answers, worth_it
 from tabletune.training.fsdp import shard
 
 IGNORED = -100  # what PyTorch's cross entropy leaves out
@@ -71,6 +72,8 @@ class TokenTrainer(SFTTrainer):
         ) in self.model.parameters():  # TRL has cast the adapter of a 4-bit model to bf16
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        on_cpu = args.device.type == "cpu"
+        self.answers_only = on_cpu and worth_it(model, self.train_dataset["completion_mask"])
         if args.fsdp:
             shard(self, model, dtype_of(args))
         elif args.device.type == "cuda":  # on a CPU the sums would be in another order
@@ -85,6 +88,9 @@ class TokenTrainer(SFTTrainer):
             )
             self.tokens_seen += tokens.sum()
         inputs["use_cache"] = False
+        if self.answers_only:
+            loss, outputs = loss_of_answers(model, inputs, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
         if self.args.use_liger_kernel:
             inputs["skip_logits"] = (
                 True  # in the evaluation, too: whole logits take more memory than training
