@@ -152,6 +152,10 @@ def test_paged_states_may_move_to_ram_and_are_not_counted():
     assert memory_of(optim="paged_adamw_32bit").adapter() == memory_of().adapter() / 2
 
 
+def test_each_of_several_gpus_has_buckets_for_its_gradients():
+    assert memory_of(replicas=2).adapter() == memory_of().adapter() * 20 / 16
+
+
 def test_memory_that_is_freed_in_blocks_is_used_again_less():
     assert memory_of(allocator="blocks").total(8192) > memory_of().total(8192)
 

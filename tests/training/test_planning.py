@@ -186,6 +186,19 @@ def test_steps_on_small_batches_are_a_cuda_graph(ask, gpu):
     assert "CUDA graph" not in ask(64, use_liger_kernel=True, lora_dropout=0.1).expected
 
 
+@pytest.mark.parametrize(
+    "options", [{"rank_pattern": {"q_proj": 64}}, {"use_dora": True}, {"modules_to_save": ["norm"]}]
+)
+def test_what_lora_options_train_is_counted_as_peft_does(ask, options):
+    term = "adapter, gradients, optimizer"
+    assert ask(64, lora_options=options).expected[term] > ask(64).expected[term]
+
+
+def test_fewer_layers_with_an_adapter_take_less(ask):
+    fewer = ask(64, lora_options={"layers_to_transform": [0]}).memory.trained_weights()
+    assert fewer == ask(64).memory.trained_weights() / 2
+
+
 def test_memory_that_is_not_reused_in_parts_is_expected_to_be_reserved(ask, gpu, monkeypatch):
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     expandable = ask(64).expected.sum()

@@ -130,7 +130,9 @@ class TrainingMemory:
     use_liger_kernel: bool = True
     quantization: str = "nf4"
     max_length: int = 512
+    trained: int | None = None  # trained weights, where PEFT has counted them; None: by the shapes
     shards: int = 1  # GPUs that share the model (FSDP)
+    replicas: int = 1  # GPUs that have a whole model each (DDP)
     fused: bool | None = None  # adapters are fused and cheap activations recomputed; None: as here
     allocator: str = "expandable"  # segments, or "blocks" of one size
 
@@ -165,6 +167,8 @@ class TrainingMemory:
 
     def trained_weights(self) -> int:
         """How many weights are trained: those of the adapters and of `modules_to_save`."""
+        if self.trained is not None:
+            return self.trained
         count = sum(self.lora_r * (width_in + width_out) for width_in, width_out in self.features)
         if self.dora:
             count += sum(width_out for _, width_out in self.features)  # a magnitude for each output
@@ -187,6 +191,8 @@ class TrainingMemory:
         cast = 0
         if self.gpu and not self.fused and self.dtype.itemsize < 4:
             cast = self.dtype.itemsize  # autocast keeps the copies that it has made
+        if self.replicas > 1:
+            states += 4  # the buckets in which gradients are averaged
         return self.trained_weights() * (TRAINED_BYTES + states + cast) / self.shards
 
     def gathered_layers(self) -> float:

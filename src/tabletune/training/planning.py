@@ -1,14 +1,17 @@
-"""Planning a training: whether the rows fit, how many a step takes, what memory that wants, before anything long."""
+"""The plan of a training before anything long: what fits, what a step is, what it takes."""
 
 import math
 import os
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
-from accelerate import DistributedType
+from accelerate import DistributedType, PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tabletune.chat.templates import describe_template
 from tabletune.errors import StageError
@@ -20,8 +23,10 @@ from tabletune.model.cuda_graphs import (
 )
 from tabletune.model.devices import available_memory_gib
 from tabletune.model.loading import skeleton
+from tabletune.run.stage import Stage
 from tabletune.training.base_summary import summarize_base_model
 from tabletune.training.fsdp import check_sharding
+from tabletune.training.lora_targets import lora_targets, shortest_target_names
 from tabletune.training.memory import GIB, TrainingMemory
 from tabletune.training.step_advice import few_steps_advice
 from tabletune.training.validation import check_choices, targets_to_adapt, when_to_evaluate
@@ -33,22 +38,29 @@ LEAK = 1e-5  # of the range of the logits: what is masked contributes exactly 0
 # weights takes as long as 280 tokens, recomputing all layers as long as a third of the batch.
 DEQUANTIZING_TOKENS = 280
 RECOMPUTING_SHARE = 1 / 3
-# Of the memory that there is. The estimate was at most 5% too low in 49 measurements.
+# Of the memory that there is. The estimate was at most 5% too low, in 49 measurements.
 SAFE_SHARE = 0.96
 
 
-def look_and_check(chosen, config, dtype, tokenizer, stops):
-    """The names of the layers that get an adapter, and a table of what this base is and how it will be treated.
+def look_and_check(
+    chosen: dict[str, Any],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: list[int],
+) -> tuple[list[str], pd.DataFrame]:
+    """The names of the layers that get an adapter, and a table that describes the base model.
 
     Raises StageError if the parameters of notebook 2, `chosen`, cannot work here or with this base.
     """
     check_choices(chosen, config, dtype)
     model = skeleton(config)
-    look = summarize_base_model(
+    summary = summarize_base_model(
         model, *(chosen[n] for n in ("lora_target_modules", "attn_implementation", "quantization"))
     )
-    look = pd.Series(look | describe_template(tokenizer, stops), name="this base").to_frame()
-    return targets_to_adapt(chosen, model), look
+    summary |= describe_template(tokenizer, stops)
+    table = pd.Series(summary, name="this base").to_frame()
+    return targets_to_adapt(chosen, model), table
 
 
 # --- what a step is
@@ -113,8 +125,9 @@ class Room:
 def rows_of_step(chosen: dict[str, Any], rows: int, processes: int) -> int:
     """How many rows each GPU takes in a step, `gradient_accumulation_steps` apart.
 
-    `batch_size` is taken as it is. "auto" is at most 16, but so few that there are `min_steps` steps:
-    a small table would end before the model has learned (5 steps an epoch taught nothing, 300 did).
+    `batch_size` is taken as it is. "auto" is at most 16, but so few that there are `min_steps`
+    steps: a small table would end before the model has learned (5 steps an epoch taught nothing,
+    300 did).
     Raises StageError if batch_size is neither a number nor "auto".
     """
     batch_size = chosen["batch_size"]
@@ -134,15 +147,21 @@ def divide_steps(
 
     A number as `batch_size` is taken at once, whatever it takes.
     """
-    wanted = rows_of_step(chosen, rows, processes)
-    at_once = room.rows_at_once(wanted) if chosen["batch_size"] == "auto" else wanted
-    accumulated = chosen["gradient_accumulation_steps"] * (wanted // at_once)
+    step_rows = rows_of_step(chosen, rows, processes)
+    at_once = room.rows_at_once(step_rows) if chosen["batch_size"] == "auto" else step_rows
+    accumulated = chosen["gradient_accumulation_steps"] * (step_rows // at_once)
     batches = math.ceil(rows / (at_once * processes))
     return at_once, accumulated, math.ceil(math.ceil(batches / accumulated) * chosen["epochs"])
 
 
-def plan_steps(chosen, rows, examples, room, processes):
-    """`divide_steps` where there is such room; prints in one line what a step on these rows will be."""
+def plan_steps(
+    chosen: dict[str, Any],
+    rows: Sized,
+    examples: Sized,
+    room: Room,
+    processes: PartialState,
+) -> tuple[int, int, int]:
+    """`divide_steps` for these rows of examples; prints in one line what a step will be."""
     batch_size, accumulation, steps = divide_steps(chosen, len(rows), room, processes.num_processes)
     parts = [f"{batch_size} rows"]
     if accumulation > 1:
@@ -150,18 +169,41 @@ def plan_steps(chosen, rows, examples, room, processes):
     if processes.num_processes > 1:
         parts.append(f"× {processes.num_processes} GPUs")
     of_all = batch_size * accumulation * processes.num_processes * len(examples) / len(rows)
-    few = ""
+    note = ""
     if steps < chosen["min_steps"] and chosen["batch_size"] != "auto":
-        few = f", fewer than min_steps={chosen['min_steps']}: batch_size=auto makes smaller ones"
-    print(f"a step is {' '.join(parts)}, about {of_all:.0f} examples; {steps:,} steps{few}")
+        note = f", fewer than min_steps={chosen['min_steps']}: batch_size=auto makes smaller ones"
+    print(f"a step is {' '.join(parts)}, about {of_all:.0f} examples; {steps:,} steps{note}")
     advice = few_steps_advice(steps, len(examples), chosen["epochs"])
     if advice:
         print(advice)
     return batch_size, accumulation, steps
 
 
-def room_for_training(chosen, config, dtype, targets, rows, processes):
-    """The Room of a training on so many full rows with the parameters of notebook 2, `chosen`; prints the sum.
+def count_trained(
+    chosen: dict[str, Any], config: PretrainedConfig, targets: str | list[str]
+) -> int:
+    """How many weights an adapter with these options trains, as PEFT makes it, without memory."""
+    from peft import LoraConfig, get_peft_model
+
+    model = skeleton(config)
+    # A start that is computed from the weights is left out, as a skeleton has none.
+    options = chosen["lora_options"] | {"init_lora_weights": True}
+    names = shortest_target_names(model, lora_targets(model, targets))
+    lora_config = LoraConfig(r=chosen["lora_r"], target_modules=names, **options)
+    with torch.device("meta"):
+        adapted = get_peft_model(model, lora_config)
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def room_for_training(
+    chosen: dict[str, Any],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    targets: str | list[str],
+    rows: int,
+    processes: PartialState,
+) -> Room:
+    """The Room of a training on so many full rows with notebook 2's parameters; prints the sum.
 
     With `gradient_checkpointing`, as many layers are recomputed as a GPU has no room for. Raises
     StageError if the weights alone do not fit, unless `ignore_memory`; that the rest may not fit is
@@ -174,10 +216,13 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
         print(f"{type(model).__name__} knows no gradient_checkpointing: all activations are kept")
     names = ("lora_r", "lora_dropout", "optim", "use_liger_kernel", "quantization", "max_length")
     options = {name: chosen[name] for name in names}
-    options["lora_options"] = chosen.get("lora_options", {})
+    options["lora_options"] = chosen["lora_options"]
+    if chosen["lora_options"]:  # it may give layers ranks of their own, say
+        options["trained"] = count_trained(chosen, config, targets)
     if "expandable_segments:True" not in os.environ.get("PYTORCH_ALLOC_CONF", ""):
         options["allocator"] = "blocks"
-    memory = TrainingMemory(model, dtype, gpu, targets, **options)
+    replicas = processes.num_processes
+    memory = TrainingMemory(model, dtype, gpu, targets, replicas=replicas, **options)
     one_process = processes.num_processes == 1
     draws = bool(chosen["lora_dropout"]) or uses_dropout(model)
     room = Room(
@@ -212,7 +257,7 @@ def room_for_training(chosen, config, dtype, targets, rows, processes):
 
 
 def report_room(room: Room, rows: int, ignore_memory: bool) -> None:
-    """Estimate what batches of `rows` rows take, in `room.expected`; print the sum and what is recomputed.
+    """Estimate what batches of `rows` rows take, as `room.expected`; print the sum.
 
     Raises StageError if the weights alone do not fit, unless `ignore_memory`.
     """
@@ -241,32 +286,38 @@ def report_room(room: Room, rows: int, ignore_memory: bool) -> None:
         )
 
 
-def rows_to_train_on(model, examples, packed, packing):
-    """The packed rows where they may be packed, else the examples by themselves; says which, and why.
+def rows_to_train_on(
+    model: torch.nn.Module, examples: Dataset, packed: Dataset, packing: bool
+) -> Dataset:
+    """The packed rows if they may be packed, else the examples by themselves; prints which.
 
-    Whether they may be is measured on the model at hand: what the second of two packed examples sees of the first.
-    Raises StageError if this model computes no numbers, or is no causal one.
+    Whether they may be is measured on this model: what the second of two packed examples sees of
+    the first. Raises StageError if this model computes no numbers, or is no causal one.
     """
     check_forward(model, torch.tensor([examples[0]["input_ids"][:32]]))
-    leak = 0 if not packing else packing_leak(model)
+    leak = packing_leak(model) if packing else 0.0
     if packing and leak <= LEAK:
         print(
-            f"{len(examples):,} examples packed into {len(packed):,} rows; they do not see each other ({leak:.1%})"
+            f"{len(examples):,} examples packed into {len(packed):,} rows; "
+            f"they do not see each other ({leak:.1%})"
         )
         return packed
-    reason = "as asked" if not packing else "packed examples would see each other in this model"
+    reason = "packed examples would see each other in this model" if packing else "as asked"
     print(
-        f"not packed, {reason} ({leak:.1%}): a row is one example, and a batch has rows of like length"
+        f"not packed, {reason} ({leak:.1%}): a row is one example, "
+        "and a batch has rows of like length"
     )
     return examples
 
 
-def inputs_of(report, dtype, processes, room):
+def inputs_of(
+    report: dict[str, Any], dtype: torch.dtype, processes: PartialState, room: Room
+) -> dict[str, Any]:
     """What a training depends on beside its parameters: the data set, and what computes."""
-    hardware = {"dtype": str(dtype).removeprefix("torch."), "device": processes.device.type}
     return {
         "dataset": report["fingerprint"],
-        **hardware,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": processes.device.type,
         "processes": processes.num_processes,
         "sharded": room.sharded,
     }
@@ -282,41 +333,51 @@ def evaluation_rows(room: Room, rows: int) -> int:
     return max([rows, *(more for more in range(rows, 9) if room.fits(more))])
 
 
-def trainer_settings(stage, done, dtype, room, batch_size, steps, packed):
-    """What `SFTConfig` is told beside the choices of a reader: where, on what, when to evaluate, what is logged.
+def trainer_settings(
+    stage: Stage,
+    done: bool,
+    dtype: torch.dtype,
+    room: Room,
+    batch_size: int,
+    steps: int,
+    packed: bool,
+) -> dict[str, Any]:
+    """The arguments of `SFTConfig` that follow from the plan: where, on what, when to evaluate.
 
-    `include_num_input_tokens_seen` is not among it: it waits for the GPU after each batch, a tenth of the time.
+    `include_num_input_tokens_seen` is not among them: it waits for the GPU after each batch, which
+    took a tenth of the time.
     """
-    chosen, gpu = stage.parameters, torch.cuda.is_available()
+    chosen = stage.parameters
+    gpu = torch.cuda.is_available()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "training" / "tensorboard")
-    each = math.ceil(steps / chosen["evaluations"])
     same = ("seed", "use_liger_kernel", "max_length", "lr_scheduler_type", "max_grad_norm")
-    return (
-        {name: chosen[name] for name in same}
-        | {
-            "output_dir": str(stage.folder / "checkpoints"),
-            "warmup_steps": chosen["warmup"],
-            "report_to": "none" if done else chosen["report_to"],
-            "use_cpu": not gpu,
-            "bf16": dtype == torch.bfloat16,
-            "fp16": dtype == torch.float16,
-            "per_device_eval_batch_size": evaluation_rows(room, batch_size),
-            "train_sampling_strategy": "random" if packed else "group_by_length",
-            "gradient_checkpointing": room.recomputed_layers(batch_size) > 0,
-            # without dropout nothing random is recomputed; a CUDA graph could not restore it
-            "gradient_checkpointing_kwargs": {
-                "use_reentrant": False,
-                "preserve_rng_state": room.draws,
-            },
-            "fsdp": room.sharded,
-            "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
-            "ddp_find_unused_parameters": False,
-            **when_to_evaluate(chosen["training_options"], each),
-            "save_total_limit": 2,
-            "restore_callback_states_from_checkpoint": chosen["early_stopping_patience"] > 0,
-            "logging_steps": 0.05,
-            "logging_nan_inf_filter": False,  # it would hide a loss that is NaN, and wait for the GPU in every step
-            "disable_tqdm": False,
-            "dataloader_pin_memory": gpu,
-        }
+    settings = {name: chosen[name] for name in same}
+    settings |= when_to_evaluate(
+        chosen["training_options"], math.ceil(steps / chosen["evaluations"])
     )
+    return settings | {
+        "output_dir": str(stage.folder / "checkpoints"),
+        "warmup_steps": chosen["warmup"],
+        "report_to": "none" if done else chosen["report_to"],
+        "use_cpu": not gpu,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "per_device_eval_batch_size": evaluation_rows(room, batch_size),
+        "train_sampling_strategy": "random" if packed else "group_by_length",
+        "gradient_checkpointing": room.recomputed_layers(batch_size) > 0,
+        # Without dropout nothing random is recomputed, and a CUDA graph could not restore it.
+        "gradient_checkpointing_kwargs": {
+            "use_reentrant": False,
+            "preserve_rng_state": room.draws,
+        },
+        "fsdp": room.sharded,
+        "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
+        "ddp_find_unused_parameters": False,
+        "save_total_limit": 2,
+        "restore_callback_states_from_checkpoint": chosen["early_stopping_patience"] > 0,
+        "logging_steps": 0.05,
+        # Filtering would hide a loss that is NaN, and wait for the GPU in every step.
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": False,
+        "dataloader_pin_memory": gpu,
+    }
