@@ -50,6 +50,21 @@ test-browser: base-models $(call EXTRA,browser) ## press Run All in JupyterLab; 
 	@$(PYTEST) -m browser -x -vv --durations=0 tests
 test-peers: base-models $(call EXTRA,peers) ## perplexity beside lm-evaluation-harness
 	@HF_HUB_OFFLINE=1 $(PYTEST) -m peers -vv tests
+test-newest: .venv-newest/.ready ## the tests with the newest releases of the libraries, in .venv-newest
+	@PYTHONPATH=src .venv-newest/bin/python -m tabletune base-models tiny
+	@PYTHONPATH=src .venv-newest/bin/python -m pytest -n 2 \
+		-m "not (slow or gpu or browser or export or peers or pins)" $(ARGS) tests
+# The libraries under test, and those that they bring along in other versions; all else is pinned as usual.
+NEWEST := transformers peft trl bitsandbytes datasets accelerate liger-kernel safetensors tokenizers \
+	huggingface_hub hf-xet fsspec pyarrow dill multiprocess numpy pandas scipy scikit-learn gguf
+empty :=
+space := $(empty) $(empty)
+.venv-newest/.ready: requirements.txt
+	@echo "installing the newest releases into $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@grep -v -E '^(-e|($(subst $(space),|,$(strip $(NEWEST))))==)' requirements.txt > $(@D)/pins.txt
+	@$(@D)/bin/python -m pip install --quiet -r $(@D)/pins.txt $(NEWEST)
+	@touch $@
 
 # --- what is generated
 OWN_TABLES := $(patsubst examples/own_tables/%.yaml,example-%,$(wildcard examples/own_tables/*.yaml))

@@ -104,6 +104,7 @@ def test_the_install_cell_is_the_same_in_all_notebooks():
     assert f"git+https://github.com/{SERIES['repository']}@{SERIES['ref']}" in INSTALL
 
 
+@pytest.mark.pins
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_installing_changes_nothing_that_colab_has(runtime):
     """Else a kernel that had imported it would need a restart. What is added needs nothing else: --no-deps is safe."""
@@ -116,6 +117,7 @@ def test_installing_changes_nothing_that_colab_has(runtime):
     )
 
 
+@pytest.mark.pins
 def test_the_tests_run_what_colab_runs():
     """requirements.txt has the versions of Colab, torch's build aside, and those of the install cell."""
     pins = [
@@ -172,6 +174,7 @@ def all_imports():
     }
 
 
+@pytest.mark.pins
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_colab_has_all_that_is_imported(runtime):
     """Or an install cell brings it."""
