@@ -125,9 +125,9 @@ validation_fraction = 0.1  # of the questions
 test_fraction = 0.15
 
 # %%
-from tabletune.run.stage import begin
+from tabletune.run.stage import start_stage
 
-stage = begin("01_format_dataset", globals())
+stage = start_stage("01_format_dataset", globals())
 run = stage.folder
 
 # %% [markdown]
@@ -261,7 +261,7 @@ show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 from tabletune.data.pipeline import format_table
 from tabletune.data.retrieval_folder import rewordings_digest, write_retrieval
 from tabletune.run.files import read_json
-from tabletune.run.hub import hand_over
+from tabletune.run.hub import upload_result
 
 inputs = {"table": table.digest, "commit": table.commit} | rewordings_digest(settings)
 outputs = ["dataset", "retrieval"] if context_rows else ["dataset"]
@@ -269,7 +269,7 @@ if not stage.is_done(inputs, outputs):
     format_table(table, table_shape, settings, tokenizer, stops, run / "dataset", context)
     report = write_retrieval(run, settings, formatter)
     for name in outputs:
-        hand_over(run_dir, run / name)
+        upload_result(run_dir, run / name)
     stage.record(report["fingerprint"], inputs)
 report = read_json(run / "dataset" / "report.json", "01_format_dataset")
 

@@ -111,7 +111,7 @@ from tabletune.model.inspection import base_config
 from tabletune.model.quantization import load_base
 from tabletune.report.pages import show_table
 from tabletune.run.files import read_json
-from tabletune.run.stage import begin
+from tabletune.run.stage import start_stage
 from tabletune.training.checkpoints import checkpoint_to_resume, claim_checkpoints
 from tabletune.training.collator import Collator
 from tabletune.training.examples import encode_splits, load_examples
@@ -127,7 +127,7 @@ from tabletune.training.planning import (
 from tabletune.training.results import base_model_loss, save_training, training_metrics
 from tabletune.training.trainer import TokenTrainer, free_memory, training_callbacks
 
-stage = begin("02_finetune_qlora", globals())
+stage = start_stage("02_finetune_qlora", globals())
 run = stage.folder
 
 # %% [markdown]

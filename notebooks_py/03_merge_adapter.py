@@ -74,9 +74,9 @@ max_shard_gb = 1.0  # size of a file of the merged model, and about the memory t
 
 # %%
 from tabletune.merging.plan import MergePlan
-from tabletune.run.stage import begin
+from tabletune.run.stage import start_stage
 
-stage = begin("03_merge_adapter", globals())
+stage = start_stage("03_merge_adapter", globals())
 run = stage.folder
 plan = MergePlan(run, base_model, base_model_revision, base_weights)
 print(f"{len(plan.adapted)} adapted layers, {len(plan.tensors)} tensors in the base, r = {plan.config.r}")

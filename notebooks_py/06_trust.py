@@ -111,10 +111,10 @@ from tabletune.model.run_models import find_merged, load_adapted, load_merged
 from tabletune.report.pages import figures_table, read_lines, show_table
 from tabletune.report.tables import side_by_side
 from tabletune.run.artifacts import check_run, load_dataset_of_run
-from tabletune.run.files import read_json, set_aside, whole, write_json
-from tabletune.run.stage import begin
+from tabletune.run.files import archive, atomic_write, read_json, write_json
+from tabletune.run.stage import start_stage
 
-stage = begin("06_trust", globals())
+stage = start_stage("06_trust", globals())
 run = stage.folder
 
 # %% [markdown]
@@ -327,8 +327,8 @@ if not done:
 
 # %%
 if not done and processes.is_main_process:
-    set_aside(run, "trust")
-    with whole(run / "trust") as folder:
+    archive(run, "trust")
+    with atomic_write(run / "trust") as folder:
         folder.mkdir()
         write_json(folder / "metrics.json", metrics)
         if asked:

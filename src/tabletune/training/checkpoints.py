@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from tabletune.run.files import remove, set_aside, write_json
+from tabletune.run.files import archive, remove, write_json
 
 # --- checkpoints
 
@@ -21,9 +21,9 @@ def claim_checkpoints(stage, inputs, processes):
         if done := stage.is_done(inputs, ["adapter", "training/metrics.json"]):
             return done
         if file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings:
-            set_aside(run, "checkpoints", "adapter", "training")
+            archive(run, "checkpoints", "adapter", "training")
         if not file.exists():
-            set_aside(run, "adapter", "training")
+            archive(run, "adapter", "training")
             write_json(file, settings)
     return False
 

@@ -6,7 +6,7 @@ import pandas as pd
 from tabletune.chat.encoding import encode_all
 from tabletune.errors import StageError, hub_error
 from tabletune.run.artifacts import load_dataset_of_run
-from tabletune.run.files import whole, write_json
+from tabletune.run.files import atomic_write, write_json
 
 
 def load_examples(run, published_dataset, processes):
@@ -65,7 +65,7 @@ def take_published(name, folder):
         )
     report = {"published": name, "splits": {split: len(rows) for split, rows in splits.items()}}
     report["fingerprint"] = "-".join(rows._fingerprint for rows in splits.values())
-    with whole(folder) as partial_folder:
+    with atomic_write(folder) as partial_folder:
         splits.save_to_disk(partial_folder)
         write_json(partial_folder / "report.json", report)
 

@@ -1,8 +1,8 @@
 """What is left of a training: metrics, loss curves, the adapter."""
 
 from tabletune.chat.tokenizer import save_tokenizer
-from tabletune.run.files import set_aside, whole, write_json
-from tabletune.run.hub import hand_over
+from tabletune.run.files import archive, atomic_write, write_json
+from tabletune.run.hub import upload_result
 from tabletune.run.machine import peak_memory_gib
 
 # --- what is left of it
@@ -70,11 +70,11 @@ def save_training(stage, trainer, metrics, tokenizer, stops, inputs):
         provenance |= {"dataset_fingerprint": inputs["dataset"], "dtype": inputs["dtype"]}
         write_json(run / "training" / "metrics.json", metrics)
         write_json(run / "training" / "log_history.json", trainer.state.log_history)
-        set_aside(run, "adapter")
-        with whole(run / "adapter") as folder:
+        archive(run, "adapter")
+        with atomic_write(run / "adapter") as folder:
             trainer.model.save_pretrained(folder, state_dict=adapter)
             save_tokenizer(folder, tokenizer, stops)
             write_json(folder / "provenance.json", provenance)
-        hand_over(chosen["run_dir"], run / "adapter")
+        upload_result(chosen["run_dir"], run / "adapter")
         stage.record(inputs["dataset"], inputs)
     trainer.accelerator.wait_for_everyone()
