@@ -6,7 +6,7 @@
 #     runtime_attributes:
 #       runtime_version: '2026.07'
 #   jupytext:
-#     cell_metadata_filter: tags,-all
+#     cell_metadata_filter: tags,cellView,jupyter,-all
 #     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
 #     text_representation:
 #       extension: .py
@@ -27,17 +27,35 @@
 # |---|---|---|---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards |
 #
+# **What fine-tuning is.** A chat model has read a large part of the internet and answers any question in its own way.
+# Fine-tuning shows it some hundred examples of *your* questions and answers and changes its weights a little, until it
+# answers like them. People do this for a fixed format, a tone, labels, or to make a small model use their data. This
+# series does it with a table, and measures honestly whether it was worth it.
+#
+# The table of the worked example begins like this, and ends as a chat model that answers such questions:
+#
+# | Name of Item | Health Issue | Home Remedy | Yogasan |
+# |---|---|---|---|
+# | Ginger | Common Cold | Simmer a teaspoon of grated ginger in a cup of water for five minutes, strain it, and sip the tea warm twice a day. See a doctor if fever stays high. | https://images.example.org/yoga/cold-breathing.jpg |
+# | Tulsi Leaves | COMMON COLD | Boil eight washed tulsi leaves with two crushed peppercorns in a glass of water until a little is left, then drink it warm each evening for three days. | Bhujangasana |
+# | Chicken Soup | Common Cold | Make a light soup with chicken, garlic, carrot and a pinch of salt, and have a warm bowl at lunch and dinner while the cold lasts. | Shavasana |
+#
 # - **In:** a table: a `.csv`, `.tsv`, `.xlsx`, `.json`, `.jsonl` or `.parquet` file, a folder, or a Hub data set.
-# - **Out:** `dataset/` in the run folder, with train, validation and test splits, and `dataset/report.json`.
+# - **Out:** `dataset/` in the run folder: conversations, divided into training, validation and test rows, and
+#   `dataset/report.json`.
 # - **Time:** under a minute anywhere for a table of some ten thousand rows; no GPU is used.
 #
-# The worked example is a small table of traditional home remedies. It is **educational**: nothing in it, and nothing
-# that a model trained on it says, is medical advice.
+# In Colab each notebook gets a machine of its own. So that notebook 2 finds what this one writes, set `run_dir` below to
+# `"drive:home_remedies"` in every notebook; it is then kept in your Google Drive.
+#
+# The worked example is **educational**: nothing in the table, and nothing that a model trained on it says, is medical
+# advice.
 
 # %% [markdown]
-# On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does nothing.
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Install what Colab lacks (elsewhere this does nothing)
 import os
 import sys
 from importlib.util import find_spec
@@ -56,11 +74,11 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # %% [markdown]
 # ## Parameters
 #
-# For your own table, `dataset` may be all that you change: how its rows become conversations is recognized, and said
-# below. What few change comes first, as the cell after it has the last word.
+# For your own table, `dataset` is often all that you change: the notebook recognizes how its rows become conversations,
+# and shows it below. Rarely changed settings are folded away and come first; the cell after them can override them.
 
-# %%
-# rarely changed: how a table is read
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Rarely changed: how a table is read
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
 thinking = False  # true: answers in the table begin with <think>…</think>, for a model that does
 template_date = "2026-01-01"  # what a chat template that writes a date is to write
@@ -75,8 +93,8 @@ roles = {}  # who speaks in a conversation: {"Alice": "user", "Bob": "assistant"
 ignore_turn_keys = []  # keys of turns to leave out, such as ["reasoning_content"]
 answer_lists = ""  # what a list in an answer is: "rows", "first", "lines" or "json"
 
-# %%
-# rarely changed: what becomes of its rows
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Rarely changed: what becomes of its rows
 drop_values = []  # cells that mean empty, such as "n/a"; for one column {yoga: ["n/a"]}
 drop_patterns = []  # the same as regular expressions
 strip_addresses = False  # remove web addresses from all texts
@@ -92,8 +110,8 @@ loss_on_last_answer = False  # true: of the answers of a conversation only the l
 safety_rows = 0  # mix our own rows about emergencies into training: true for all, or how many
 push_dataset_to = ""  # a Hub id to publish the result under; only this needs a token
 
-# %%
-# rarely changed: prompts with rows of the table in them, where context_rows is above 0
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Rarely changed: prompts with rows of the table in them, where context_rows is above 0
 context_template = "Rows of the table:\n\n{rows}\n\nAnswer this, from the rows if they have it:\n{question}"
 context_characters = 0  # short rows: more than context_rows, up to so many characters together
 context_hit_rate = 0.6  # of the training questions have their own row in the prompt

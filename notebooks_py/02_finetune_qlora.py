@@ -6,7 +6,7 @@
 #     runtime_attributes:
 #       runtime_version: '2026.07'
 #   jupytext:
-#     cell_metadata_filter: tags,-all
+#     cell_metadata_filter: tags,cellView,jupyter,-all
 #     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
 #     text_representation:
 #       extension: .py
@@ -36,9 +36,10 @@
 # small [LoRA](https://arxiv.org/abs/2106.09685) adapter through it, so that a 7B model trains on a card of 15 GB.
 
 # %% [markdown]
-# On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does nothing.
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Install what Colab lacks (elsewhere this does nothing)
 import os
 import sys
 from importlib.util import find_spec
@@ -57,10 +58,10 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # %% [markdown]
 # ## Parameters
 #
-# What few change comes first, as the cell after it has the last word.
+# Rarely changed settings are folded away and come first; the next cell can override them.
 
-# %%
-# rarely changed
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Rarely changed parameters
 published_dataset = (
     ""  # a data set that notebook 1 published on the Hub, to take where the run has none
 )

@@ -6,7 +6,7 @@
 #     runtime_attributes:
 #       runtime_version: '2026.07'
 #   jupytext:
-#     cell_metadata_filter: tags,-all
+#     cell_metadata_filter: tags,cellView,jupyter,-all
 #     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
 #     text_representation:
 #       extension: .py
@@ -36,9 +36,10 @@
 # model. Here all of these answer the same questions as the fine-tuned model, and the notebook says which one to ship.
 
 # %% [markdown]
-# On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does nothing.
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Install what Colab lacks (elsewhere this does nothing)
 import os
 import sys
 from importlib.util import find_spec

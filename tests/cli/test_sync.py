@@ -10,12 +10,12 @@ SERIES = {
     "repository": "a/b",
     "ref": "v1",
     "colab_runtime": "2026.07",
-    "install_cell": "import sys",
+    "install_cell": "# @title Install it\nimport sys",
 }
 
 
 def test_parameters_in_takes_both_cells_and_is_not_confused_by_equals_signs():
-    source = "# %% [markdown]\n# # Title\n\n# %%\n# rarely changed\nb = 1\n\n"
+    source = "# %% [markdown]\n# # Title\n\n# %%\n# @title Rarely changed parameters\nb = 1\n\n"
     source += '# %% tags=["parameters"]\na = "x = 1"  # f = 2\nc = {"d": [1, 2]}\n\n# %%\ne = 3\n'
     assert parameters_in(source) == {"b": 1, "a": "x = 1", "c": {"d": [1, 2]}}
 
@@ -32,8 +32,9 @@ def test_with_series_writes_the_runtime():
 
 
 def test_with_series_writes_the_install_cell():
-    text = "\n# %%\nimport sys\nfrom importlib.util import find_spec\nold()\n\n# %% [markdown]\n"
-    assert with_series(text, SERIES) == "\n# %%\nimport sys\n\n# %% [markdown]\n"
+    text = "\n# %%\n# @title Install old\nimport sys\nold()\n\n# %% [markdown]\n"
+    new = "\n# %%\n# @title Install it\nimport sys\n\n# %% [markdown]\n"
+    assert with_series(text, SERIES) == new
 
 
 @pytest.mark.parametrize("name", ["a", "a/b/c", "a b/c"])

@@ -18,14 +18,14 @@ from tabletune.errors import StageError
 from tabletune.run.parameters import read_text
 
 REPOSITORY_NAME = r"[\w.-]+/[\w.-]+"
+# the first line of the folded cell of parameters; Colab shows it as the cell's title
+RARELY_CHANGED = "# @title Rarely changed"
 PLACES = {  # {where it stands: what is written there}
     rf"(?<=colab\.research\.google\.com/github/){REPOSITORY_NAME}/blob/[\w.-]+": (
         "{repository}/blob/{ref}"
     ),
     r"(?<=\n#       runtime_version: ).*": "'{colab_runtime}'",
-    r"(?s)(?<=\n# %%\n)(?:import os\n)?import sys\nfrom importlib.util.*?(?=\n\n# %%)": (
-        "{install_cell}"
-    ),
+    r"(?s)(?<=\n)# @title Install [^\n]*\nimport .*?(?=\n\n# %%)": "{install_cell}",
 }
 
 
@@ -75,13 +75,14 @@ def with_series(text: str, series: dict[str, str]) -> str:
 
 
 def parameters_in(source: str) -> dict[str, Any]:
-    """The parameters of a notebook, {name: default}: of its tagged cell, and of one that begins
-    "# rarely changed".
+    """The parameters of a notebook, {name: default}.
+
+    They stand in its tagged cell, and in one that begins with RARELY_CHANGED.
     """
     parameters = {}
     for cell in re.split(r"(?m)^# %%", source):
         head, _, body = cell.partition("\n")
-        if "parameters" not in head and not body.startswith("# rarely changed"):
+        if "parameters" not in head and not body.startswith(RARELY_CHANGED):
             continue
         for line in ast.parse(body).body:
             if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
