@@ -1,7 +1,7 @@
 """Less noise in a notebook: what libraries print there beside their results.
 
-Importing the package changes nothing of this for the reader's process. A notebook asks for it when its
-stage starts.
+Importing the package changes nothing of this for the reader's process. A notebook asks for it when
+its stage starts.
 """
 
 import logging
@@ -11,11 +11,12 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Switch off progress bars, advice and caches of libraries that say nothing of use in a notebook.
+    """Switch off progress bars, advice and caches of libraries that say nothing of use in a
+    notebook.
 
     Liger looks for kernels of other hardware, and tqdm for widgets; both do without. transformers
-    advises on arguments that the package sets on purpose. datasets would write what it computes into
-    the run folder. Libraries that are not imported yet read the environment.
+    advises on arguments that the package sets on purpose. datasets would write what it computes
+    into the run folder. Libraries that are not imported yet read the environment.
     """
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="IProgress not found")
