@@ -64,7 +64,7 @@ def test_the_question_may_come_first():
 
 
 @pytest.mark.parametrize(
-    "answer, expected",
+    ("answer", "expected"),
     [
         (NOTHING, True),
         ("the table has nothing on that", True),

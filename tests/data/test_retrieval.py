@@ -72,7 +72,7 @@ def test_an_index_without_rows_is_refused():
 
 
 @pytest.mark.parametrize(
-    "text, analyzer",
+    ("text", "analyzer"),
     [
         ("How are you?", "char_wb"),
         ("इसे कैसे करें", "char_wb"),

@@ -263,7 +263,7 @@ def test_a_template_without_a_field_is_refused(field):
         check_context_settings(chosen, "columns", tools=False)
 
 
-@pytest.mark.parametrize("shape, tools", [("text", False), ("messages", True)])
+@pytest.mark.parametrize(("shape", "tools"), [("text", False), ("messages", True)])
 def test_texts_and_tools_are_refused(shape, tools):
     from tabletune.data.retrieval_folder import check_context_settings
     from tabletune.errors import StageError

@@ -35,10 +35,10 @@ class Dropped(Exception):
 
 
 class Cleaning:
-    """The rules that are on, and a count of the rows that each has changed, with an example of the
+    r"""The rules that are on, and a count of the rows that each has changed, with an example of the
     first.
 
-    Always: composed Unicode (NFC; NFKC would turn "1½ cups" into "11⁄2 cups"), line ends as \\n, no
+    Always: composed Unicode (NFC; NFKC would turn "1½ cups" into "11⁄2 cups"), line ends as \n, no
     white space around the text. By parameters: `html_to_text`, `strip_addresses`, `collapse_spaces`
     (which removes invisible characters too).
 
@@ -101,7 +101,7 @@ def first_difference(one: str, other: str) -> int:
 
 
 def unix_line_ends(text: str) -> str:
-    """A text with \\n at the ends of its lines."""
+    r"""A text with \n at the ends of its lines."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -57,9 +57,7 @@ def table_rows(rows: Iterable[dict]) -> list[TableRow]:
 
 
 def analyzer_for(texts: Iterable[str]) -> str:
-    """ "char" if most letters of the texts are of scripts that write no spaces between words,
-    else "char_wb".
-    """
+    """The kind of n-grams: "char" for texts mostly in scripts without spaces, else "char_wb"."""
     letters = without = 0
     for text in texts:
         for character in text:

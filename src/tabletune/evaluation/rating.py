@@ -48,7 +48,8 @@ class Pair:
 @dataclass(frozen=True)
 class Rating:
     """What a reader said of a pair: which answer is better, and whether each is right; None: not
-    said."""
+    said.
+    """
 
     pair_id: str
     better: str  # "tuned", "base" or "equal"
@@ -137,7 +138,8 @@ class RatingSession:
         right_is_right: bool | None = None,
     ) -> Rating:
         """Save what a reader says of a pair: `better` is "left", "right" or "equal". Raises
-        ValueError otherwise."""
+        ValueError otherwise.
+        """
         if better not in BETTER:
             raise ValueError(f"better={better!r}: use one of {', '.join(BETTER)}")
         right_model = "tuned" if pair.left_model == "base" else "base"
@@ -159,7 +161,8 @@ class RatingSession:
 
 def summarize_ratings(pairs: Sequence[Pair], ratings: dict[str, Rating]) -> dict:
     """The win rate, the shares that a reader called right, and how far the measured figures agree
-    with the reader."""
+    with the reader.
+    """
     rated = [(pair, ratings[pair.pair_id]) for pair in pairs if pair.pair_id in ratings]
     better = [rating.better for _, rating in rated]
     wins = [choice == "tuned" for choice in better if choice != "equal"]
@@ -192,7 +195,8 @@ def summarize_ratings(pairs: Sequence[Pair], ratings: dict[str, Rating]) -> dict
 
 def judged_answers(rated: Sequence[tuple[Pair, Rating]]) -> pd.DataFrame:
     """A line for each answer that a reader called right or wrong: `pair_id`, `said` (bool) and the
-    measured figures."""
+    measured figures.
+    """
     lines = []
     for pair, rating in rated:
         for model in ("base", "tuned"):

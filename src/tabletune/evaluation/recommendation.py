@@ -1,5 +1,6 @@
 """Which way to answer should be shipped: the decision of notebook 5, in words that need no
-statistics."""
+statistics.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -197,7 +198,8 @@ def evidence(decision: Decision, part: str, rights: Mapping[str, np.ndarray]) ->
 
 def against(decision: Decision) -> list[str]:
     """How the choice compares with training, or with the best way without it, and whether that is
-    sure."""
+    sure.
+    """
     rights = decision.rights
     chosen = decision.subject
     others = [name for name in TRAINED if name in rights]

@@ -129,7 +129,8 @@ def app_source() -> str:
 def load_app(folder: Path) -> ModuleType:
     """The exported app.py as a module."""
     spec = importlib.util.spec_from_file_location("exported_app", folder / "app.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,5 +1,6 @@
 """The page of `make rate`: two answers to one question, side by side and without names. Needs
-Gradio."""
+Gradio.
+"""
 
 import os
 import time
@@ -22,7 +23,8 @@ RIGHT = [("right", True), ("wrong", False)]
 
 def page_texts(session: RatingSession, pair: Pair | None) -> list[Any]:
     """What stands on the page for a pair: progress, question, both answers, the table's answers; or
-    the result."""
+    the result.
+    """
     done = f"{len(session.ratings)} of {len(session.pairs)} rated"
     if pair is None:
         result = "\n\n".join(["All pairs are rated.", *session.metrics()["sentences"]])
@@ -76,7 +78,8 @@ def rating_page(session: RatingSession, disclaimer: str) -> Any:
 
 def rate_command(run_dir: Path, values: dict[str, Any]) -> None:
     """What `make rate RUN_DIR=…` does: serve the page until Ctrl-C. Raises StageError without
-    Gradio, or answers."""
+    Gradio, or answers.
+    """
     if find_spec("gradio") is None:
         raise StageError(
             "Gradio is missing here, which makes the page. Run `make rate`, or pip install "

@@ -21,7 +21,8 @@ def parts_of(metrics: Mapping) -> list[str]:
 
 def baselines_table(metrics: Mapping) -> pd.DataFrame:
     """The figures of `baselines/metrics.json` as texts with their intervals: a line for each part
-    and way."""
+    and way.
+    """
     lines = []
     for part in parts_of(metrics):
         for name, entry in metrics["ways"].items():
@@ -44,7 +45,8 @@ def baselines_table(metrics: Mapping) -> pd.DataFrame:
 
 def plot_baselines(metrics: Mapping) -> "Figure":
     """A figure with a panel for each part of the questions: the share of right answers of each way,
-    with intervals."""
+    with intervals.
+    """
     import matplotlib.pyplot as plt  # half a second
 
     parts, ways = parts_of(metrics), list(metrics["ways"])

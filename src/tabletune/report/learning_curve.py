@@ -137,7 +137,8 @@ def plot_curves(curves: list[list[Point]]) -> "Figure":
 
 def error_bars(values: list[float], limits: list[list[float] | None]) -> np.ndarray:
     """How far the limits are from the values, below and above: [2, values]; 0 where there is no
-    interval."""
+    interval.
+    """
     below = [
         value - low_high[0] if low_high else 0
         for value, low_high in zip(values, limits, strict=True)
@@ -151,7 +152,8 @@ def error_bars(values: list[float], limits: list[list[float] | None]) -> np.ndar
 
 def last_doubling(curve: list[Point]) -> list[str]:
     """Whether the last doubling of a curve still gained, in sentences, by pairs of the same test
-    rows."""
+    rows.
+    """
     most = curve[-1]
     smaller = [point for point in curve if point.questions <= HALF * most.questions]
     if not smaller:
@@ -189,7 +191,8 @@ def last_doubling(curve: list[Point]) -> list[str]:
 
 def compare_right(most: Point, half: Point) -> dict | None:
     """How many more new questions one run answers right, in pairs: a rate; None where that was not
-    measured."""
+    measured.
+    """
     if not most.right or most.right.keys() != half.right.keys():
         return None
     questions = list(most.right)
