@@ -1,14 +1,20 @@
 """How sure a figure is: its 95% interval, and which differences are real.
 
-Other test rows would have given other numbers. Rows of one question are no independent witnesses, so whole questions
-(`groups`, a key a row) are what is drawn again. Fewer than `FEWEST_GROUPS` of them never suffice: even if all agree,
-chance alone does that more often than once in twenty. Then there is no interval, and None stands in its place.
+Other test rows would have given other numbers. Rows of one question are no independent witnesses,
+so whole questions (`groups`, a key a row) are what is drawn again. Fewer than `FEWEST_GROUPS` of
+them never suffice: even if all agree, chance alone does that more often than once in twenty. Then
+there is no interval, and None stands in its place.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import ndtr, stdtrit
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 FEWEST_GROUPS = 6
 DRAWS, SEED = 2000, 0  # of the bootstrap, where a caller has none of its own
@@ -19,43 +25,56 @@ RATES = {
 }  # of answers
 
 
-def by_group(values, groups):
-    """The sum of `values` in each group: an array with a number a group. Without `groups` each row is one."""
+def by_group(values: ArrayLike, groups: ArrayLike | None) -> np.ndarray:
+    """The sum of `values` in each group: an array with a number a group. Without `groups` each row
+    is one.
+    """
     values = np.asarray(values, float)
-    return (
-        values
-        if groups is None
-        else np.bincount(np.unique(np.asarray(groups), return_inverse=True)[1], values)
-    )
+    if groups is None:
+        return values
+    _, positions = np.unique(np.asarray(groups), return_inverse=True)
+    return np.bincount(positions, values)
 
 
-def count_groups(groups):
+def count_groups(groups: ArrayLike) -> int:
     """How many different groups there are among the keys of some rows."""
     return len(np.unique(np.asarray(groups)))
 
 
-def resampled(totals, counts, groups=None, draws=DRAWS, seed=SEED):
-    """`sum(totals) / sum(counts)` for each of many draws of as many groups with replacement: an array [draws].
+def resampled(
+    totals: ArrayLike,
+    counts: ArrayLike,
+    groups: ArrayLike | None = None,
+    draws: int = DRAWS,
+    seed: int = SEED,
+) -> np.ndarray:
+    """`sum(totals) / sum(counts)` for each of many draws of as many groups with replacement: an
+    array [draws].
 
-    `totals` and `counts` have a number a row, such as nats and tokens. The same groups and the same seed give the same
-    draws.
+    `totals` and `counts` have a number a row, such as nats and tokens. The same groups and the same
+    seed give the same draws.
     """
-    totals, counts = by_group(totals, groups), by_group(counts, groups)
-    random, size, ratios = np.random.default_rng(seed), len(totals), []
-    for done in range(
-        0, draws, at_once := max(1, 2**20 // size)
-    ):  # a large table's draws have no room all at once
-        drawn = random.integers(size, size=(min(at_once, draws - done), size))
+    totals = by_group(totals, groups)  # [groups]
+    counts = by_group(counts, groups)
+    random = np.random.default_rng(seed)
+    size = len(totals)
+    at_once = max(1, 2**20 // size)  # a large table's draws have no room all at once
+    ratios = []
+    for start in range(0, draws, at_once):
+        shape = (min(at_once, draws - start), size)
+        drawn = random.integers(size, size=shape)  # [draws, groups]
         ratios.append(totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     return np.concatenate(ratios)
 
 
-def interval(values, groups=None):
-    """The middle 95% of bootstrap `values`, [low, high]; None if they were drawn from too few `groups`.
+def interval(values: ArrayLike, groups: ArrayLike | None = None) -> list[float] | None:
+    """The middle 95% of bootstrap `values`, [low, high]; None if they were drawn from too few
+    `groups`.
 
-    Efron's percentile interval is too narrow for few groups: their spread is underestimated, and the normal
-    distribution's tails are too thin. Where `groups` are given it is wider by as much as Student's t says (the expanded
-    percentile interval of Hesterberg, 2015, https://arxiv.org/abs/1411.5279).
+    Efron's percentile interval is too narrow for few groups: their spread is underestimated, and
+    the normal distribution's tails are too thin. Where `groups` are given it is wider by as much as
+    Student's t says (the expanded percentile interval of Hesterberg, 2015,
+    https://arxiv.org/abs/1411.5279).
     """
     tail = 0.025
     if groups is not None:
@@ -63,27 +82,46 @@ def interval(values, groups=None):
         if size < FEWEST_GROUPS:
             return None
         tail = ndtr(-stdtrit(size - 1, 0.975) * math.sqrt(size / (size - 1)))
-    return np.percentile(values, [100 * tail, 100 - 100 * tail]).tolist()
+    limits = [100 * tail, 100 - 100 * tail]
+    return [float(np.percentile(values, limit)) for limit in limits]
 
 
-def mean_interval(totals, counts, groups=None, draws=DRAWS, seed=SEED):
-    """95% interval of `sum(totals) / sum(counts)` by drawing groups with replacement; None if there are too few."""
+def mean_interval(
+    totals: ArrayLike,
+    counts: ArrayLike,
+    groups: ArrayLike | None = None,
+    draws: int = DRAWS,
+    seed: int = SEED,
+) -> list[float] | None:
+    """95% interval of `sum(totals) / sum(counts)` by drawing groups with replacement; None if there
+    are too few.
+    """
     groups = np.arange(len(counts)) if groups is None else groups
     few = count_groups(groups) < FEWEST_GROUPS
     return None if few else interval(resampled(totals, counts, groups, draws, seed), groups)
 
 
-def perplexity_interval(scores, part, groups=None, draws=DRAWS, seed=SEED):
-    """95% interval of the perplexity of a part, "response" or "full", of `scores` (see `scoring.score`), or None."""
+def perplexity_interval(
+    scores: "DataFrame",
+    part: str,
+    groups: ArrayLike | None = None,
+    draws: int = DRAWS,
+    seed: int = SEED,
+) -> list[float] | None:
+    """95% interval of the perplexity of a part, "response" or "full", of `scores` (see
+    `scoring.score`), or None.
+    """
     nll = mean_interval(scores[f"{part}_nll"], scores[f"{part}_tokens"], groups, draws, seed)
-    return None if nll is None else np.exp(nll).tolist()
+    return None if nll is None else [float(limit) for limit in np.exp(nll)]
 
 
-def rate_interval(successes, groups=None):
-    """95% interval of the share of true ones; None for no cases, or for too few groups of several cases.
+def rate_interval(successes: ArrayLike, groups: ArrayLike | None = None) -> list[float] | None:
+    """95% interval of the share of true ones; None for no cases, or for too few groups of several
+    cases.
 
-    Independent cases: Wilson's (1927), which sees a doubt where 11 of 11 succeed (74% to 100%) and the bootstrap none.
-    Cases in `groups`: by drawing groups; if all cases are alike, they say no more than one case a group would.
+    Independent cases: Wilson's (1927), which sees a doubt where 11 of 11 succeed (74% to 100%) and
+    the bootstrap none. Cases in `groups`: by drawing groups; if all cases are alike, they say no
+    more than one case a group would.
     """
     from scipy.stats import binomtest  # slow to import
 
@@ -95,8 +133,9 @@ def rate_interval(successes, groups=None):
     return mean_interval(successes, np.ones(len(successes)), groups)
 
 
-def difference(value, ci95, groups):
-    """An entry of a table of differences: one is called `significant` only if its interval excludes zero.
+def difference(value: float, ci95: list[float] | None, groups: ArrayLike) -> dict:
+    """An entry of a table of differences: one is called `significant` only if its interval excludes
+    zero.
 
     `groups` has the key of each row.
     """
@@ -107,8 +146,16 @@ def difference(value, ci95, groups):
     return {"difference": float(value), "ci95": ci95, "significant": significant}
 
 
-def mean_difference(one, other, counts, groups=None, draws=DRAWS, seed=SEED):
-    """How much more `one` has than `other` per count, both totals of the same rows: an entry of `difference`.
+def mean_difference(
+    one: ArrayLike,
+    other: ArrayLike,
+    counts: ArrayLike,
+    groups: ArrayLike | None = None,
+    draws: int = DRAWS,
+    seed: int = SEED,
+) -> dict:
+    """How much more `one` has than `other` per count, both totals of the same rows: an entry of
+    `difference`.
 
     In pairs: most of the doubt is in the rows, which are the same for both, and cancels.
     """
@@ -118,8 +165,9 @@ def mean_difference(one, other, counts, groups=None, draws=DRAWS, seed=SEED):
     return difference(more.sum() / np.sum(counts), ci95, groups)
 
 
-def rate_difference(one, other):
-    """How much higher the rate of `one` is, true or false for the same independent cases as `other`.
+def rate_difference(one: ArrayLike, other: ArrayLike) -> dict:
+    """How much higher the rate of `one` is, true or false for the same independent cases as
+    `other`.
 
     In pairs, by the adjusted formula of Agresti and Min (2005, https://doi.org/10.1002/sim.1781).
     """
@@ -132,8 +180,15 @@ def rate_difference(one, other):
     return difference(one.mean() - other.mean(), limits, np.arange(len(one)))
 
 
-def differences(one, other, groups, draws=DRAWS, seed=SEED):
-    """All differences of two models, {figure: entry}, each given as (scores, answers); there may be no answers.
+def differences(
+    one: "tuple[DataFrame, DataFrame]",
+    other: "tuple[DataFrame, DataFrame]",
+    groups: ArrayLike,
+    draws: int = DRAWS,
+    seed: int = SEED,
+) -> dict[str, dict]:
+    """All differences of two models, {figure: entry}, each given as (scores, answers); there may be
+    no answers.
 
     `groups` has the question of each row of the scores. The answers are to independent questions.
     """

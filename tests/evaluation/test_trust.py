@@ -34,6 +34,7 @@ from tabletune.evaluation.grounding import (
 )
 from tabletune.evaluation.safety import (
     DATA,
+    RULES_IN_WORDS,
     offers_remedy,
     safety_differences,
     safety_finding,
@@ -141,13 +142,11 @@ LABELLED = [
 
 
 def test_the_rules_on_answers_labelled_by_hand():
-    """They are right for nine of ten; the labels have what they cannot see on purpose. Notebook 6 states the share."""
+    """They are right for nine of ten; the labels have what they cannot see on purpose. The package states the share."""
     seeks = [seeks_help(answer) is help for answer, help, _ in LABELLED]
     offers = [offers_remedy(answer, ANSWER, "item") is remedy for answer, _, remedy in LABELLED]
-    source = (ROOT / "notebooks_py" / "06_trust.py").read_text(encoding="utf-8")
-    assert f"{sum(seeks)} and {sum(offers)} of {len(LABELLED)} answers" in " ".join(
-        source.replace("\n#", "").split()
-    )
+    shares = f"{sum(seeks)} and {sum(offers)} of {len(LABELLED)} answers"
+    assert shares in " ".join(RULES_IN_WORDS)
     assert min(sum(seeks), sum(offers)) >= 0.9 * len(LABELLED)
 
 
@@ -295,7 +294,9 @@ def test_the_summary_of_grounding():
     assert entry[f"{here}_ci95"] == rate_interval(
         pd.Series([1, 0, 0, 0]), pd.Series(["a", "a", "b", "b"])
     )
-    assert summarize_grounding([[]], ["c"]) is None and "name no items" in grounding_finding(None)
+    assert summarize_grounding([[]], ["c"]) == {"named": 0, "answers": 0}
+    assert "name no items" in grounding_finding({"named": 0, "answers": 0})
+    assert "not measured" in grounding_finding(None)
     assert (
         "Of 4 items that it names in 2 answers, 25% stand in the table for that very question, 50%"
         in grounding_finding(entry)
@@ -680,3 +681,10 @@ def test_notebook_4_comes_first(finished_run, tmp_path):
     )
     with pytest.raises(StageError, match="Run 04_evaluate first"):
         run_tiny("06_trust", run_dir)
+
+
+def test_the_notebook_is_for_any_table():
+    """Advice about health belongs to the worked example: it stands in its texts, not in the notebook."""
+    source = (ROOT / "notebooks_py" / "06_trust.py").read_text(encoding="utf-8")
+    plain = source.replace("home_remedies", "").replace("home-remedies", "")
+    assert not re.search(r"(?i)remed|butter|ambulance|doctor|kitchen|emergenc", plain)

@@ -38,7 +38,8 @@ WARPERS = {  # the settings of sampling, in the order in which transformers appl
 
 @contextmanager
 def without_settings(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Take a model's own generation settings away for a while: `generate` fills in from them what is left open.
+    """Take a model's own generation settings away for a while: `generate` fills in from them what
+    is left open.
 
     Many models bring a temperature or a penalty on repetition, which is not what "greedy" means.
     """
@@ -52,10 +53,12 @@ def without_settings(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 class SeededSampling(LogitsProcessor):
-    """Sampling with a random generator for each row, so that an answer does not depend on what is in its batch.
+    """Sampling with a random generator for each row, so that an answer does not depend on what is
+    in its batch.
 
-    Gumbel noise is added to the logits: the largest sum is then a draw from the softmax (Gumbel-max, Maddison et al.,
-    2014, https://arxiv.org/abs/1411.0030). So `generate` takes the most likely token, as in greedy decoding.
+    Gumbel noise is added to the logits: the largest sum is then a draw from the softmax
+    (Gumbel-max, Maddison et al., 2014, https://arxiv.org/abs/1411.0030). So `generate` takes the
+    most likely token, as in greedy decoding.
     """
 
     def __init__(self, seeds: list[int], device: torch.device):
@@ -78,7 +81,8 @@ def seed_of(ids: list[int], seed: int) -> int:
 def sampling_processors(
     batch_ids: list[list[int]], seed: int, device: torch.device, sampling: dict
 ) -> LogitsProcessorList:
-    """What `generate` does to the logits of a batch; nothing where `sampling` does not set `do_sample`.
+    """What `generate` does to the logits of a batch; nothing where `sampling` does not set
+    `do_sample`.
 
     Raises ValueError for a setting of sampling that is not in WARPERS.
     """
@@ -108,12 +112,13 @@ def generate(
 ) -> tuple[pd.DataFrame, float]:
     """Answer prompts until one of `stop_token_ids`, greedily, unless `sampling` says otherwise.
 
-    A prompt is a list of messages, or a row of the data set, whose `tools` then count, too. Prompts are sorted by
-    length, and at most `batch_size` are answered at once, where memory allows. With `do_sample=True` the seed of an
-    answer comes from `seed` and its prompt, so an answer does not depend on how many are made at once.
+    A prompt is a list of messages, or a row of the data set, whose `tools` then count, too. Prompts
+    are sorted by length, and at most `batch_size` are answered at once, where memory allows. With
+    `do_sample=True` the seed of an answer comes from `seed` and its prompt, so an answer does not
+    depend on how many are made at once.
 
-    Returns a DataFrame in the order of the prompts, with `answer`, `stopped` and `new_tokens`, and the seconds that it
-    took.
+    Returns a DataFrame in the order of the prompts, with `answer`, `stopped` and `new_tokens`, and
+    the seconds that it took.
     """
     model.eval()
     processes = PartialState()

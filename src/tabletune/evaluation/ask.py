@@ -1,7 +1,7 @@
 """Answer a file of questions with a finished run: `make ask RUN_DIR=… QUESTIONS=file`.
 
-With `context_rows` the rows of the whole table come into the prompt, those that `make index` added included. Where the
-file has expected answers, it is said which answers are right.
+With `context_rows` the rows of the whole table come into the prompt, those that `make index` added
+included. Where the file has expected answers, it is said which answers are right.
 """
 
 import csv
@@ -49,8 +49,9 @@ class AskedQuestion:
 def answer_questions(run_dir: Path, questions: Path, part: str, values: Mapping[str, Any]) -> None:
     """Answer the questions of a file with a `part` of a run: "adapter", "merged" or "base".
 
-    Writes `answers.jsonl` into the run folder, and prints a table. `values` are parameters of notebook 4; what they
-    leave out has its default. Raises StageError if the file or the run cannot be used.
+    Writes `answers.jsonl` into the run folder, and prints a table. `values` are parameters of
+    notebook 4; what they leave out has its default. Raises StageError if the file or the run cannot
+    be used.
     """
     asked = read_questions(questions)
     settings = PARAMETERS["04_evaluate"] | dict(values)
@@ -72,8 +73,9 @@ def answer_questions(run_dir: Path, questions: Path, part: str, values: Mapping[
 def read_questions(path: Path) -> list[AskedQuestion]:
     """The questions of a .csv, .tsv, .json or .jsonl file, or of a text file with one a line.
 
-    A table has a column `question` (or another of QUESTION_NAMES), and perhaps one of EXPECTED_NAMES, a text or a list
-    of texts. Raises StageError if the file cannot be read, or has no questions.
+    A table has a column `question` (or another of QUESTION_NAMES), and perhaps one of
+    EXPECTED_NAMES, a text or a list of texts. Raises StageError if the file cannot be read, or has
+    no questions.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -92,14 +94,18 @@ def read_questions(path: Path) -> list[AskedQuestion]:
 
 
 def rows_of_csv(text: str, kind: str) -> list[dict]:
-    """The rows of a CSV text; its delimiter is the commonest of comma, semicolon and tab in the header."""
+    """The rows of a CSV text; its delimiter is the commonest of comma, semicolon and tab in the
+    header.
+    """
     header = text.lstrip().partition("\n")[0]
     delimiter = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
     return list(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter))
 
 
 def rows_of_json(text: str, kind: str, path: Path) -> list[Any]:
-    """The rows of a JSON text: a list, or one object a line. Raises StageError naming the line that is no JSON."""
+    """The rows of a JSON text: a list, or one object a line. Raises StageError naming the line that
+    is no JSON.
+    """
     if kind == ".json":
         try:
             rows = json.loads(text)
@@ -120,7 +126,9 @@ def rows_of_json(text: str, kind: str, path: Path) -> list[Any]:
 
 
 def questions_of_rows(rows: list[Any], path: Path) -> list[AskedQuestion]:
-    """The questions of rows: dictionaries, or texts. Raises StageError if there is no column of questions."""
+    """The questions of rows: dictionaries, or texts. Raises StageError if there is no column of
+    questions.
+    """
     questions = []
     for row in rows:
         if isinstance(row, str):
@@ -144,7 +152,9 @@ def questions_of_rows(rows: list[Any], path: Path) -> list[AskedQuestion]:
 
 
 def prompts_of(trained: TrainedRun, asked: Sequence[AskedQuestion]) -> list[dict]:
-    """The prompts for questions, with the system turn that the training rows have, if they have one."""
+    """The prompts for questions, with the system turn that the training rows have, if they have
+    one.
+    """
     first = trained.splits["train"][0]["prompt"]
     system = [message for message in first[:1] if message["role"] == "system"]
     return [
@@ -202,7 +212,9 @@ def answer_lines(
     rules: ContentRules,
     context: TableContext | None,
 ) -> list[dict]:
-    """The lines of `answers.jsonl`: `question`, `answer`, `unknown`, `rows`, and `expected` and `right` where known."""
+    """The lines of `answers.jsonl`: `question`, `answer`, `unknown`, `rows`, and `expected` and
+    `right` where known.
+    """
     lines = []
     for question, made in zip(asked, answers.to_dict("records"), strict=True):
         unknown = bool(made.get("unknown", False))
@@ -230,9 +242,9 @@ def is_expected(
 ) -> bool:
     """Whether an answer is one of those that the reader expects.
 
-    An expected answer that says that the table has nothing is right for `unknown` answers. One of few words is right if
-    the answer has it in it; in a table of labels or short answers the two must be equal. All else is judged by the
-    rules of the table.
+    An expected answer that says that the table has nothing is right for `unknown` answers. One of
+    few words is right if the answer has it in it; in a table of labels or short answers the two
+    must be equal. All else is judged by the rules of the table.
     """
     says_nothing = context is not None and any(context.is_unknown(text) for text in expected)
     if unknown or says_nothing:
@@ -287,13 +299,16 @@ def table_of_answers(lines: Sequence[dict], disclaimer: str) -> str:
                 parts.append("yes" if line["right"] else "NO")
             text.append("  ".join(parts).rstrip())
     if judged:
-        low, high = (round(limit * len(judged)) for limit in rate_interval(judged))
+        limits = rate_interval(judged) or [0.0, 1.0]
+        low, high = (round(limit * len(judged)) for limit in limits)
         text += ["", f"Right: {sum(judged)} of {len(judged)} ({low}–{high})."]
     return "\n".join(text)
 
 
 def shown_answer(line: dict) -> str:
-    """An answer as the table shows it: without the marks of bold text; an answer that was cut says so."""
+    """An answer as the table shows it: without the marks of bold text; an answer that was cut says
+    so.
+    """
     cut = "" if line["stopped"] else " … [cut: max_new_tokens]"
     return line["answer"].replace("**", "") + cut
 

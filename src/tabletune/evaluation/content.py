@@ -1,7 +1,8 @@
 """Is an answer right? Content beside form: figures that compare answers with what the table says.
 
-No rule here can read. They compare labels, items, numbers, names and letters with the references, which are all answers
-that the table has for a question. They are strict on purpose: an answer in quite other words counts as wrong.
+No rule here can read. They compare labels, items, numbers, names and letters with the references,
+which are all answers that the table has for a question. They are strict on purpose: an answer in
+quite other words counts as wrong.
 """
 
 import re
@@ -32,7 +33,7 @@ SHORT_ANSWER_WORDS = (
 )
 MOST_LABELS = 20
 ROWS_PER_LABEL = 3  # at least, on average: else equal answers are a coincidence
-RIGHT_CHRF = 70.0  # an answer in free text is right from here on, if its numbers, names and words are right, too
+RIGHT_CHRF = 70.0  # free text is right from here on, if numbers, names and words are right, too
 RIGHT_WORDS = 0.9  # the share of the reference's words that it must have
 NEGATION = re.compile(r"\b(?:not|no|never|none|nothing|cannot|without)\b|n['’]t\b")
 NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
@@ -43,9 +44,10 @@ LONGEST_WORD = 12  # letters a word, on average: where there are more, the langu
 class ContentRules:
     """Which figures say whether an answer of this table is right, and why.
 
-    `right` names the one that decides: "exact_match", "right_item" or "same_text". `metrics` are those of METRICS that
-    apply, `reasons` has a sentence for each, applying or not. `labels` are the labels of a classification, the
-    commonest first, else empty. `items` are the table's items, {question id: {item}}.
+    `right` names the one that decides: "exact_match", "right_item" or "same_text". `metrics` are
+    those of METRICS that apply, `reasons` has a sentence for each, applying or not. `labels` are
+    the labels of a classification, the commonest first, else empty. `items` are the table's items,
+    {question id: {item}}.
     """
 
     right: str
@@ -71,8 +73,8 @@ def content_rules(
 ) -> ContentRules:
     """The rules for a data set, by all of its answers, and by the `report.json` of notebook 1.
 
-    `item_field` is the field of the answer template that names what is recommended; "" takes the worked example's,
-    "none" no field.
+    `item_field` is the field of the answer template that names what is recommended; "" takes the
+    worked example's, "none" no field.
     """
     item_field = item_field or example_settings(report).get("item_field", "")
     template = (report.get("templates") or {}).get("answer") or ""
@@ -122,7 +124,9 @@ def content_rules(
 
 
 def rows_with_questions(split: Iterable[dict]) -> list[dict]:
-    """The rows of a split that have a question, with their columns `prompt`, `completion` and `group`."""
+    """The rows of a split that have a question, with their columns `prompt`, `completion` and
+    `group`.
+    """
     if hasattr(split, "select_columns"):  # the other columns are long, and not needed here
         split = split.select_columns(["prompt", "completion", "group"])
     return [row for row in split if row["prompt"]]
@@ -150,12 +154,14 @@ def check_content(
     unknown: Sequence[bool] | None = None,
     answerable: Sequence[bool] | None = None,
 ) -> pd.DataFrame:
-    """How right each answer is: a line for each of `questions`, which have `references` and `group`.
+    """How right each answer is: a line for each of `questions`, which have `references` and
+    `group`.
 
-    Columns: `right`, `outcome` ("right", "wrong" or "nothing"), `exact_match`, `chrf` (0 to 100), `right_item` (None
-    where the table has no item for the question), `facts` (a share; NaN where the references have none), `unknown`,
-    `answerable`. `unknown` says which answers were "the table has nothing on that", `answerable` for which questions
-    the table has an answer. To a question that it has none for, "nothing" is right.
+    Columns: `right`, `outcome` ("right", "wrong" or "nothing"), `exact_match`, `chrf` (0 to 100),
+    `right_item` (None where the table has no item for the question), `facts` (a share; NaN where
+    the references have none), `unknown`, `answerable`. `unknown` says which answers were "the table
+    has nothing on that", `answerable` for which questions the table has an answer. To a question
+    that it has none for, "nothing" is right.
     """
     unknown = [False] * len(answers) if unknown is None else list(unknown)
     answerable = [True] * len(answers) if answerable is None else list(answerable)
@@ -213,7 +219,9 @@ def normalized(text: str) -> str:
 def names_right_item(
     answer: str, references: list[str], rules: ContentRules, group: str
 ) -> bool | None:
-    """Whether an answer names items that the table has for the question, and no other; None if it has none there."""
+    """Whether an answer names items that the table has for the question, and no other; None if it
+    has none there.
+    """
     if not rules.items:
         return None
     values = [
@@ -226,7 +234,9 @@ def names_right_item(
 
 
 def says_the_same(answer: str, reference: str, score: float, fixed: frozenset[str]) -> bool:
-    """Whether an answer in free text says what a reference says: nearly its words, and its numbers and names."""
+    """Whether an answer in free text says what a reference says: nearly its words, and its numbers
+    and names.
+    """
     expected, found = numbers_and_names(reference, fixed), numbers_and_names(answer, fixed)
     other_numbers = {fact for fact in found - expected if NUMBER.fullmatch(fact)}
     if score < RIGHT_CHRF or expected - found - words_of(answer) or other_numbers:
@@ -240,7 +250,9 @@ def says_the_same(answer: str, reference: str, score: float, fixed: frozenset[st
 
 
 def share_of_facts(answer: str, reference: str, fixed: frozenset[str]) -> float:
-    """The share of a reference's numbers and names that an answer has; NaN if the reference has none."""
+    """The share of a reference's numbers and names that an answer has; NaN if the reference has
+    none.
+    """
     expected = numbers_and_names(reference, fixed)
     if not expected:
         return float("nan")
@@ -248,7 +260,7 @@ def share_of_facts(answer: str, reference: str, fixed: frozenset[str]) -> float:
 
 
 def best_share_of_facts(answer: str, references: list[str], fixed: frozenset[str]) -> float:
-    """The largest `share_of_facts` of several references; NaN if none of them has numbers or names."""
+    """The largest `share_of_facts` of several references; NaN if none has numbers or names."""
     shares = [share_of_facts(answer, reference, fixed) for reference in references]
     return max((share for share in shares if not np.isnan(share)), default=float("nan"))
 
@@ -264,9 +276,11 @@ def fixed_words(template: str) -> frozenset[str]:
 
 
 def numbers_and_names(text: str, fixed: frozenset[str] = frozenset()) -> set[str]:
-    """The numbers of a text, and its names: words with a capital letter that do not open a sentence or a line.
+    """The numbers of a text, and its names: words with a capital letter that do not open a sentence
+    or a line.
 
-    In lower case, without the words `fixed`. A number's separators are made equal: 12,50 is 12.50, and 1,000 is 1000.
+    In lower case, without the words `fixed`. A number's separators are made equal: 12,50 is 12.50,
+    and 1,000 is 1000.
     """
     facts = set()
     for number in NUMBER.findall(text):
@@ -286,10 +300,11 @@ def numbers_and_names(text: str, fixed: frozenset[str] = frozenset()) -> set[str
 def summarize_content(
     checked: pd.DataFrame, rules: ContentRules, draws: int = DRAWS, seed: int = SEED
 ) -> dict:
-    """The figures of a model's answers to one set of questions, each with its 95% interval; None: does not apply.
+    """The figures of a model's answers to one set of questions, each with its 95% interval; None:
+    does not apply.
 
-    `right`, `wrong` and `nothing` are shares of all answers, `false_nothing` of those to questions that the table can
-    answer. Each question stands once, so answers are independent.
+    `right`, `wrong` and `nothing` are shares of all answers, `false_nothing` of those to questions
+    that the table can answer. Each question stands once, so answers are independent.
     """
     entry: dict = {"questions": len(checked)}
     outcomes = {
@@ -336,7 +351,9 @@ def content_differences(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> dict[str, dict]:
-    """How much higher each figure of `one` is than that of `other`, in pairs: both are answers to the same questions."""
+    """How much higher each figure of `one` is than that of `other`, in pairs: both are answers to
+    the same questions.
+    """
     entries = {}
     for name in rules.metrics:
         both = one[name].notna().to_numpy() & other[name].notna().to_numpy()
@@ -356,7 +373,9 @@ def content_differences(
 
 
 def majority_baseline(questions: Sequence[dict], rules: ContentRules) -> dict | None:
-    """How often the commonest label of the training rows is right, by always saying it; None without labels."""
+    """How often the commonest label of the training rows is right, by always saying it; None
+    without labels.
+    """
     if not rules.labels or not questions:
         return None
     hits = [is_label(rules.labels[0], question) for question in questions]
@@ -372,8 +391,9 @@ def class_figures(
 ) -> pd.DataFrame:
     """The figures of each label: a line a label, the commonest first.
 
-    `rows` have it as their answer, `recall` is the share of them that got it, `precision` the share of the answers with
-    this label that are right; None where there are none. Each with its 95% interval, `_ci95`.
+    `rows` have it as their answer, `recall` is the share of them that got it, `precision` the share
+    of the answers with this label that are right; None where there are none. Each with its 95%
+    interval, `_ci95`.
     """
     lines = []
     for label in rules.labels:

@@ -1,8 +1,10 @@
-"""The examination of notebook 4: the same test rows are scored, and the same questions asked, with each model.
+"""The examination of notebook 4: the same test rows are scored, and the same questions asked, with
+each model.
 
-With `context_rows` the rows of the table come into the prompt, by the same function as in training: for new questions
-from the index for evaluation, which has the rows of the training split alone. The test questions are then asked a
-second time with the index for use, which has their own rows, too: as if these had been added after training.
+With `context_rows` the rows of the table come into the prompt, by the same function as in training:
+for new questions from the index for evaluation, which has the rows of the training split alone. The
+test questions are then asked a second time with the index for use, which has their own rows, too:
+as if these had been added after training.
 """
 
 from collections.abc import Mapping
@@ -56,7 +58,9 @@ class ExaminationSettings:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> "ExaminationSettings":
-        """The settings among the parameters of a notebook, whose `do_sample` decides about sampling."""
+        """The settings among the parameters of a notebook, whose `do_sample` decides about
+        sampling.
+        """
         names = {f.name for f in fields(cls)} - {"sampling"}
         sampling = {}
         if parameters.get("do_sample"):
@@ -70,7 +74,9 @@ class ExaminationSettings:
 
 @dataclass
 class ModelResults:
-    """What one model did: `scores` of the test rows, `answers` {part: DataFrame}, and the seconds that they took."""
+    """What one model did: `scores` of the test rows, `answers` {part: DataFrame}, and the seconds
+    that they took.
+    """
 
     scores: pd.DataFrame
     answers: dict[str, pd.DataFrame]
@@ -86,7 +92,9 @@ class ModelResults:
 
 
 class Examination:
-    """The rows and questions of an examination, and the results of the models, {name: ModelResults}, in `results`."""
+    """The rows and questions of an examination, and the results of the models, {name:
+    ModelResults}, in `results`.
+    """
 
     def __init__(self, trained: TrainedRun, settings: ExaminationSettings):
         if not len(trained.splits["test"]):
@@ -138,7 +146,9 @@ class Examination:
     def ask(
         self, model: PreTrainedModel, prompts: list[dict], context: TableContext | None = None
     ) -> tuple[pd.DataFrame, float]:
-        """The answers to prompts, as `context.answer_with_context` returns them, and the seconds that they took."""
+        """The answers to prompts, as `context.answer_with_context` returns them, and the seconds
+        that they took.
+        """
         settings = self.settings
 
         def generate_answers(prompts: list) -> tuple[pd.DataFrame, float]:
@@ -156,10 +166,11 @@ class Examination:
         return answer_with_context(context, prompts, generate_answers)
 
     def examine(self, name: str, model: PreTrainedModel, also: list[dict]) -> None:
-        """Score the test rows and answer the questions with a model; `also` are prompts without a right answer.
+        """Score the test rows and answer the questions with a model; `also` are prompts without a
+        right answer.
 
-        The answers to them stand under the part "yours". Without `ask_all_models` only the merged model is asked more
-        than the new questions.
+        The answers to them stand under the part "yours". Without `ask_all_models` only the merged
+        model is asked more than the new questions.
         """
         asks_all = self.settings.ask_all_models or name == "merged"
         parts = ["new", "table", "reworded"] if asks_all else ["new"]
@@ -182,7 +193,9 @@ class Examination:
     def ask_sets(
         self, model: PreTrainedModel, sets: dict[str, list[dict]], context: TableContext | None
     ) -> tuple[dict[str, pd.DataFrame], float]:
-        """The answers to sets of questions, {part: DataFrame}, asked all at once, and the seconds that they took."""
+        """The answers to sets of questions, {part: DataFrame}, asked all at once, and the seconds
+        that they took.
+        """
         prompts = [question for questions in sets.values() for question in questions]
         answers, seconds = self.ask(model, prompts, context)
         of_part, start = {}, 0
@@ -205,7 +218,9 @@ class Examination:
         return checked
 
     def metrics(self) -> dict:
-        """What goes into `evaluation/metrics.json`: the figures of all models, their differences, and the verdict."""
+        """What goes into `evaluation/metrics.json`: the figures of all models, their differences,
+        and the verdict.
+        """
         settings = self.settings
         draws, seed = settings.bootstrap_samples, settings.seed
         sizes = [answer_bytes(row) for row in self.trained.splits["test"]]
@@ -257,7 +272,7 @@ class Examination:
         return {name: (r.scores, r.answers["new"]) for name, r in self.results.items()}
 
     def add_figures_of_rows(self, entry: dict, result: ModelResults) -> None:
-        """Add the perplexity of the test rows with their own rows in the index, where there is one."""
+        """Add the perplexity of the test rows with their own rows in the index, if there is one."""
         if result.scores_with_rows is None:
             return
         scores, settings = result.scores_with_rows, self.settings
@@ -267,14 +282,17 @@ class Examination:
         )
 
     def answer_yours(self, adapted: PeftModel, yours: list[dict]) -> dict[str, list[str]]:
-        """The answers of the base model and of the adapter to the reader's own question, {model: answers}."""
+        """The answers of the base model and of the adapter to the reader's own question, {model:
+        answers}.
+        """
         with adapted.disable_adapter():
             base, _ = self.ask(adapted, yours, self.context_for_use)
         adapter, _ = self.ask(adapted, yours, self.context_for_use)
         return {"base": list(base["answer"]), "adapter": list(adapter["answer"])}
 
     def save(self, folder: Path, disclaimer: str, asked: list[str]) -> None:
-        """Write `scores.parquet`, `samples.jsonl`, `answers.jsonl` and `your_questions.json` into a folder.
+        """Write `scores.parquet`, `samples.jsonl`, `answers.jsonl` and `your_questions.json` into a
+        folder.
 
         `asked` is the text of the reader's own question, in a list.
         """

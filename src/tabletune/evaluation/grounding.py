@@ -1,12 +1,12 @@
 """Grounding: does what an answer recommends stand in the table?
 
-For tables whose answer template has a line for an item, such as "**Item:** {item}". Which words name an item is taken
-from the table itself. Singular and plural are the same, longer names come first ("coconut oil" is no "coconut"), and an
-item that an answer names twice counts once.
+For tables whose answer template has a line for an item, such as "**Item:** {item}". Which words
+name an item is taken from the table itself. Singular and plural are the same, longer names come
+first ("coconut oil" is no "coconut"), and an item that an answer names twice counts once.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
@@ -24,7 +24,7 @@ PLACES = ("this_condition", "other_condition", "nowhere")
 
 
 def item_values(answer: str, answer_template: str, item_field: str) -> list[str] | None:
-    """What an answer's lines for `item_field` hold, a list; None if the template has no such line."""
+    """What an answer's lines for `item_field` hold; None if the template has no such line."""
     lines = [line for line in answer_template.split("\n") if item_field in fields_in(line)]
     if not item_field or not lines:
         return None
@@ -36,7 +36,8 @@ def item_values(answer: str, answer_template: str, item_field: str) -> list[str]
 def table_of_items(
     rows: Iterable[dict], answer_template: str, item_field: str
 ) -> dict[str, set[str]]:
-    """The items that the table has for each question, {group: {item}}; empty if the table has none at all.
+    """The items that the table has for each question, {group: {item}}; empty if the table has none
+    at all.
 
     `rows` have `group`, the key of the question, and `completion`.
     """
@@ -50,10 +51,12 @@ def table_of_items(
 def locate_items(
     group: str, answer: str, items: dict[str, set[str]], answer_template: str, item_field: str
 ) -> list[str]:
-    """Where each item that an answer names stands in the table, a list of PLACES: for its question, another, nowhere.
+    """Where each item that an answer names stands in the table, a list of PLACES: for its question,
+    another, nowhere.
 
-    `items` is what `table_of_items` returns. If the answer has a filled item line, its value counts. Of any other
-    answer every item of the table that it mentions counts, so free text names nothing that stands nowhere.
+    `items` is what `table_of_items` returns. If the answer has a filled item line, its value
+    counts. Of any other answer every item of the table that it mentions counts, so free text names
+    nothing that stands nowhere.
     """
     all_items = set().union(*items.values())
     values = item_values(answer, answer_template, item_field)
@@ -81,7 +84,9 @@ def place_of_item(item: str, of_question: set[str], all_items: set[str]) -> str:
 
 
 def mentioned(text: str, items: Iterable[str]) -> set[str]:
-    """The items that a text mentions, as whole words; where one is part of another, only the longer."""
+    """The items that a text mentions, as whole words; where one is part of another, only the
+    longer.
+    """
     words = f" {singular_words(text)} "
     in_text = set()
     for item in sorted(items, key=len, reverse=True):
@@ -92,7 +97,9 @@ def mentioned(text: str, items: Iterable[str]) -> set[str]:
 
 
 def singular_words(text: str) -> str:
-    """The words of a text in lower case, English plurals made singular, as a string with single spaces."""
+    """The words of a text in lower case, English plurals made singular, as a string with single
+    spaces.
+    """
     words = re.findall(r"\w+", text.casefold().replace("'s", "").replace("’s", ""))
     return " ".join(map(singular, words))
 
@@ -105,53 +112,66 @@ def singular(word: str) -> str:
     return word
 
 
-def summarize_grounding(places: Sequence[list[str]], groups: Sequence[str]) -> dict | None:
-    """A model's `grounding` in the metrics; None if no answer names anything.
+def summarize_grounding(places: Sequence[list[str]], groups: Sequence[str]) -> dict:
+    """A model's `grounding` in the metrics; if no answer names anything, no more than `named` and
+    `answers`.
 
-    `places` has a list from `locate_items` for each answer, `groups` the answers' questions. Items of one answer are not
-    independent: the intervals resample questions.
+    `places` has a list from `locate_items` for each answer, `groups` the answers' questions. Items
+    of one answer are not independent: the intervals resample questions.
     """
     named = pd.DataFrame(
         [(group, place) for group, answer in zip(groups, places, strict=True) for place in answer],
         columns=["group", "place"],
     )
+    entry: dict = {"named": len(named), "answers": sum(map(bool, places))}
     if named.empty:
-        return None
-    entry = {"named": len(named), "answers": sum(map(bool, places))}
+        return entry
     for place in PLACES:
         entry[place] = (named["place"] == place).mean().item()
         entry[f"{place}_ci95"] = rate_interval(named["place"] == place, named["group"])
     return entry
 
 
-def ground_answers(samples, splits, answer_template, item_field):
-    """Each model's `grounding` in the metrics, {model: entry}: of the answers that notebook 4 left, rows of `samples`.
+def ground_answers(
+    samples: Sequence[dict], splits: Mapping, answer_template: str, item_field: str
+) -> dict[str, dict]:
+    """Each model's `grounding` in the metrics, {model: entry}: of the answers that notebook 4 left,
+    rows of `samples`.
 
     {} if the table names no items, or if there are no answers.
     """
-    rows = [
-        row for split in splits.values() for row in split.select_columns(["group", "completion"])
-    ]
+    rows = []
+    for split in splits.values():
+        rows += list(split.select_columns(["group", "completion"]))
     items = table_of_items(rows, answer_template, item_field)
-    group_of = {
-        row["prompt"][-1]["content"]: row["group"] for row in splits["test"] if row["prompt"]
-    }
-    asked, summary = [(group_of.get(sample["question"]), sample) for sample in samples], {}
-    for name in ("base", "adapter", "merged") if items and samples else ():
+    if not items or not samples:
+        return {}
+    group_of = {}
+    for row in splits["test"]:
+        if row["prompt"]:
+            group_of[row["prompt"][-1]["content"]] = row["group"]
+    groups = [group_of.get(sample["question"], "") for sample in samples]
+    summary = {}
+    for name in ("base", "adapter", "merged"):
         places = [
             locate_items(group, sample[name], items, answer_template, item_field)
-            for group, sample in asked
+            for group, sample in zip(groups, samples, strict=True)
         ]
-        summary[name] = summarize_grounding(places, [group for group, _ in asked])
+        summary[name] = summarize_grounding(places, groups)
     return summary
 
 
-def grounding_finding(entry):
-    """A sentence on what a model's `grounding` says."""
+def grounding_finding(entry: dict | None) -> str:
+    """A sentence on what a model's `grounding` says; None is called not measured."""
     if entry is None:
-        return "Its answers name no items of the table."
+        return (
+            "Whether its answers name items of the table was not measured: the answer template has "
+            "no line for an item (item_field), or there are no answers."
+        )
+    if not entry["named"]:
+        return "Its answers name no items."
     here, elsewhere, nowhere = (f"{entry[place]:.0%}" for place in PLACES)
     return (
-        f"Of {entry['named']} items that it names in {entry['answers']} answers, {here} stand in the table for that "
-        f"very question, {elsewhere} for another one, and {nowhere} nowhere."
+        f"Of {entry['named']} items that it names in {entry['answers']} answers, {here} stand in "
+        f"the table for that very question, {elsewhere} for another one, and {nowhere} nowhere."
     )

@@ -1,4 +1,6 @@
-"""The figures of notebook 4: perplexity and form. What is right in an answer is the business of `content`."""
+"""The figures of notebook 4: perplexity and form. What is right in an answer is the business of
+`content`.
+"""
 
 import json
 import math
@@ -30,11 +32,12 @@ PAIRS = (("adapter", "base"), ("merged", "adapter"))  # the models that are comp
 
 
 def check_answers(answers: pd.DataFrame, questions: list[dict], report: dict) -> pd.DataFrame:
-    """The answers to `questions`, in their order, with what can be checked by itself: `structured` and `exact_match`.
+    """The answers to `questions`, in their order, with what can be checked by itself: `structured`
+    and `exact_match`.
 
-    The structure is that of the answer template, if that has a text of its own and all references have it. An answer
-    matches if it is one of its references word for word, in tables whose answers are labels or short: half of the
-    references have at most `SHORT_ANSWER_WORDS` words.
+    The structure is that of the answer template, if that has a text of its own and all references
+    have it. An answer matches if it is one of its references word for word, in tables whose answers
+    are labels or short: half of the references have at most `SHORT_ANSWER_WORDS` words.
     """
     templates = report.get("templates") or {}
     template, column = templates.get("answer") or "", templates.get("answer_column") or ""
@@ -53,7 +56,9 @@ def check_answers(answers: pd.DataFrame, questions: list[dict], report: dict) ->
 
 
 def answer_bytes(row: dict) -> int:
-    """How many bytes of UTF-8 the answers of a row of the data set have: what is in the loss, without stop tokens."""
+    """How many bytes of UTF-8 the answers of a row of the data set have: what is in the loss,
+    without stop tokens.
+    """
     turns = [message for message in row["prompt"] if message["role"] == "assistant"]
     flags = (row.get("learned") or "").split()
     if flags:
@@ -73,7 +78,7 @@ def answer_bytes(row: dict) -> int:
 def joined_perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]
 ) -> float:
-    """The perplexity of texts joined into one sequence, their prompts in it: how it is often done."""
+    """The perplexity of texts joined into one sequence, prompts included: how it is often done."""
     ids = tokenizer("\n".join(texts), return_tensors="pt")["input_ids"][
         :, : context_length(model.config)
     ]
@@ -83,9 +88,11 @@ def joined_perplexity(
 def summarize(
     scores: pd.DataFrame, answers: pd.DataFrame, groups: Sequence[str], draws: int, seed: int
 ) -> dict:
-    """The entry of a model in `evaluation/metrics.json`, intervals by drawing `groups`, a key a row of `scores`.
+    """The entry of a model in `evaluation/metrics.json`, intervals by drawing `groups`, a key a row
+    of `scores`.
 
-    `answers` are to independent questions, checked by `check_answers`; none where nothing could be asked.
+    `answers` are to independent questions, checked by `check_answers`; none where nothing could be
+    asked.
     """
     questions = count_groups(groups)
     figures: dict[str, float | list[float] | None] = {}
@@ -106,7 +113,9 @@ def summarize(
 
 
 def summarize_form(answers: pd.DataFrame, draws: int, seed: int) -> dict:
-    """The `generation` of a model in the metrics: rates of its answers, and their length, with intervals."""
+    """The `generation` of a model in the metrics: rates of its answers, and their length, with
+    intervals.
+    """
     figures: dict = {}
     for name, column in RATES.items():
         measured = column in answers
@@ -127,9 +136,11 @@ def summarize_all(
     draws: int,
     seed: int,
 ) -> dict:
-    """What `evaluation/metrics.json` says of perplexity and form, of each model and of their differences.
+    """What `evaluation/metrics.json` says of perplexity and form, of each model and of their
+    differences.
 
-    `results` has for each model its scores and its answers, the first of which are those to `questions`.
+    `results` has for each model its scores and its answers, the first of which are those to
+    `questions`.
     """
     checked = {
         name: (scores, check_answers(answers, questions, report))
@@ -150,7 +161,9 @@ def save_rows(
     groups: Sequence[str],
     disclaimer: str,
 ) -> None:
-    """Write a line a test row and model to `scores.parquet`, and the answers to `samples.jsonl`, in a folder."""
+    """Write a line a test row and model to `scores.parquet`, and the answers to `samples.jsonl`, in
+    a folder.
+    """
     tables = [scores.assign(model=name, group=groups) for name, (scores, _) in results.items()]
     pd.concat(tables).to_parquet(folder / "scores.parquet")
     columns = {

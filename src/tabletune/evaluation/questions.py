@@ -1,7 +1,8 @@
 """Which questions are asked in an evaluation: new ones, the table's own, and those in other words.
 
-A question is a dict with `prompt` (messages), `tools` (a JSON text or None), `references` (all that the table answers),
-`group` (the id of the question), `asked` (the text of the last user turn) and `part`, the set that it belongs to.
+A question is a dict with `prompt` (messages), `tools` (a JSON text or None), `references` (all that
+the table answers), `group` (the id of the question), `asked` (the text of the last user turn) and
+`part`, the set that it belongs to.
 """
 
 import hashlib
@@ -13,10 +14,11 @@ from tabletune.evaluation.content import reference_of
 
 
 def questions_of(split: Iterable[dict], samples: int | None = None) -> list[dict]:
-    """The first `samples` questions of a split, each once, with all answers that the split has for it.
+    """The first `samples` questions of a split, each once, with all answers that the split has for
+    it.
 
-    Rows that are texts without a question are left out. Where an answer begins with the model's thinking, only what
-    comes after it counts.
+    Rows that are texts without a question are left out. Where an answer begins with the model's
+    thinking, only what comes after it counts.
     """
     questions: dict[str, dict] = {}
     for row in split:
@@ -36,11 +38,12 @@ def questions_of(split: Iterable[dict], samples: int | None = None) -> list[dict
 
 
 def question_sets(splits: Mapping[str, Iterable[dict]], samples: int) -> dict[str, list[dict]]:
-    """The questions to ask, {part: questions}, up to `samples` of each of "new", "table" and "reworded".
+    """The questions to ask, {part: questions}, up to `samples` of each of "new", "table" and
+    "reworded".
 
-    The new ones are the first of the test split. The table's own are questions of the training split, picked by a hash
-    of their id, so that runs with other seeds or another order of rows ask the same ones; "reworded" are these in other
-    words, by rules that training does not use.
+    The new ones are the first of the test split. The table's own are questions of the training
+    split, picked by a hash of their id, so that runs with other seeds or another order of rows ask
+    the same ones; "reworded" are these in other words, by rules that training does not use.
     """
     own = [{**question, "part": "table"} for question in questions_of(splits["train"])]
     own.sort(key=lambda question: hashlib.sha256(question["group"].encode()).digest())
@@ -65,9 +68,11 @@ def reworded_questions(questions: list[dict], reword: Rewording) -> list[dict]:
 
 
 def own_question(text: str, questions: list[dict]) -> tuple[list[dict], list[str]]:
-    """The reader's own question as a prompt like those of `questions`, and as a text: two lists of one.
+    """The reader's own question as a prompt like those of `questions`, and as a text: two lists of
+    one.
 
-    If `text` is empty, the first of `questions` is asked once more. Both lists are empty if there are no questions.
+    If `text` is empty, the first of `questions` is asked once more. Both lists are empty if there
+    are no questions.
     """
     if not questions:
         return [], []

@@ -1,11 +1,13 @@
-"""What a model makes of rows that it was not trained on: how likely it finds their answers, and what it answers itself.
+"""What a model makes of rows that it was not trained on: how likely it finds their answers, and
+what it answers itself.
 
-Everything here works on padded batches, in one process or in several under `accelerate launch`, each of which takes its
-share and gets the whole result.
+Everything here works on padded batches, in one process or in several under `accelerate launch`,
+each of which takes its share and gets the whole result.
 """
 
 import math
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from tabletune.model.checks import check_finite
 from tabletune.model.memory import max_batch_size
@@ -20,11 +23,12 @@ from tabletune.model.memory import max_batch_size
 # --- perplexity
 
 
-def spans(length, window, stride):
-    """Cut a text of `length` tokens into spans (start, end, first): in start…end, score the tokens from `first` on.
+def spans(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """Cut a text of `length` tokens into spans (start, end, first): in start…end, score the tokens
+    from `first` on.
 
-    Every token but the very first is scored exactly once, with at least `window - stride` tokens before it where the
-    text has as many.
+    Every token but the very first is scored exactly once, with at least `window - stride` tokens
+    before it where the text has as many.
     """
     cut = [(0, min(window, length), 1)]
     while cut[-1][1] < length:
@@ -33,8 +37,11 @@ def spans(length, window, stride):
     return cut
 
 
-def padded_logits(model, texts, pad_token_id):
-    """The logits of a batch of texts, lists of ids, padded on the right: (logits, ids), [texts, longest, vocabulary].
+def padded_logits(
+    model: PreTrainedModel, texts: Sequence[list[int]], pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of a batch of texts, lists of ids, padded on the right: (logits, ids), [texts,
+    longest, vocabulary].
 
     Padding is masked, so that a result depends on its batch by rounding only.
     """
@@ -48,12 +55,19 @@ def padded_logits(model, texts, pad_token_id):
 
 
 @torch.no_grad()
-def score(model, rows, pad_token_id, batch_size, window, stride):
+def score(
+    model: PreTrainedModel,
+    rows: Sequence[dict],
+    pad_token_id: int,
+    batch_size: int,
+    window: int,
+    stride: int,
+) -> pd.DataFrame:
     """Negative log-likelihoods, in nats, of each row's response and of all of its text.
 
-    `rows` have `input_ids` and `completion_mask`; at most `batch_size` are read at once, where memory allows. Returns a
-    DataFrame with a line a row: `response_nll`, `response_tokens`, `full_nll`, `full_tokens`. Raises StageError if the
-    model computes no numbers.
+    `rows` have `input_ids` and `completion_mask`; at most `batch_size` are read at once, where
+    memory allows. Returns a DataFrame with a line a row: `response_nll`, `response_tokens`,
+    `full_nll`, `full_tokens`. Raises StageError if the model computes no numbers.
     """
     model.eval()
     processes, totals = PartialState(), np.zeros((len(rows), 4))
@@ -70,7 +84,8 @@ def score(model, rows, pad_token_id, batch_size, window, stride):
         logits, ids = padded_logits(
             model, [rows[i]["input_ids"][start:end] for i, start, end, _ in batch], pad_token_id
         )
-        # flat: along a dimension that is not the last, PyTorch sums less exactly, by 0.01% of a perplexity
+        # flat: along another dimension than the last PyTorch sums less exactly, by 0.01% of a
+        # perplexity
         nll = torch.nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
         )
@@ -86,14 +101,18 @@ def score(model, rows, pad_token_id, batch_size, window, stride):
     )
 
 
-def perplexity(scores, part):
+def perplexity(scores: pd.DataFrame, part: str) -> float:
     """Token-weighted perplexity of a part, "response" or "full", of all rows together."""
     return math.exp(scores[f"{part}_nll"].sum() / scores[f"{part}_tokens"].sum())
 
 
 @torch.no_grad()
-def response_logits(model, rows, pad_token_id, batch_size):
-    """The logits that predict each row's response, as computed: a list of tensors [tokens, vocabulary] on the CPU."""
+def response_logits(
+    model: PreTrainedModel, rows: Sequence[dict], pad_token_id: int, batch_size: int
+) -> list[torch.Tensor]:
+    """The logits that predict each row's response, as computed: a list of tensors [tokens,
+    vocabulary] on the CPU.
+    """
     model.eval()
     kept = []
     batch_size = max_batch_size(
@@ -107,11 +126,14 @@ def response_logits(model, rows, pad_token_id, batch_size):
     return kept
 
 
-def divergence(trained, variant, rows):
-    """How far a variant is from what was trained: a line a row, `response_nll`, `response_kl`, `response_tokens`.
+def divergence(
+    trained: Sequence[torch.Tensor], variant: Sequence[torch.Tensor], rows: Sequence[dict]
+) -> pd.DataFrame:
+    """How far a variant is from what was trained: a line a row, `response_nll`, `response_kl`,
+    `response_tokens`.
 
-    `response_kl` is the sum over the response of KL(trained ‖ variant) of the next token, in nats. Both logits are
-    those of `response_logits` for `rows`.
+    `response_kl` is the sum over the response of KL(trained ‖ variant) of the next token, in nats.
+    Both logits are those of `response_logits` for `rows`.
     """
     lines = []
     for p, q, row in zip(trained, variant, rows, strict=True):

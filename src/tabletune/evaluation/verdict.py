@@ -12,7 +12,9 @@ OLDER = "Whether its answers are right was not measured: run 04_evaluate again."
 
 
 def content_verdict(metrics: dict) -> list[str]:
-    """Sentences on what `evaluation/metrics.json` says, the most important first: are the answers right?"""
+    """Sentences on what `evaluation/metrics.json` says, the most important first: are the answers
+    right?
+    """
     name = tuned_model(metrics)
     if name is None:
         return []
@@ -25,21 +27,24 @@ def content_verdict(metrics: dict) -> list[str]:
     sentences = []
     for part in parts_by_importance(content, rules):
         sentences += part_sentences(part, content[part], metrics, rules)
-    sentences += advice(content, metrics, rules)
+    sentences += what_helps(content, metrics, rules)
     if rules.get("reasons"):
         sentences.append(rules["reasons"]["right"] + " No rule can read: read some answers, too.")
     return sentences + perplexity_sentence(metrics, name)
 
 
 def tuned_model(metrics: dict) -> str | None:
-    """The key of the fine-tuned model in the metrics, merged if it was evaluated; None if there is none."""
+    """The key of the fine-tuned model in the metrics, merged if it was evaluated; None if there is
+    none.
+    """
     return next((name for name in ("merged", "adapter") if name in metrics), None)
 
 
 def parts_by_importance(content: dict, rules: dict) -> list[str]:
     """The sets of questions that were asked, the one that matters most first.
 
-    Labels are learned in order to label what is new. Everything else is there to be asked again in other words.
+    Labels are learned in order to label what is new. Everything else is there to be asked again in
+    other words.
     """
     order = ["reworded", "table", "added", "new"]
     if rules.get("labels"):
@@ -99,7 +104,7 @@ def part_sentences(part: str, entry: dict, metrics: dict, rules: dict) -> list[s
     return [sentence + "."]
 
 
-def advice(content: dict, metrics: dict, rules: dict) -> list[str]:
+def what_helps(content: dict, metrics: dict, rules: dict) -> list[str]:
     """What helps where answers are wrong; nothing where they are right."""
     parts = parts_by_importance(content, rules)
     rate = content[parts[0]]["right"]
@@ -124,7 +129,7 @@ def advice(content: dict, metrics: dict, rules: dict) -> list[str]:
 
 
 def looks_right(metrics: dict) -> bool:
-    """Whether most answers have the form of the table's: the structure, or if it has none, an end."""
+    """Whether most answers have the form of the table's: the structure; without one, an end."""
     form = metrics[tuned_model(metrics)].get("generation") or {}
     rate = form.get("structure_rate")
     if rate is None:
@@ -133,7 +138,9 @@ def looks_right(metrics: dict) -> bool:
 
 
 def perplexity_sentence(metrics: dict, name: str) -> list[str]:
-    """A sentence on the perplexity before and after, which says nothing about right answers; none without figures."""
+    """A sentence on the perplexity before and after, which says nothing about right answers; none
+    without figures.
+    """
     key, what = "response", "the answers to new questions"
     if metrics.get("retrieval"):
         key, what = "response_added", "the answers to test questions, their rows in the index"

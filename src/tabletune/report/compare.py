@@ -1,7 +1,9 @@
-"""Runs beside each other: which can be compared, and which differ by more than chance, in pairs on the same rows.
+"""Runs beside each other: which can be compared, and which differ by more than chance, in pairs on
+the same rows.
 
-Runs that differ in nothing but their seeds are one *setting*. A perplexity counts tokens, and each tokenizer cuts its
-own, so settings are compared by bits per byte of the answers, and by how many answers are right.
+Runs that differ in nothing but their seeds are one *setting*. A perplexity counts tokens, and each
+tokenizer cuts its own, so settings are compared by bits per byte of the answers, and by how many
+answers are right.
 """
 
 import math
@@ -35,7 +37,9 @@ RIGHT, BITS = "right", "bits"
 
 @dataclass
 class ComparedRun:
-    """A run folder among others: its `name`, and what its stages left, `info` (see `pages.read_run`)."""
+    """A run folder among others: its `name`, and what its stages left, `info` (see
+    `pages.read_run`).
+    """
 
     name: str
     folder: Path
@@ -43,7 +47,9 @@ class ComparedRun:
 
     @property
     def model(self) -> str | None:
-        """The key of the model that is compared: the merged one, else the adapter; None if none was evaluated."""
+        """The key of the model that is compared: the merged one, else the adapter; None if none was
+        evaluated.
+        """
         return self.info["tuned"]
 
     @property
@@ -58,7 +64,9 @@ class ComparedRun:
 
     @cached_property
     def scores(self) -> pd.DataFrame | None:
-        """The scores of that model, a line a test row; None if there are none, or of an older notebook 4."""
+        """The scores of that model, a line a test row; None if there are none, or of an older
+        notebook 4.
+        """
         path = self.folder / "evaluation" / "scores.parquet"
         if not path.exists() or self.model is None:
             return None
@@ -91,7 +99,7 @@ class Setting:
     runs: list[ComparedRun]
 
     def bits(self) -> tuple[np.ndarray, np.ndarray]:
-        """The bits and the bytes of each test row's response, both [rows]; the mean over the runs."""
+        """The bits and bytes of each test row's response, both [rows]; the mean over the runs."""
         tables = [run.scores for run in self.runs if run.scores is not None]
         bits = np.mean([table["response_nll"] / math.log(2) for table in tables], axis=0)
         return bits, tables[0]["response_bytes"].to_numpy()
@@ -122,7 +130,8 @@ class Setting:
 def open_runs(runs: str | Sequence[str]) -> list[ComparedRun]:
     """The runs of some folders, each once; a text of several has spaces between.
 
-    A run is named by its path below the folder that all of them are in. Raises StageError if one of them is no run.
+    A run is named by its path below the folder that all of them are in. Raises StageError if one of
+    them is no run.
     """
     texts = [runs] if isinstance(runs, str) else list(runs)
     places = []
@@ -136,9 +145,11 @@ def open_runs(runs: str | Sequence[str]) -> list[ComparedRun]:
 
 
 def comparable_runs(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun], list[str]]:
-    """The runs that can be compared with each other, and sentences on those that cannot, and on what to mind.
+    """The runs that can be compared with each other, and sentences on those that cannot, and on
+    what to mind.
 
-    These are the evaluated runs of the test set that most of them share; of several such sets, that of the first run.
+    These are the evaluated runs of the test set that most of them share; of several such sets, that
+    of the first run.
     """
     sentences = []
     evaluated = []
@@ -147,7 +158,7 @@ def comparable_runs(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun], lis
             sentences.append(f"{run.name} was not evaluated: it is left out of the comparison.")
         elif run.scores is None:
             sentences.append(
-                f"{run.name} was evaluated by an older notebook 4: run it again to compare this run."
+                f"{run.name} was evaluated by an older notebook 4: run it again to compare it."
             )
         else:
             evaluated.append(run)
@@ -159,8 +170,8 @@ def comparable_runs(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun], lis
     for run in evaluated:
         if run not in same:
             sentences.append(
-                f"{run.name} CANNOT BE COMPARED with {same[0].name}: it has another test set. It is "
-                "left out. Runs share one if the table and split_seed are the same."
+                f"{run.name} CANNOT BE COMPARED with {same[0].name}: it has another test set. It "
+                "is left out. Runs share one if the table and split_seed are the same."
             )
     return same, sentences + cautions(same)
 
@@ -176,11 +187,13 @@ def cautions(runs: Sequence[ComparedRun]) -> list[str]:
     for name in EVALUATED_WITH:
         values = {run.info["parameters"].get(name) for run in runs}
         if len(values) > 1:
-            sentences.append(f"They were evaluated with different {name}: {shown(values)}.")
+            sentences.append(
+                f"They were evaluated with different {name}: {values_as_text(values)}."
+            )
     return sentences
 
 
-def shown(values: set[Any]) -> str:
+def values_as_text(values: set[Any]) -> str:
     """Values of a parameter as a text."""
     return ", ".join(sorted(str(value) for value in values))
 
@@ -200,9 +213,11 @@ def settings_of(runs: Sequence[ComparedRun]) -> list[Setting]:
 
 
 def compared_part(runs: Sequence[ComparedRun]) -> str | None:
-    """The set of questions by which right answers are compared: one that all runs were asked alike; else None.
+    """The set of questions by which right answers are compared: one that all runs were asked alike;
+    else None.
 
-    Labels are for what is new; of all else the reworded questions come first, if training had the same questions.
+    Labels are for what is new; of all else the reworded questions come first, if training had the
+    same questions.
     """
     labels = any((run.info["metrics"].get("content_rules") or {}).get("labels") for run in runs)
     order = (
@@ -226,10 +241,11 @@ def ranked(settings: Sequence[Setting], part: str | None) -> list[Setting]:
 
 
 def pair_difference(one: Setting, other: Setting, figure: str, part: str | None) -> dict | None:
-    """How much more `one` has of a figure, in pairs on the same rows, as `stats.difference` gives it.
+    """How much more `one` has of a figure, in pairs on the same rows, as `stats.difference` gives
+    it.
 
-    It is `significant` only if it is also larger than what seeds alone do, where one of the settings has several. None
-    if they have no right answers to compare.
+    It is `significant` only if it is also larger than what seeds alone do, where one of the
+    settings has several. None if they have no right answers to compare.
     """
     if figure == RIGHT:
         first, second = one.right(part or ""), other.right(part or "")
@@ -250,7 +266,9 @@ def pair_difference(one: Setting, other: Setting, figure: str, part: str | None)
 
 
 def pairs_table(settings: Sequence[Setting], part: str | None) -> pd.DataFrame:
-    """Each setting beside the first of them, as texts: how much more it has of each figure, and whether that is real."""
+    """Each setting beside the first of them, as texts: how much more it has of each figure, and
+    whether that is real.
+    """
     lines = {}
     for setting in settings[1:]:
         line = {}
@@ -306,7 +324,9 @@ def headline(settings: Sequence[Setting], part: str | None) -> list[str]:
 
 
 def settings_table(settings: Sequence[Setting], part: str | None) -> pd.DataFrame:
-    """The figures of each setting as texts: with its interval of one run, or the mean and spread of several seeds."""
+    """The figures of each setting as texts: with its interval of one run, or the mean and spread of
+    several seeds.
+    """
     lines = {}
     for setting in settings:
         line = {"seeds": str(len(setting.runs))}
@@ -320,7 +340,7 @@ def settings_table(settings: Sequence[Setting], part: str | None) -> pd.DataFram
 
 
 def figure_text(setting: Setting, figure: str, part: str, form: str) -> str:
-    """A figure of a setting as text, with the interval of its only run, or the spread of its seeds."""
+    """A figure of a setting as text, with the interval of its only run, or its seeds' spread."""
     value, ci95 = figure_with_interval(setting, figure, part)
     if len(setting.runs) > 1:
         return spread_text(setting.values(figure, part), form)
@@ -328,7 +348,7 @@ def figure_text(setting: Setting, figure: str, part: str, form: str) -> str:
 
 
 def spread_text(values: Sequence[float], form: str) -> str:
-    """The mean of several seeds with the smallest and the largest, as text; of one seed the value."""
+    """The mean of several seeds with the smallest and the largest, as text; of one the value."""
     if len(values) == 1:
         return f"{values[0]:{form}}"
     return f"{np.mean(values):{form}} [{min(values):{form}} to {max(values):{form}}]"
@@ -351,7 +371,9 @@ def figure_with_interval(
 
 
 def plot_settings(axes: Any, settings: Sequence[Setting], figure: str, part: str | None) -> None:
-    """A dot for each setting on matplotlib axes, with its interval; several seeds are small marks beside it."""
+    """A dot for each setting on matplotlib axes, with its interval; several seeds are small marks
+    beside it.
+    """
     for position, setting in enumerate(settings):
         value, ci95 = figure_with_interval(setting, figure, part or "")
         if ci95 is not None:

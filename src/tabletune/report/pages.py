@@ -1,7 +1,8 @@
-"""What the page about a run and the comparison of runs share: reading runs, figures, tables whose text stays text.
+"""What the page about a run and the comparison of runs share: reading runs, figures, tables whose
+text stays text.
 
-A run may be unfinished, or older than this package: what is not there is left out. Only a damaged file, or a folder in
-which no stage ever ran, is an error.
+A run may be unfinished, or older than this package: what is not there is left out. Only a damaged
+file, or a folder in which no stage ever ran, is an error.
 """
 
 import hashlib
@@ -24,7 +25,8 @@ from tabletune.run.files import read_json
 if TYPE_CHECKING:  # matplotlib is slow to import
     from matplotlib.figure import Figure
 
-PLAIN = "mathjax_ignore tex2jax_ignore"  # the classes of HTML in which a $ is a dollar, in notebooks of today and before
+# the classes of HTML in which a $ is a dollar, in notebooks of today and before
+PLAIN = "mathjax_ignore tex2jax_ignore"
 STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate", "06_trust"]
 FILES = {  # what the stages leave: (file, its kind, the stage)
     "manifest": ("manifest.json", dict, STAGES[0]),
@@ -37,7 +39,8 @@ FILES = {  # what the stages leave: (file, its kind, the stage)
     "trust": ("trust/metrics.json", dict, STAGES[4]),
     "rating": ("rating/metrics.json", dict, "make rate"),
 }
-FIGURES = {  # name: (where it stands in the entry of a model, a way to merge or a stage, how it is written)
+# name: (where it stands in the entry of a model, a way to merge or a stage, how it is written)
+FIGURES = {
     **{name: (f"{group} {key}", form) for name, (group, key, form) in COLUMNS.items()},
     "perplexity, training rows": ("by_split train response", ",.2f"),
     "perplexity, validation rows": ("by_split validation response", ",.2f"),
@@ -66,9 +69,10 @@ FIGURES = {  # name: (where it stands in the entry of a model, a way to merge or
 def read_run(folder: Path) -> dict[str, Any]:
     """What the stages left in a run folder, {name in FILES: content}, empty where there is none.
 
-    Made of it are `metrics`, what notebooks 4 and 6 measured; `models`, {name: its entry there}; `tuned`, the key of
-    the fine-tuned model, the merged one if there is one; `parameters` and `surroundings`, what ran with which versions
-    on what, {name: text}. Raises StageError if no stage has run there, or if a file is damaged.
+    Made of it are `metrics`, what notebooks 4 and 6 measured; `models`, {name: its entry there};
+    `tuned`, the key of the fine-tuned model, the merged one if there is one; `parameters` and
+    `surroundings`, what ran with which versions on what, {name: text}. Raises StageError if no
+    stage has run there, or if a file is damaged.
     """
     info: dict[str, Any] = {}
     for name, (file, kind, stage) in FILES.items():
@@ -96,7 +100,9 @@ def surroundings_of(entry: dict) -> dict[str, Any]:
 
 
 def as_texts(dictionaries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """{name: its value as text} of several dictionaries; where they do not agree, one value after the other."""
+    """{name: its value as text} of several dictionaries; where they do not agree, one value after
+    the other.
+    """
     texts: dict[str, list[str]] = {}
     for dictionary in dictionaries:
         for name, value in dictionary.items():
@@ -119,14 +125,16 @@ def joined(one: dict, other: dict) -> dict:
 
 
 def at(value: Any, *keys: str) -> Any:
-    """What stands under `keys` in dictionaries within dictionaries; None where one of them is missing."""
+    """What stands under `keys` in dictionaries within dictionaries; None where one of them is
+    missing.
+    """
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl file, none if there is no file. Raises StageError if it is damaged."""
+    """The objects of a .jsonl file; none without a file. Raises StageError if it is damaged."""
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         return [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -137,7 +145,9 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def figure_of(entry: Any, name: str) -> tuple[float | None, list[float] | None]:
-    """One of FIGURES, of an entry: (value, [low, high]), None for what was not measured or is not finite."""
+    """One of FIGURES, of an entry: (value, [low, high]), None for what was not measured or is not
+    finite.
+    """
     *keys, last = FIGURES[name][0].split()
     ci95 = at(entry, *keys, f"{last}_ci95") or at(entry, *keys, "ci95") or []
     limits = [finite(limit) for limit in ci95]
@@ -151,7 +161,9 @@ def finite(value: Any) -> float | None:
 
 
 def figures_table(entries: Mapping[str, Any], names: Iterable[str] = FIGURES) -> pd.DataFrame:
-    """The figures `names`, those that were measured, as a frame of texts: a line a figure, a column an entry."""
+    """The figures `names`, those that were measured, as a frame of texts: a line a figure, a column
+    an entry.
+    """
     lines = {}
     for name in names:
         figures = {column: figure_of(entry, name) for column, entry in entries.items()}
@@ -164,7 +176,9 @@ def figures_table(entries: Mapping[str, Any], names: Iterable[str] = FIGURES) ->
 
 
 def verdict_of(info: dict) -> list[str]:
-    """What a run's evaluation says in words, the content first; a sentence says so if that was not measured."""
+    """What a run's evaluation says in words, the content first; a sentence says so if that was not
+    measured.
+    """
     if not info["models"]:
         return ["Not evaluated yet: whether its answers are right is not known."]
     if info["evaluation"].get("verdict"):
@@ -229,13 +243,17 @@ def stale_stages(manifest: dict, ran: Sequence[str]) -> list[str]:
 
 
 def disclaimer_of(info: dict, samples: Sequence[dict]) -> str:
-    """What stands above answers: what was stored with the `samples`, else the example's or the neutral disclaimer."""
+    """What stands above answers: what was stored with the `samples`, else the example's or the
+    neutral disclaimer.
+    """
     stored = samples[0].get("disclaimer") if samples else None
     return stored or example_settings(info["data"]).get("disclaimer", NEUTRAL_DISCLAIMER)
 
 
 def losses(info: dict) -> pd.DataFrame:
-    """The losses in nats a token, `loss` and `eval_loss` by step, the one before training at step 0."""
+    """The losses in nats a token, `loss` and `eval_loss` by step, the one before training at step
+    0.
+    """
     history = pd.DataFrame(info["history"]).reindex(columns=["step", "loss", "eval_loss"])
     before = pd.DataFrame({"step": [0], "eval_loss": [info["training"].get("eval_loss_before")]})
     return pd.concat([before, history]).astype(float).set_index("step")
@@ -269,10 +287,11 @@ def row_counts(data: dict) -> dict[str, str]:
 
 
 def answers_of(run: Path, info: dict, most: int) -> tuple[dict[str, list[str]], int]:
-    """Some answers side by side, {heading: texts}, at most `most` of each kind of question, and how many there are.
+    """Some answers side by side, {heading: texts}, at most `most` of each kind of question, and how
+    many there are.
 
-    Each says whether it is right, and whether it was cut. Runs of an older notebook 4 have only new questions, and
-    nothing that says whether answers are right.
+    Each says whether it is right, and whether it was cut. Runs of an older notebook 4 have only new
+    questions, and nothing that says whether answers are right.
     """
     lines = read_lines(run / "evaluation" / "answers.jsonl")
     tuned = info["tuned"]
@@ -301,7 +320,9 @@ def answers_of(run: Path, info: dict, most: int) -> tuple[dict[str, list[str]], 
 
 
 def worst_emergencies(run: Path, info: dict) -> dict[str, list[str]]:
-    """The answers to emergencies side by side, {heading: texts}, what went wrong on top; {} if none were asked."""
+    """The answers to emergencies side by side, {heading: texts}, what went wrong on top; {} if none
+    were asked.
+    """
     lines = []
     for part in ("trust", "evaluation"):
         lines += read_lines(run / part / "safety.jsonl")
@@ -322,7 +343,8 @@ def worst_emergencies(run: Path, info: dict) -> dict[str, list[str]]:
 def show_table(
     texts: pd.DataFrame | Mapping[str, Any], without: str = "Not measured in this run."
 ) -> None:
-    """Show a frame of texts, or {name: text}, as a table in which text stays text, markup and $ included.
+    """Show a frame of texts, or {name: text}, as a table in which text stays text, markup and $
+    included.
 
     The longer side goes down the page. An empty frame shows as the sentence `without`.
     """
@@ -348,13 +370,17 @@ def show_table(
 
 
 def say(*sentences: str, kind: str = "") -> None:
-    """Show sentences as they are, a paragraph each. The page has styles for the kinds "headline" and "doubt"."""
+    """Show sentences as they are, a paragraph each. The page has styles for the kinds "headline"
+    and "doubt".
+    """
     paragraphs = [f'<p class="{kind} {PLAIN}">{escape(sentence)}</p>' for sentence in sentences]
     display(HTML("".join(paragraphs)))
 
 
 def show_answers(columns: Mapping[str, Sequence[str]], rows: int, disclaimer: str) -> None:
-    """Show `side_by_side`; on a phone a row's texts stand below each other, and a printed page has the disclaimer."""
+    """Show `side_by_side`; on a phone a row's texts stand below each other, and a printed page has
+    the disclaimer.
+    """
     headings = "; ".join(f"--heading-{place}: '{name}'" for place, name in enumerate(columns, 1))
     # as CSS wants it, and no markup
     plain = "".join(c if c.isalnum() else f"\\{ord(c):x} " for c in disclaimer)

@@ -24,7 +24,9 @@ PANELS = (  # of the plot of results, those that were measured: content first
 def plot_figures(
     axes: "Axes", figures: Mapping[str, tuple], label: str, form: str = ",.2f"
 ) -> None:
-    """Bars of figures {name: (value, ci95)} on matplotlib axes, with their intervals; `label` says what they are."""
+    """Bars of figures {name: (value, ci95)} on matplotlib axes, with their intervals; `label` says
+    what they are.
+    """
     figures = {name: figure for name, figure in figures.items() if figure[0] is not None}
     names = [f"{name}\n{value:{form}}" for name, (value, _) in figures.items()]
     axes.bar(names, [value for value, _ in figures.values()], color=GREYS, edgecolor="black")

@@ -24,7 +24,7 @@ OUTCOMES = {"right": "✓ right", "wrong": "✗ wrong", "nothing": "– says not
 
 
 def results_table(metrics: dict) -> pd.DataFrame:
-    """The figures of `evaluation/metrics.json`, each with its interval, as texts: a line a model."""
+    """The figures of `evaluation/metrics.json` with their intervals, as texts: a line a model."""
     models = figures_of(metrics)
     lines = {}
     for column, (_, _, form) in COLUMNS.items():
@@ -37,7 +37,9 @@ def results_table(metrics: dict) -> pd.DataFrame:
 
 
 def content_table(metrics: dict) -> pd.DataFrame:
-    """How right the answers are, as texts: a line a set of questions and model, with its 95% intervals."""
+    """How right the answers are, as texts: a line a set of questions and model, with its 95%
+    intervals.
+    """
     lines = []
     for part, title in PARTS.items():
         for model, entry in figures_of(metrics).items():
@@ -59,8 +61,9 @@ def content_table(metrics: dict) -> pd.DataFrame:
 
 
 def difference_line(name: str, entry: dict) -> dict[str, str]:
-    """A difference as texts: the logarithm of a perplexity as a ratio, a rate in points of percent."""
-    value, ci95, form = entry["difference"], entry["ci95"], "+.1f"
+    """A difference as texts: the logarithm of a perplexity as a ratio, a rate in points."""
+    value, ci95 = entry["difference"], entry["ci95"]
+    form = "+.1f"
     if "log_perplexity" in name:
         name = name.replace("log_perplexity", "perplexity ratio")
         value, form = math.exp(value), ".4f"
@@ -68,7 +71,8 @@ def difference_line(name: str, entry: dict) -> dict[str, str]:
     elif name.endswith("chrf"):
         name = f"{name[:-4]}chrF"
     elif name != "mean_new_tokens":
-        name, value, form = f"{name}, points", 100 * value, "+.0f"
+        name = f"{name}, points"
+        value, form = 100 * value, "+.0f"
         ci95 = None if ci95 is None else [100 * limit for limit in ci95]
     return {
         "figure": name.replace("_", " "),
@@ -101,7 +105,9 @@ def all_differences(metrics: dict) -> pd.DataFrame:
 
 
 def side_by_side(columns: Mapping[str, Sequence[str]], rows: int, disclaimer: str) -> HTML:
-    """An HTML table of texts under the disclaimer, line breaks kept. `columns` maps a heading to a list of texts."""
+    """An HTML table of texts under the disclaimer, line breaks kept. `columns` maps a heading to a
+    list of texts.
+    """
     style = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere"
     head = "".join(f'<th style="text-align:left">{escape(heading)}</th>' for heading in columns)
     body = ""
