@@ -194,12 +194,11 @@ print(*table_shape.describe(), sep="\n")
 # As it came:
 
 # %%
-from tabletune.data.cells import cell_text
 from tabletune.data.formatter import TableFormatter
 
 formatter = TableFormatter(table, table_shape, settings, tokenizer, stops)
 first = formatter.first()
-row = {field: cell_text(value) for field, value in first["row"].items()}
+row = first["texts"]
 {field: text[:500] for field, text in row.items()}
 
 # %% [markdown]
@@ -211,11 +210,8 @@ import unicodedata
 
 from tabletune.data.cleaning import Cleaning
 
-by_hand = {
-    field: unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip()
-    for field, text in row.items()
-}
-print("the same:", by_hand == {field: Cleaning()(text) for field, text in row.items()})
+texts = [unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip() for text in row.values()]
+print("the same:", texts == [Cleaning()(text) for text in row.values()])
 
 # %% [markdown]
 # What else is to go is a parameter. With those of this table:
@@ -234,11 +230,9 @@ messages = first["prompt"] + first["completion"]
 # **Rendered** by the model's own template:
 
 # %%
-rendered = (
-    tokenizer.apply_chat_template(messages, tokenize=False)
-    if first["prompt"]
-    else messages[0]["content"]
-)
+rendered = messages[0]["content"]  # of a lone text
+if first["prompt"]:
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
 print(rendered[:2000])
 
 # %% [markdown]
@@ -254,10 +248,7 @@ prompt = encode_prompt(first["prompt"], tokenizer)
 by_hand = tokenizer(rendered, add_special_tokens=False)["input_ids"]
 answer = by_hand[len(prompt) : len(encoded["input_ids"])]
 print(f"{len(encoded['input_ids'])} tokens, {sum(encoded['completion_mask'])} of them in the loss")
-print(
-    "by hand the same:",
-    encoded["input_ids"] == prompt + answer and all(encoded["completion_mask"][len(prompt) :]),
-)
+print("by hand the same:", encoded["input_ids"] == prompt + answer)
 
 # %% [markdown]
 # The same, token by token. **Bold** tokens are special, grey ones are only read, and those on colour are in the loss.
@@ -297,21 +288,16 @@ report = read_json(run / "dataset" / "report.json", "01_format_dataset")
 # %%
 import pandas as pd
 
-steps = {"in the table": report["rows_in"]}
-steps |= {f"changed: {rule}": change["rows"] for rule, change in report["changed"].items()}
-steps |= {f"dropped: {reason}": -rows for reason, rows in report["dropped"].items()}
-pd.Series({**steps, "out": report["rows_out"]}, name="rows").to_frame()
+from tabletune.data.report import changes_table, rows_table, sentences_on_data_set
+
+rows_table(report)
 
 # %% [markdown]
 # An example of each change, around the place where it happened:
 
 # %%
 pd.set_option("display.max_colwidth", 90)
-examples = {
-    rule: [repr(change["before"]), repr(change["after"])]
-    for rule, change in report["changed"].items()
-}
-pd.DataFrame.from_dict(examples, orient="index", columns=["before", "after"])
+changes_table(report)
 
 # %% [markdown]
 # The first rows that were dropped, as they are in the table:
@@ -338,14 +324,13 @@ print(*report["notes"] or ["nothing"], sep="\n")
 from tabletune.data.context import load_context
 from tabletune.data.retrieval_report import example_prompt, prompts_table
 
-table_context = load_context(run)
 prompts_table(report)
 
 # %% [markdown]
 # A question of the validation split, which is not in the index, as the model is asked:
 
 # %%
-print(example_prompt(run, table_context))
+print(example_prompt(run, load_context(run)))
 
 # %% [markdown]
 # ## Look at it
@@ -353,17 +338,9 @@ print(example_prompt(run, table_context))
 # How long the examples are, and how many rows ask the same question:
 
 # %% tags=["nbval-ignore-output"]
-import matplotlib.pyplot as plt
+from tabletune.report.plots import plot_data_set
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5), layout="constrained")
-left.stairs(*report["tokens"]["histogram"], fill=True, color="0.55")
-left.axvline(max_length, color="black", linestyle="--", label=f"max_length = {max_length}")
-left.set(xlabel="tokens in an example", ylabel="examples", title="Length")
-left.legend()
-right.bar(*report["rows_a_question"], color="0.55", edgecolor="black")
-right.set(xlabel="rows with the same question", ylabel="questions", title="Rows a question")
-right.xaxis.get_major_locator().set_params(integer=True)
-plt.show()
+plot_data_set(report, max_length)
 
 # %% [markdown]
 # The splits:
@@ -381,13 +358,7 @@ if push_dataset_to:
 # ## What we have now
 
 # %%
-from tabletune.data.report import sentences_on_test_split
-
-rows_in, rows_out, tokens = report["rows_in"], report["rows_out"], report["tokens"]
-print(
-    f"{rows_out:,} of {rows_in:,} rows became conversations, half of them longer than {tokens['p50']} tokens."
-)
-print(*sentences_on_test_split(report), sep="\n")
+print(*sentences_on_data_set(report), sep="\n")
 
 # %% [markdown]
 # Two things to try:

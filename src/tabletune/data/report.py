@@ -12,6 +12,8 @@ from tabletune.errors import StageError
 from tabletune.stats import FEWEST_GROUPS
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from tabletune.data.formatter import FormatStatistics, TableFormatter
 
 ADVICE = {
@@ -206,6 +208,37 @@ def notes_of(
         keys = ", ".join(f"{key} ({count:,})" for key, count in ignored_keys.most_common())
         notes.append(f"Keys of turns that nothing is learned from: {keys}.")
     return notes
+
+
+def rows_table(report: dict[str, Any]) -> pd.DataFrame:
+    """What became of the rows of a table: a column of counts by step."""
+    import pandas as pd
+
+    steps = {"in the table": report["rows_in"]}
+    for rule, change in report["changed"].items():
+        steps[f"changed: {rule}"] = change["rows"]
+    for reason, rows in report["dropped"].items():
+        steps[f"dropped: {reason}"] = -rows
+    steps["out"] = report["rows_out"]
+    return pd.Series(steps, name="rows").to_frame()
+
+
+def changes_table(report: dict[str, Any]) -> pd.DataFrame:
+    """An example of each change, before and after, around the place where it happened."""
+    import pandas as pd
+
+    examples = {
+        rule: [repr(change["before"]), repr(change["after"])]
+        for rule, change in report["changed"].items()
+    }
+    return pd.DataFrame.from_dict(examples, orient="index", columns=["before", "after"])
+
+
+def sentences_on_data_set(report: dict[str, Any]) -> list[str]:
+    """What notebook 1 says at its end: how many rows came out, and what is kept for the test."""
+    rows_in, rows_out = report["rows_in"], report["rows_out"]
+    sentence = f"{rows_out:,} of {rows_in:,} rows became conversations, half of them longer than "
+    return [f"{sentence}{report['tokens']['p50']} tokens.", *sentences_on_test_split(report)]
 
 
 def sentences_on_test_split(report: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """Plots of results with intervals."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tabletune.report.text import COLUMNS, direction, figures_of, stored
 
@@ -64,3 +64,23 @@ def plot_results(metrics: dict) -> "Figure":
         axes.set_visible(False)
     plt.close(figure)  # else a notebook shows it a second time
     return figure
+
+
+def plot_data_set(report: Mapping[str, Any], max_length: int) -> None:
+    """How long the examples of a data set are, and how many rows ask the same question: two plots.
+
+    `report` is the data set's report.json, `max_length` is marked as a line.
+    """
+    import matplotlib.pyplot as plt
+
+    _, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5), layout="constrained")
+    counts, edges = report["tokens"]["histogram"]
+    left.stairs(counts, edges, fill=True, color="0.55")
+    left.axvline(max_length, color="black", linestyle="--", label=f"max_length = {max_length}")
+    left.set(xlabel="tokens in an example", ylabel="examples", title="Length")
+    left.legend()
+    rows, questions = report["rows_a_question"]
+    right.bar(rows, questions, color="0.55", edgecolor="black")
+    right.set(xlabel="rows with the same question", ylabel="questions", title="Rows a question")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    plt.show()
