@@ -209,6 +209,17 @@ def test_sentences_say_that_new_questions_have_no_answer_in_the_table():
     assert "No way gets more" in line
 
 
+def test_sentences_say_where_nothing_is_the_right_answer():
+    tables = checked(all_ways(reworded=[20, 0, 0, 6, 0], new=[18, 0, 0, 0, 0]))
+    for lines in tables.values():
+        lines["answerable"] = lines["part"] != "new"
+    ways = {name: {"tokens_a_question": 1, "seconds_a_question": 1} for name in tables}
+    sentences = recommend(tables, ways, 0.5)["sentences"]
+    about = [line for line in sentences if "To say that the table has nothing" in line]
+    assert len(about) == 1
+    assert "20 new questions" in about[0]
+
+
 def test_sentences_say_what_a_question_costs():
     sentences = verdict(all_ways(reworded=[20, 0, 0, 6, 0], new=[0] * 5))["sentences"]
     assert sentences[-1] == (

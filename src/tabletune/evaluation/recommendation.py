@@ -155,7 +155,12 @@ def recommend(checked: Mapping[str, pd.DataFrame], ways: Mapping[str, dict], lea
     decision = decide(rights, least_right)
     sentences = [what_to_do(decision)]
     if decision.best is not None:
-        sentences += [evidence(decision, part, rights[part]) for part in ORDER if part in rights]
+        for part in ORDER:
+            if part in rights:
+                line = evidence(decision, part, rights[part])
+                if must_be_refused(checked, part):
+                    line += " To say that the table has nothing counts as right here."
+                sentences.append(line)
         sentences += against(decision)
         sentences.append(costs(decision, ways))
     if decision.choice is None:
@@ -167,6 +172,13 @@ def recommend(checked: Mapping[str, pd.DataFrame], ways: Mapping[str, dict], lea
         "least_right": least_right,
         "sentences": sentences,
     }
+
+
+def must_be_refused(checked: Mapping[str, pd.DataFrame], part: str) -> bool:
+    """Whether most questions of a part have no answer in the table, so that "nothing" is right."""
+    lines = next(iter(checked.values()))
+    lines = lines[lines["part"] == part]
+    return "answerable" in lines and bool((~lines["answerable"].astype(bool)).mean() > 0.5)
 
 
 def what_to_do(decision: Decision) -> str:
