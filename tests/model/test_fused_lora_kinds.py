@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_loading import KINDS
 from transformers import (
+    FalconConfig,
     Gemma3nTextConfig,
     GptOssConfig,
     GraniteMoeHybridConfig,
@@ -18,7 +19,7 @@ from transformers import (
 
 from tabletune.model.cuda_graphs import uses_dropout
 from tabletune.model.fused_lora import fuse_adapters
-from tabletune.model.loading import model_class
+from tabletune.model.loading import model_class, skeleton
 from tabletune.model.recompute import (
     decoder_layers,
     recompute_cheap_parts,
@@ -120,3 +121,26 @@ def test_every_architecture_trains_as_with_pefts_layers(kind):
     flags = [layer.gradient_checkpointing for layer in decoder_layers(model)]
     assert flags == [True, *[False] * (len(flags) - 1)]
     assert torch.equal(gradients(model)[1], fused)
+
+
+@pytest.mark.parametrize(
+    ("config", "draws"),
+    [
+        (KINDS["llama"], False),
+        (KINDS["gpt2"], True),
+        (Olmo2Config(**SMALL, attention_dropout=0.1), True),
+        (FalconConfig(hidden_dropout=0.1), True),  # a function without a module
+        (FalconConfig(), False),
+    ],
+)
+def test_dropout_is_found_in_modules_and_configs(config, draws):
+    assert uses_dropout(skeleton(config)) == draws
+
+
+def test_dropout_of_an_adapter_is_found():
+    model = adapted(KINDS["llama"])
+    assert not uses_dropout(model)
+    model.base_model.model.model.layers[0].self_attn.q_proj.lora_dropout["default"] = (
+        torch.nn.Dropout(0.1)
+    )
+    assert uses_dropout(model)

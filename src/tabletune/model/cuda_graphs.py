@@ -34,10 +34,15 @@ def dtype_of(args: TrainingArguments) -> torch.dtype:
 
 
 def uses_dropout(model: torch.nn.Module) -> bool:
-    """Whether a model draws random numbers in training: dropout of its own or of its adapters."""
-    config = model.config.get_text_config()
+    """Whether a model draws random numbers in training: dropout of its own or of its adapters.
+
+    Some of it has no module, only a value in the config, as in Falcon's layers.
+    """
+    config = model.config.get_text_config().to_dict()
+    values = [value for name, value in config.items() if "drop" in name]
     modules = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    return bool(getattr(config, "attention_dropout", 0)) or any(m.p > 0 for m in modules)
+    has_value = any(isinstance(value, float) and value > 0 for value in values)
+    return has_value or any(module.p > 0 for module in modules)
 
 
 def base_of(model: torch.nn.Module) -> PreTrainedModel:
