@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -166,7 +167,7 @@ def summarize_ratings(pairs: Sequence[Pair], ratings: dict[str, Rating]) -> dict
     rated = [(pair, ratings[pair.pair_id]) for pair in pairs if pair.pair_id in ratings]
     better = [rating.better for _, rating in rated]
     wins = [choice == "tuned" for choice in better if choice != "equal"]
-    metrics = {
+    metrics: dict[str, Any] = {
         "rated": len(rated),
         "pairs": len(pairs),
         "wins": better.count("tuned"),
