@@ -134,7 +134,7 @@ class Prompts:
     context: TableContext | None = None
 
     def nearest(self, messages: Sequence[dict], number: int) -> list[TableRow]:
-        """The rows whose questions are most similar to the last question, the most similar first."""
+        """The rows whose questions are most similar to the last question, best first."""
         return [hit.row for hit in self.index.search(last_question(messages), number)]
 
     def messages(self, way: Way, messages: Sequence[dict]) -> list[dict]:
@@ -280,14 +280,14 @@ def compare_results(
     other: Result,
     checked: Mapping[str, pd.DataFrame],
     rules: ContentRules,
-    draws,
-    seed,
+    draws: int,
+    seed: int,
 ) -> dict:
     """{part: {figure: entry}}: how much more `one` has than `other`, in pairs of questions."""
     differences = {}
     for part, lines in checked[one.way.name].groupby("part", sort=False):
-        others = checked[other.way.name].loc[lines.index]
-        differences[part] = content_differences(lines, others, rules, draws, seed)
+        compared = checked[other.way.name].loc[lines.index]
+        differences[part] = content_differences(lines, compared, rules, draws, seed)
         if one.scores is not None and other.scores is not None:
             scores, other_scores = one.scores.loc[lines.index], other.scores.loc[lines.index]
             differences[part]["log_perplexity"] = mean_difference(

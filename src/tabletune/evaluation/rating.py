@@ -122,7 +122,7 @@ class RatingSession:
 
     @property
     def ratings(self) -> dict[str, Rating]:
-        """The ratings of the pairs of this run, {pair_id: Rating}; the last one of a pair counts."""
+        """The ratings of this run, {pair_id: Rating}; the last one of a pair counts."""
         known = {pair.pair_id for pair in self.pairs}
         return {line["pair_id"]: Rating(**line) for line in self.lines if line["pair_id"] in known}
 
@@ -234,7 +234,7 @@ def rank_correlation(table: pd.DataFrame, name: str) -> dict | None:
 
 
 def spearman(table: pd.DataFrame, name: str) -> float | None:
-    """The correlation of the ranks of a figure and of `said`; None where one of them does not vary."""
+    """The rank correlation of a figure with `said`; None where one of them does not vary."""
     figures, said = table[name].astype(float), table["said"].astype(float)
     if figures.nunique() < 2 or said.nunique() < 2:
         return None
@@ -247,7 +247,8 @@ def rating_sentences(metrics: dict) -> list[str]:
         return ["No answers were rated yet."]
     sentences = [
         f"A reader rated {metrics['rated']} of {metrics['pairs']} pairs of answers without names: "
-        f"the fine-tuned model's was better {metrics['wins']} times, the base model's {metrics['losses']} times, "
+        f"the fine-tuned model's was better {metrics['wins']} times, "
+        f"the base model's {metrics['losses']} times, "
         f"{metrics['ties']} were equal."
     ]
     if metrics["win_rate"] is not None:

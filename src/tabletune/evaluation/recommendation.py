@@ -63,7 +63,7 @@ class Decision:
 
     @property
     def subject(self) -> str:
-        """The way that the sentences are about: the choice, or the best of those that do not work."""
+        """The way that the sentences are about: the choice, or what comes nearest."""
         return self.choice or self.best or ""
 
 
@@ -74,7 +74,7 @@ def standard_error(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def best_of(rights: Mapping[str, np.ndarray]) -> str:
-    """The way with most right answers; of equal ones the cheapest. `rights` are in the order of costs."""
+    """The way with most right answers; of equal ones the first, which is the cheapest."""
     return max(rights, key=lambda name: np.mean(rights[name]))
 
 
@@ -194,14 +194,14 @@ def evidence(decision: Decision, part: str, rights: Mapping[str, np.ndarray]) ->
     """How many questions of a part the choice answers right; of a part that no way can answer, the
     best of all.
     """
-    few = not enough(rights)
-    hopeless = part not in (*decision.parts, "table") and not few
+    too_few = not enough(rights)
+    hopeless = part not in (*decision.parts, "table") and not too_few
     name = best_of(rights) if hopeless else decision.subject
     right = rights[name]
     share = with_interval(float(right.mean()), rate_interval(right), ".0%")
     kind = NAMES.get(part, PARTS[part])
     line = f"Of {len(right)} {kind}, {IN_WORDS[name]} gets {right.sum()} right: {share}."
-    if few:
+    if too_few:
         line += " Too few to decide anything."
     elif hopeless:
         line += " No way gets more: the table does not say enough to answer them."
