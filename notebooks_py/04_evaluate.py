@@ -290,7 +290,9 @@ random = np.random.default_rng(seed)
 size = len(totals)
 drawn = [totals[random.integers(size, size=size)].sum(axis=0) for _ in range(bootstrap_samples)]
 by_hand = np.exp([nll / tokens for nll, tokens in drawn])
-print("the middle 95%: {:.2f} – {:.2f}".format(*np.percentile(by_hand, [2.5, 97.5])))
+low, high = np.percentile(by_hand, [2.5, 97.5])
+few = "" if size >= 6 else f", but with {size} questions that means nothing"
+print(f"the middle 95%: {low:.2f} – {high:.2f}{few}")
 
 # %% [markdown]
 # The package draws the same, and its interval is a little wider, as the *t* distribution asks for with so few

@@ -745,6 +745,30 @@ def test_a_table_of_two_texts(finished_run, tmp_path, capsys):
     assert (run_dir / "evaluation" / "samples.jsonl").read_text().strip() == ""
 
 
+def test_rows_longer_than_the_window(finished_run, tmp_path, capsys):
+    """The shortest row, too: what is computed by hand is then the end of it, by the package as well."""
+    run_dir = copy_of(
+        finished_run, tmp_path / "run", "dataset", "adapter", "merged", "manifest.json"
+    )
+    run_tiny("04_evaluate", run_dir, **NO_SETTINGS, window=16, stride=8)
+    assert "by hand and by the package" in capsys.readouterr().out
+
+
+def test_a_test_split_of_one_row(finished_run, tmp_path, capsys):
+    run_dir = copy_of(
+        finished_run, tmp_path / "run", "dataset", "adapter", "merged", "manifest.json"
+    )
+    splits = datasets.load_from_disk(run_dir / "dataset")
+    splits["test"] = splits["test"].select([0])
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "new")
+    copy_of(tmp_path / "new", run_dir / "dataset")
+    run_tiny("04_evaluate", run_dir, **NO_SETTINGS)
+    output = capsys.readouterr().out
+    assert "with 1 questions that means nothing" in output
+    metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
+    assert metrics["base"]["perplexity"]["response_ci95"] is None
+
+
 @pytest.mark.parametrize("fits", [True, False], ids=["elsewhere", "too large"])
 def test_a_merged_model_that_is_not_at_hand_or_does_not_fit(
     finished_run, tmp_path, monkeypatch, capsys, fits

@@ -94,3 +94,10 @@ def test_with_rows_the_questions_that_they_lack_are_told_apart():
     assert 'says "nothing" to 2' in sentences[0]
     assert "came into the index after training it answers 11 right" in sentences[2]
     assert "11 questions that its rows have nothing on it says so to 10 (7–11)" in sentences[3]
+
+
+def test_answers_that_stand_in_training_are_said():
+    content = {"new": part(0.9, 10), "table": part(1.0), "reworded": part(1.0)}
+    text = " ".join(content_verdict(metrics_of(content, answer_leaks=8)))
+    assert "The answers to 8 test rows stand in training, too" in text
+    assert "stand in training" not in " ".join(content_verdict(metrics_of(content)))

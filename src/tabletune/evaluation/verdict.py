@@ -101,7 +101,14 @@ def part_sentences(part: str, entry: dict, metrics: dict, rules: dict) -> list[s
     if part == "new" and majority:
         always = round(majority["rate"] * n)
         sentence += f"; always saying {majority['label']!r} would be right for {always}"
-    return [sentence + "."]
+    sentences = [sentence + "."]
+    leaks = metrics.get("answer_leaks")
+    if part == "new" and leaks and not rules.get("labels"):
+        sentences.append(
+            f"The answers to {leaks} test rows stand in training, too, under other questions: these "
+            "are not quite new."
+        )
+    return sentences
 
 
 def what_helps(content: dict, metrics: dict, rules: dict) -> list[str]:
