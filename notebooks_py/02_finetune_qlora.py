@@ -93,7 +93,7 @@ min_steps = 300  # only with batch_size "auto"
 gradient_accumulation_steps = 1
 learning_rate = 3e-4
 optim = "paged_adamw_32bit"
-gradient_checkpointing = True  # recompute as many layers as memory is short of: up to a third more time
+gradient_checkpointing = True  # recompute layers where memory is short: up to a third slower
 use_liger_kernel = (
     True  # fused GPU kernels: faster, and the logits are never whole in memory; needs a GPU
 )

@@ -234,10 +234,10 @@ def room_for_training(
     )
     at_once = divide_steps(chosen, rows, room, processes.num_processes)[0]
     if processes.distributed_type == DistributedType.MULTI_GPU:
-        whole = room.total(at_once, room.recomputed_layers(at_once))
-        if whole > room.available_gib:
+        unsharded = room.total(at_once, room.recomputed_layers(at_once))
+        if unsharded > room.available_gib:
             print(
-                f"on each GPU the whole model would take {whole:.1f} GiB, "
+                f"on each GPU the whole model would take {unsharded:.1f} GiB, "
                 f"and there is room for {room.available_gib:.1f} GiB"
             )
             print(f"so it is sharded over {processes.num_processes} GPUs (FSDP)")
