@@ -62,11 +62,9 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed parameters
-published_dataset = (
-    ""  # a data set that notebook 1 published on the Hub, to take where the run has none
-)
-lora_options = {}  # whatever else peft.LoraConfig takes, such as {"use_rslora": True}; it has the last word
-training_options = {}  # whatever else trl.SFTConfig takes, such as {"weight_decay": 0.01}; it has the last word
+published_dataset = ""  # a data set that notebook 1 published on the Hub, to take where the run has none
+lora_options = {}  # whatever else peft.LoraConfig takes, such as {"use_rslora": True}
+training_options = {}  # whatever else trl.SFTConfig takes, such as {"weight_decay": 0.01}
 lr_scheduler_type = "cosine"
 warmup = 0.03  # of all steps; a whole number counts steps
 max_grad_norm = 0.3
@@ -94,13 +92,9 @@ gradient_accumulation_steps = 1
 learning_rate = 3e-4
 optim = "paged_adamw_32bit"
 gradient_checkpointing = True  # recompute layers where memory is short: up to a third slower
-use_liger_kernel = (
-    True  # fused GPU kernels: faster, and the logits are never whole in memory; needs a GPU
-)
+use_liger_kernel = True  # fused GPU kernels: faster, and the logits are never whole in memory; needs a GPU
 evaluations = 4  # how often the validation loss is taken and a checkpoint kept during training
-early_stopping_patience = (
-    0  # stop after so many evaluations without improvement; 0 never stops early
-)
+early_stopping_patience = 0  # stop after so many evaluations without improvement; 0 never stops early
 
 # %%
 # PyTorch reads this when it is imported: freed GPU memory is used again, whatever its size was
@@ -145,13 +139,11 @@ from accelerate import PartialState
 from transformers import BitsAndBytesConfig, set_seed
 
 set_seed(seed)
-processes = PartialState(
-    cpu=not torch.cuda.is_available()
-)  # under `accelerate launch` one of several
+processes = PartialState(cpu=not torch.cuda.is_available())  # under `accelerate launch` one of several
 splits, report = load_examples(run, published_dataset, processes)
 
 # %% [markdown]
-# `encode` is what notebook 1 showed: token ids, and a mask of the answers, which is all that the loss will see.
+# Token ids, as notebook 1 showed them, and labels: the ids of the answers, and -100 for all that is not in the loss.
 
 # %%
 tokenizer, stops = load_tokenizer(base_model, base_model_revision, *template_settings(report))
@@ -161,8 +153,8 @@ counts
 # %% [markdown]
 # ## The base, before anything long
 #
-# What it is, how it will be treated, and whether it can work at all: its config says so, and its modules without their
-# weights. LoRA's layers are those of attention, by whatever names this model has for them.
+# What is it, how will it be treated, and can it work at all? Its config and its modules, without their weights, say so.
+# LoRA's layers are those of attention, whatever names this model has for them.
 
 # %%
 config, dtype = base_config(base_model, base_model_revision), compute_dtype(precision)
@@ -173,25 +165,23 @@ show_table(look)
 # ## Rows without padding
 #
 # Examples differ in length. Padded to the longest of their batch, a third of what the GPU computes would be for
-# nothing; *packed*, several share one row of `max_length` tokens. They must not see each other: the positions start at
-# 0 with each example, and where they do, transformers builds a mask that keeps what is before out of sight.
+# nothing. *Packed*, several share one row of `max_length` tokens. They must not see each other: positions start at 0
+# with each example, and there transformers builds a mask that stops an example from attending to the ones before it.
 
 # %%
 from trl.data_utils import pack_dataset
 
 packed = pack_dataset(encoded["train"], max_length)
 batch = Collator(tokenizer.pad_token_id, max_length)([packed[0]])
-print(
-    "positions where the second example begins:",
-    batch["position_ids"][0, packed[0]["seq_lengths"][0] - 3 :][:6],
-)
+begins = packed[0]["seq_lengths"][0]
+print("positions where the second example begins:", batch["position_ids"][0, begins - 3 :][:6])
 
 # %% [markdown]
 # ## Is there room?
 #
-# The sum is taken from the model's modules and the parameters, before anything large is downloaded. Of several GPUs
-# each takes the whole model if it fits (DDP). If not, they share it out (FSDP): each keeps a part of every layer, and
-# gathers a layer when it is the layer's turn.
+# We estimate memory from the model's modules and the parameters, before anything large is downloaded. With several GPUs,
+# each holds a full copy of the model if it fits (DDP). If not, they share it (FSDP): each keeps a part of every layer,
+# and gathers a layer when it is needed.
 
 # %% tags=["nbval-ignore-output"]
 room = room_for_training(stage.parameters, config, dtype, targets, len(packed), processes)
@@ -209,26 +199,22 @@ quantization_config = BitsAndBytesConfig(
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=dtype,
-    bnb_4bit_quant_storage=torch.float32
-    if room.sharded
-    else torch.uint8,  # FSDP shards only floats
+    bnb_4bit_quant_storage=torch.float32 if room.sharded else torch.uint8,  # FSDP shards only floats
 )
 
 # %% tags=["nbval-ignore-output"]
 model = trainer = None  # of an earlier pass
 free_memory()
-how = quantization_config if quantization == "nf4" else quantization
-model = load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, how)
+kept_as = quantization_config if quantization == "nf4" else quantization
+model = load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, kept_as)
 
 # %% [markdown]
-# Do packed examples see each other in this very model? Two are put into one row, the first is varied, and the logits of
-# the second are compared. Then it is settled what an optimizer step is.
+# Can packed examples see each other? We test it: change the first of two packed examples and check that the second
+# one's logits stay the same. Then we compute what an optimizer step is.
 
 # %%
 train = rows_to_train_on(model, encoded["train"], packed, packing)
-rows_at_once, accumulated, steps = plan_steps(
-    stage.parameters, train, encoded["train"], room, processes
-)
+rows_at_once, accumulated, steps = plan_steps(stage.parameters, train, encoded["train"], room, processes)
 
 # %% [markdown]
 # ## The adapter
@@ -239,21 +225,22 @@ rows_at_once, accumulated, steps = plan_steps(
 # %%
 from peft import LoraConfig, get_peft_model
 
-chosen = dict(
+lora_config = LoraConfig(
     r=lora_r,
     lora_alpha=lora_alpha,
     lora_dropout=lora_dropout,
     target_modules=shortest_target_names(model, targets),
     task_type="CAUSAL_LM",
+    **lora_options,
 )
 with model.device:  # where the adapter is made
-    model = get_peft_model(model, LoraConfig(**chosen | lora_options))
+    model = get_peft_model(model, lora_config)
 
 # %% [markdown]
 # ## The trainer
 #
-# Run this notebook again after an interruption and it goes on from the newest whole checkpoint, and ends where an
-# undisturbed run would have ended. Checkpoints of other settings or other data are moved aside.
+# Run this notebook again after an interruption: it goes on from the newest complete checkpoint, and ends where an
+# undisturbed run would have ended. Checkpoints of other settings or other data are archived in `earlier/`.
 
 # %%
 inputs = inputs_of(report, dtype, processes, room)
@@ -262,24 +249,26 @@ done = claim_checkpoints(stage, inputs, processes)
 # %%
 from trl import SFTConfig
 
-chosen = dict(
+settings = trainer_settings(stage, done, dtype, room, rows_at_once, steps, train is packed)
+training_arguments = SFTConfig(
     num_train_epochs=epochs,
     per_device_train_batch_size=rows_at_once,
     gradient_accumulation_steps=accumulated,
     learning_rate=learning_rate,
     optim=optim,
-    load_best_model_at_end=True,  # the best by the validation loss, which is taken several times
+    dataset_kwargs={"skip_prepare_dataset": True},  # the rows are token ids and labels already
+    remove_unused_columns=False,  # a packed row has the lengths of its examples
+    **settings | training_options,
 )
-chosen |= trainer_settings(stage, done, dtype, room, rows_at_once, steps, train is packed)
-training_arguments = SFTConfig(**chosen | training_options)
 
 # %% [markdown]
-# TRL's `SFTTrainer` does the work. `TokenTrainer` is the same but for three things. Its validation loss, which chooses
-# the checkpoint that is kept, counts each batch by its tokens, not its rows. The adapter stays in fp32: TRL casts that
-# of a 4-bit model to bf16, with which a T4's fp16 gradient scaler fails at the first step
-# ([trl#4901](https://github.com/huggingface/trl/issues/4901)), and small updates are lost in bf16's eight bits anyway.
-# And where the weights are in RAM, with room to spare, they are unpacked once and not in every step: the same numbers,
-# a sixth sooner.
+# TRL's `SFTTrainer` does the work. `TokenTrainer` is the same but for three things:
+#
+# - Its validation loss, which chooses the checkpoint that is kept, counts each batch by its tokens, not its rows.
+# - The adapter stays in fp32. TRL casts that of a 4-bit model to bf16, with which a T4's fp16 gradient scaler fails at
+#   the first step ([trl#4901](https://github.com/huggingface/trl/issues/4901)). Small updates would also be lost in
+#   bf16's eight bits.
+# - Weights in RAM are unpacked once and not in every step, if there is room: the same numbers, a sixth sooner.
 
 # %%
 trainer = TokenTrainer(
@@ -303,9 +292,9 @@ if not done:
 
 # %% [markdown]
 # The best checkpoint is loaded again at the end. With its adapter switched off, the model is the untouched base: that
-# is the validation loss to beat. It is taken only now, since a Trainer that has evaluated first does not average the
-# gradients of several GPUs (`Trainer.evaluation_loop` in transformers 5.13 prepares the model without DDP, and `train`
-# leaves it so).
+# is the validation loss to beat. We take it only now: a Trainer that has evaluated first does not average the gradients
+# of several GPUs (`Trainer.evaluation_loop` in transformers 5.13 prepares the model without DDP, and `train` leaves it
+# so).
 
 # %% tags=["nbval-ignore-output"]
 if not done:

@@ -140,7 +140,7 @@ def test_gradients_of_packed_and_unpacked_rows_agree(run_dir, precision, roundin
     row = max(stage.train, key=lambda row: len(row["seq_lengths"]))
     ends = torch.tensor(row["seq_lengths"]).cumsum(0).tolist()
     pieces = [
-        {name: row[name][end - length : end] for name in ("input_ids", "completion_mask")}
+        {name: row[name][end - length : end] for name in ("input_ids", "labels")}
         for end, length in zip(ends, row["seq_lengths"], strict=True)
     ]
     leaking = {**row, "seq_lengths": [ends[-1]]}

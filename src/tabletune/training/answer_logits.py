@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from tabletune.training.examples import IGNORED
+
 LARGEST_SHARE = 0.45  # of tokens in the loss: with more it is not worth another order of the sums
-IGNORED = -100
 
 
-def worth_it(model: PreTrainedModel, masks: list[list[int]]) -> bool:
+def worth_it(model: PreTrainedModel, labels: list[list[int]]) -> bool:
     """Whether few of the tokens are in the loss, and the model can leave logits out.
 
-    `masks` are the `completion_mask`s of the training examples.
+    `labels` are those of the training examples.
     """
-    tokens = sum(len(mask) for mask in masks)
-    in_loss = sum(sum(mask) for mask in masks)
+    tokens = sum(len(row) for row in labels)
+    in_loss = sum(label != IGNORED for row in labels for label in row)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     can = "logits_to_keep" in inspect.signature(base.forward).parameters
     return can and tokens > 0 and in_loss <= LARGEST_SHARE * tokens

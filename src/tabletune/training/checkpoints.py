@@ -2,23 +2,27 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+from accelerate import PartialState
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from tabletune.run.files import archive, remove, write_json
+from tabletune.run.stage import Stage
 
-# --- checkpoints
 
+def claim_checkpoints(stage: Stage, inputs: dict[str, Any], processes: PartialState) -> bool:
+    """Whether this training is done; if not, what the run has of other settings or data is archived.
 
-def claim_checkpoints(stage, inputs, processes):
-    """Whether this training is done; if not, what the run has of other settings or data moves aside.
-
-    `inputs` are what it depends on beside its parameters. Checkpoints of the same settings stay, to go on from.
+    `inputs` are what it depends on beside its parameters. Checkpoints of the same settings stay, to
+    go on from.
     """
     run, file = stage.folder, stage.folder / "checkpoints" / "settings.json"
     settings = json.loads(json.dumps(stage.settings | inputs))
     with processes.main_process_first():
-        if done := stage.is_done(inputs, ["adapter", "training/metrics.json"]):
+        done = stage.is_done(inputs, ["adapter", "training/metrics.json"])
+        if done:
             return done
         if file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings:
             archive(run, "checkpoints", "adapter", "training")
@@ -28,10 +32,11 @@ def claim_checkpoints(stage, inputs, processes):
     return False
 
 
-def newest_checkpoint(folder):
-    """The newest whole checkpoint, a path as a text, or None. What is not whole is deleted.
+def newest_checkpoint(folder: Path) -> str | None:
+    """The path of the newest complete checkpoint, or None. Incomplete ones are deleted.
 
-    One is whole when its trainer_state.json, which is written last, can be read.
+    One is complete when its trainer_state.json, which is written last, can be read. Of several
+    processes, only one may call this at a time.
     """
     while newest := get_last_checkpoint(folder):
         try:
@@ -42,23 +47,35 @@ def newest_checkpoint(folder):
     return None
 
 
-def trainer_state(checkpoint):
-    """What a checkpoint says of the training."""
+def trainer_state(checkpoint: str) -> dict[str, Any]:
+    """What a checkpoint says of the training. Raises OSError or ValueError if it cannot be read."""
     with open(f"{checkpoint}/trainer_state.json", encoding="utf-8") as file:
         return json.load(file)
 
 
-def checkpoint_to_resume(trainer):
-    """The newest whole checkpoint in a trainer's folder, or None. If the training had ended there, it is only read."""
-    checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
-    if training_has_ended(checkpoint):
+def checkpoint_to_resume(trainer: Trainer) -> str | None:
+    """The newest complete checkpoint in a trainer's folder, or None.
+
+    If the training had ended there, it is only read. Of several processes, the first one deletes
+    what is incomplete, and then the others look.
+    """
+    with trainer.args.main_process_first(local=False):
+        checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
+    if checkpoint and training_has_ended(checkpoint):
         trainer.args.num_train_epochs, trainer.args.max_steps = 0, -1
-    print(f"going on from {Path(checkpoint).name}" if checkpoint else "starting from the beginning")
+    if checkpoint:
+        print(f"going on from {Path(checkpoint).name}")
+    else:
+        print("starting from the beginning")
     return checkpoint
 
 
-def training_has_ended(checkpoint):
-    """Whether the training had come to its end, early or not, at this checkpoint."""
-    state = trainer_state(checkpoint) if checkpoint else {}
-    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+def training_has_ended(checkpoint: str) -> bool:
+    """Whether the training had come to its end, early or not, at this checkpoint.
+
+    A checkpoint has the state of the callbacks and of TrainerControl
+    (`TrainerState.stateful_callbacks`).
+    """
+    callbacks = trainer_state(checkpoint).get("stateful_callbacks", {})
+    control = callbacks.get("TrainerControl", {}).get("args", {})
     return control.get("should_training_stop", False)

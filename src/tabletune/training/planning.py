@@ -373,6 +373,7 @@ def trainer_settings(
         "fsdp": room.sharded,
         "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
         "ddp_find_unused_parameters": False,
+        "load_best_model_at_end": True,  # the best by the validation loss
         "save_total_limit": 2,
         "restore_callback_states_from_checkpoint": chosen["early_stopping_patience"] > 0,
         "logging_steps": 0.05,

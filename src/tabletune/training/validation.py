@@ -1,160 +1,223 @@
-"""What a reader chose for notebook 2, checked before anything long: what cannot work here, or with this base."""
+"""The parameters of notebook 2, checked before anything long starts."""
 
 import dataclasses
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.optimization import get_scheduler
-from transformers.trainer_utils import SchedulerType
+from transformers import PreTrainedConfig, PreTrainedModel, SchedulerType, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
-from tabletune.errors import StageError, suggestion
+from tabletune.errors import StageError, first_line, suggestion
 from tabletune.merging.plan import CHANGES_BASE, base_module_name, is_plain_lora
 from tabletune.model.inspection import context_length, tied_weight_names
 from tabletune.training.lora_targets import lora_targets, shortest_target_names
 
-# what SFTConfig takes, and would do nothing here: the rows are made by notebooks 1 and 2
-ROWS = "packing packing_strategy eval_packing padding_free pad_to_multiple_of max_length completion_only_loss "
-ROWS += "assistant_only_loss dataset_text_field dataset_kwargs chat_template_path eos_token pad_token shuffle_dataset"
+# what SFTConfig takes and would do nothing here: notebooks 1 and 2 make the rows
+WITHOUT_EFFECT = {
+    "packing",
+    "packing_strategy",
+    "eval_packing",
+    "padding_free",
+    "pad_to_multiple_of",
+    "max_length",
+    "truncation_mode",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "dataset_text_field",
+    "dataset_kwargs",
+    "remove_unused_columns",
+    "chat_template_path",
+    "eos_token",
+    "pad_token",
+    "shuffle_dataset",
+}
+# what notebook 2 writes into LoraConfig and SFTConfig itself, and the parameter to set instead
+PARAMETER_FOR = {
+    "lora_options": {
+        "r": "lora_r",
+        "lora_alpha": "lora_alpha",
+        "lora_dropout": "lora_dropout",
+        "target_modules": "lora_target_modules",
+        "task_type": "",
+    },
+    "training_options": {
+        "num_train_epochs": "epochs",
+        "per_device_train_batch_size": "batch_size",
+        "gradient_accumulation_steps": "gradient_accumulation_steps",
+        "learning_rate": "learning_rate",
+        "optim": "optim",
+    },
+}
 
 
-def check_choices(chosen, config, dtype):
-    """Raise StageError for parameters of notebook 2, {name: value}, that cannot work here or with this base."""
-    gpu = torch.cuda.is_available()
-    if chosen["quantization"] not in ("nf4", "8bit", "none"):
-        raise StageError(f'quantization="{chosen["quantization"]}": use nf4, 8bit or none.')
-    if dtype != torch.float32 and not gpu:
+def check_choices(params: dict[str, Any], config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Raise StageError for parameters of notebook 2 that cannot work here or with this base."""
+    has_gpu = torch.cuda.is_available()
+    if params["quantization"] not in ("nf4", "8bit", "none"):
+        raise StageError(f'quantization="{params["quantization"]}": use nf4, 8bit or none.')
+    if dtype != torch.float32 and not has_gpu:
         raise StageError(
-            f"precision={chosen['precision']}: training in half precision needs a GPU. Use auto or fp32."
+            f"precision={params['precision']}: training in half precision needs a GPU. Use auto or "
+            "fp32."
         )
-    liger = chosen["training_options"].get("use_liger_kernel", chosen["use_liger_kernel"])
-    if liger and not (gpu and find_spec("liger_kernel")):
+    liger = params["training_options"].get("use_liger_kernel", params["use_liger_kernel"])
+    if liger and not (has_gpu and find_spec("liger_kernel")):
         raise StageError(
-            "use_liger_kernel needs a GPU and the package liger-kernel. Install it, or set it to false."
+            "use_liger_kernel needs a GPU and the package liger-kernel. Install it, or set it to "
+            "false."
         )
-    if chosen["optim"].startswith("paged") and not gpu:
+    if params["optim"].startswith("paged") and not has_gpu:
         raise StageError(
-            f"optim={chosen['optim']}: the paged optimizers of bitsandbytes need a GPU. Use adamw_torch."
+            f"optim={params['optim']}: the paged optimizers of bitsandbytes need a GPU. Use "
+            "adamw_torch."
         )
-    if chosen["quantization"] == "8bit" and chosen["lora_options"].get("use_dora") and not gpu:
+    uses_dora = params["lora_options"].get("use_dora")
+    if params["quantization"] == "8bit" and uses_dora and not has_gpu:
         raise StageError(
             'PEFT has no DoRA on 8-bit weights without a GPU. Set quantization to "nf4".'
         )
-    check_options(chosen)
-    most = context_length(config)
-    if most and chosen["max_length"] > most:
+    check_options(params)
+    longest = context_length(config)
+    if longest and params["max_length"] > longest:
         print(
-            f"max_length={chosen['max_length']}, but this base was made to read {most:,} tokens at once."
+            f"max_length={params['max_length']}, but this base was trained to read {longest:,} "
+            "tokens at once."
         )
 
 
-def when_to_evaluate(options, each):
-    """When SFTConfig has the validation loss taken and a checkpoint saved, which belong together: every `each` steps.
+def when_to_evaluate(options: dict[str, Any], each: int) -> dict[str, Any]:
+    """SFTConfig's arguments that say when to take the validation loss and save a checkpoint.
 
-    Where `options` has a word on one of the two, the other follows.
+    The two belong together: every `each` steps. Where `options` sets one of them, the other follows.
     """
     strategy = options.get("eval_strategy", options.get("save_strategy", "steps"))
-    every = options.get("eval_steps", options.get("save_steps", each))
-    strategy = "steps" if strategy == "best" else strategy
+    if strategy == "best":
+        strategy = "steps"
+    steps = options.get("eval_steps", options.get("save_steps", each))
     return {
         "eval_strategy": strategy,
         "save_strategy": strategy,
-        "eval_steps": every,
-        "save_steps": every,
+        "eval_steps": steps,
+        "save_steps": steps,
     }
 
 
-def check_options(chosen):
-    """Raise StageError for options and loggers that there are not, that cannot be, or that would do nothing."""
-    for name, kind in (("lora_options", LoraConfig), ("training_options", SFTConfig)):
-        known = {field.name for field in dataclasses.fields(kind)}
-        for option in chosen[name].keys() - known:
-            raise StageError(
-                f"{name}: {kind.__name__} has no {option!r}.{suggestion(option, known)}"
-            )
-    options = chosen["training_options"]
-    for option in options.keys() & set(ROWS.split()):
-        raise StageError(
-            f"training_options: {option!r} would do nothing, as the rows are made here. Leave it out."
-        )
-    if options.get("metric_for_best_model", "eval_loss") not in ("loss", "eval_loss"):
-        raise StageError(
-            "training_options: metric_for_best_model can only be the validation loss. Leave it out."
-        )
-    for name, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
-        try:
-            known(chosen[name])
-        except ValueError as error:
-            raise StageError(f"{name}={chosen[name]}: {error}") from None
-    usual = {
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": False,
-        "load_best_model_at_end": True,
-    }
-    usual |= {"report_to": "none", "lr_scheduler_type": chosen["lr_scheduler_type"]}
-    try:
-        made = SFTConfig(**usual | when_to_evaluate(options, 1) | options)
-        optimizer = torch.optim.SGD([torch.zeros(1)])
-        get_scheduler(made.lr_scheduler_type, optimizer, 1, 2, made.lr_scheduler_kwargs)
-    except (ValueError, TypeError, ImportError) as error:
-        raise StageError(f"training_options: {error}") from None
-    if chosen["early_stopping_patience"] and (
-        made.eval_strategy == "no" or not made.metric_for_best_model
-    ):
-        lacking = "evaluations" if made.eval_strategy == "no" else "a metric_for_best_model"
-        raise StageError(
-            f"early_stopping_patience needs {lacking}, of which training_options leave none. Set it to 0."
-        )
-    loggers = options.get("report_to", chosen["report_to"])
-    for logger in [loggers] if isinstance(loggers, str) else loggers:
+def check_options(params: dict[str, Any]) -> None:
+    """Raise StageError for options and loggers that are unknown, impossible or without effect."""
+    check_names_of_options("lora_options", params["lora_options"], LoraConfig)
+    check_names_of_options("training_options", params["training_options"], SFTConfig)
+    check_training_options(params)
+    loggers = params["training_options"].get("report_to", params["report_to"])
+    if isinstance(loggers, str):
+        loggers = [loggers]
+    for logger in loggers:
         if logger not in ("none", "all", *get_available_reporting_integrations()):
             raise StageError(
                 f"report_to={logger}: there is no such package here. Install it, or take another one."
             )
-    begun = str(chosen["lora_options"].get("init_lora_weights"))
-    if begun.startswith(CHANGES_BASE) and chosen["quantization"] != "none":
+    initialization = str(params["lora_options"].get("init_lora_weights"))
+    if initialization.startswith(CHANGES_BASE) and params["quantization"] != "none":
         raise StageError(
-            f'lora_options: "{begun}" changes the base\'s weights. Set quantization to "none".'
+            f'lora_options: "{initialization}" changes the base\'s weights. Set quantization to '
+            '"none".'
         )
 
 
-def targets_to_adapt(chosen, model):
+def check_names_of_options(name: str, options: dict[str, Any], kind: type) -> None:
+    """Raise StageError for options that `kind` does not take, or that another parameter sets."""
+    valid = {field.name for field in dataclasses.fields(kind)}
+    for option in options:
+        if option not in valid:
+            raise StageError(
+                f"{name}: {kind.__name__} has no {option!r}.{suggestion(option, valid)}"
+            )
+        if option in PARAMETER_FOR[name]:
+            parameter = PARAMETER_FOR[name][option]
+            advice = f"Set the parameter {parameter} instead." if parameter else "Leave it out."
+            raise StageError(f"{name}: the notebook sets {option!r} itself. {advice}")
+        if name == "training_options" and option in WITHOUT_EFFECT:
+            raise StageError(
+                f"{name}: {option!r} would do nothing, as the rows are made here. Leave it out."
+            )
+
+
+def check_training_options(params: dict[str, Any]) -> None:
+    """Raise StageError for training options that SFTConfig or the schedule refuse."""
+    options = params["training_options"]
+    if options.get("metric_for_best_model", "eval_loss") not in ("loss", "eval_loss"):
+        raise StageError(
+            "training_options: metric_for_best_model can only be the validation loss. Leave it out."
+        )
+    for name, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        try:
+            kind(params[name])
+        except ValueError as error:
+            raise StageError(f"{name}={params[name]}: {error}") from error
+    settings = {
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "load_best_model_at_end": True,
+        "report_to": "none",
+        "lr_scheduler_type": params["lr_scheduler_type"],
+        **when_to_evaluate(options, 1),
+    }
+    try:
+        arguments = SFTConfig(**settings | options)
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 2, arguments.lr_scheduler_kwargs)
+    except (ValueError, TypeError, ImportError) as error:
+        raise StageError(f"training_options: {error}") from error
+    if not params["early_stopping_patience"]:
+        return
+    missing = ""
+    if arguments.eval_strategy == "no":
+        missing = "evaluations"
+    elif not arguments.metric_for_best_model:
+        missing = "a metric_for_best_model"
+    if missing:
+        raise StageError(
+            f"early_stopping_patience needs {missing}, of which training_options leave none. Set it "
+            "to 0."
+        )
+
+
+def targets_to_adapt(params: dict[str, Any], model: PreTrainedModel) -> list[str]:
     """The names of the layers of a `skeleton` that get an adapter.
 
-    It is tried on the skeleton, which is of no use afterwards. Raises StageError if it could not be merged.
+    The adapter is tried on the skeleton, which is of no use afterwards. Raises StageError if PEFT
+    refuses it, or if it could not be merged.
     """
-    targets, tied = lora_targets(model, chosen["lora_target_modules"]), tied_weight_names(model)
+    targets, tied = lora_targets(model, params["lora_target_modules"]), tied_weight_names(model)
     layers = {name for name, _ in model.named_modules()}
-    options = {
-        "r": chosen["lora_r"],
-        "lora_alpha": chosen["lora_alpha"],
-        "lora_dropout": chosen["lora_dropout"],
-    }
-    options |= (
-        {"target_modules": shortest_target_names(model, targets)}
-        | chosen["lora_options"]
-        | {"init_lora_weights": True}
-    )
+    options = params["lora_options"] | {"init_lora_weights": True}
     try:
+        config = LoraConfig(
+            r=params["lora_r"],
+            lora_alpha=params["lora_alpha"],
+            lora_dropout=params["lora_dropout"],
+            target_modules=shortest_target_names(model, targets),
+            **options,
+        )
         with torch.device("meta"):
-            adapted = get_peft_model(model, LoraConfig(**options))
+            adapted = get_peft_model(model, config)
         saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         adapted.merge_and_unload()
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise StageError(f"lora_options: {error}") from None
-    if getattr(model.config, "quantization_config", None) and not is_plain_lora(
-        adapted.peft_config["default"], saved
-    ):
+        raise StageError(f"lora_options: {first_line(error)}") from error
+    is_in_4_bits = getattr(model.config, "quantization_config", None)
+    if is_in_4_bits and not is_plain_lora(adapted.peft_config["default"], saved):
         raise StageError(
             "lora_options: this base is stored in 4 bits, and only plain LoRA can be merged into that."
         )
     for module in map(base_module_name, saved):
         if f"{module}.weight" in tied:
             raise StageError(
-                f"lora_options would change {module}, which is tied to another layer: that has no merge."
+                f"lora_options would change {module}, which is tied to another layer: that has no "
+                "merge."
             )
         if module not in layers:
             raise StageError(
