@@ -44,4 +44,4 @@ def test_loss_and_gradients_are_those_of_all_logits(model, batch, num_items):
 
 @pytest.mark.parametrize(("answer", "expected"), [(3, True), (6, False)])
 def test_only_long_prompts_are_worth_it(model, answer, expected):
-    assert worth_it(model, [[0] * (10 - answer) + [1] * answer]) == expected
+    assert worth_it(model, [[-100] * (10 - answer) + [7] * answer]) == expected
