@@ -91,7 +91,9 @@ say(*warnings)
 # %%
 part = compare.compared_part(comparable)
 settings = compare.ranked(compare.settings_of(comparable), part)
-say(*compare.headline(settings, part), kind="headline")
+first, *others = compare.headline(settings, part)
+say(first, kind="headline")
+say(*others)
 show_table(compare.settings_table(settings, part), "No run was evaluated.")
 
 # %% [markdown]

@@ -258,6 +258,15 @@ def test_every_figure_has_an_interval():
     assert entry["exact_match"] is None, "answers of this table are too long for it"
 
 
+def test_facts_that_are_all_there_leave_some_doubt():
+    questions = [question_of("We have 4 bikes.", group=str(i)) for i in range(10)]
+    entry = summarize_content(
+        check_content(["We have 4 bikes."] * 10, questions, FREE_TEXT), FREE_TEXT
+    )
+    assert entry["facts"] == 1
+    assert entry["facts_ci95"] == pytest.approx([0.722, 1.0], abs=1e-3)
+
+
 def test_no_questions_have_no_figures():
     entry = summarize_content(check_content([], [], FREE_TEXT), FREE_TEXT)
     assert entry["questions"] == 0

@@ -341,6 +341,8 @@ def summarize_content(
         values = checked[name].dropna() if name in rules.metrics else checked[name][:0]
         entry[name] = values.mean().item() if len(values) else None
         entry[f"{name}_ci95"] = mean_interval(values, np.ones(len(values)), None, draws, seed)
+        if name == "facts" and set(values) in ({0.0}, {1.0}):  # where the bootstrap sees no doubt
+            entry["facts_ci95"] = rate_interval(values.astype(bool))
     return entry
 
 

@@ -8,6 +8,7 @@ file, or a folder in which no stage ever ran, is an error.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -370,10 +371,12 @@ def show_table(
 
 
 def say(*sentences: str, kind: str = "") -> None:
-    """Show sentences as they are, a paragraph each. The page has styles for the kinds "headline"
-    and "doubt".
+    """Show sentences as they are, but for `code`, a paragraph each.
+
+    The page has styles for the kinds "headline" and "doubt".
     """
-    paragraphs = [f'<p class="{kind} {PLAIN}">{escape(sentence)}</p>' for sentence in sentences]
+    texts = [re.sub("`([^`]+)`", r"<code>\1</code>", escape(sentence)) for sentence in sentences]
+    paragraphs = [f'<p class="{kind} {PLAIN}">{text}</p>' for text in texts]
     display(HTML("".join(paragraphs)))
 
 

@@ -1,10 +1,10 @@
 """Figures with their intervals as text."""
 
 PARTS = {  # the sets of questions that notebook 4 asks, and how tables and plots call them
-    "new": "new questions",
-    "table": "the table's own questions",
     "reworded": "reworded questions",
+    "table": "the table's own questions",
     "added": "rows added after training",
+    "new": "new questions",
 }
 COLUMNS = {  # of the table of figures: where each stands in the entry of a model, and its format
     "reworded questions answered right": ("content reworded", "right", ".0%"),
