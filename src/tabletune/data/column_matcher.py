@@ -32,10 +32,10 @@ class ColumnMatcher:
         self.chosen = self.candidates(WORDS["preferences"]["chosen"])
         looked_at = list(columns.values())
         if not columns:
-            others = self.rejected + self.candidates(WORDS["columns"]["system"])
+            never_chats = self.rejected + self.candidates(WORDS["columns"]["system"])
             if self.claims("question") and self.claims("answer"):
-                others += self.candidates(WORDS["columns"]["history"])
-            looked_at = [column for column in table.columns if column not in others]
+                never_chats += self.candidates(WORDS["columns"]["history"])
+            looked_at = [column for column in table.columns if column not in never_chats]
         self.rendered: list[str] = []  # the columns whose conversations are rendered texts
         kinds = {column: self.kind_of_conversation(column) for column in looked_at}
         self.chats = {column: kind for column, kind in kinds.items() if kind}
@@ -70,32 +70,36 @@ class ColumnMatcher:
             self.rendered.append(column)
         return "conversations" if "from" in conversations[0][0] else "messages"
 
-    def shape(self, wanted: str) -> Shape:
-        """The shape of the table, or the `wanted` one unless that is "auto". Raises StageError."""
+    def shape(self, shape_name: str) -> Shape:
+        """The shape of the table, or the `shape_name` one unless that is "auto". Raises
+        StageError.
+        """
         chat = self.chat_column()
         question, answer = self.question_and_answer()
         both_lists = {question, answer} <= set(self.chats) and question is not None
         text = self.first(self.candidates(WORDS["columns"]["text"]))
-        plain = "prompt_completion" if question in self.names.get("prompt", []) else "instruction"
-        if wanted == "auto":
+        pair_shape_name = (
+            "prompt_completion" if question in self.names.get("prompt", []) else "instruction"
+        )
+        if shape_name == "auto":
             if both_lists:
-                wanted = plain
+                shape_name = pair_shape_name
             elif chat:
-                wanted = self.chats[chat]
+                shape_name = self.chats[chat]
             elif question and answer:
-                wanted = plain
+                shape_name = pair_shape_name
             elif text and len(self.table.columns) == 1:
-                wanted = "text"
-        if wanted == "text" and text:
+                shape_name = "text"
+        if shape_name == "text" and text:
             self.check_markers([text])
             return Shape("text", {"text": text})
-        if wanted in ("messages", "conversations") and chat:
+        if shape_name in ("messages", "conversations") and chat:
             self.check_one_claim("messages", self.claims_of_chat())
-            shape = Shape(wanted, {"chat": chat, **self.others(["system", "tools"])})
+            shape = Shape(shape_name, {"chat": chat, **self.others(["system", "tools"])})
             self.add_note_on_preferences(shape, chat)
             self.add_preference_label(shape, question=None, answer=chat)
             return shape
-        if wanted in ("prompt_completion", "instruction") and question and answer:
+        if shape_name in ("prompt_completion", "instruction") and question and answer:
             self.check_claims()
             if both_lists or answer in self.chats:
                 self.check_one_claim(
@@ -106,14 +110,14 @@ class ColumnMatcher:
                     "answer": answer,
                     **self.others(["system", "tools"]),
                 }
-                shape = Shape(wanted, columns)
+                shape = Shape(shape_name, columns)
                 self.add_note_on_preferences(shape, answer)
                 self.add_preference_label(shape, question, answer)
                 return shape
-            return self.pair_shape(wanted, question, answer)
+            return self.pair_shape(shape_name, question, answer)
         needs = "their shape is not recognized"
-        if wanted != "auto":
-            needs = f"shape={wanted} needs {NEEDED[wanted]}"
+        if shape_name != "auto":
+            needs = f"shape={shape_name} needs {NEEDED[shape_name]}"
         raise StageError(
             f"The table has the columns {shown_columns(self.table)}: {needs}. "
             f"{advice(self.table, self.rejected)}{headless_hint(self.table)}"
@@ -163,11 +167,11 @@ class ColumnMatcher:
             ]
             if full:
                 return full[0]
-        named = [
+        usual = [
             column for column in self.candidates(WORDS["columns"]["chat"]) if column in self.chats
         ]
-        if named:
-            return named[0]
+        if usual:
+            return usual[0]
         question, answer = self.question_and_answer()
         for column in self.claims_of_chat():
             part_of_pair = column in (question, answer) and not self.has_questions(column)

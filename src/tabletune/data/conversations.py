@@ -82,10 +82,10 @@ class ConversationReader:
             self.shape.question_template,
             self.shape.answer_template,
         )
-        asked = [texts[name] for name in fields_of(question_template)]
+        question_texts = [texts[name] for name in fields_of(question_template)]
         question, answer = fill(question_template, texts), fill(answer_template, texts)
         if any(is_incomplete(line, texts) for line in question_template.split("\n")) or not any(
-            asked
+            question_texts
         ):
             raise Dropped("no question")
         # an Alpaca row may have its question in `input` alone
@@ -93,7 +93,7 @@ class ConversationReader:
             self.shape.name == "columns"
             or self.shape.columns.get("context", "").casefold() == "input"
         )
-        if not asked[0] and not may_lack_first:
+        if not question_texts[0] and not may_lack_first:
             raise Dropped("no question")
         if not texts.get(self.shape.answer_column, answer):
             raise Dropped("no answer")
@@ -101,7 +101,7 @@ class ConversationReader:
         earlier = self._history(row.get("history"))
         return [
             message["content"] for message in earlier if message["role"] == "user"
-        ] + asked, earlier + messages
+        ] + question_texts, earlier + messages
 
     def _fields(self) -> set[str]:
         return {*fields_of(self.shape.question_template), *fields_of(self.shape.answer_template)}

@@ -15,11 +15,11 @@ def words(text: str) -> list[str]:
     """The words of a text in lower case, without the marks around them: "Tea!" is "tea", but "-5"
     is not "5".
     """
-    plain = []
+    stripped_words = []
     for word in text.casefold().translate(SPACING).split():
-        plain.append(word.lstrip(OPENING).rstrip(CLOSING) or word)
-    without_marks = [word for word in plain if word.strip(".,;:!?")]
-    return without_marks or plain
+        stripped_words.append(word.lstrip(OPENING).rstrip(CLOSING) or word)
+    without_marks = [word for word in stripped_words if word.strip(".,;:!?")]
+    return without_marks or stripped_words
 
 
 class Duplicates:

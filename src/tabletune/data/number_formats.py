@@ -271,18 +271,18 @@ def _digits(number: Decimal, tokens: list[tuple[str, str]]) -> tuple[str, bool]:
     """The digits of a number from 0 up in the places of a section, and whether it was rounded to
     zero.
     """
-    plain = "".join(text if kind in ("other", "exponent") else " " for kind, text in tokens)
-    if "/" in plain:
-        return _fraction(number, plain), False
-    if "E" in plain.upper():
-        return _scientific(number, plain), False
+    pattern = "".join(text if kind in ("other", "exponent") else " " for kind, text in tokens)
+    if "/" in pattern:
+        return _fraction(number, pattern), False
+    if "E" in pattern.upper():
+        return _scientific(number, pattern), False
     point = next(
         (place for place, token in enumerate(tokens) if token == ("other", ".")), len(tokens)
     )
     decimals = [token for token in tokens[point + 1 :] if token[0] == "other" and token[1] in "0#?"]
     rounded = number.quantize(Decimal(1).scaleb(-len(decimals)), rounding=ROUND_HALF_UP)
-    whole, _, part = f"{rounded:f}".partition(".")
-    text = _whole_digits(whole.lstrip("0"), tokens[:point])
+    integer, _, part = f"{rounded:f}".partition(".")
+    text = _whole_digits(integer.lstrip("0"), tokens[:point])
     if decimals:
         text += "." + _decimal_digits(part, tokens[point + 1 :])
     return text.removesuffix("."), rounded == 0
@@ -328,26 +328,26 @@ def _decimal_digits(digits: str, tokens: list[tuple[str, str]]) -> str:
     return "".join(parts)
 
 
-def _scientific(number: Decimal, plain: str) -> str:
-    decimals = len(re.findall("[0#?]", plain.upper().partition("E")[0].partition(".")[2]))
-    exponent_digits = len(re.findall("[0#?]", plain.upper().partition("E")[2]))
+def _scientific(number: Decimal, pattern: str) -> str:
+    decimals = len(re.findall("[0#?]", pattern.upper().partition("E")[0].partition(".")[2]))
+    exponent_digits = len(re.findall("[0#?]", pattern.upper().partition("E")[2]))
     mantissa, _, exponent = f"{number:.{decimals}E}".partition("E")
     power = int(exponent)
-    sign = "-" if power < 0 else "+" if "E+" in plain.upper() else ""
+    sign = "-" if power < 0 else "+" if "E+" in pattern.upper() else ""
     return f"{mantissa}E{sign}{abs(power):0{exponent_digits}d}"
 
 
-def _fraction(number: Decimal, plain: str) -> str:
-    bottom = plain.partition("/")[2].strip()
+def _fraction(number: Decimal, pattern: str) -> str:
+    bottom = pattern.partition("/")[2].strip()
     if bottom.isdigit() and int(bottom) > 0:
         fraction = Fraction(round(Fraction(number) * int(bottom)), int(bottom))
         top, below = round(Fraction(number) * int(bottom)), int(bottom)
     else:
         fraction = Fraction(number).limit_denominator(10 ** len(re.findall(r"[?#0]", bottom)) - 1)
         top, below = fraction.numerator, fraction.denominator
-    if " " not in plain.partition("/")[0].strip():
+    if " " not in pattern.partition("/")[0].strip():
         return f"{top}/{below}"
-    whole, rest = divmod(top, below)
+    integer, rest = divmod(top, below)
     if not rest:
-        return str(whole)
-    return f"{whole} {rest}/{below}" if whole else f"{rest}/{below}"
+        return str(integer)
+    return f"{integer} {rest}/{below}" if integer else f"{rest}/{below}"

@@ -129,12 +129,12 @@ def _turns_of_llama_2(text: str) -> list[Turn]:
     turns: list[Turn] = []
     prompts = list(LLAMA_2_PROMPT.finditer(text))
     for place, prompt in enumerate(prompts):
-        asked = prompt[1]
-        system = LLAMA_2_SYSTEM.match(asked)
+        question = prompt[1]
+        system = LLAMA_2_SYSTEM.match(question)
         if system:
             turns.append({"role": "system", "content": system[1].strip()})
-            asked = asked[system.end() :]
-        turns.append({"role": "user", "content": asked.strip()})
+            question = question[system.end() :]
+        turns.append({"role": "user", "content": question.strip()})
         last = prompts[place + 1].start() if place + 1 < len(prompts) else len(text)
         answer = re.sub(r"</?s>", "", text[prompt.end() : last]).strip()
         if answer:

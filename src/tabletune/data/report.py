@@ -180,10 +180,11 @@ def notes_of(
             "used; "
             f"{left_out['rows']:,} rows are left out."
         )
-    few = [name for name in SPLITS[1:] if report["questions"][name] < FEWEST_GROUPS]
-    if few:
+    small_splits = [name for name in SPLITS[1:] if report["questions"][name] < FEWEST_GROUPS]
+    if small_splits:
         notes.append(
-            f"Too few questions for an interval: {' and '.join(few)}. More rows would make more of "
+            f"Too few questions for an interval: {' and '.join(small_splits)}. More rows would "
+            "make more of "
             "them."
         )
     if formatter.shape.name == "text":
@@ -246,11 +247,11 @@ def sentences_on_test_split(report: dict[str, Any]) -> list[str]:
     training, too.
     """
     rows = report["splits"]["test"]
-    asked = report["leaks"].get("test", 0)
+    repeated = report["leaks"].get("test", 0)
     answered = report["answer_leaks"].get("test", 0)
     sentences = [f"{report['questions']['test']} questions ({rows} rows) are kept for the test."]
-    if asked:
-        sentences.append(f"But {asked} of these rows ask what is asked in training, too.")
+    if repeated:
+        sentences.append(f"But {repeated} of these rows ask what is asked in training, too.")
     else:
         sentences.append("None of them is asked in training.")
     if answered:

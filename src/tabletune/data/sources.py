@@ -180,18 +180,18 @@ def choose_splits(dataset: str, source: Source, splits: dict[str, Any]) -> list[
     for file in source.files:
         own_split[file.path] = split_of(file.label or str(file.path.relative_to(source.root)))
     if splits:
-        chosen = _splits_of_setting(dataset, source, splits, own_split)
+        split_of_file = _splits_of_setting(dataset, source, splits, own_split)
     else:
-        chosen = {}
+        split_of_file = {}
         has_held_out = bool({"test", "validation"} & set(own_split.values()))
         for file in source.files:
             other_split = (
                 file.label and has_held_out
             )  # such as "unsupervised", which is no part of training
             if own_split[file.path] or not other_split:
-                chosen[file.path] = own_split[file.path] or "train"
-    ours = len(set(chosen.values())) == 1 or "train" not in chosen.values()
-    return [("" if ours else split, path) for path, split in chosen.items()]
+                split_of_file[file.path] = own_split[file.path] or "train"
+    ours = len(set(split_of_file.values())) == 1 or "train" not in split_of_file.values()
+    return [("" if ours else split, path) for path, split in split_of_file.items()]
 
 
 def _splits_of_setting(
@@ -201,7 +201,7 @@ def _splits_of_setting(
     there.
     """
     by_name = _names_of_files(source, own_split)
-    chosen: dict[Path, str] = {}
+    split_of_file: dict[Path, str] = {}
     for split, names in splits.items():
         if split not in WORDS["splits"]:
             raise StageError(
@@ -223,15 +223,15 @@ def _splits_of_setting(
                 raise StageError(
                     f"splits: {dataset} has no {name!r}. It has: {has}.{suggestion(name, by_name)}"
                 )
-            chosen |= dict.fromkeys(paths, split)
+            split_of_file |= dict.fromkeys(paths, split)
     if "train" not in splits:
         rest = [
             path
             for path, split in own_split.items()
-            if path not in chosen and split in ("", "train")
+            if path not in split_of_file and split in ("", "train")
         ]
-        chosen |= dict.fromkeys(rest, "train")
-    return chosen
+        split_of_file |= dict.fromkeys(rest, "train")
+    return split_of_file
 
 
 def _names_of_files(source: Source, own_split: dict[Path, str]) -> dict[str, list[Path]]:

@@ -40,11 +40,11 @@ def question_key(texts: Iterable[str]) -> str:
     """
     keys = []
     for text in texts:
-        plain = text.casefold().translate(SAME_SIGNS).replace("‰", "%%")
-        plain = DASH_AS_MINUS.sub("-", plain)
-        plain = SIGNS.sub(_hide_signs, plain).translate(PUNCTUATION)
-        plain = " ".join(_show_signs(plain).split())
-        keys.append(plain or text)
+        normalized = text.casefold().translate(SAME_SIGNS).replace("‰", "%%")
+        normalized = DASH_AS_MINUS.sub("-", normalized)
+        normalized = SIGNS.sub(_hide_signs, normalized).translate(PUNCTUATION)
+        normalized = " ".join(_show_signs(normalized).split())
+        keys.append(normalized or text)
     return " ".join(keys)
 
 

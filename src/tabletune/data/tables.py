@@ -184,8 +184,8 @@ def open_table(
         check_downloaded(path)
         with explained(path):
             digest.update(file_digest(path) + split.encode())
-            plain = unpack(path, Path(unpacked.name) / str(len(parts)))
-            table_file = READERS[file_kind(path)](plain, str(path), options)
+            unpacked_path = unpack(path, Path(unpacked.name) / str(len(parts)))
+            table_file = READERS[file_kind(path)](unpacked_path, str(path), options)
         parts.append(TablePart(split, path, table_file.columns, table_file.rows))
         about_split = f"{split} split" if split else ""
         descriptions.append(

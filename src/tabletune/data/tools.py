@@ -124,8 +124,8 @@ def text_of_calls(message: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -
 
 def _rendered_calls(message: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     _, before, after = around([USER], tokenizer)
-    plain = map_numbers(message, _number_for_template)
-    safe = json.loads(break_markers(json.dumps(plain, ensure_ascii=False), tokenizer))
+    message_with_marks = map_numbers(message, _number_for_template)
+    safe = json.loads(break_markers(json.dumps(message_with_marks, ensure_ascii=False), tokenizer))
     rendered = _without_marks(render([USER, safe], tokenizer, False))
     text = rendered[len(before) : len(rendered) - len(after)].strip()
     if not text or not (rendered.startswith(before.rstrip()) and rendered.endswith(after)):

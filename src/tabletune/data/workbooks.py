@@ -61,9 +61,9 @@ def read_workbook(path: Path, name: str, options: ReadOptions) -> TableFile:
 def describe(sheet: Sheet, number: int, titles: list[str], options: ReadOptions) -> str:
     """What there is to say about the sheet that is read."""
     description = f"sheet {sheet.title!r} of {len(titles)}"
-    others = [title for title in titles if title != sheet.title]
-    if others and not options.sheet:
-        description += f" (dataset_config names another: {', '.join(others[:5])})"
+    other_titles = [title for title in titles if title != sheet.title]
+    if other_titles and not options.sheet:
+        description += f" (dataset_config names another: {', '.join(other_titles[:5])})"
     if number > 1 and options.header:
         description += f", column names in row {number}"
     if sheet.errors:
