@@ -14,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
@@ -37,8 +36,6 @@ from tabletune.data.splits import (
 )
 from tabletune.data.tables import Table
 from tabletune.run.files import archive, atomic_write
-
-datasets.disable_progress_bars()
 
 
 def format_table(
