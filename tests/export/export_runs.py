@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import copy_of, run_script
-from datasets import load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from huggingface_hub import ModelCard
 
 from tabletune.data.retrieval import RowIndex, table_rows
@@ -41,6 +41,22 @@ def read(run_dir, **parameters) -> ExportRun:
     """The run of a folder, with some parameters of the notebook."""
     defaults = {**PARAMETERS["07_export"], "run_dir": str(run_dir), "gguf_types": []}
     return open_finished_run(Stage("07_export", run_dir, {**defaults, **parameters}))
+
+
+def bare_run(folder, merged, rows, tokenizer, stop_token_ids) -> ExportRun:
+    """A run of nothing but a model and rows to train on, which exports into `folder`."""
+    return ExportRun(
+        run=folder / "x",
+        merged=merged,
+        folder=folder,
+        parameters={"push_to_hub": ""},
+        sources={},
+        splits=DatasetDict({"train": Dataset.from_list(rows)}),
+        report={},
+        tokenizer=tokenizer,
+        stop_token_ids=stop_token_ids,
+        base_model="x",
+    )
 
 
 def with_rows(run_dir, **settings):

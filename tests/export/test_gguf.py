@@ -4,13 +4,12 @@ import json
 import re
 import shutil
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import base_models
 import pytest
 import torch
-from datasets import Dataset
-from export_runs import ANSWERED, ASKED, CONVERSATIONS, read, run_dir  # noqa: F401
+from export_runs import ANSWERED, ASKED, CONVERSATIONS, bare_run, read, run_dir  # noqa: F401
 from test_encoding import sentencepiece as llama_vocabulary  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -121,14 +120,7 @@ def test_a_real_vocabulary_of_llamas_kind(llama_vocabulary, tmp_path):
     rows = [
         {"prompt": [ASKED], "completion": [{"role": "assistant", "content": text}]} for text in hard
     ]
-    export_run = SimpleNamespace(
-        merged=folder,
-        folder=tmp_path,
-        name="real",
-        tokenizer=tokenizer,
-        stop_token_ids=stop_token_ids,
-    )
-    export_run.splits = {"train": Dataset.from_list(rows)}
+    export_run = bare_run(tmp_path, folder, rows, tokenizer, stop_token_ids)
     file = gguf.make_gguf(export_run, "F16")
     assert gguf.check_tokens(export_run, file) == len(hard)
     ids = llama_cpp.InLlamaCpp(file).tokenize(render([ASKED], tokenizer), "<s>")
@@ -148,10 +140,7 @@ def test_kinds_of_models(name, tmp_path):
     tokenizer, stop_token_ids = load_tokenizer(str(merged))
     save_tokenizer(merged, tokenizer, stop_token_ids)
     rows = [{"prompt": asked, "completion": [ANSWERED]} for asked in CONVERSATIONS[:2]]
-    export_run = SimpleNamespace(
-        merged=merged, folder=tmp_path, name="x", tokenizer=tokenizer, stop_token_ids=stop_token_ids
-    )
-    export_run.splits = {"train": Dataset.from_list(rows)}
+    export_run = bare_run(tmp_path, merged, rows, tokenizer, stop_token_ids)
     file = gguf.make_gguf(export_run, "F16")
     assert gguf.check_tokens(export_run, file) == 2
     encoded = [encode(row, tokenizer, stop_token_ids) for row in rows]
