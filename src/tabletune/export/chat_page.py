@@ -215,7 +215,7 @@ def settle(context: TableContext, prompt: ContextPrompt, answer: str) -> tuple[s
     """
     settings = context.settings
     rows = prompt.rows
-    text = "\n\n".join(row_text(number, row) for number, row in enumerate(rows, 1))
+    text = "\n".join(row_text(number, row) for number, row in enumerate(rows, 1))
     if prompt.refused:
         best = max((row["score"] for row in rows), default=0.0)
         limit = settings.unknown_threshold
@@ -237,9 +237,10 @@ def settle(context: TableContext, prompt: ContextPrompt, answer: str) -> tuple[s
 
 
 def row_text(number: int, row: dict) -> str:
-    """A row that was found, as Markdown: its question, how similar it is, its answer."""
-    answer = "\n".join(f"> {line}" for line in row["answer"].splitlines())
-    return f"{number}. **{row['question']}** (similarity {row['score']:.2f})\n\n{answer}"
+    """A row that was found, as an item of a list in Markdown: its question, how similar it is, its answer."""
+    head = f"{number}. **{row['question']}** (similarity {row['score']:.2f})"
+    lines = [line for line in row["answer"].splitlines() if line.strip()]
+    return "  \n   ".join([head, *lines])  # two spaces end a line, three continue the item
 
 
 # --- the page
