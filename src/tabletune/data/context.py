@@ -183,7 +183,7 @@ def answer_with_context(
         return generate(list(prompts))
     found = [context.prompt(messages_of(prompt)) for prompt in prompts]
     to_ask = [place for place, prompt in enumerate(found) if not prompt.refused]
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"answer": context.settings.unknown_answer, "stopped": True, "new_tokens": 0} for _ in found
     ]
     seconds = 0.0

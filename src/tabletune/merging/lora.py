@@ -15,13 +15,16 @@ from transformers import Conv1D
 from tabletune.model.bnb import dequantize_4bit, quantize_4bit
 
 
+def has_lora(adapter: dict[str, torch.Tensor], module: str) -> bool:
+    """Whether an adapter has the matrices A and B of a layer."""
+    return f"base_model.model.{module}.lora_A.weight" in adapter
+
+
 def lora_matrices(
     adapter: dict[str, torch.Tensor], module: str
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The matrices A, [r, in], and B, [out, r], of a layer, in fp32; None if it has none."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrices A, [r, in], and B, [out, r], of a layer that has them (`has_lora`), in fp32."""
     stem = f"base_model.model.{module}"
-    if f"{stem}.lora_A.weight" not in adapter:
-        return None
     return adapter[f"{stem}.lora_A.weight"].float(), adapter[f"{stem}.lora_B.weight"].float()
 
 

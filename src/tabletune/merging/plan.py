@@ -19,7 +19,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, Conv1D, PreTrainedModel
 
 from tabletune.errors import StageError, first_line
-from tabletune.merging.lora import add_lora, lora_matrices, nf4_round_trip, transpose_conv1d
+from tabletune.merging.lora import (
+    add_lora,
+    has_lora,
+    lora_matrices,
+    nf4_round_trip,
+    transpose_conv1d,
+)
 from tabletune.model.adapters import attach_adapter
 from tabletune.model.bnb import QuantState, dequantize_4bit
 from tabletune.model.compat import model_names, stored_state_dict, tensors_in_4_bits
@@ -85,7 +91,7 @@ def merge_in_memory(
     if base_weights == "dequantized":
         quantized = {name for name, _ in quantized_layers(model)}
     for name, layer in model.named_modules():
-        is_adapted = is_plain and lora_matrices(adapter, name) is not None
+        is_adapted = is_plain and has_lora(adapter, name)
         if name not in quantized and not is_adapted:
             continue
         weight = transpose_conv1d(layer, layer.weight.data)  # [out, in]

@@ -90,7 +90,7 @@ def rows_to_compare(
 ) -> list[list[int]]:
     """Token ids of two rows of the run's data set, of its test split where it has so many."""
     splits, _ = load_dataset_of_run(run)
-    examples = []
+    examples: list[dict] = []
     for name in ("test", "validation", "train"):
         if name in splits:
             needed = min(2 - len(examples), len(splits[name]))

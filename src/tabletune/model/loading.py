@@ -183,7 +183,7 @@ def load_model(
     }
     if hasattr(config, "quantization_config"):
         return load_quantized(folder, config, options)
-    weights = {}
+    weights: dict[str, Any] = {}
     for name, file in weight_files(folder).items():
         weights[name] = OnDisk(file, name, device or "cpu")
     if quantization_config:  # without quantization, transformers reads ahead itself

@@ -1,5 +1,7 @@
 """Base models in 4 or 8 bits, as training has them."""
 
+from pathlib import Path
+
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -26,7 +28,7 @@ def nf4_config(dtype: torch.dtype, sharded: bool = False) -> BitsAndBytesConfig:
 
 
 def load_base(
-    base_model: str,
+    base_model: str | Path,
     revision: str | None,
     dtype: torch.dtype,
     attn_implementation: str = "auto",

@@ -34,7 +34,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     missing = [path.name for path in paths if not path.exists()]
     if missing:
         raise StageError(f"The model in {folder} lacks {', '.join(missing)}.")
-    files = {}
+    files: dict[str, Path] = {}
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
