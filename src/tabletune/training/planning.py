@@ -2,6 +2,7 @@
 
 import math
 import os
+from bisect import bisect_left
 from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any
@@ -97,10 +98,11 @@ class Room:
             return 0
         if not self.memory.gpu or self.sharded:
             return layers
-        for count in range(layers):
-            if self.total(rows, count) <= SAFE_SHARE * self.available_gib:
-                return count
-        return layers
+        safe_gib = SAFE_SHARE * self.available_gib
+        if self.total(rows, 0) <= safe_gib:
+            return 0
+        # each layer more takes less memory, so halves of the range are enough to look at
+        return bisect_left(range(layers), True, key=lambda n: self.total(rows, n) <= safe_gib)
 
     def fits(self, rows: int) -> bool:
         """Whether batches of `rows` full rows fit, with as much recomputed as they need."""
