@@ -1,7 +1,7 @@
 """The exported app: the table's rows, and one Python file that looks them up and asks a server.
 
-`app.py` is `data/lookup.py` and `app_client.py` in one file, so it looks up rows and builds prompts with the very code of
-the series.
+`app.py` is `data/lookup.py` and `app_client.py` in one file, so it looks up rows and builds prompts
+with the very code of the series.
 """
 
 import importlib.util
@@ -30,8 +30,8 @@ NEVER_CERTAIN = 1.01  # no similarity is above 1
 def write_app(export_run: ExportRun) -> Path | None:
     """Write `export/app/`, and check that it asks as the series does. Returns the folder.
 
-    Returns None, and says so, for a table of texts, which has no questions. An app of other rows or settings moves to
-    `earlier/`.
+    Returns None, and says so, for a table of texts, which has no questions. An app of other rows or
+    settings moves to `earlier/`.
     """
     if not export_run.has_questions:
         print("No app: the rows of this table have no questions.")
@@ -71,7 +71,9 @@ def app_files(export_run: ExportRun) -> dict[str, str]:
 
 
 def gguf_name(export_run: ExportRun) -> str | None:
-    """The name of the GGUF file to serve: 8 bits if there is one, else the smallest; None if there is none."""
+    """The name of the GGUF file to serve: 8 bits if there is one, else the smallest; None if there
+    is none.
+    """
     files = list((export_run.folder / "gguf").glob(f"{export_run.name}-*.gguf"))
     for file in files:
         if file.name == f"{export_run.name}-Q8_0.gguf":
@@ -121,7 +123,8 @@ def app_source() -> str:
     )
     if replaced != 1 or "tabletune.data" in source:
         raise AssertionError(
-            "app_client.py imports names of data/lookup.py in brackets, and nothing else of the package"
+            "app_client.py imports names of data/lookup.py in brackets, and nothing else of "
+            "the package"
         )
     return source
 
@@ -137,7 +140,8 @@ def load_app(folder: Path) -> ModuleType:
 
 
 def check_app(export_run: ExportRun, folder: Path) -> int:
-    """Check that the app finds the rows and builds the prompts of the series; the number of questions compared.
+    """Check that the app finds the rows and builds the prompts of the series; the number of
+    questions compared.
 
     Raises StageError if one differs.
     """
@@ -151,7 +155,8 @@ def check_app(export_run: ExportRun, folder: Path) -> int:
         prompt = app.prompt(question["content"], history)
         if (prompt.messages, prompt.refused) != (expected.messages, expected.refused):
             raise StageError(
-                f"{folder} asks {question['content']!r} in other words than this run. Run 07_export again."
+                f"{folder} asks {question['content']!r} in other words than this run. Run "
+                "07_export again."
             )
         number += 1
     return number

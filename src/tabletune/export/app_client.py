@@ -3,9 +3,10 @@
     python app.py "When are you open?"     answers one question
     python app.py                          answers questions until you end it with Ctrl-D
 
-It needs Python and nothing else. The model answers behind a server that speaks OpenAI's protocol: llama.cpp, Ollama,
-vLLM or `transformers serve`; README.md beside this file has the commands. settings.json says how rows are found and what
-the model is told; rows.jsonl is the table, a row a line, with a question and an answer: add lines, and they are found.
+It needs Python and nothing else. The model answers behind a server that speaks OpenAI's protocol:
+llama.cpp, Ollama, vLLM or `transformers serve`; README.md beside this file has the commands.
+settings.json says how rows are found and what the model is told; rows.jsonl is the table, a row a
+line, with a question and an answer: add lines, and they are found.
 """
 
 import argparse
@@ -41,7 +42,9 @@ class App:
     """The rows and settings of a folder, and the server that has the model."""
 
     def __init__(self, folder: Path, server: str = "", model: str = ""):
-        """Read the folder. `server` is the address up to "/v1"; without one the settings have it, as for `model`."""
+        """Read the folder. `server` is the address up to "/v1"; without one the settings have it,
+        as for `model`.
+        """
         self.settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         self.server = (server or self.settings["server"]).rstrip("/")
         self.model = model or self.settings["model"]
@@ -85,7 +88,9 @@ class App:
         return [hits[place] for place in places]
 
     def ask(self, question: str, history: list[dict] | None = None) -> dict:
-        """The answer: a dict of `question`, `answer`, `unknown` (the table has nothing on it) and `rows`."""
+        """The answer: a dict of `question`, `answer`, `unknown` (the table has nothing on it) and
+        `rows`.
+        """
         prompt = self.prompt(question, history)
         unknown_answer = self.settings["unknown_answer"]
         if prompt.refused:
@@ -98,7 +103,9 @@ class App:
         return {"question": question, "answer": answer, "unknown": unknown, "rows": prompt.rows}
 
     def complete(self, messages: list[dict]) -> str:
-        """The model's answer to messages, from the server. Greedy: the same question gets the same answer."""
+        """The model's answer to messages, from the server. Greedy: the same question gets the same
+        answer.
+        """
         body = {
             "model": self.model,
             "messages": messages,

@@ -1,4 +1,6 @@
-"""The chat page: one model answers each question twice, with its adapter and without, and shows what it rests on."""
+"""The chat page: one model answers each question twice, with its adapter and without, and shows
+what it rests on.
+"""
 
 import os
 import socket
@@ -59,7 +61,9 @@ class Chat:
     examples: list[str] = field(default_factory=list)  # questions to click on
 
     def prompt(self, question: str) -> ContextPrompt:
-        """What both models are asked: the system message and the question, with the rows that were found for it."""
+        """What both models are asked: the system message and the question, with the rows that were
+        found for it.
+        """
         messages = [*self.system, {"role": "user", "content": question}]
         if self.context is None:
             return ContextPrompt(messages, [], False)
@@ -78,11 +82,13 @@ class BatchPass:
 def load_chat(stage: Stage) -> Chat:
     """Load the models of a run as the training had them, and what the page needs beside.
 
-    Raises StageError if Gradio is missing, or if the adapter was trained on another data set or another base model.
+    Raises StageError if Gradio is missing, or if the adapter was trained on another data set or
+    another base model.
     """
     if find_spec("gradio") is None:
         raise StageError(
-            f"Gradio is missing here, which makes the page. Run `make chat`, or pip install {pinned('gradio')}."
+            "Gradio is missing here, which makes the page. Run `make chat`, or pip install "
+            f"{pinned('gradio')}."
         )
     run = stage.folder
     parameters = stage.parameters
@@ -119,7 +125,9 @@ def load_model_of_run(adapter: Path, parameters: dict[str, Any]) -> PeftModel:
 
 
 def add_examples(chat: Chat, prompts: list[Messages]) -> None:
-    """Take the system message, and questions to click on, from prompts of the table; those of texts are empty."""
+    """Take the system message, and questions to click on, from prompts of the table; those of texts
+    are empty.
+    """
     prompts = [prompt for prompt in prompts if prompt]
     if prompts:
         chat.system = [message for message in prompts[0] if message["role"] == "system"]
@@ -137,10 +145,12 @@ def two_answers(
     messages: Messages,
     max_new_tokens: int,
 ) -> Iterator[list[str]]:
-    """Yield the answers of the base and of the fine-tuned model so far, two texts, after each token. Greedy.
+    """Yield the answers of the base and of the fine-tuned model so far, two texts, after each
+    token. Greedy.
 
-    Each row of a batch gets an adapter of its own or none, so both answers grow at once, and one that has stopped waits
-    for the other. Where PEFT cannot do that (DoRA, experts), one comes after the other.
+    Each row of a batch gets an adapter of its own or none, so both answers grow at once, and one
+    that has stopped waits for the other. Where PEFT cannot do that (DoRA, experts), one comes after
+    the other.
     """
     prompt = encode_prompt(messages, tokenizer)
     settings = GenerationConfig(
@@ -210,8 +220,8 @@ def stream(
 def settle(context: TableContext, prompt: ContextPrompt, answer: str) -> tuple[str, str, str]:
     """The answer that counts, and what it rests on: a title, and the rows in Markdown.
 
-    An answer that says that the table has nothing rests on nothing; then the title says why, and the rows are those that
-    came nearest.
+    An answer that says that the table has nothing rests on nothing; then the title says why, and
+    the rows are those that came nearest.
     """
     settings = context.settings
     rows = prompt.rows
@@ -237,7 +247,9 @@ def settle(context: TableContext, prompt: ContextPrompt, answer: str) -> tuple[s
 
 
 def row_text(number: int, row: dict) -> str:
-    """A row that was found, as an item of a list in Markdown: its question, how similar it is, its answer."""
+    """A row that was found, as an item of a list in Markdown: its question, how similar it is, its
+    answer.
+    """
     head = f"{number}. **{row['question']}** (similarity {row['score']:.2f})"
     lines = [line for line in row["answer"].splitlines() if line.strip()]
     return "  \n   ".join([head, *lines])  # two spaces end a line, three continue the item
@@ -294,9 +306,11 @@ def problem_with(chat: Chat, question: str) -> str | None:
 
 
 def answers_of(chat: Chat, question: str) -> Iterator[tuple[list[dict], list[dict]]]:
-    """Yield the turn of the base model and that of the fine-tuned one, lists of messages, while the answers grow.
+    """Yield the turn of the base model and that of the fine-tuned one, lists of messages, while the
+    answers grow.
 
-    Both see the same rows. Below the fine-tuned model's answer stands, in the end, what it rests on.
+    Both see the same rows. Below the fine-tuned model's answer stands, in the end, what it rests
+    on.
     """
     user = {"role": "user", "content": question}
     prompt = chat.prompt(question)
@@ -320,11 +334,12 @@ def assistant(text: str) -> dict:
 
 
 def open_page(page: "gradio.Blocks", inline: bool = True) -> str:
-    """Serve a page to this machine alone, and show it in the notebook if `inline`. Returns its address.
+    """Serve a page to this machine alone, and show it in the notebook if `inline`. Returns its
+    address.
 
-    Left to itself, Gradio in Colab downloads a program that opens a tunnel, through which anybody could ask for a week.
-    Colab's own proxy does as well, once Gradio knows that its address is another one outside
-    (https://github.com/gradio-app/gradio/issues/13629).
+    Left to itself, Gradio in Colab downloads a program that opens a tunnel, through which anybody
+    could ask for a week. Colab's own proxy does as well, once Gradio knows that its address is
+    another one outside (https://github.com/gradio-app/gradio/issues/13629).
     """
     import gradio as gr
 

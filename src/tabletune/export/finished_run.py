@@ -79,7 +79,9 @@ class ExportRun:
 
     @property
     def disclaimer(self) -> str:
-        """The sentence for the cards and the Modelfile: the reader's, the example's, or a neutral one."""
+        """The sentence for the cards and the Modelfile: the reader's, the example's, or a neutral
+        one.
+        """
         if self.parameters["disclaimer"]:
             return self.parameters["disclaimer"]
         return example_settings(self.report).get("disclaimer", NEUTRAL_DISCLAIMER)
@@ -122,13 +124,17 @@ class ExportRun:
         return ""
 
     def ask(self, messages: Messages) -> ContextPrompt:
-        """What the model is asked: the messages, with the rows that were found for them if the run has rows."""
+        """What the model is asked: the messages, with the rows that were found for them if the run
+        has rows.
+        """
         if self.context is None:
             return ContextPrompt(messages, [], False)
         return self.context.prompt(messages)
 
     def example_prompt(self) -> Messages:
-        """A question for the card's example code: the first of the test split, as the model is asked it."""
+        """A question for the card's example code: the first of the test split, as the model is
+        asked it.
+        """
         prompt = self.splits["test"][0]["prompt"] or [{"role": "user", "content": "Hello"}]
         return self.ask(prompt).messages
 
@@ -150,7 +156,9 @@ class ExportRun:
         return [self.as_asked(row) for row in rows]
 
     def questions(self) -> list[Messages]:
-        """The first `proof_questions` different prompts of the test split, as asked in use; none of a table of texts."""
+        """The first `proof_questions` different prompts of the test split, as asked in use; none of
+        a table of texts.
+        """
         prompts = {}
         for prompt in self.splits["test"]["prompt"]:
             if prompt:
@@ -162,8 +170,8 @@ class ExportRun:
 def open_finished_run(stage: Stage) -> ExportRun:
     """Read what notebooks 1 to 4, and 6 if it ran, left in the run folder of notebook 7.
 
-    An `export/` that was made from another model moves to `earlier/`. Raises StageError if something is missing or does
-    not belong to the rest, or if a name is none that the Hub takes.
+    An `export/` that was made from another model moves to `earlier/`. Raises StageError if
+    something is missing or does not belong to the rest, or if a name is none that the Hub takes.
     """
     run = stage.folder
     parameters = stage.parameters
@@ -203,7 +211,9 @@ def open_finished_run(stage: Stage) -> ExportRun:
 
 
 def check_names_on_hub(parameters: dict[str, Any], base_model: str) -> None:
-    """Raise StageError if a name is not OWNER/NAME, or if an upload could not name its base model."""
+    """Raise StageError if a name is not OWNER/NAME, or if an upload could not name its base
+    model.
+    """
     for parameter in ("base_model_on_hub", "push_to_hub"):
         name = parameters[parameter]
         if name and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -211,7 +221,8 @@ def check_names_on_hub(parameters: dict[str, Any], base_model: str) -> None:
     is_local = Path(base_model).exists()
     if parameters["push_to_hub"] and is_local and not parameters["base_model_on_hub"]:
         raise StageError(
-            f"The base model was the folder {base_model}: set base_model_on_hub, for others to find it."
+            f"The base model was the folder {base_model}: set base_model_on_hub, for others to "
+            "find it."
         )
 
 

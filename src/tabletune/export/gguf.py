@@ -16,12 +16,13 @@ from tabletune.export.finished_run import ExportRun
 from tabletune.export.llama_cpp import InLlamaCpp, fetch_converter, load_llama_cpp
 from tabletune.run.files import archive, atomic_write
 
-# llama.cpp knows by this part of a model's name that special tokens swallow the white space after them
+# by this part of a name llama.cpp knows that special tokens swallow the white space after them
 SWALLOWS_SPACE = " (Phi-3)"
 
 
 def make_gguf(export_run: ExportRun, kind: str) -> Path:
-    """The merged model as a GGUF file of the `kind`, "F16" or one quantized from it. A finished file stays.
+    """The merged model as a GGUF file of the `kind`, "F16" or one quantized from it. A finished
+    file stays.
 
     Raises StageError if llama.cpp does not know the model's architecture or its tokenizer.
     """
@@ -37,7 +38,9 @@ def make_gguf(export_run: ExportRun, kind: str) -> Path:
 
 
 def convert_to_f16(export_run: ExportRun, file: Path) -> None:
-    """Write the merged model to `file` in 16 bits, with llama.cpp's converter. Raises StageError if it refuses."""
+    """Write the merged model to `file` in 16 bits, with llama.cpp's converter. Raises StageError if
+    it refuses.
+    """
     tokenizer = export_run.tokenizer
     first_row = encode(export_run.splits["train"][0], tokenizer, export_run.stop_token_ids)
     begins_with_bos = first_row["input_ids"][0] == tokenizer.bos_token_id
@@ -55,7 +58,9 @@ def convert_to_f16(export_run: ExportRun, file: Path) -> None:
 
 
 def quantize(source: Path, file: Path, kind: str) -> None:
-    """Write the GGUF file `source` to `file`, quantized to `kind`. Raises StageError if llama.cpp refuses."""
+    """Write the GGUF file `source` to `file`, quantized to `kind`. Raises StageError if llama.cpp
+    refuses.
+    """
     llama_cpp = load_llama_cpp()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
@@ -64,9 +69,11 @@ def quantize(source: Path, file: Path, kind: str) -> None:
 
 
 def check_tokens(export_run: ExportRun, file: Path) -> int:
-    """Check that llama.cpp splits the conversations of this run into the tokens of the training; their number.
+    """Check that llama.cpp splits the conversations of this run into the tokens of the training;
+    their number.
 
-    If it does not, `file` moves to `earlier/`, and StageError is raised. Other files stay where they are.
+    If it does not, `file` moves to `earlier/`, and StageError is raised. Other files stay where
+    they are.
     """
     model = InLlamaCpp(file)
     tokenizer = export_run.tokenizer
@@ -77,24 +84,29 @@ def check_tokens(export_run: ExportRun, file: Path) -> int:
         if model.tokenize(text, tokenizer.bos_token) != expected:
             archive_refused(export_run, file)
             raise StageError(
-                f"llama.cpp splits {text[:60]!r}… into other tokens than the training did: {file.name} is not used."
+                f"llama.cpp splits {text[:60]!r}… into other tokens than the training did: "
+                f"{file.name} is not used."
             )
         number += 1
     return number
 
 
 def archive_refused(export_run: ExportRun, *files: Path) -> None:
-    """Move files that did not pass a check to `earlier/`, and leave everything else in `export/gguf/`."""
+    """Move files that did not pass a check to `earlier/`, and leave everything else in
+    `export/gguf/`.
+    """
     parent = export_run.folder.parent
     archive(parent, *(str(file.relative_to(parent)) for file in files))
 
 
 def prepare_for_converter(model: Path, copy: Path, begins_with_bos: bool) -> None:
-    """Fill the folder `copy` with links to a model's files, and with a tokenizer that the converter reads correctly.
+    """Fill the folder `copy` with links to a model's files, and with a tokenizer that the converter
+    reads correctly.
 
-    Tokens beyond the embedding matrix are left out. A SentencePiece vocabulary is also written as tokenizer.model: the
-    converter reads the order of merges from there only, and without it words are split elsewhere. The converter
-    recognizes that kind by the fallback to bytes, which a byte-level vocabulary may claim, too.
+    Tokens beyond the embedding matrix are left out. A SentencePiece vocabulary is also written as
+    tokenizer.model: the converter reads the order of merges from there only, and without it words
+    are split elsewhere. The converter recognizes that kind by the fallback to bytes, which a
+    byte-level vocabulary may claim, too.
     """
     for path in model.iterdir():
         if "token" not in path.name:
@@ -129,7 +141,9 @@ def read_json_text(path: Path) -> dict[str, Any]:
 
 
 def sentencepiece_model(tokenizer: dict[str, Any], vocabulary_size: int) -> bytes:
-    """The vocabulary of a tokenizer.json, its content `tokenizer`, as a SentencePiece model of that many tokens."""
+    """The vocabulary of a tokenizer.json, its content `tokenizer`, as a SentencePiece model of that
+    many tokens.
+    """
     from sentencepiece import sentencepiece_model_pb2 as schema
 
     ranks = merge_ranks(tokenizer["model"]["merges"])

@@ -1,4 +1,6 @@
-"""llama.cpp from Python: the library, its converter, and a GGUF file as a model that can be scored."""
+"""llama.cpp from Python: the library, its converter, and a GGUF file as a model that can be
+scored.
+"""
 
 import os
 import re
@@ -35,21 +37,23 @@ def packages_to_install() -> str:
 def usable_types(gguf_types: Sequence[str]) -> list[str]:
     """The types of GGUF files to make, F16 first, since the others are made from it.
 
-    Prints what to install, and returns none, where llama.cpp is missing. Raises StageError for a type that llama.cpp
-    does not know.
+    Prints what to install, and returns none, where llama.cpp is missing. Raises StageError for a
+    type that llama.cpp does not know.
     """
     if not gguf_types:
         return []
     if not all(map(find_spec, ("llama_cpp", "sentencepiece"))):
         print(
-            "Without GGUF files: llama.cpp is missing here. `make export` installs it, or pip install "
+            "Without GGUF files: llama.cpp is missing here. `make export` installs it, or pip "
+            "install "
             f"{packages_to_install()}."
         )
         return []
     for kind in gguf_types:
         if kind != "F16" and not hasattr(load_llama_cpp(), f"LLAMA_FTYPE_MOSTLY_{kind}"):
             raise StageError(
-                f"gguf_types: llama.cpp does not know {kind!r}; common are F16, Q8_0, Q5_K_M, Q4_K_M."
+                f"gguf_types: llama.cpp does not know {kind!r}; common are F16, Q8_0, Q5_K_M, "
+                "Q4_K_M."
             )
     return list(dict.fromkeys(["F16", *gguf_types]))
 
@@ -59,9 +63,10 @@ def load_llama_cpp() -> ModuleType:
     """The package llama_cpp, silent, and with the weights in the layout that the file has.
 
     On Xeons with AMX, llama.cpp crashes with 8- and 4-bit weights that it has rearranged for AMX
-    (https://github.com/ggml-org/llama.cpp/issues/20824). `use_extra_bufts = False` prevents that, but the class `Llama`
-    has no argument for it. So the function that it takes its default settings from is replaced here, which is the only
-    use of the package's inside. `test_llama_still_lacks_an_argument_for_the_layout` fails when it can go.
+    (https://github.com/ggml-org/llama.cpp/issues/20824). `use_extra_bufts = False` prevents that,
+    but the class `Llama` has no argument for it. So the function that it takes its default settings
+    from is replaced here, which is the only use of the package's inside.
+    `test_llama_still_lacks_an_argument_for_the_layout` fails when it can go.
     """
     # threads that wait for others leave the processor to those that work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -82,7 +87,9 @@ def load_llama_cpp() -> ModuleType:
 
 @lru_cache
 def discard_log() -> Any:
-    """A log function for llama.cpp that prints nothing. Cached, since the library calls it as long as it is loaded."""
+    """A log function for llama.cpp that prints nothing. Cached, since the library calls it as long
+    as it is loaded.
+    """
     import llama_cpp
 
     return llama_cpp.llama_log_callback(lambda *_: None)
@@ -91,8 +98,8 @@ def discard_log() -> Any:
 def fetch_converter() -> Path:
     """The path of llama.cpp's converter, of the version that is installed.
 
-    Only the source package has it, so it is downloaded once and kept in the Hub's cache. Raises StageError if pip
-    cannot download it.
+    Only the source package has it, so it is downloaded once and kept in the Hub's cache. Raises
+    StageError if pip cannot download it.
     """
     version = installed(PACKAGE)
     folder = Path(HF_ASSETS_CACHE) / "tabletune" / f"{PACKAGE}-{version}"
@@ -102,7 +109,8 @@ def fetch_converter() -> Path:
             command += [f"--dest={download}", f"{PACKAGE}=={version}"]
             if subprocess.run(command, capture_output=True).returncode:
                 raise StageError(
-                    f"pip could not download {PACKAGE}=={version} with llama.cpp's converter. Is there a network?"
+                    f"pip could not download {PACKAGE}=={version} with llama.cpp's converter. "
+                    "Is there a network?"
                 )
             with tarfile.open(next(Path(download).glob("*.tar.gz"))) as source:
                 members = [member for member in source if CONVERTER.match(member.name)]
@@ -111,13 +119,17 @@ def fetch_converter() -> Path:
 
 
 class InLlamaCpp(torch.nn.Module):
-    """A GGUF file in llama.cpp, on the CPU: a model for `scoring.score` and `answers.generate`, one text at a time."""
+    """A GGUF file in llama.cpp, on the CPU: a model for `scoring.score` and `answers.generate`, one
+    text at a time.
+    """
 
     device = torch.device("cpu")
     generation_config = None
 
     def __init__(self, file: Path, window: int = 8):
-        """Load `file` with room for `window` tokens. Raises StageError if llama.cpp cannot read it."""
+        """Load `file` with room for `window` tokens. Raises StageError if llama.cpp cannot read
+        it.
+        """
         super().__init__()
         llama_cpp = load_llama_cpp()
         try:
@@ -135,7 +147,9 @@ class InLlamaCpp(torch.nn.Module):
         self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(vocabulary))
 
     def forward(self, input_ids: torch.Tensor, **_) -> SimpleNamespace:
-        """The logits [1, tokens, vocabulary] of one text, `input_ids` [1, tokens], as a model of transformers."""
+        """The logits [1, tokens, vocabulary] of one text, `input_ids` [1, tokens], as a model of
+        transformers.
+        """
         self.model.reset()
         self.model.eval(input_ids[0].tolist())
         logits = self.model.scores[None, : input_ids.shape[1]]
@@ -146,7 +160,8 @@ class InLlamaCpp(torch.nn.Module):
     ) -> torch.Tensor:
         """`input_ids` [1, tokens] and a greedy answer after them: [1, tokens and new tokens].
 
-        It ends with a stop token, after `max_new_tokens`, or where llama.cpp ends it: then the answer is that short.
+        It ends with a stop token, after `max_new_tokens`, or where llama.cpp ends it: then the
+        answer is that short.
         """
         ids = input_ids[0].tolist()
         longest = len(ids) + generation_config.max_new_tokens
@@ -158,7 +173,9 @@ class InLlamaCpp(torch.nn.Module):
         return torch.tensor([ids])
 
     def tokenize(self, text: str, bos: str = "") -> list[int]:
-        """The ids of a rendered conversation. `bos`, the text of that token, is there once, whoever puts it there."""
+        """The ids of a rendered conversation. `bos`, the text of that token, is there once, whoever
+        puts it there.
+        """
         if self.adds_bos and bos:
             text = text.removeprefix(bos)
         return self.model.tokenize(text.encode(), add_bos=self.adds_bos, special=True)

@@ -25,8 +25,8 @@ MODELFILE = "resources/templates/Modelfile.j2"
 def write_modelfile(export_run: ExportRun, file: Path, prompts: list[Messages]) -> str | None:
     """Write Ollama's `Modelfile` beside a GGUF file, and return its text.
 
-    None, with a line that says why, if the chat template cannot be written in Ollama's language. Raises StageError if
-    it would make other tokens of one of `prompts` than the training.
+    None, with a line that says why, if the chat template cannot be written in Ollama's language.
+    Raises StageError if it would make other tokens of one of `prompts` than the training.
     """
     model = InLlamaCpp(file)
     tokenizer = export_run.tokenizer
@@ -44,7 +44,8 @@ def write_modelfile(export_run: ExportRun, file: Path, prompts: list[Messages]) 
     for prompt, text in zip(prompts, rendered, strict=True):
         if model.tokenize(text) != encode_prompt(prompt, tokenizer):
             raise StageError(
-                f"Ollama's prompt for {prompt[-1]['content']!r} is not the training's: no Modelfile."
+                f"Ollama's prompt for {prompt[-1]['content']!r} is not the training's: no "
+                "Modelfile."
             )
     text = modelfile(export_run, file.name, parts)
     write_if_changed(file.with_name("Modelfile"), text)
@@ -52,7 +53,9 @@ def write_modelfile(export_run: ExportRun, file: Path, prompts: list[Messages]) 
 
 
 def modelfile(export_run: ExportRun, file: str, parts: Parts) -> str:
-    """The text of a Modelfile for the GGUF file named `file`, from the `parts` of the chat template."""
+    """The text of a Modelfile for the GGUF file named `file`, from the `parts` of the chat
+    template.
+    """
     source = (resources.files("tabletune") / MODELFILE).read_text(encoding="utf-8")
     template = jinja2.Template(source, keep_trailing_newline=True)
     to_json = partial(json.dumps, ensure_ascii=False)  # Go quotes texts in the same way
@@ -62,8 +65,8 @@ def modelfile(export_run: ExportRun, file: str, parts: Parts) -> str:
 def split_template(render: Callable[[Messages], str]) -> Parts:
     """The texts that a chat template puts around messages.
 
-    `render` takes messages and returns what the template makes of them, up to where the next answer begins. Raises
-    ValueError if the template does more than put texts around the messages.
+    `render` takes messages and returns what the template makes of them, up to where the next answer
+    begins. Raises ValueError if the template does more than put texts around the messages.
     """
     parts = parts_around(render, "user", "assistant", "user")
     with suppress(jinja2.TemplateError, StageError, ValueError):
@@ -76,7 +79,9 @@ def split_template(render: Callable[[Messages], str]) -> Parts:
 
 
 def parts_around(render: Callable[[Messages], str], *roles: str) -> Parts:
-    """The texts around messages of these roles. Raises ValueError if not every message stands there once, in order."""
+    """The texts around messages of these roles. Raises ValueError if not every message stands there
+    once, in order.
+    """
     marks = [f"«{k}»" for k in range(len(roles))]
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     text = render(messages)
@@ -86,7 +91,9 @@ def parts_around(render: Callable[[Messages], str], *roles: str) -> Parts:
 
 
 def check_parts(parts: Parts, render: Callable[[Messages], str], roles: list[str]) -> None:
-    """Raise ValueError unless the parts make the same of messages of these roles as the template."""
+    """Raise ValueError unless the parts make the same of messages of these roles as the
+    template.
+    """
     if ("", roles[0]) not in parts:
         return  # the template takes no system message
     messages = [{"role": role, "content": f'{k}. *Say* "{role}"'} for k, role in enumerate(roles)]

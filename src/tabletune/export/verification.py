@@ -48,9 +48,10 @@ class Measurement:
 def verify_files(export_run: ExportRun, files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """What each of `files`, {kind: path}, lost against the merged model in transformers.
 
-    Returns {"merged" or kind: entry}; an entry has `mib`, `perplexity`, `ratio_to_merged`, its interval, `same_answers`
-    and `questions`. The entries are kept in `export/metrics.json` and measured once. If a file in 16 bits loses more
-    than rounding does, it and what was made from it move to `earlier/`, and StageError is raised.
+    Returns {"merged" or kind: entry}; an entry has `mib`, `perplexity`, `ratio_to_merged`, its
+    interval, `same_answers` and `questions`. The entries are kept in `export/metrics.json` and
+    measured once. If a file in 16 bits loses more than rounding does, it and what was made from it
+    move to `earlier/`, and StageError is raised.
     """
     settings = {name: export_run.parameters[name] for name in SETTINGS}
     earlier = read_json(export_run.folder / "metrics.json", "07_export")
@@ -68,7 +69,8 @@ def verify_files(export_run: ExportRun, files: Mapping[str, Path]) -> dict[str, 
         if kind == "F16" and not abs(ratio - 1) < LARGEST_DEVIATION:
             archive_refused(export_run, *files.values())
             raise StageError(
-                f"In 16 bits the perplexity is {ratio:.2%} of the merged model's: {file.name} is not used."
+                f"In 16 bits the perplexity is {ratio:.2%} of the merged model's: {file.name} "
+                "is not used."
             )
 
     about = {
@@ -89,7 +91,8 @@ def check_room_for_questions(export_run: ExportRun) -> None:
     ]
     if max(lengths, default=0) + max_new_tokens > window:
         raise StageError(
-            f"window={window} has no room for the longest question, {max(lengths)} tokens, and an answer of "
+            f"window={window} has no room for the longest question, {max(lengths)} tokens, and "
+            "an answer of "
             f"max_new_tokens={max_new_tokens}."
         )
 
@@ -120,7 +123,9 @@ def measure(model: torch.nn.Module, export_run: ExportRun) -> Measurement:
 def entry_of(
     measured: Measurement, reference: Measurement, export_run: ExportRun, files: list[Path]
 ) -> dict[str, Any]:
-    """The figures of a model beside those of the merged model. `files` are those that hold its weights."""
+    """The figures of a model beside those of the merged model. `files` are those that hold its
+    weights.
+    """
     parameters = export_run.parameters
     groups = [row["group"] for row in export_run.test_rows()]
     resampling = (groups, parameters["bootstrap_samples"], parameters["seed"])
@@ -168,7 +173,9 @@ def loss_table(losses: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
 
 
 def load_reference(folder: Path) -> torch.nn.Module:
-    """The merged model in transformers: in 32 bits where memory allows, since llama.cpp sums in 32 bits."""
+    """The merged model in transformers: in 32 bits where memory allows, since llama.cpp sums in 32
+    bits.
+    """
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
     dtype = compute_dtype("auto")
     # the files have 16 bits for a weight; 0.4 of their size is left for activations
