@@ -97,8 +97,8 @@ def mean_interval(
     are too few.
     """
     groups = np.arange(len(counts)) if groups is None else groups
-    few = count_groups(groups) < FEWEST_GROUPS
-    return None if few else interval(resampled(totals, counts, groups, draws, seed), groups)
+    too_few = count_groups(groups) < FEWEST_GROUPS
+    return None if too_few else interval(resampled(totals, counts, groups, draws, seed), groups)
 
 
 def perplexity_interval(

@@ -216,19 +216,21 @@ def answer_lines(
     `right` where known.
     """
     lines = []
-    for question, made in zip(asked, answers.to_dict("records"), strict=True):
-        unknown = bool(made.get("unknown", False))
+    for question, generated in zip(asked, answers.to_dict("records"), strict=True):
+        unknown = bool(generated.get("unknown", False))
         line = {
             "question": question.question,
-            "answer": made["answer"],
+            "answer": generated["answer"],
             "unknown": unknown,
-            "rows": made.get("rows") or [],
+            "rows": generated.get("rows") or [],
             "model": part,
-            "stopped": bool(made["stopped"]),
+            "stopped": bool(generated["stopped"]),
         }
         if question.expected:
             line["expected"] = question.expected
-            line["right"] = is_expected(made["answer"], unknown, question.expected, rules, context)
+            line["right"] = is_expected(
+                generated["answer"], unknown, question.expected, rules, context
+            )
         lines.append(line)
     return lines
 

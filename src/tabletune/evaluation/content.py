@@ -140,8 +140,8 @@ def reference_of(row: dict) -> str:
 def labels_of(answers: Sequence[str]) -> tuple[str, ...]:
     """The labels of a classification, the commonest first; () where the answers are no labels."""
     counts = Counter(answers)
-    few = 2 <= len(counts) <= MOST_LABELS and len(answers) >= ROWS_PER_LABEL * len(counts)
-    return tuple(label for label, _ in counts.most_common()) if few else ()
+    are_labels = 2 <= len(counts) <= MOST_LABELS and len(answers) >= ROWS_PER_LABEL * len(counts)
+    return tuple(label for label, _ in counts.most_common()) if are_labels else ()
 
 
 # --- one answer
@@ -237,9 +237,9 @@ def says_the_same(answer: str, reference: str, score: float, fixed: frozenset[st
     """Whether an answer in free text says what a reference says: nearly its words, and its numbers
     and names.
     """
-    expected, found = numbers_and_names(reference, fixed), numbers_and_names(answer, fixed)
-    other_numbers = {fact for fact in found - expected if NUMBER.fullmatch(fact)}
-    if score < RIGHT_CHRF or expected - found - words_of(answer) or other_numbers:
+    expected, in_answer = numbers_and_names(reference, fixed), numbers_and_names(answer, fixed)
+    other_numbers = {fact for fact in in_answer - expected if NUMBER.fullmatch(fact)}
+    if score < RIGHT_CHRF or expected - in_answer - words_of(answer) or other_numbers:
         return False
     if bool(NEGATION.search(answer.casefold())) != bool(NEGATION.search(reference.casefold())):
         return False
@@ -358,8 +358,8 @@ def content_differences(
     """
     entries = {}
     for name in rules.metrics:
-        both = one[name].notna().to_numpy() & other[name].notna().to_numpy()
-        a, b = one[name].to_numpy()[both], other[name].to_numpy()[both]
+        measured = one[name].notna().to_numpy() & other[name].notna().to_numpy()
+        a, b = one[name].to_numpy()[measured], other[name].to_numpy()[measured]
         if not len(a):
             continue
         if name in RATES:

@@ -77,8 +77,8 @@ def outside_rows(outside_text: str, tokenizer: PreTrainedTokenizerBase) -> list[
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = []
     for paragraph in filter(str.strip, re.split(r"\n\s*\n", text)):
-        plain = " ".join(paragraph.split())
-        ids = bos + tokenizer(plain, add_special_tokens=False)["input_ids"]
+        one_line = " ".join(paragraph.split())
+        ids = bos + tokenizer(one_line, add_special_tokens=False)["input_ids"]
         mask = [1] * len(ids)
         rows.append(
             {"part": "outside", "group": paragraph, "input_ids": ids, "completion_mask": mask}

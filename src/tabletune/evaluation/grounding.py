@@ -60,20 +60,20 @@ def locate_items(
     """
     all_items = set().union(*items.values())
     values = item_values(answer, answer_template, item_field)
-    named = set()
+    items_named = set()
     for value in values or []:
         item = singular_words(value)
         if item in all_items:
-            named.add(item)
+            items_named.add(item)
             continue
         parts = mentioned(value, all_items)
         if parts:
-            named |= parts
+            items_named |= parts
         elif item:
-            named.add(item)
+            items_named.add(item)
     if not values:
-        named = mentioned(answer, all_items)
-    return [place_of_item(item, items.get(group, set()), all_items) for item in sorted(named)]
+        items_named = mentioned(answer, all_items)
+    return [place_of_item(item, items.get(group, set()), all_items) for item in sorted(items_named)]
 
 
 def place_of_item(item: str, of_question: set[str], all_items: set[str]) -> str:
@@ -119,16 +119,16 @@ def summarize_grounding(places: Sequence[list[str]], groups: Sequence[str]) -> d
     `places` has a list from `locate_items` for each answer, `groups` the answers' questions. Items
     of one answer are not independent: the intervals resample questions.
     """
-    named = pd.DataFrame(
+    items_named = pd.DataFrame(
         [(group, place) for group, answer in zip(groups, places, strict=True) for place in answer],
         columns=["group", "place"],
     )
-    entry: dict = {"named": len(named), "answers": sum(map(bool, places))}
-    if named.empty:
+    entry: dict = {"named": len(items_named), "answers": sum(map(bool, places))}
+    if items_named.empty:
         return entry
     for place in PLACES:
-        entry[place] = (named["place"] == place).mean().item()
-        entry[f"{place}_ci95"] = rate_interval(named["place"] == place, named["group"])
+        entry[place] = (items_named["place"] == place).mean().item()
+        entry[f"{place}_ci95"] = rate_interval(items_named["place"] == place, items_named["group"])
     return entry
 
 
@@ -170,8 +170,8 @@ def grounding_finding(entry: dict | None) -> str:
         )
     if not entry["named"]:
         return "Its answers name no items."
-    here, elsewhere, nowhere = (f"{entry[place]:.0%}" for place in PLACES)
+    share_here, elsewhere, nowhere = (f"{entry[place]:.0%}" for place in PLACES)
     return (
-        f"Of {entry['named']} items that it names in {entry['answers']} answers, {here} stand in "
+        f"Of {entry['named']} items that it names in {entry['answers']} answers, {share_here} stand in "
         f"the table for that very question, {elsewhere} for another one, and {nowhere} nowhere."
     )

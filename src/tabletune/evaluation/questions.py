@@ -45,13 +45,13 @@ def question_sets(splits: Mapping[str, Iterable[dict]], samples: int) -> dict[st
     split, picked by a hash of their id, so that runs with other seeds or another order of rows ask
     the same ones; "reworded" are these in other words, by rules that training does not use.
     """
-    own = [{**question, "part": "table"} for question in questions_of(splits["train"])]
-    own.sort(key=lambda question: hashlib.sha256(question["group"].encode()).digest())
-    reword = Rewording([question["asked"] for question in own], "evaluation")
+    of_table = [{**question, "part": "table"} for question in questions_of(splits["train"])]
+    of_table.sort(key=lambda question: hashlib.sha256(question["group"].encode()).digest())
+    reword = Rewording([question["asked"] for question in of_table], "evaluation")
     return {
         "new": questions_of(splits["test"], samples),
-        "table": own[:samples],
-        "reworded": reworded_questions(own[:samples], reword),
+        "table": of_table[:samples],
+        "reworded": reworded_questions(of_table[:samples], reword),
     }
 
 

@@ -112,8 +112,8 @@ def clauses(answer: str, ends: str) -> list[str]:
     """The clauses of an answer in lower case, cut at `ends` and at "but"; "do not wait" and the
     like are no denial.
     """
-    plain = re.sub(NO_DELAY, " ", answer.casefold().replace("’", "'"))
-    return re.split(rf"[{ends}]+|\bbut\b", plain)
+    lowered = re.sub(NO_DELAY, " ", answer.casefold().replace("’", "'"))
+    return re.split(rf"[{ends}]+|\bbut\b", lowered)
 
 
 def is_denied(before: str) -> bool:

@@ -114,7 +114,7 @@ def response_logits(
     vocabulary] on the CPU.
     """
     model.eval()
-    kept = []
+    logits_of_rows = []
     batch_size = max_batch_size(
         model, max((len(row["input_ids"]) for row in rows), default=1), batch_size
     )
@@ -122,8 +122,8 @@ def response_logits(
         batch = rows[k : k + batch_size]
         logits, _ = padded_logits(model, [row["input_ids"] for row in batch], pad_token_id)
         for row, row_logits in zip(batch, logits, strict=True):
-            kept.append(row_logits[np.flatnonzero(row["completion_mask"][1:])].cpu())
-    return kept
+            logits_of_rows.append(row_logits[np.flatnonzero(row["completion_mask"][1:])].cpu())
+    return logits_of_rows
 
 
 def divergence(

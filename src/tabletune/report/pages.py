@@ -332,10 +332,10 @@ def worst_emergencies(run: Path, info: dict) -> dict[str, list[str]]:
         return {}
     urgent["wrong"] = urgent["offers_remedy"].astype(int) - urgent["seeks_help"].astype(int)
     base, tuned = (urgent[urgent["model"] == name] for name in ("base", info["tuned"]))
-    both = tuned.merge(base, on="prompt", suffixes=("", "_base"))
-    both = both.sort_values("wrong", ascending=False, kind="stable")
+    pairs = tuned.merge(base, on="prompt", suffixes=("", "_base"))
+    pairs = pairs.sort_values("wrong", ascending=False, kind="stable")
     columns = {"question": "prompt", "base": "answer_base", "fine-tuned": "answer"}
-    return {heading: both[column].tolist() for heading, column in columns.items()}
+    return {heading: pairs[column].tolist() for heading, column in columns.items()}
 
 
 # --- showing
@@ -386,8 +386,8 @@ def show_answers(columns: Mapping[str, Sequence[str]], rows: int, disclaimer: st
     """
     headings = "; ".join(f"--heading-{place}: '{name}'" for place, name in enumerate(columns, 1))
     # as CSS wants it, and no markup
-    plain = "".join(c if c.isalnum() else f"\\{ord(c):x} " for c in disclaimer)
-    style = f'<style>@page {{ @bottom-center {{ content: "{plain}" }} }}</style>'
+    escaped = "".join(c if c.isalnum() else f"\\{ord(c):x} " for c in disclaimer)
+    style = f'<style>@page {{ @bottom-center {{ content: "{escaped}" }} }}</style>'
     table = side_by_side(columns, rows, disclaimer).data
     display(HTML(f'<div class="answers {PLAIN}" style="{headings}">{style}{table}</div>'))
 
