@@ -99,6 +99,11 @@ INTERNALS = (
         "functional.py",
     ),
     Internal(
+        "torch.Tensor._version",
+        "model/recompute.py notices a tensor that was changed in place since it was kept",
+        "https://github.com/pytorch/pytorch/blob/main/torch/_C/_VariableFunctions.pyi.in",
+    ),
+    Internal(
         "trl.SFTTrainer.compute_loss",
         "training/trainer.py calls Trainer's past it: it gathers metrics from the GPU at each step",
         "https://github.com/huggingface/trl/blob/main/trl/trainer/sft_trainer.py",
@@ -109,7 +114,7 @@ INTERNALS = (
 def resolve(path: str) -> Any:
     """The object of an INTERNALS path. Raises AttributeError or ImportError if there is none."""
     parts = path.split(".")
-    for length in range(len(parts) - 1, 0, -1):
+    for length in range(len(parts), 0, -1):
         try:
             found = importlib.import_module(".".join(parts[:length]))
         except ModuleNotFoundError:

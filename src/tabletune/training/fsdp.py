@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from tabletune.errors import StageError
+from tabletune.model.compat import gather_in_compute_stream
 
 
 def check_sharding(config, base_model, optim, unsharded_gib):
@@ -50,7 +51,7 @@ class ShardedTraining(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        model._set_unshard_async_op(True)
+        gather_in_compute_stream(model)
         for unit, following in pairwise(
             module for module in model.modules() if isinstance(module, FSDPModule)
         ):
