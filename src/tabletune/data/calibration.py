@@ -18,7 +18,7 @@ from tabletune.data.rewording import Rewording, same_answer
 
 MOST_QUESTIONS = 1000  # that are looked up
 REFUSED_SHARE = 0.02  # of the held-back rewordings score lower than the quantile that is taken
-MARGIN = 0.95  # people reword more freely than rules: the threshold is lower than that quantile
+MARGIN = 0.75  # people reword more freely than rules: the threshold is lower than that quantile
 CERTAIN_SHARE = 0.99  # of the questions without an answer score lower than what counts as certain
 LEAST_CERTAIN = 0.7
 NEVER_CERTAIN = 1.01  # no score is as high
