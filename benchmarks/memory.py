@@ -98,8 +98,7 @@ def packed_rows(count, max_length, vocabulary):
         while (left := max_length - sum(lengths)) > 8:
             lengths.append(min(left, max(8, rng.choice(LENGTHS))))
         tokens = [rng.randrange(3, vocabulary) for _ in range(sum(lengths))]
-        row = {"input_ids": tokens, "completion_mask": [1] * len(tokens), "seq_lengths": lengths}
-        rows.append(row)
+        rows.append({"input_ids": tokens, "labels": tokens, "seq_lengths": lengths})
     return Dataset.from_list(rows)
 
 
