@@ -91,8 +91,3 @@ def write_lines(path: Path, lines: Iterable[Any]) -> None:
     with atomic_write(path) as partial:
         texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
         partial.write_text("".join(texts), encoding="utf-8")
-
-
-# the names that these functions had
-whole = atomic_write
-set_aside = archive

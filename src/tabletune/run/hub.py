@@ -94,6 +94,3 @@ def upload_result(run_dir: str | Path, folder: Path) -> None:
         raise StageError(
             f"{folder} is here, but could not go to the Hub as {name}: {first_line(error)}"
         ) from None
-
-
-hand_over = upload_result  # the name that it had

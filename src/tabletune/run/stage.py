@@ -207,7 +207,3 @@ def start_stage(name: str, variables: dict[str, Any]) -> Stage:
             stage, stage.lock.release
         )  # a kernel that starts the stage again drops the old one
     return stage
-
-
-begin = start_stage  # the name that notebooks had for it
-settled = normalized_parameters
