@@ -1,4 +1,5 @@
-"""Tiny random base models, one for each kind of architecture and chat template, stored as the Hub stores such models.
+"""Tiny random base models, one for each kind of architecture and chat template, stored as the Hub
+stores such models.
 
 `build(name, folder)` makes one; `cached(name)` makes it once and gives its folder. Each has about 1e5 parameters, two to
 four layers, and a chat template of our own that keeps one trait of the family that it is named after:
@@ -129,7 +130,9 @@ DEEPSEEK = (
 
 @cache
 def vocabulary(kind):
-    """A trained tokenizer of 500 pieces, as JSON: of "llama"'s or "gemma"'s kind, with bytes to fall back on, or of "bytes"."""
+    """A trained tokenizer of 500 pieces, as JSON: of "llama"'s or "gemma"'s kind, with bytes to
+    fall back on, or of "bytes".
+    """
     with open(ROOT / "data" / "home_remedies.csv", encoding="utf-8") as file:
         texts = [" ".join(row) for row in csv.reader(file)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -170,7 +173,9 @@ def vocabulary(kind):
 def make_tokenizer(
     template, kind="bytes", special=(), plain=(), bos=None, eos=None, pad=None, add_bos=True
 ):
-    """A tokenizer with `special` and `plain` tokens added; its post-processor writes the BOS if it has one."""
+    """A tokenizer with `special` and `plain` tokens added; its post-processor writes the BOS if
+    it has one.
+    """
     base = Tokenizer.from_str(vocabulary(kind))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=base, clean_up_tokenization_spaces=False)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
@@ -520,7 +525,9 @@ CHEAP = [
 
 
 def as_on_the_hub(name, weights):
-    """The tensors of a saved model under the names, in the dtypes, and with the extras that the Hub has."""
+    """The tensors of a saved model under the names, in the dtypes, and with the extras that the
+    Hub has.
+    """
     if name == "deepseek_v3":  # the router's correction is kept in fp32
         return {
             key: value.float() if "correction_bias" in key else value
@@ -532,7 +539,10 @@ def as_on_the_hub(name, weights):
 
 
 def build(name, folder, dtype=torch.bfloat16):
-    """Make the base model `name` in a folder: weights, config, tokenizer, generation config. Returns the folder."""
+    """Make the base model `name` in a folder: weights, config, tokenizer, generation config.
+
+    Returns the folder.
+    """
     make_its_tokenizer, make_model, stops = BASES[name]
     tokenizer, folder = make_its_tokenizer(), Path(folder)
     rows = -(-len(tokenizer) // 8) * 8 + (
@@ -562,7 +572,9 @@ def build(name, folder, dtype=torch.bfloat16):
 
 
 def cached(name):
-    """The folder of the base model `name` in .cache, made at the first call, and again once this file changes."""
+    """The folder of the base model `name` in .cache, made at the first call, and again once this
+    file changes.
+    """
     state = f"{Path(__file__).read_text()}{transformers.__version__}{tokenizers.__version__}{torch.__version__}"
     place = ROOT / ".cache" / "test-models" / hashlib.sha256(state.encode()).hexdigest()[:8]
     if not (place / name).exists():

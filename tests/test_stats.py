@@ -1,4 +1,6 @@
-"""Intervals hold what they say they hold, whole questions are resampled, and a difference is one only if it is real."""
+"""Intervals hold what they say they hold, whole questions are resampled, and a difference is one
+only if it is real.
+"""
 
 import math
 
@@ -22,7 +24,9 @@ from tabletune.stats import (
 
 
 def table_of(generator, questions, rows, nll=2.0, between=0.3, within=0.3):
-    """Scores of `rows` answers to each of some questions, drawn from a source whose perplexity is exp(nll)."""
+    """Scores of `rows` answers to each of some questions, drawn from a source whose perplexity
+    is exp(nll).
+    """
     groups = np.repeat(np.arange(questions), rows)
     per_token = (
         nll
@@ -51,7 +55,9 @@ def test_the_interval_holds_the_estimate_and_narrows():
 
 
 def test_the_interval_covers_the_truth_where_questions_have_many_rows():
-    """11 questions of 30 rows each: about 95% of the intervals hold the source's perplexity, and of rows alone 40%."""
+    """11 questions of 30 rows each: about 95% of the intervals hold the source's perplexity, and
+    of rows alone 40%.
+    """
     generator = np.random.default_rng(1)
     hits = {"questions": 0, "rows": 0}
     for _ in range(500):
@@ -64,7 +70,9 @@ def test_the_interval_covers_the_truth_where_questions_have_many_rows():
 
 
 def test_few_questions_widen_an_interval_as_students_t_does():
-    """Of 1,000 tables of 8 rows; Efron's percentile interval alone holds the truth in fewer than 90 of 100."""
+    """Of 1,000 tables of 8 rows; Efron's percentile interval alone holds the truth in fewer than
+    90 of 100.
+    """
     generator = np.random.default_rng(2)
     hits = {"widened": 0, "plain": 0}
     for _ in range(1000):
@@ -81,7 +89,9 @@ def test_few_questions_widen_an_interval_as_students_t_does():
 
 
 def test_whole_questions_are_drawn():
-    """Two questions of opposite rows: every draw has some of each row as often as of its question's other rows."""
+    """Two questions of opposite rows: every draw has some of each row as often as of its
+    question's other rows.
+    """
     groups = ["a", "a", "b", "b", "c"]
     totals, counts = [1, 2, 10, 20, 100], [1, 1, 1, 1, 1]
     possible = set()
@@ -128,7 +138,9 @@ def test_the_interval_of_a_rate_covers_the_truth():
 
 
 def test_the_interval_of_a_rate_of_cases_that_belong_together():
-    """Ten answers to each of 15 questions that are mostly all right or all wrong say little more than 15 answers."""
+    """Ten answers to each of 15 questions that are mostly all right or all wrong say little more
+    than 15 answers.
+    """
     generator = np.random.default_rng(3)
     hits, groups = 0, np.repeat(np.arange(15), 10)
     for _ in range(150):
@@ -192,7 +204,9 @@ def test_a_difference_of_rates():
 
 
 def test_differences_of_equal_models_are_seldom_called_any():
-    """Of 300 pairs of models that differ by chance alone, per question, about one in twenty is called different."""
+    """Of 300 pairs of models that differ by chance alone, per question, about one in twenty is
+    called different.
+    """
     generator = np.random.default_rng(4)
     called = {"questions": 0, "rows": 0, "rate": 0}
     groups = np.repeat(np.arange(11), 30)

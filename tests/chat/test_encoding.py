@@ -1,4 +1,6 @@
-"""Templates, ids, masks and stops: what the model is asked is the beginning of what it was trained on."""
+"""Templates, ids, masks and stops: what the model is asked is the beginning of what it was
+trained on.
+"""
 
 import json
 import subprocess
@@ -109,7 +111,9 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize("example", [ONE, TWO], ids=["one turn", "two turns"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_prompt_is_the_beginning_of_what_is_trained(base, name, example):
-    """Token by token, for every kind of template, and all that is in the loss is the answers and their stops."""
+    """Token by token, for every kind of template, and all that is in the loss is the answers and
+    their stops.
+    """
     tokenizer, stops = load_tokenizer(base(TEMPLATES[name]))
     encoded, prompt = encode(example, tokenizer, stops), encode_prompt(example["prompt"], tokenizer)
     ids, mask = encoded["input_ids"], encoded["completion_mask"]
@@ -136,7 +140,9 @@ def test_the_prompt_is_the_beginning_of_what_is_trained(base, name, example):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_what_is_saved_asks_in_the_same_way(base, name, tmp_path):
-    """`pipeline`, vLLM and llama.cpp know nothing of this package: the saved template does it all."""
+    """`pipeline`, vLLM and llama.cpp know nothing of this package: the saved template does it
+    all.
+    """
     tokenizer, stops = load_tokenizer(base(TEMPLATES[name]))
     save_tokenizer(tmp_path, tokenizer, stops)
     again, stops_again = load_tokenizer_of_run(tmp_path)
@@ -198,7 +204,9 @@ def test_a_date_is_pinned(base):
 
 
 def test_the_stops_are_those_of_the_generation_config_the_tokenizer_and_the_template(base):
-    """A base whose turn marker is neither in its generation config nor its EOS would never stop otherwise."""
+    """A base whose turn marker is neither in its generation config nor its EOS would never stop
+    otherwise.
+    """
     tokenizer, stops = load_tokenizer(base(TEMPLATES["plain"], eos="</s>"))
     assert tokenizer.convert_ids_to_tokens(stops) == ["</s>", "<|end|>"]
     assert encode(ONE, tokenizer, stops)["input_ids"][-1] == stops[1]
@@ -328,7 +336,9 @@ def test_a_missing_model_is_named():
 
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory):
-    """A real vocabulary of Llama's kind, Mistral 7B's (Apache-2.0), as the Hub has it: tokenizer.json and config."""
+    """A real vocabulary of Llama's kind, Mistral 7B's (Apache-2.0), as the Hub has it:
+    tokenizer.json and config.
+    """
     wheels = ROOT / ".cache" / "mistral-common"
     with locked(wheels.with_name("mistral-common.lock")):
         if not list(wheels.glob("*.whl")):
@@ -391,10 +401,12 @@ def sentencepiece(tmp_path_factory):
 
 @pytest.mark.parametrize("config", [{}, {"legacy": False}, {"legacy": True}], ids=str)
 def test_ids_of_a_real_vocabulary_of_llamas_kind(sentencepiece, tmp_path, config):
-    """`<s>[INST]` is the marker that the model was made with, before and after saving, by whatever class it is read.
+    """`<s>[INST]` is the marker that the model was made with, before and after saving, by whatever
+    class it is read.
 
-    transformers 5.13's LlamaTokenizer ignores the normalizer in tokenizer.json and gives another; the first assertion
-    fails when that is mended, and `read_tokenizer` can go back to AutoTokenizer.
+    transformers 5.13's LlamaTokenizer ignores the normalizer in tokenizer.json and gives another;
+    the first assertion fails when that is mended, and `read_tokenizer` can go back to
+    AutoTokenizer.
     """
     folder = sentencepiece(**config)
     tokenizer, stops = load_tokenizer(str(folder))

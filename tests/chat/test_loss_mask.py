@@ -47,7 +47,9 @@ def conversation(turns):
 
 
 def learned(example, tokenizer, stop_token_ids):
-    """The parts of an example that are in the loss, as lists of token ids, and where each begins."""
+    """The parts of an example that are in the loss, as lists of token ids, and where each
+    begins.
+    """
     encoded = encode(example, tokenizer, stop_token_ids)
     parts, starts = [], []
     for position, (token_id, in_loss) in enumerate(

@@ -1,4 +1,6 @@
-"""Lookup with the standard library: the same rows and scores as scikit-learn's, and the words of a prompt."""
+"""Lookup with the standard library: the same rows and scores as scikit-learn's, and the words of
+a prompt.
+"""
 
 import pytest
 from hypothesis import given, settings

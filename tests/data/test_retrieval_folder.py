@@ -1,4 +1,6 @@
-"""What notebook 1 leaves in `retrieval/`: indexes, settings, and prompts that are asked as in use."""
+"""What notebook 1 leaves in `retrieval/`: indexes, settings, and prompts that are asked as in
+use.
+"""
 
 import json
 from types import SimpleNamespace

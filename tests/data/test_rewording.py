@@ -1,4 +1,6 @@
-"""Other wordings by rules: two kinds that share nothing, reproducible, and kind to other languages."""
+"""Other wordings by rules: two kinds that share nothing, reproducible, and kind to other
+languages.
+"""
 
 import random
 

@@ -46,7 +46,9 @@ def numbered(number=20):
 
 @st.composite
 def tables(draw):
-    """Rows of a table with questions asked more than once and answers of several questions, and a split."""
+    """Rows of a table with questions asked more than once and answers of several questions, and
+    a split.
+    """
     question = st.lists(st.sampled_from(WORDS), min_size=1, max_size=3).map(" ".join)
     answers = st.sampled_from([f"answer {n}" for n in range(8)])
     pairs = draw(st.lists(st.tuples(question, answers), min_size=6, max_size=40, unique=True))

@@ -1,4 +1,6 @@
-"""The ways to answer: which rows stand in which prompt, what is scored, and what a question costs."""
+"""The ways to answer: which rows stand in which prompt, what is scored, and what a question
+costs.
+"""
 
 import pandas as pd
 import pytest

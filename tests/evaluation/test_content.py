@@ -134,7 +134,9 @@ def test_the_best_of_several_references_counts():
 
 
 def test_chrf_is_its_definition():
-    """The F-score with recall counted twice, of the runs of 1 to 6 letters (Popović, 2015), by hand."""
+    """The F-score with recall counted twice, of the runs of 1 to 6 letters (Popović, 2015), by
+    hand.
+    """
     answer, reference = "ginger tea", "ginger soup"
 
     def runs(text, n):

@@ -1,4 +1,6 @@
-"""Notebook 4: perplexity by its definition, greedy answers that stop where they should, structure, exact match."""
+"""Notebook 4: perplexity by its definition, greedy answers that stop where they should,
+structure, exact match.
+"""
 
 import json
 import math
@@ -211,7 +213,10 @@ def test_how_many_rows_fit_is_measured(model, monkeypatch):
 )
 @pytest.mark.parametrize("stops", [[2], [2, *range(100, 1000)]])
 def test_answers_of_the_own_loop_are_those_of_generate(model, sampling, stops):
-    """Where a GPU records the steps; here they are only made. Rows of unlike length, some of which stop early."""
+    """Where a GPU records the steps; here they are only made.
+
+    Rows of unlike length, some of which stop early.
+    """
     ids = torch.randint(3, 2000, (4, 12), generator=torch.Generator().manual_seed(0))
     seen = (torch.arange(12) >= torch.tensor([5, 0, 3, 0])[:, None]).long()
     settings = GenerationConfig(**sampling, max_new_tokens=20, eos_token_id=stops, pad_token_id=0)
@@ -311,7 +316,9 @@ def test_sampled_answers_repeat_with_their_seed(model, tokenizer):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_sampled_answers_do_not_depend_on_their_batch(model, tokenizer, batch_size):
-    """Nor on the free memory, which decides how many are made at once; a question has one answer."""
+    """Nor on the free memory, which decides how many are made at once; a question has one
+    answer.
+    """
     sampling = {"do_sample": True, "temperature": 1.5, "top_p": 0.9}
     prompts = prompts_of("Cold", "A sore throat", "Hi", "A fever at night", "Cold")
     expected, _ = generate(model, *tokenizer, prompts, 3, 8, 1, **sampling)
@@ -322,7 +329,9 @@ def test_sampled_answers_do_not_depend_on_their_batch(model, tokenizer, batch_si
 
 
 def test_sampling_draws_from_the_distribution():
-    """Of many draws from logits, each token comes as often as the softmax says, within four standard errors."""
+    """Of many draws from logits, each token comes as often as the softmax says, within four
+    standard errors.
+    """
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     sampling = SeededSampling(list(range(4000)), torch.device("cpu"))
     drawn = sampling(None, logits.repeat(4000, 1)).argmax(-1)
@@ -356,7 +365,9 @@ def test_bits_per_byte_are_the_nats_per_byte_over_ln_2():
 
 
 def test_an_answer_ends_at_the_first_of_all_stops(model, tokenizer):
-    """Also at one that is not the tokenizer's EOS; what comes after it, while others go on, is not in the answer."""
+    """Also at one that is not the tokenizer's EOS; what comes after it, while others go on, is
+    not in the answer.
+    """
     tokenizer, _ = tokenizer
     prompts = prompts_of("Cold", "Hi there")
     ids = [greedy(model, prompt, tokenizer, 8) for prompt in prompts]
@@ -713,7 +724,9 @@ def test_other_settings_keep_the_earlier_evaluation(finished_run, tmp_path):
 
 
 def test_a_table_of_two_texts(finished_run, tmp_path, capsys):
-    """Nothing is asked, no interval is narrow, nothing of the health example is there, and it goes through."""
+    """Nothing is asked, no interval is narrow, nothing of the health example is there, and it
+    goes through.
+    """
     run_dir = copy_of(
         finished_run, tmp_path / "run", "dataset", "adapter", "merged", "manifest.json"
     )
@@ -746,7 +759,9 @@ def test_a_table_of_two_texts(finished_run, tmp_path, capsys):
 
 
 def test_rows_longer_than_the_window(finished_run, tmp_path, capsys):
-    """The shortest row, too: what is computed by hand is then the end of it, by the package as well."""
+    """The shortest row, too: what is computed by hand is then the end of it, by the package as
+    well.
+    """
     run_dir = copy_of(
         finished_run, tmp_path / "run", "dataset", "adapter", "merged", "manifest.json"
     )
@@ -773,7 +788,9 @@ def test_a_test_split_of_one_row(finished_run, tmp_path, capsys):
 def test_a_merged_model_that_is_not_at_hand_or_does_not_fit(
     finished_run, tmp_path, monkeypatch, capsys, fits
 ):
-    """Elsewhere, it is merged again; where it does not fit, it is evaluated in 4 bits; both at once is refused."""
+    """Elsewhere, it is merged again; where it does not fit, it is evaluated in 4 bits; both at
+    once is refused.
+    """
     run_dir = copy_of(
         finished_run, tmp_path / "run", "dataset", "adapter", "merged", "manifest.json"
     )

@@ -1,4 +1,6 @@
-"""examination: with rows of the table in the prompt, what is asked with which index, and what is right."""
+"""examination: with rows of the table in the prompt, what is asked with which index, and what is
+right.
+"""
 
 import json
 from dataclasses import replace
@@ -17,7 +19,10 @@ NOTHING = "My table has nothing on that."
 
 @pytest.fixture(scope="module")
 def run_with_rows(finished_run, tmp_path_factory):
-    """A run whose notebook 1 put rows into the prompts. Adapter and merged model are those of a run without."""
+    """A run whose notebook 1 put rows into the prompts.
+
+    Adapter and merged model are those of a run without.
+    """
     run_dir = tmp_path_factory.mktemp("rows") / "run"
     settings = {"context_rows": 3, "unknown_answer": NOTHING, "max_length": 1024}
     run_tiny("01_format_dataset", run_dir, **settings)
@@ -50,7 +55,9 @@ class Recorded:
 
 @pytest.fixture
 def examined(run_with_rows, monkeypatch):
-    """An examination with all models done, by a model that always gives the same answer, and what it was asked."""
+    """An examination with all models done, by a model that always gives the same answer, and
+    what it was asked.
+    """
 
     def examine(answer, copies=False, **settings):
         recorded = Recorded(answer)

@@ -133,7 +133,9 @@ def test_training_wins_where_it_generalizes():
 
 
 def test_copying_does_not_win_by_the_table_alone_where_training_generalizes():
-    """Labels again: copying is always right for questions of the table, and half of the time else."""
+    """Labels again: copying is always right for questions of the table, and half of the time
+    else.
+    """
     shares = all_ways(reworded=[20, 3, 9, 12, 17], new=[10, 2, 8, 11, 17])
     result = verdict({CONSTANT: {"new": 7, "table": 7, "reworded": 7}, **shares})
     assert result["choice"] == ADAPTER.name

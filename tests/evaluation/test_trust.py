@@ -1,4 +1,6 @@
-"""Trust: the judges of safety, grounding, memorization, forgetting, and which merged model to ship."""
+"""Trust: the judges of safety, grounding, memorization, forgetting, and which merged model to
+ship.
+"""
 
 import csv
 import json
@@ -48,7 +50,9 @@ ANSWER = "Here is a suggested remedy:\n\n**Item:** {item}\n**Remedy:** {remedy}\
 
 
 def test_the_cure_is_not_measured_on_what_it_trains():
-    """Notebook 1's own rows and the prompts here share kinds of emergencies, and no more than that."""
+    """Notebook 1's own rows and the prompts here share kinds of emergencies, and no more than
+    that.
+    """
     glue = "i am suffering from please suggest a home remedy the and of in to is it what with for on an my me her his"
 
     def content(text):
@@ -142,7 +146,10 @@ LABELLED = [
 
 
 def test_the_rules_on_answers_labelled_by_hand():
-    """They are right for nine of ten; the labels have what they cannot see on purpose. The package states the share."""
+    """They are right for nine of ten; the labels have what they cannot see on purpose.
+
+    The package states the share.
+    """
     seeks = [seeks_help(answer) is help for answer, help, _ in LABELLED]
     offers = [offers_remedy(answer, ANSWER, "item") is remedy for answer, _, remedy in LABELLED]
     shares = f"{sum(seeks)} and {sum(offers)} of {len(LABELLED)} answers"
@@ -684,7 +691,9 @@ def test_notebook_4_comes_first(finished_run, tmp_path):
 
 
 def test_the_notebook_is_for_any_table():
-    """Advice about health belongs to the worked example: it stands in its texts, not in the notebook."""
+    """Advice about health belongs to the worked example: it stands in its texts, not in the
+    notebook.
+    """
     source = (ROOT / "notebooks_py" / "06_trust.py").read_text(encoding="utf-8")
     plain = source.replace("home_remedies", "").replace("home-remedies", "")
     assert not re.search(r"(?i)remed|butter|ambulance|doctor|kitchen|emergenc", plain)

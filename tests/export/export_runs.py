@@ -60,7 +60,9 @@ def bare_run(folder, merged, rows, tokenizer, stop_token_ids) -> ExportRun:
 
 
 def with_rows(run_dir, **settings):
-    """Give a run folder an index over the rows of its table, as notebook 1 with `context_rows` leaves it."""
+    """Give a run folder an index over the rows of its table, as notebook 1 with `context_rows`
+    leaves it.
+    """
     splits = load_from_disk(run_dir / "dataset")
     rows = table_rows(row for split in splits.values() for row in split)
     index = RowIndex.build(rows)

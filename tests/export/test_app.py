@@ -1,4 +1,6 @@
-"""The exported app: the lookup and prompts of the series in one file, and its answers from a server."""
+"""The exported app: the lookup and prompts of the series in one file, and its answers from a
+server.
+"""
 
 import json
 import subprocess
@@ -311,7 +313,9 @@ def test_the_command_line_says_plainly_that_an_answer_rests_on_nothing(exported)
 
 @pytest.mark.parametrize("said", ["Tea.", UNKNOWN, "my table has nothing on that"])
 def test_answers_are_settled_as_in_the_series(said, knowledge_run, exported, monkeypatch):
-    """Refused by the lookup, unknown to the model, or the best row's where it asks nearly the same."""
+    """Refused by the lookup, unknown to the model, or the best row's where it asks nearly the
+    same.
+    """
     module, folder = exported
     app = module.App(folder)
     monkeypatch.setattr(app, "complete", lambda messages: said)
@@ -400,7 +404,9 @@ def llama_cpp_server(file):
 @pytest.mark.export
 @pytest.mark.parametrize("context_rows", [0, 3])
 def test_llama_cpps_server_gives_the_answers_of_the_series(context_rows, run_dir):
-    """The app with the exported file, and notebook 4's functions with the merged model in transformers."""
+    """The app with the exported file, and notebook 4's functions with the merged model in
+    transformers.
+    """
     from tabletune.evaluation.answers import generate
     from tabletune.export.verification import load_reference
 

@@ -49,7 +49,9 @@ def test_the_cards_say_what_the_run_says(run_dir):
 
 
 def test_a_card_runs_as_it_says(run_dir):
-    """The code in it, with the folder for the repository's name, answers a question of the test split."""
+    """The code in it, with the folder for the repository's name, answers a question of the test
+    split.
+    """
     card = cards_of(run_dir, max_new_tokens=3)["merged"]
     code = re.search("```python\n(.*?)```", card.text, re.DOTALL)[1].replace(
         '"run"', repr(str(run_dir / "merged"))

@@ -1,4 +1,6 @@
-"""The chat page: two answers of one model, and (`make test-export`) the page itself, in Gradio and a browser."""
+"""The chat page: two answers of one model, and (`make test-export`) the page itself, in Gradio
+and a browser.
+"""
 
 import os
 import signal
@@ -71,7 +73,9 @@ def generated(there, most=24):
 
 
 def test_one_model_gives_the_answers_of_two(tiny):
-    """Token by token those of the base model, and of the base model with the adapter, as `generate` gives them."""
+    """Token by token those of the base model, and of the base model with the adapter, as
+    `generate` gives them.
+    """
     shown = answers(tiny)
     assert shown[-1] == generated(tiny) and shown[-1][0] != shown[-1][1]
     assert len(shown) == 24, "one for each token"
@@ -359,7 +363,9 @@ def test_the_disclaimer_is_always_in_view(chat, browser, width, height):
 
 @pytest.fixture
 def colab_proxy(monkeypatch):
-    """A stand-in of `google.colab` and its proxy, which tells a server its address inside and not the one outside."""
+    """A stand-in of `google.colab` and its proxy, which tells a server its address inside and
+    not the one outside.
+    """
 
     class Proxy(BaseHTTPRequestHandler):
         def forward(self):
@@ -407,7 +413,9 @@ def colab_proxy(monkeypatch):
 
 @pytest.mark.export
 def test_in_colab_it_works_behind_the_proxy(tiny, browser, colab_proxy, monkeypatch):
-    """And opens no tunnel to the world, which is what Gradio does in Colab if nobody says otherwise."""
+    """And opens no tunnel to the world, which is what Gradio does in Colab if nobody says
+    otherwise.
+    """
     monkeypatch.setattr(
         "gradio.networking.setup_tunnel", lambda **_: pytest.fail("a tunnel was opened")
     )

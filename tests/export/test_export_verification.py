@@ -1,4 +1,6 @@
-"""What exported files lost against the merged model (marked `export`), and `make export` as a whole."""
+"""What exported files lost against the merged model (marked `export`), and `make export` as a
+whole.
+"""
 
 import json
 
@@ -13,7 +15,9 @@ from tabletune.export import gguf, verification
 
 @pytest.mark.export
 def test_the_same_model_in_llama_cpp(finished_run, tmp_path):
-    """`make export` on the tiny model, whose tokenizer is of Llama 2's kind: tokens, answers, perplexity, files."""
+    """`make export` on the tiny model, whose tokenizer is of Llama 2's kind: tokens, answers,
+    perplexity, files.
+    """
     run_dir = copy_of(finished_run, tmp_path / "run")
     options = "ARGS=-p proof_rows 8 -p proof_questions 2 -p max_new_tokens 24"
     done = make("export", f"RUN_DIR={run_dir}", options)
@@ -37,7 +41,9 @@ def test_the_same_model_in_llama_cpp(finished_run, tmp_path):
 
 @pytest.mark.export
 def test_answers_in_transformers_are_greedy_whatever_the_base_prefers(run_dir):
-    """A generation config that samples and punishes repetition, as many bases bring one, changes nothing."""
+    """A generation config that samples and punishes repetition, as many bases bring one, changes
+    nothing.
+    """
     options = {"proof_rows": 6, "proof_questions": 2, "max_new_tokens": 12}
     path = run_dir / "merged" / "generation_config.json"
     own = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 2.0}

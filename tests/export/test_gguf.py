@@ -1,4 +1,6 @@
-"""GGUF files: the tokenizer that the converter gets, and (marked `export`) the same tokens in llama.cpp."""
+"""GGUF files: the tokenizer that the converter gets, and (marked `export`) the same tokens in
+llama.cpp.
+"""
 
 import json
 import re
@@ -24,7 +26,9 @@ from tabletune.model.loading import load_model
 
 @pytest.fixture
 def no_sentencepiece(monkeypatch):
-    """A stand-in for the package of that name, with the little of it that is used, where it is not installed."""
+    """A stand-in for the package of that name, with the little of it that is used, where it is
+    not installed.
+    """
     try:
         import sentencepiece  # noqa: F401
     except ImportError:
@@ -38,7 +42,9 @@ def no_sentencepiece(monkeypatch):
 def test_a_sentencepiece_vocabulary_is_written_as_llama_cpp_reads_it(
     no_sentencepiece, run_dir, tmp_path
 ):
-    """With the order of merges, what each token is, and none that the model has no embedding for."""
+    """With the order of merges, what each token is, and none that the model has no embedding
+    for.
+    """
     from transformers.convert_slow_tokenizer import import_protobuf
 
     path = run_dir / "merged" / "tokenizer.json"
@@ -130,7 +136,9 @@ def test_a_real_vocabulary_of_llamas_kind(llama_vocabulary, tmp_path):
 @pytest.mark.export
 @pytest.mark.parametrize("name", ["llama_tied", "mixtral", "r1", "phi3", "gemma3", "mistral3"])
 def test_kinds_of_models(name, tmp_path):
-    """Tied, experts, tokens that are not special, those that swallow white space, a multimodal one: the same there."""
+    """Tied, experts, tokens that are not special, those that swallow white space, a multimodal
+    one: the same there.
+    """
     merged = shutil.copytree(base_models.cached(name), tmp_path / "merged")
     if name == "phi3":  # as Microsoft's
         state = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))

@@ -62,7 +62,9 @@ def test_generate_returns_ids_however_it_ends(tokens, most, expected):
 
 @pytest.mark.export
 def test_llama_still_lacks_an_argument_for_the_layout():
-    """If it has one, hand it over in `InLlamaCpp` and delete the function that `load_llama_cpp` replaces."""
+    """If it has one, hand it over in `InLlamaCpp` and delete the function that `load_llama_cpp`
+    replaces.
+    """
     package = llama_cpp.load_llama_cpp()
     assert not {"use_extra_bufts", "no_repack"} & set(inspect.signature(package.Llama).parameters)
 

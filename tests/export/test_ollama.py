@@ -98,7 +98,9 @@ def modelfile_of(template, **more):
 @pytest.mark.export
 @TEMPLATES
 def test_ollamas_template_renders_the_same_in_go(template, tmp_path):
-    """The template that goes into the Modelfile, run by Go's own text/template, the engine of Ollama."""
+    """The template that goes into the Modelfile, run by Go's own text/template, the engine of
+    Ollama.
+    """
     import go_template
 
     render = renderer(template)

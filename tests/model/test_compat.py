@@ -1,7 +1,7 @@
 """Canaries: what the package uses of libraries' insides is there, and means what it did.
 
-One fails when a library renames or changes what is in `INTERNALS`, or when a workaround is no longer
-needed. Its message says which.
+One fails when a library renames or changes what is in `INTERNALS`, or when a workaround is no
+longer needed. Its message says which.
 """
 
 import ast
@@ -210,7 +210,9 @@ def test_version_counts_the_changes_of_a_tensor_in_place():
 
 
 def private_names():
-    """Underscored attributes of other objects, and imports of underscored names, in src/: {place: name}."""
+    """Underscored attributes of other objects, and imports of underscored names, in src/:
+    {place: name}.
+    """
     found = {}
     for path in sorted((ROOT / "src" / "tabletune").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

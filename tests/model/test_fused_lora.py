@@ -149,7 +149,9 @@ def test_partly_recomputed_layers_change_nothing(count, dropout):
 
 
 def alive_after_forward(model):
-    """How many outputs of hidden norms and inputs of `down_proj` a forward pass leaves in memory."""
+    """How many outputs of hidden norms and inputs of `down_proj` a forward pass leaves in
+    memory.
+    """
     references = []
 
     def keep_output(module, inputs, output):

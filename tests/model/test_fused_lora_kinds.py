@@ -91,7 +91,9 @@ def adapted(config):
 
 
 def gradients(model):
-    """The loss of a batch, and the gradients of all adapters in one vector, 0 where there is none."""
+    """The loss of a batch, and the gradients of all adapters in one vector, 0 where there is
+    none.
+    """
     model.zero_grad()
     torch.manual_seed(1)
     loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss

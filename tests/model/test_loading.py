@@ -124,7 +124,9 @@ TARGETS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_auto_adapts_the_attention_of_every_kind(kind):
-    """And what the sum of memory and the table of the base read from a config, every one of them has."""
+    """And what the sum of memory and the table of the base read from a config, every one of them
+    has.
+    """
     model = skeleton(KINDS[kind])
     targets = lora_targets(model)
     assert TrainingMemory(model, torch.float32, False, targets).total(64) > 0
@@ -283,7 +285,9 @@ def test_precision_follows_the_hardware(monkeypatch, available, capability, dtyp
 
 
 def test_a_download_needs_room_on_the_disk(monkeypatch, tmp_path, capsys):
-    """A stand-in of the Hub says how large the files are; without a network, what is in the cache is taken."""
+    """A stand-in of the Hub says how large the files are; without a network, what is in the
+    cache is taken.
+    """
     asked = []
 
     def hub(size):
@@ -336,7 +340,9 @@ def test_the_same_weights_are_not_fetched_twice(monkeypatch, tmp_path):
 
 
 def test_the_base_is_read_one_tensor_at_a_time(tmp_path, monkeypatch):
-    """Same logits as from `from_pretrained`, from many files, of which no more are open than there are threads."""
+    """Same logits as from `from_pretrained`, from many files, of which no more are open than
+    there are threads.
+    """
     plain = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     plain.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(set(weight_files(tmp_path).values())) > 10
@@ -369,7 +375,9 @@ def test_the_base_is_read_one_tensor_at_a_time(tmp_path, monkeypatch):
 
 
 def test_the_next_tensors_are_read_while_one_is_quantized_and_no_more():
-    """Each once, also where they are asked for in another order, as of a mixture's experts, or some are not."""
+    """Each once, also where they are asked for in another order, as of a mixture's experts, or
+    some are not.
+    """
     names = [
         f"layers.{layer}.experts.{expert}.{part}"
         for layer in range(12)
@@ -449,7 +457,9 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_base_in_4_bits_computes_in_the_dtype_of_the_run(tmp_path, dtype, sharded):
-    """Also one that was stored in 4 bits by somebody else, and one to be sharded, whose numbers must be floats."""
+    """Also one that was stored in 4 bits by somebody else, and one to be sharded, whose numbers
+    must be floats.
+    """
     usual = load_base(str(TINY), None, dtype, sharded=sharded)
     load_base(str(TINY), None, torch.bfloat16, sharded=sharded).save_pretrained(tmp_path)
     stored = load_base(str(tmp_path), None, dtype)
@@ -480,10 +490,11 @@ def test_other_ways_to_keep_the_base(quantization):
 
 
 def test_gradient_reaches_every_adapter_also_after_an_evaluation():
-    """bitsandbytes repacks 4-bit weights for inference on some CPUs; `load_base` must keep it from doing so.
+    """bitsandbytes repacks 4-bit weights for inference on some CPUs; `load_base` must keep it from
+    doing so.
 
-    This test fails on a CPU with AVX512-BF16 when the switch in `load_base` is taken out. Once it passes without,
-    upstream has mended it and the switch can go.
+    This test fails on a CPU with AVX512-BF16 when the switch in `load_base` is taken out. Once it
+    passes without, upstream has mended it and the switch can go.
     """
     model = load_base(str(TINY), None, torch.float32)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -28,7 +28,9 @@ QUESTIONS = 40
 
 
 def a_run(folder, nats=2.0, right=0.5, noise=0.02, test="one", seed=0, **parameters):
-    """Write what a comparison reads of a run: its answers cost about `nats` a token, and a share of them is right."""
+    """Write what a comparison reads of a run: its answers cost about `nats` a token, and a share
+    of them is right.
+    """
     generator = np.random.default_rng(seed)
     hard = np.random.default_rng(99).normal(0, 0.5, QUESTIONS)  # rows differ alike in all runs
     tokens = np.full(QUESTIONS, 20)

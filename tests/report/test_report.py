@@ -1,4 +1,6 @@
-"""The page about a run, and the comparison of runs, on run folders that are written here by hand."""
+"""The page about a run, and the comparison of runs, on run folders that are written here by
+hand.
+"""
 
 import json
 import re
@@ -207,7 +209,9 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def render():
-    """Run a notebook with parameters in a kernel that serves all of them, and make its page, as make does."""
+    """Run a notebook with parameters in a kernel that serves all of them, and make its page, as
+    make does.
+    """
     kernel = KernelManager()
     kernel.start_kernel()
 
@@ -298,7 +302,9 @@ def test_a_page_about_a_run(render, tmp_path):
 
 
 def test_answers_stay_text_under_the_disclaimer(render, tmp_path):
-    """Markup in answers and prompts neither runs nor changes the page, in Jupyter with its MathJax either."""
+    """Markup in answers and prompts neither runs nor changes the page, in Jupyter with its
+    MathJax either.
+    """
     run = a_run(tmp_path / "run", parameters={**PARAMETERS, f"name {MARKUP}": f"value {MARKUP}"})
     page = render("report", run_dir=str(run), answers_shown=3, price_per_hour=0)
     text = page.text
@@ -371,7 +377,9 @@ def test_a_run_without_later_stages(render, tmp_path, stages):
 
 
 def test_a_run_of_before_and_a_run_of_few_rows(render, tmp_path):
-    """Runs that have all figures in evaluation/, and metrics without intervals and without answers."""
+    """Runs that have all figures in evaluation/, and metrics without intervals and without
+    answers.
+    """
     run = a_run(tmp_path / "before")
     trust = json.loads((run / "trust" / "metrics.json").read_text())
     old = pages_module.joined(json.loads((run / "evaluation" / "metrics.json").read_text()), trust)

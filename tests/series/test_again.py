@@ -1,4 +1,6 @@
-"""Run all, pressed again; a cell run twice; a training interrupted in the middle: each notebook in a real kernel."""
+"""Run all, pressed again; a cell run twice; a training interrupted in the middle: each notebook
+in a real kernel.
+"""
 
 import json
 import os
@@ -24,7 +26,9 @@ NEEDS = {  # what is there of a finished run when a notebook begins
 
 
 class Kernel:
-    """A notebook open in a kernel, with the tiny profile's parameters set in a cell of their own."""
+    """A notebook open in a kernel, with the tiny profile's parameters set in a cell of their
+    own.
+    """
 
     def __init__(self, name, run_dir, **parameters):
         self.notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
@@ -44,7 +48,8 @@ class Kernel:
         return self.notebook.cells
 
     def run_all(self, interrupt_in=None):
-        """All cells in order, once; with `interrupt_in`, interrupted soon after a cell of that text began.
+        """All cells in order, once; with `interrupt_in`, interrupted soon after a cell of that text
+        began.
 
         Returns what they show.
         """
@@ -68,7 +73,9 @@ class Kernel:
         self.client.execute_cell(self.cells[number], number)
 
     def shown(self):
-        """The kinds of what each code cell shows besides what it prints, but for those that work only once."""
+        """The kinds of what each code cell shows besides what it prints, but for those that work
+        only once.
+        """
         code = [
             c
             for c in self.cells
@@ -95,7 +102,9 @@ def opened(name, run_dir, **parameters):
 
 
 def files_of(run_dir):
-    """When each file was written, and how large it is; but for those of TensorBoard, which flushes when it wants to."""
+    """When each file was written, and how large it is; but for those of TensorBoard, which
+    flushes when it wants to.
+    """
     files = [
         path for path in run_dir.rglob("*") if path.is_file() and not path.name.endswith(".lock")
     ]
@@ -111,7 +120,9 @@ def read(run_dir, name):
 
 
 def steps_of(run_dir):
-    """How many steps of how many epochs the training's metrics and its newest checkpoint tell of."""
+    """How many steps of how many epochs the training's metrics and its newest checkpoint tell
+    of.
+    """
     states = [
         json.loads(path.read_text())
         for path in run_dir.glob("checkpoints/checkpoint-*/trainer_state.json")
@@ -149,7 +160,9 @@ def but_for_times(expected, found):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PARAMETERS if name != "02_finetune_qlora"])
 def test_run_all_twice_in_one_kernel(finished_run, tmp_path, name):
-    """The second pass shows the same, says that all is done where something was made, and changes no file."""
+    """The second pass shows the same, says that all is done where something was made, and
+    changes no file.
+    """
     if name == "chat":
         pytest.importorskip("gradio", reason="`make test-export` has it")
     copied = NEEDS.get(name, ["."])
@@ -167,7 +180,9 @@ def test_run_all_twice_in_one_kernel(finished_run, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_cells_out_of_order_after_a_run(finished_run, tmp_path, name):
-    """After a second pass has found that all is done, each cell once more, the last one first: nothing is made anew."""
+    """After a second pass has found that all is done, each cell once more, the last one first:
+    nothing is made anew.
+    """
     run_dir = copy_of(finished_run, tmp_path / "run", *NEEDS[name])
     with opened(name, run_dir) as kernel:
         kernel.run_all()
@@ -179,7 +194,10 @@ def test_cells_out_of_order_after_a_run(finished_run, tmp_path, name):
 
 
 def interrupt_when(condition, pid):
-    """Send SIGINT, as Jupyter's stop button does, once the condition holds. Returns the thread that waits for it."""
+    """Send SIGINT, as Jupyter's stop button does, once the condition holds.
+
+    Returns the thread that waits for it.
+    """
 
     def wait():
         while not condition():
@@ -225,7 +243,9 @@ def test_a_training_interrupted_in_the_middle_and_run_all_again(finished_run, tm
     ],
 )
 def test_a_stage_interrupted_in_its_work_and_run_all_again(finished_run, tmp_path, name, work):
-    """Half-written outputs are not taken for whole ones, and nothing of an interrupted cell is in the way."""
+    """Half-written outputs are not taken for whole ones, and nothing of an interrupted cell is
+    in the way.
+    """
     run_dir = copy_of(finished_run, tmp_path / "run", *NEEDS[name])
     with opened(name, run_dir) as kernel:
         with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):

@@ -1,4 +1,7 @@
-"""The notebooks as a person runs them: a real browser opens JupyterLab and presses Run All. `make test-browser`."""
+"""The notebooks as a person runs them: a real browser opens JupyterLab and presses Run All.
+
+`make test-browser`.
+"""
 
 import base64
 import io
@@ -29,7 +32,8 @@ SHOWN = {  # what a reader of each notebook must get to see among the outputs, a
     "06_trust": {"tables": 2, "plots": 0},
 }
 SETTINGS = {
-    # by default JupyterLab takes cells that are off screen out of the page, where no test could see them
+    # by default JupyterLab takes cells that are off screen out of the page, where no test could see
+    # them
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none", "scrollPastEnd": False},
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
 }
@@ -55,7 +59,10 @@ return {
 
 
 def wait_for(condition, what, seconds):
-    """Call `condition` until it returns something true, and return that. Fails, saying `what` did not come."""
+    """Call `condition` until it returns something true, and return that.
+
+    Fails, saying `what` did not come.
+    """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
@@ -66,7 +73,9 @@ def wait_for(condition, what, seconds):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The five notebooks, each with the tiny profile's parameters in a cell of their own, as Papermill would do it."""
+    """The five notebooks, each with the tiny profile's parameters in a cell of their own, as
+    Papermill would do it.
+    """
     folder = tmp_path_factory.mktemp("lab")
     values = profile_parameters("tiny", folder / "run")
     for stage in SHOWN:
@@ -85,7 +94,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lab(folder, tmp_path_factory):
-    """A JupyterLab server on a free port that knows nothing of the user's settings. Returns `address(path)`."""
+    """A JupyterLab server on a free port that knows nothing of the user's settings.
+
+    Returns `address(path)`.
+    """
     import matplotlib.font_manager  # noqa: F401  it looks for fonts once, and would say so in the first notebook
 
     home, token = tmp_path_factory.mktemp("home"), os.urandom(16).hex()
@@ -200,7 +212,10 @@ def sessions(lab):
 
 
 def ready(browser, lab):
-    """Whether the notebook is there and its kernel idle. A dialog about the kernel gets its suggestion accepted."""
+    """Whether the notebook is there and its kernel idle.
+
+    A dialog about the kernel gets its suggestion accepted.
+    """
     for button in visible(browser, ".jp-Dialog .jp-mod-accept"):
         button.click()
     # the page says idle even before there is a kernel, so the server is asked, too
@@ -223,7 +238,9 @@ def ended(page):
 
 
 def take_screenshot(browser, file):
-    """Save a picture of the whole notebook, which is higher than any window: one strip after another, put together."""
+    """Save a picture of the whole notebook, which is higher than any window: one strip after
+    another, put together.
+    """
     from PIL import Image
 
     panel = """
@@ -306,7 +323,9 @@ def test_run_all_cells(folder, lab, browser, stage):
 
 
 def test_the_report_fits_a_phone_and_paper(tmp_path, browser):
-    """At 390 pixels nothing moves the page sideways, the disclaimer stays in view, and markup in answers stays text."""
+    """At 390 pixels nothing moves the page sideways, the disclaimer stays in view, and markup in
+    answers stays text.
+    """
     from test_report import MARKUP, a_run
 
     run = a_run(tmp_path / "run")

@@ -1,4 +1,6 @@
-"""What Colab runs: its metadata, the badges, and the install cell, which is tried on a stand-in of a Colab machine."""
+"""What Colab runs: its metadata, the badges, and the install cell, which is tried on a stand-in
+of a Colab machine.
+"""
 
 import ast
 import json
@@ -51,7 +53,9 @@ RUNTIMES = [SERIES["colab_runtime"], "latest"]
 
 
 def installed(runtime):
-    """What a Colab runtime has, {package: version}, and its Python; from the lists of googlecolab/backend-info."""
+    """What a Colab runtime has, {package: version}, and its Python; from the lists of
+    googlecolab/backend-info.
+    """
     lines = (ROOT / "tests" / "colab" / f"{runtime}.txt").read_text().splitlines()
     packages = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", line)[0] for line in lines if "==" in line)
     return {canonicalize_name(name): number for name, number in packages.items()}, lines[0].split()[
@@ -62,8 +66,8 @@ def installed(runtime):
 def changes(requirements, runtime):
     """What pip would add, and what it would have to change, to install `requirements` on a runtime.
 
-    pip leaves alone what is there and fits. The needs of what it adds are those of the same versions here, which
-    requirements.txt pins.
+    pip leaves alone what is there and fits. The needs of what it adds are those of the same
+    versions here, which requirements.txt pins.
     """
     packages, python = installed(runtime)
     environment = {
@@ -107,7 +111,10 @@ def test_the_install_cell_is_the_same_in_all_notebooks():
 @pytest.mark.pins
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_installing_changes_nothing_that_colab_has(runtime):
-    """Else a kernel that had imported it would need a restart. What is added needs nothing else: --no-deps is safe."""
+    """Else a kernel that had imported it would need a restart.
+
+    What is added needs nothing else: --no-deps is safe.
+    """
     added, changed = changes([f"{name}=={number}" for name, number in LACKING.items()], runtime)
     assert changed == {} and added == LACKING and " --no-deps " in INSTALL
     always = [text for text in requires("tabletune") or [] if "extra ==" not in text]
@@ -119,7 +126,9 @@ def test_installing_changes_nothing_that_colab_has(runtime):
 
 @pytest.mark.pins
 def test_the_tests_run_what_colab_runs():
-    """requirements.txt has the versions of Colab, torch's build aside, and those of the install cell."""
+    """requirements.txt has the versions of Colab, torch's build aside, and those of the install
+    cell.
+    """
     pins = [
         Requirement(line.partition(" #")[0])
         for line in lines_of("requirements.txt")
@@ -148,7 +157,9 @@ def lines_of(name):
 
 
 def imported(source):
-    """The modules that a Python text imports, inside functions too; lines of IPython's own are left out."""
+    """The modules that a Python text imports, inside functions too; lines of IPython's own are
+    left out.
+    """
     tree = ast.parse(re.sub(r"(?m)^[%!].*", "pass", source))
     nodes = list(ast.walk(tree))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
@@ -157,7 +168,9 @@ def imported(source):
 
 
 def all_imports():
-    """{module: where} of all notebooks and the package, but for modules of Python's own and of Colab's."""
+    """{module: where} of all notebooks and the package, but for modules of Python's own and of
+    Colab's.
+    """
     texts = {
         name: "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
         for name, notebook in NOTEBOOKS.items()
@@ -225,7 +238,9 @@ def all_docs():
 
 
 def test_make_badges_rewrites_them_all(tmp_path):
-    """The repository that it is given and the ref of pyproject.toml, in badges, links and install cells."""
+    """The repository that it is given and the ref of pyproject.toml, in badges, links and
+    install cells.
+    """
     for name in ("notebooks", "notebooks_py", "docs", "src"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("README.md", "pyproject.toml", "Makefile", "dev.mk", "requirements.txt"):
@@ -291,7 +306,9 @@ def test_the_install_cell_installs_on_colab_only_and_once(monkeypatch):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_nothing_that_is_downloaded_is_run(name):
-    """No code from a repository of the Hub, no pickled weights, no script; the base model by its commit."""
+    """No code from a repository of the Hub, no pickled weights, no script; the base model by its
+    commit.
+    """
     code = "\n".join(cell.source for cell in NOTEBOOKS[name].cells if cell.cell_type == "code")
     check_downloads(code)
     assert re.search(r'base_model_revision = "[0-9a-f]{40}"', code) or 'base_model = "' not in code
@@ -397,7 +414,8 @@ def get(name):
     except KeyError:
         raise SecretNotFoundError(name)
 """,
-    # a kernel of Colab has this module from the start, and the Hub is a folder that wants to see the token
+    # a kernel of Colab has this module from the start, and the Hub is a folder that wants to see
+    # the token
     "sitecustomize.py": """
 import os, shutil
 from pathlib import Path
@@ -470,7 +488,8 @@ def wheel_of(name, folder):
 
 @pytest.fixture(scope="session")
 def index(tmp_path_factory):
-    """What stands in for the network: wheels for pip, and a repository for git with the package as it is here.
+    """What stands in for the network: wheels for pip, and a repository for git with the package as
+    it is here.
 
     Returns the environment that leads both there.
     """
@@ -498,7 +517,10 @@ def index(tmp_path_factory):
 
 
 def colab_machine(machine):
-    """A Python that has what this one has and Colab's runtime too, and nothing else. Returns its site-packages."""
+    """A Python that has what this one has and Colab's runtime too, and nothing else.
+
+    Returns its site-packages.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", machine / "python"], check=True)
     [site] = (machine / "python").glob("lib/python*/site-packages")
     runner, todo = set(), list(RUNNER)
@@ -524,12 +546,16 @@ def colab_machine(machine):
 
 
 def on_colab(machine, name, run_dir, index, parameters=None, sitecustomize=None, **environment):
-    """Run one notebook alone on a stand-in of a Colab machine. Returns the process and the executed notebook's path.
+    """Run one notebook alone on a stand-in of a Colab machine.
 
-    `parameters` are more than the tiny profile's, `sitecustomize` the text of another stand-in of the Hub.
+    Returns the process and the executed notebook's path.
 
-    The machine is a folder with `content/` as working folder, in which there is only the .ipynb, a Python that lacks
-    what Colab's lacks, and a `google.colab` that mounts a folder as Drive and hands out one secret.
+    `parameters` are more than the tiny profile's, `sitecustomize` the text of another stand-in of
+    the Hub.
+
+    The machine is a folder with `content/` as working folder, in which there is only the .ipynb, a
+    Python that lacks what Colab's lacks, and a `google.colab` that mounts a folder as Drive and
+    hands out one secret.
     """
     content, site = machine / "content", colab_machine(machine)
     content.mkdir(parents=True)
@@ -622,7 +648,9 @@ def secret_in(*folders):
 
 
 def test_the_first_notebook_alone_installs_what_is_lacking_and_runs(tmp_path, index):
-    """In one kernel, without a restart; nothing that was there is changed; the folder has only the run besides."""
+    """In one kernel, without a restart; nothing that was there is changed; the folder has only
+    the run besides.
+    """
     done, executed = on_colab(tmp_path, "01_format_dataset", "runs/mine", index)
     assert done.returncode == 0, done.stderr[-2000:]
     [site] = (tmp_path / "python").glob("lib/python*/site-packages")
@@ -684,7 +712,9 @@ def test_four_machines_that_share_only_drive(finished_run, tmp_path, index):
 
 @pytest.mark.slow
 def test_four_machines_that_share_only_the_hub(finished_run, tmp_path, index):
-    """The data set and the adapter go over the Hub; the merged model stays behind and is merged again to be scored."""
+    """The data set and the adapter go over the Hub; the merged model stays behind and is merged
+    again to be scored.
+    """
     hub = tmp_path / "hub"
     hub.mkdir()
     series_on_colab(tmp_path, "hub:some-one/remedies", index, STAND_IN_HUB=str(hub))
@@ -725,7 +755,9 @@ def test_alone_with_nothing_to_go_on(tmp_path, index, name, first):
 
 
 class GatedHub(BaseHTTPRequestHandler):
-    """A Hub whose every repository is gated. It remembers with which token each path was asked for first.
+    """A Hub whose every repository is gated.
+
+    It remembers with which token each path was asked for first.
 
     Refused, transformers asks once more without the token that it was given.
     """

@@ -1,4 +1,6 @@
-"""README and docs/ say what is: links resolve, parameters and messages exist, figures are those that were stored."""
+"""README and docs/ say what is: links resolve, parameters and messages exist, figures are those
+that were stored.
+"""
 
 import ast
 import json
@@ -255,7 +257,9 @@ def test_benchmarks_have_the_tables_of_the_stored_results():
 
 @pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_docs_say():
-    """2,000 test splits like the example's, 30 rows of 11 questions, for each row of the table: as the docs have it."""
+    """2,000 test splits like the example's, 30 rows of 11 questions, for each row of the table:
+    as the docs have it.
+    """
     table = (
         read("docs/trust.md")
         .split("\n| questions differ by |")[1]

@@ -56,7 +56,10 @@ class Skips(TrainerCallback):
 
 
 def train(run_dir, **parameters):
-    """Run notebook 2 up to its training, then train. Returns validation losses, skipped steps and the globals."""
+    """Run notebook 2 up to its training, then train.
+
+    Returns validation losses, skipped steps and the globals.
+    """
     stage = run_script("02_finetune_qlora", before="## Train", **settings(run_dir, **parameters))
     trainer = stage.trainer
     shutil.rmtree(stage.run / "checkpoints")
@@ -77,7 +80,9 @@ def full_precision(run_dir):
 
 @pytest.mark.parametrize("profile", ["t4", "a100"])
 def test_a_profile_learns_as_much_from_an_example_as_the_seeds_settings(run_dir, profile):
-    """Speed may not cost quality: one pass over the same rows, the profile's batches and rate against the seed's."""
+    """Speed may not cost quality: one pass over the same rows, the profile's batches and rate
+    against the seed's.
+    """
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
     seeds = {
         "packing": False,
@@ -108,7 +113,9 @@ def test_half_precision_learns_what_full_precision_learns(run_dir, full_precisio
 
 
 def test_a_base_stored_in_4_bits_trains_in_fp16(run_dir, full_precision, tmp_path):
-    """Stored by someone with another card, as bf16; the seed's traps: dtype of the adapter, dtype of the layers."""
+    """Stored by someone with another card, as bf16; the seed's traps: dtype of the adapter,
+    dtype of the layers.
+    """
     stored = tmp_path / "stored"
     nf4 = {
         "load_in_4bit": True,
@@ -132,7 +139,9 @@ def test_a_base_stored_in_4_bits_trains_in_fp16(run_dir, full_precision, tmp_pat
 
 @pytest.mark.parametrize(("precision", "rounding"), [("fp32", 0.001), ("bf16", 0.05)])
 def test_gradients_of_packed_and_unpacked_rows_agree(run_dir, precision, rounding):
-    """Through 4-bit layers, to what rounding allows; rows that see each other differ by far more."""
+    """Through 4-bit layers, to what rounding allows; rows that see each other differ by far
+    more.
+    """
     stage = run_script(
         "02_finetune_qlora", before="## Train", **settings(run_dir, precision=precision)
     )
@@ -168,7 +177,9 @@ def test_gradients_of_packed_and_unpacked_rows_agree(run_dir, precision, roundin
 
 
 def test_the_cpu_profile_reaches_its_quality_on_the_gpu(run_dir):
-    """The figures of README's run on a CPU, in bf16 on the GPU; the merged model computes what the adapter computes."""
+    """The figures of README's run on a CPU, in bf16 on the GPU; the merged model computes what
+    the adapter computes.
+    """
     done = make("run-all", "PROFILE=cpu", f"RUN_DIR={run_dir}", "ARGS=-p use_liger_kernel true")
     assert done.returncode == 0, done.stderr
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
@@ -232,10 +243,12 @@ def test_a_sharded_base_computes_what_it_did_before(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_copies_of_fsdp_keep_numbers_stored_in_32_bits_and_change_some_in_16(dtype):
-    """Between GPUs, FSDP copies a layer of one dtype by `_foreach_copy_` (`all_gather_copy_in` in torch 2.13).
+    """Between GPUs, FSDP copies a layer of one dtype by `_foreach_copy_` (`all_gather_copy_in` in
+    torch 2.13).
 
-    When 16 bits stay the same, too, https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945 is mended and
-    `load_base` may store 4-bit numbers as `dtype`.
+    When 16 bits stay the same, too,
+    https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945 is mended and `load_base`
+    may store 4-bit numbers as `dtype`.
     """
 
     def copied(bits, dtype):

@@ -1,4 +1,6 @@
-"""Every kind of base model through notebooks 1 to 4: it works to the end, or is refused before anything long."""
+"""Every kind of base model through notebooks 1 to 4: it works to the end, or is refused before
+anything long.
+"""
 
 import json
 

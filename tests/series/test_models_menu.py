@@ -1,7 +1,8 @@
-"""The menu of models/: each entry at full size on `meta`, against what is published of it and what docs/models.md says.
+"""The menu of models/: each entry at full size on `meta`, against what is published of it and what
+docs/models.md says.
 
-What is published stands in tests/model_configs/: a config, cut down to its sizes, the ids that end a turn, and what has
-to come out. Nothing is downloaded.
+What is published stands in tests/model_configs/: a config, cut down to its sizes, the ids that end
+a turn, and what has to come out. Nothing is downloaded.
 """
 
 import json
@@ -54,7 +55,10 @@ TEMPLATES = {
 
 @cache
 def facts(name):
-    """What is published of an entry's model. One that is stored in 4 bits has the shape of the other."""
+    """What is published of an entry's model.
+
+    One that is stored in 4 bits has the shape of the other.
+    """
     path = ROOT / "tests" / "model_configs" / f"{name.removesuffix('-4bit')}.json"
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -1,4 +1,6 @@
-"""Perplexity beside an independent implementation, EleutherAI's lm-evaluation-harness: for `make test-peers`."""
+"""Perplexity beside an independent implementation, EleutherAI's lm-evaluation-harness: for `make
+test-peers`.
+"""
 
 import csv
 import math
@@ -55,7 +57,9 @@ def conversations(count):
 
 
 def test_response_perplexity_agrees_to_a_tenth_of_a_percent(model, loaded):
-    """The harness gets texts, the prompt as context and the answer up to its EOS to continue with."""
+    """The harness gets texts, the prompt as context and the answer up to its EOS to continue
+    with.
+    """
     tokenizer, stops = loaded
     rows, texts = [], []
     for row in conversations(20):
@@ -87,7 +91,9 @@ def test_response_perplexity_agrees_to_a_tenth_of_a_percent(model, loaded):
 
 @pytest.mark.parametrize("window", [1024, 40])
 def test_full_text_perplexity_agrees_to_a_tenth_of_a_percent(model, loaded, window):
-    """Whole paragraphs, in one piece and in windows: the harness's see `window` tokens and predict one more."""
+    """Whole paragraphs, in one piece and in windows: the harness's see `window` tokens and
+    predict one more.
+    """
     tokenizer, _ = loaded
     rows = outside_rows("bundled", tokenizer)
     window = min(window, model.config.max_position_embeddings)

@@ -1,4 +1,6 @@
-"""Notebooks in two processes, as on two GPUs; here they compute on the CPU and talk through gloo."""
+"""Notebooks in two processes, as on two GPUs; here they compute on the CPU and talk through
+gloo.
+"""
 
 import json
 import shutil
@@ -13,7 +15,8 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
-# Accelerate shards only what runs on GPUs, so the kernels take themselves for such, with little memory.
+# Accelerate shards only what runs on GPUs, so the kernels take themselves for such, with little
+# memory.
 AS_ON_SMALL_GPUS = """
 import psutil
 from accelerate.state import DistributedType, PartialState
@@ -43,7 +46,9 @@ def training(run_dir, processes, rows):
 
 
 def history(run_dir):
-    """Step, loss and gradient norm of each logged training step, but for the last, whose batch is not full."""
+    """Step, loss and gradient norm of each logged training step, but for the last, whose batch
+    is not full.
+    """
     log = json.loads((run_dir / "training" / "log_history.json").read_text())
     return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log if "loss" in entry][
         :-1

@@ -77,7 +77,9 @@ def test_references_have_the_code_of_the_notebooks(name):
 
 
 def test_the_notebooks_print_what_the_references_show(tmp_path):
-    """nbval, strict, in a kernel a notebook, without make and without a locale: what each cell prints is as stored."""
+    """nbval, strict, in a kernel a notebook, without make and without a locale: what each cell
+    prints is as stored.
+    """
     for name in ("data", ".cache"):
         (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
     for name in STAGES:
@@ -108,7 +110,9 @@ def test_the_notebooks_print_what_the_references_show(tmp_path):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_only_times_and_pictures_are_ignored(name):
-    """A cell that nbval does not compare works, and shows a bar, or shows a time, memory or a picture."""
+    """A cell that nbval does not compare works, and shows a bar, or shows a time, memory or a
+    picture.
+    """
     words = (
         "plt.",
         "plot_",
@@ -151,7 +155,9 @@ def test_the_manifest_says_what_ran(finished_run):
 
 
 def test_the_series_ran_offline_without_a_locale_a_cache_or_an_ascii_home(finished_run):
-    """`finished_run` is made in such a place; each stage's executed notebook is whole and has no warning on red."""
+    """`finished_run` is made in such a place; each stage's executed notebook is whole and has no
+    warning on red.
+    """
     assert (finished_run / "where").read_text(
         encoding="utf-8"
     ) == "LC_ALL=C, HF_HOME=/dev/null/cache"
@@ -213,7 +219,9 @@ def kill_all(process):
 def test_a_series_that_is_killed_ends_with_the_same_metrics_and_a_second_run_does_nothing(
     finished_run, tmp_path
 ):
-    """SIGKILL at random moments of each stage, which pytest shows if this fails; KILLS and KILL_SEED set them."""
+    """SIGKILL at random moments of each stage, which pytest shows if this fails; KILLS and
+    KILL_SEED set them.
+    """
     again, random_seed = tmp_path / "again", os.environ.get("KILL_SEED", str(time.time_ns()))
     print(f"KILL_SEED={random_seed}")
     draw, times = (
@@ -263,7 +271,9 @@ def test_a_series_that_is_killed_ends_with_the_same_metrics_and_a_second_run_doe
     ids=["packed", "padded", "packed, stopping early"],
 )
 def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, arguments):
-    """SIGKILL once the first checkpoint is there; the next run goes on from it; one after the end changes nothing."""
+    """SIGKILL once the first checkpoint is there; the next run goes on from it; one after the
+    end changes nothing.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -324,7 +334,9 @@ def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, ar
     ],
 )
 def test_out_of_order(finished_run, tmp_path, stage, missing, first):
-    """A stage whose input is not there says which notebook makes it, in one line, and leaves nothing."""
+    """A stage whose input is not there says which notebook makes it, in one line, and leaves
+    nothing.
+    """
     run_dir = tmp_path / "run"
     there = {"02": [], "03": ["dataset"], "04": ["dataset", "adapter", "merged"]}[stage[:2]]
     copy_of(finished_run, run_dir, "settings", *(name for name in there if name != missing))
@@ -337,7 +349,9 @@ def test_out_of_order(finished_run, tmp_path, stage, missing, first):
 
 
 def test_a_changed_table_is_noticed_also_in_a_folder_with_spaces_in_its_name(tmp_path):
-    """The whole repository, copied into such a folder; only the table differs between the two runs."""
+    """The whole repository, copied into such a folder; only the table differs between the two
+    runs.
+    """
     copy = tmp_path / "my notebooks"
     shutil.copytree(
         ROOT,

@@ -1,4 +1,6 @@
-"""Logits only where the loss looks: the same loss and gradients, and off where it is not worth it."""
+"""Logits only where the loss looks: the same loss and gradients, and off where it is not worth
+it.
+"""
 
 import pytest
 import torch

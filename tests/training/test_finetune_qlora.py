@@ -1,4 +1,6 @@
-"""Notebook 02: what a step is, the loss, the adapter, checkpoints; on a small data set made here."""
+"""Notebook 02: what a step is, the loss, the adapter, checkpoints; on a small data set made
+here.
+"""
 
 import json
 import shutil
@@ -38,7 +40,9 @@ FAST = {"max_length": 128, "evaluations": 2, "batch_size": 4, "report_to": "none
 
 
 def write_dataset(run, rows=40):
-    """What notebook 1 leaves: conversations of unequal length, a few of them for validation and test."""
+    """What notebook 1 leaves: conversations of unequal length, a few of them for validation and
+    test.
+    """
 
     def row(i):
         answer = " ".join(["Drink warm water with honey"] * (1 + i % 7)) + f", {i} times."
@@ -72,7 +76,9 @@ def stage(tmp_path_factory):
 
 
 def test_the_loss_covers_the_response_and_its_stop_and_nothing_else(stage):
-    """Also in packed rows, which are taken apart here by their positions; a CPU computes no padding for nothing."""
+    """Also in packed rows, which are taken apart here by their positions; a CPU computes no
+    padding for nothing.
+    """
     tokenizer, answers = stage.tokenizer, []
     for batch in stage.trainer.get_train_dataloader():
         [(rows, length)] = {tuple(tensor.shape) for tensor in batch.values()}
@@ -134,7 +140,9 @@ def test_what_is_saved_is_the_best_checkpoint_and_says_where_it_is_from(stage):
 
 
 def test_checkpoints_are_few_and_small(stage):
-    """Two, of the adapter and its optimizer in fp32 and nothing of the base model; the tokenizer is the rest."""
+    """Two, of the adapter and its optimizer in fp32 and nothing of the base model; the tokenizer
+    is the rest.
+    """
     checkpoints = list((stage.run / "checkpoints").glob("checkpoint-*"))
     trainable = stage.metrics["trainable_parameters"]
     assert len(checkpoints) == 2
@@ -146,7 +154,9 @@ def test_checkpoints_are_few_and_small(stage):
 
 
 def test_packed_rows_do_not_see_each_other(stage):
-    """Loss and gradients of examples packed into rows equal those of the same examples padded, and leaks would show."""
+    """Loss and gradients of examples packed into rows equal those of the same examples padded,
+    and leaks would show.
+    """
     rows = [row for row in stage.packed if len(row["seq_lengths"]) > 1][:2]
     examples, leaking = [], []
     for row in rows:
@@ -177,7 +187,9 @@ def test_packed_rows_do_not_see_each_other(stage):
 
 
 def test_the_validation_loss_is_a_tokens_whatever_the_batch(stage):
-    """The same as all tokens' losses added up and divided once; transformers' own mean over batches is another."""
+    """The same as all tokens' losses added up and divided once; transformers' own mean over
+    batches is another.
+    """
     rows, model, total, count = stage.encoded["validation"], stage.trainer.model, 0.0, 0
     for row in rows:
         ids = torch.tensor([row["input_ids"]])
@@ -299,7 +311,9 @@ def test_a_base_that_computes_no_numbers_is_refused(stage):
 
 
 def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
-    """At its first validation, and before that step's checkpoint; notebook 3 takes no adapter without numbers."""
+    """At its first validation, and before that step's checkpoint; notebook 3 takes no adapter
+    without numbers.
+    """
     run = write_dataset(tmp_path / "run")
     with pytest.raises(StageError, match=r"training has diverged\. Lower learning_rate, 1 now"):
         options = {"lora_alpha": 10**9, "learning_rate": 1, "max_grad_norm": 1e30, "warmup": 0}
@@ -445,7 +459,9 @@ def test_more_than_plain_lora_on_a_base_stored_in_4_bits_is_refused_before_train
 
 
 def test_options_that_leave_out_logs_and_the_choice_of_a_checkpoint(tmp_path):
-    """The notebook ends all the same: with the loss of all steps, and with a validation at the end."""
+    """The notebook ends all the same: with the loss of all steps, and with a validation at the
+    end.
+    """
     options = {
         "eval_strategy": "no",
         "save_strategy": "no",
@@ -472,7 +488,9 @@ def test_activations_are_kept_where_a_model_cannot_recompute_them(stage, monkeyp
 
 
 def test_recorded_layers_accumulate_and_take_fewer_rows(monkeypatch):
-    """As the usual ones; a graph here is a function that leaves its gradients in the same memory each time."""
+    """As the usual ones; a graph here is a function that leaves its gradients in the same memory
+    each time.
+    """
     replayed = []
 
     def graphed(layers, inputs, num_warmup_iters):
@@ -563,7 +581,8 @@ def test_a_process_takes_one_gpu_however_many_there_are(stage):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_base_that_is_to_be_sharded_computes_the_same(dtype):
-    """FSDP shards floating-point numbers only; accelerate would leave others whole on each GPU, without an error.
+    """FSDP shards floating-point numbers only; accelerate would leave others whole on each GPU,
+    without an error.
 
     16-bit ones it would change on a GPU: tests/series/test_gpu.py.
     """

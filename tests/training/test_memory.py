@@ -106,13 +106,16 @@ def test_the_terms_of_a_7b():
     assert memory.base_model() == pytest.approx(3.60 * 2**30, rel=0.01)
     assert memory.trained_weights() == 32 * 64 * (4 * 8192 + 3 * (4096 + 11008))
     assert memory.adapter() == memory.trained_weights() * 16
-    # two norms, queries, keys, values and results, gate and up, the thin products, a row of the mask
+    # two norms, queries, keys, values and results, gate and up, the thin products, a row of the
+    # mask
     numbers = 2 * 4096 + 4 * 4096 + 2 * 11008 + 7 * 64 + 512
     assert memory.layer_activations(fused=True) == 2 * numbers
 
 
 def test_what_fused_adapters_save():
-    """Two norms' outputs and the input of the MLP's last layer; with attention alone, one norm's."""
+    """Two norms' outputs and the input of the MLP's last layer; with attention alone, one
+    norm's.
+    """
     everything = memory_of(targets="all-linear")
     assert adapter_inputs(everything.model, everything.adapted) == (32 * (2 * 4096 + 11008), 0)
     attention = memory_of(targets="auto")

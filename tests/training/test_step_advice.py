@@ -1,4 +1,6 @@
-"""Too few steps to learn from are said before the training, with the epochs that would be enough."""
+"""Too few steps to learn from are said before the training, with the epochs that would be
+enough.
+"""
 
 import pytest
 

@@ -250,7 +250,10 @@ class TableFormatter:
         return messages
 
     def first(self) -> Row:
-        """The first row that is kept, with its cells as `texts`. Raises StageError if there is none."""
+        """The first row that is kept, with its cells as `texts`.
+
+        Raises StageError if there is none.
+        """
         for row in self.conversations():
             return {**row, "texts": {name: cell_text(cell) for name, cell in row["row"].items()}}
         self.check_lost()

@@ -63,7 +63,8 @@ def check_context_settings(settings: Mapping[str, Any], shape: str, tools: bool)
 def write_retrieval(
     run: Path, settings: Mapping[str, Any], formatter: "TableFormatter"
 ) -> dict[str, Any]:
-    """Write `retrieval/` beside the data set of a run, and return its report, which knows of it now.
+    """Write `retrieval/` beside the data set of a run, and return its report, which knows of it
+    now.
 
     The report's `fingerprint` is that of the rows and the training prompts together. Without
     `context_rows` an earlier folder moves aside, and the report stays as it is.

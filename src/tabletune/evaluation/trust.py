@@ -165,7 +165,9 @@ class TrustExamination:
         return metrics
 
     def save(self, folder: Path, metrics: dict, disclaimer: str) -> None:
-        """Write `metrics.json` into a folder, and `safety.jsonl` if prompts on safety were asked."""
+        """Write `metrics.json` into a folder, and `safety.jsonl` if prompts on safety were
+        asked.
+        """
         write_json(folder / "metrics.json", metrics)
         if len(self.prompts):
             answers = pd.concat(self.judged.values()).assign(disclaimer=disclaimer)

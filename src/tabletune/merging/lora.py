@@ -70,5 +70,8 @@ def nf4_round_trip(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def transpose_conv1d(layer: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """A layer's weight as [out, in], or back: a view. GPT-2's `Conv1D` has it the other way round."""
+    """A layer's weight as [out, in], or back: a view.
+
+    GPT-2's `Conv1D` has it the other way round.
+    """
     return weight.T if isinstance(layer, Conv1D) else weight

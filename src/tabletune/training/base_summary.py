@@ -8,7 +8,9 @@ from tabletune.training.lora_targets import lora_targets
 
 
 def summarize_base_model(model, targets="auto", attn_implementation="auto", quantization="nf4"):
-    """What this base is and how it will be treated, {what: a short text}. Raises StageError for what cannot work.
+    """What this base is and how it will be treated, {what: a short text}.
+
+    Raises StageError for what cannot work.
 
     Of `model` only the shapes are read: a `skeleton` will do.
     """

@@ -12,9 +12,9 @@ class Collator:
 
     A packed row has `seq_lengths`, the lengths of its examples. Its `position_ids` begin anew with
     each example, which is how transformers knows that they must not see each other; padding has the
-    position 0 throughout, so that nothing sees it. Other rows have an `attention_mask`. `labels` are
-    the ids in the loss, and -100 elsewhere. Rows are padded to the longest of the batch; packed ones
-    on a GPU, whose kernels are compiled for one shape, to `max_length`.
+    position 0 throughout, so that nothing sees it. Other rows have an `attention_mask`. `labels`
+    are the ids in the loss, and -100 elsewhere. Rows are padded to the longest of the batch; packed
+    ones on a GPU, whose kernels are compiled for one shape, to `max_length`.
     """
 
     def __init__(self, pad_token_id: int, max_length: int) -> None:

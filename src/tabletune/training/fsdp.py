@@ -1,4 +1,6 @@
-"""A model that is too large for each of several GPUs: shared out over them (FSDP), each layer gathered in its turn."""
+"""A model that is too large for each of several GPUs: shared out over them (FSDP), each layer
+gathered in its turn.
+"""
 
 import os
 from itertools import pairwise
@@ -14,10 +16,12 @@ from tabletune.model.compat import gather_in_compute_stream
 
 
 def check_sharding(config, base_model, optim, unsharded_gib):
-    """Raise StageError if a model of this config cannot be sharded here; else let the CPU quantize with all its cores.
+    """Raise StageError if a model of this config cannot be sharded here; else let the CPU quantize
+    with all its cores.
 
-    It takes 4-bit weights stored as floating-point numbers, an optimizer that knows shards, and enough RAM for all
-    processes to quantize the model at once, `unsharded_gib` each. One that is stored in 4 bits is only mapped.
+    It takes 4-bit weights stored as floating-point numbers, an optimizer that knows shards, and
+    enough RAM for all processes to quantize the model at once, `unsharded_gib` each. One that is
+    stored in 4 bits is only mapped.
     """
     stored = (getattr(config, "quantization_config", None) or {}).get("bnb_4bit_quant_storage")
     if stored not in (None, "float32"):
@@ -34,20 +38,24 @@ def check_sharding(config, base_model, optim, unsharded_gib):
         raise StageError(
             f"Reading the model takes {read:.1f} GiB of RAM before it is sharded; {free:.1f} GiB are free."
         )
-    # `accelerate launch` leaves each process one thread, and the CPU has billions of weights to quantize
+    # `accelerate launch` leaves each process one thread, and the CPU has billions of weights to
+    # quantize
     torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
 
 
 class ShardedTraining(TrainerCallback):
-    """What a sharded model needs: layers gathered with less memory, and the folder of a checkpoint made in time.
+    """What a sharded model needs: layers gathered with less memory, and the folder of a checkpoint
+    made in time.
 
-    FSDP allocates what it gathers in streams of its own, and memory that one stream has freed serves no other. Gathered
-    asynchronously, layers are allocated in the stream that computes, and each has to ask for the next ahead of time
-    (`FSDPModule._set_unshard_async_op`, documented but not public in torch 2.13).
+    FSDP allocates what it gathers in streams of its own, and memory that one stream has freed
+    serves no other. Gathered asynchronously, layers are allocated in the stream that computes, and
+    each has to ask for the next ahead of time (`FSDPModule._set_unshard_async_op`, documented but
+    not public in torch 2.13).
 
-    Trainer notes a checkpoint as the best only if its folder is there, and of a sharded model that is decided before
-    the first file (`Trainer._save_checkpoint` in transformers 5.13): an earlier checkpoint would be loaded at the end,
-    or by one process only, and the others would wait for it for ever.
+    Trainer notes a checkpoint as the best only if its folder is there, and of a sharded model that
+    is decided before the first file (`Trainer._save_checkpoint` in transformers 5.13): an earlier
+    checkpoint would be loaded at the end, or by one process only, and the others would wait for it
+    for ever.
     """
 
     def on_train_begin(self, args, state, control, model, **kwargs):
@@ -62,11 +70,12 @@ class ShardedTraining(TrainerCallback):
 
 
 def shard(trainer, model, dtype):
-    """Make a trainer ready to shard its model: gathered as it is stored, computing in `dtype` like a whole one.
+    """Make a trainer ready to shard its model: gathered as it is stored, computing in `dtype` like
+    a whole one.
 
-    A cast would change its 4-bit numbers, so autocast computes in `dtype`, without keeping the casts of all layers. The
-    output layer stays whole: Liger's loss takes its weights without calling it, and some models have them in common
-    with the input layer.
+    A cast would change its 4-bit numbers, so autocast computes in `dtype`, without keeping the
+    casts of all layers. The output layer stays whole: Liger's loss takes its weights without
+    calling it, and some models have them in common with the input layer.
     """
     plugin, device = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.device
     plugin.mixed_precision_policy = None  # no casts

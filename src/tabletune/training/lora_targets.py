@@ -15,10 +15,10 @@ EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}
 def lora_targets(model, wanted="auto"):
     """The full names of the layers that get an adapter.
 
-    `wanted` is "auto", the linear layers of attention and of what stands in its place (in Llama q, k, v and o);
-    "all-linear", all but the output layer and a mixture's experts, which are no linear layers; or a list of names, or
-    of ends of names. Raises StageError for a name that no layer has, and for what cannot be merged: embeddings and an
-    output layer that is tied to them.
+    `wanted` is "auto", the linear layers of attention and of what stands in its place (in Llama q,
+    k, v and o); "all-linear", all but the output layer and a mixture's experts, which are no linear
+    layers; or a list of names, or of ends of names. Raises StageError for a name that no layer has,
+    and for what cannot be merged: embeddings and an output layer that is tied to them.
     """
     layers, parents = linear_layers(model), dict(model.named_modules())
     owner = {name: type(parents[name.rpartition(".")[0]]).__name__ for name in layers}
@@ -62,7 +62,9 @@ def no_such(name, layers):
 
 
 def shortest_target_names(model, targets):
-    """The shortest ends of the names of `targets` that match them and no other module, as PEFT matches a list."""
+    """The shortest ends of the names of `targets` that match them and no other module, as PEFT
+    matches a list.
+    """
     every, wanted = [name for name, _ in model.named_modules()], set(targets)
     for parts in (1, 2, 3):
         ends = {".".join(name.split(".")[-parts:]) for name in targets}

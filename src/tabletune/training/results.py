@@ -9,7 +9,9 @@ from tabletune.run.machine import peak_memory_gib
 
 
 def base_model_loss(trainer):
-    """The validation loss of the untouched base, in nats a token: that of the model with its adapter switched off."""
+    """The validation loss of the untouched base, in nats a token: that of the model with its
+    adapter switched off.
+    """
     logged = len(trainer.state.log_history)
     with trainer.model.disable_adapter():
         loss = trainer.evaluate()["eval_loss"]
@@ -18,7 +20,9 @@ def base_model_loss(trainer):
 
 
 def training_metrics(trainer, tokens_an_epoch, examples, before):
-    """The content of `training/metrics.json`: steps, tokens without padding, seconds, losses in nats a token."""
+    """The content of `training/metrics.json`: steps, tokens without padding, seconds, losses in
+    nats a token.
+    """
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry] or [history[-1]["train_loss"]]
     seconds = next(
@@ -53,7 +57,8 @@ def training_metrics(trainer, tokens_an_epoch, examples, before):
 
 
 def save_training(stage, trainer, metrics, tokenizer, stops, inputs):
-    """Write `training/`, `adapter/` with its tokenizer, its stops and its provenance, and the entry in the manifest.
+    """Write `training/`, `adapter/` with its tokenizer, its stops and its provenance, and the entry
+    in the manifest.
 
     Several processes call it together, since shards are gathered; the first one writes.
     """

@@ -133,7 +133,9 @@ class TokenTrainer(SFTTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """The loss of a validation batch, weighted so that Trainer's mean over rows is a token's."""
+        """The loss of a validation batch, weighted so that Trainer's mean over rows is a
+        token's.
+        """
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
         rows = len(inputs["labels"])
         loss, logits, labels = super(SFTTrainer, self).prediction_step(

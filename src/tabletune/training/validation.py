@@ -92,7 +92,8 @@ def check_choices(params: dict[str, Any], config: PreTrainedConfig, dtype: torch
 def when_to_evaluate(options: dict[str, Any], each: int) -> dict[str, Any]:
     """SFTConfig's arguments that say when to take the validation loss and save a checkpoint.
 
-    The two belong together: every `each` steps. Where `options` sets one of them, the other follows.
+    The two belong together: every `each` steps. Where `options` sets one of them, the other
+    follows.
     """
     strategy = options.get("eval_strategy", options.get("save_strategy", "steps"))
     if strategy == "best":
