@@ -91,7 +91,6 @@ from tabletune.evaluation.safety import (
     safety_finding,
     safety_side_by_side,
 )
-from tabletune.evaluation.scoring import divergence
 from tabletune.evaluation.trained_run import open_trained_run
 from tabletune.evaluation.trust import (
     TrustExamination,
@@ -99,10 +98,7 @@ from tabletune.evaluation.trust import (
     base_weights_of,
     inputs_of_trust,
 )
-from tabletune.merging.plan import merge_in_memory, nf4_round_trip_model
 from tabletune.model.devices import compute_dtype
-from tabletune.model.inspection import base_config
-from tabletune.model.loading import load_model
 from tabletune.model.run_models import load_adapted, load_merged
 from tabletune.report.pages import figures_table, read_lines, say, show_table
 from tabletune.report.tables import side_by_side
@@ -176,6 +172,11 @@ if not done:
 # divergence of their predictions for the next token: 0 for the same model. For one token, by hand and by the package:
 
 # %%
+from tabletune.evaluation.scoring import divergence
+from tabletune.merging.plan import merge_in_memory, nf4_round_trip_model
+from tabletune.model.inspection import base_config
+from tabletune.model.loading import load_model
+
 p = torch.tensor([[0.7, 0.2, 0.1]])  # probabilities of three tokens, as trained
 q = torch.tensor([[0.5, 0.4, 0.1]])  # and merged
 by_hand = (p * (p / q).log()).sum().item()
