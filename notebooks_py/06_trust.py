@@ -81,7 +81,6 @@ disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 # %%
 import torch
 from accelerate import PartialState
-from IPython.display import display
 
 from tabletune.evaluation.generalization import forgetting
 from tabletune.evaluation.grounding import grounding_finding
@@ -254,6 +253,8 @@ figures_table({name: metrics[name] for name in ("base", "adapter", "merged")})
 print(*safety_finding(metrics) or ["Not measured: no prompts on safety were asked (safety_prompts)."], sep="\n")
 
 # %%
+from IPython.display import display
+
 answers = safety_side_by_side(read_lines(run / "trust" / "safety.jsonl"), 4)
 if answers:
     display(side_by_side(answers, len(answers["prompt"]), warning))

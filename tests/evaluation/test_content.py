@@ -12,7 +12,7 @@ from tabletune.evaluation.content import (
     compare_answer,
     content_differences,
     content_rules,
-    labels_of,
+    classification_labels,
     majority_baseline,
     numbers_and_names,
     summarize_content,
@@ -54,8 +54,8 @@ def test_labels_are_ordered_by_how_common_they_are_in_training():
 
 
 def test_short_answers_that_seldom_repeat_are_no_labels():
-    assert labels_of([f"{i} euros" for i in range(20)]) == ()
-    assert labels_of(["yes"] * 9) == ()
+    assert classification_labels([f"{i} euros" for i in range(20)]) == ()
+    assert classification_labels(["yes"] * 9) == ()
 
 
 def test_items_decide_where_the_answer_template_names_one():

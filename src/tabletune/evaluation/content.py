@@ -84,7 +84,7 @@ def content_rules(
     training = [reference_of(row) for row in rows_of_splits.get("train", [])]
     items = table_of_items(rows, template, item_field)
     short = bool(answers) and median(len(a.split()) for a in answers) <= SHORT_ANSWER_WORDS
-    labels = labels_of(training) if short else ()
+    labels = classification_labels(training) if short else ()
     reasons = {}
     if short:
         right = "exact_match"
@@ -137,7 +137,7 @@ def reference_of(row: dict) -> str:
     return (row["completion"][0]["content"] or "").rpartition("</think>")[2].strip()
 
 
-def labels_of(answers: Sequence[str]) -> tuple[str, ...]:
+def classification_labels(answers: Sequence[str]) -> tuple[str, ...]:
     """The labels of a classification, the commonest first; () where the answers are no labels."""
     counts = Counter(answers)
     are_labels = 2 <= len(counts) <= MOST_LABELS and len(answers) >= ROWS_PER_LABEL * len(counts)
