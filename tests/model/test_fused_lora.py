@@ -264,6 +264,17 @@ def test_a_model_trains_and_saves_as_before(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_a_second_trainer_of_a_model_changes_nothing():
+    model = adapted()
+    fuse_adapters(model)
+    recompute_cheap_parts(model, torch.float32)
+    layer = decoder_layers(model)[0]
+    forwards = (layer.forward, layer.mlp.up_proj.forward)
+    assert fuse_adapters(model) == 21
+    recompute_cheap_parts(model, torch.float32)
+    assert (layer.forward, layer.mlp.up_proj.forward) == forwards
+
+
 def test_an_mlp_of_another_kind_is_left_alone():
     model = adapted().base_model.model
     mlp = model.model.layers[0].mlp

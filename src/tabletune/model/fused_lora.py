@@ -162,11 +162,16 @@ def fuse(module: LoraLayer) -> None:
         return LoraProduct.apply(x, a, b, module.get_base_layer(), scaling, probability)
 
     module.forward = forward
+    module.is_fused = True
 
 
 def fuse_adapters(model: torch.nn.Module) -> int:
-    """Fuse all LoRA layers of a PeftModel that can be; returns how many there are."""
+    """Fuse all LoRA layers of a PeftModel that can be; returns how many there are.
+
+    Layers that are fused already, as in a second trainer of the same model, stay as they are.
+    """
     fusible = [module for module in model.modules() if can_be_fused(module)]
     for module in fusible:
-        fuse(module)
+        if not hasattr(module, "is_fused"):
+            fuse(module)
     return len(fusible)

@@ -206,16 +206,18 @@ def watch_layer(layer: torch.nn.Module, recipes: Recipes) -> None:
             recipes.outputs.clear()
 
     layer.forward = forward
+    layer.keeps_recipes = True
 
 
 def recompute_cheap_parts(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Let the decoder layers of a PeftModel recompute their norms and the inside of their MLP.
 
     `dtype` is the one that the model computes in. Where no adapter reads these tensors, autograd
-    does not keep them in the first place, and nothing changes.
+    does not keep them in the first place, and nothing changes. A second call changes nothing.
     """
     hidden_size = model.config.get_text_config().hidden_size
-    for layer in decoder_layers(model):
+    layers = [layer for layer in decoder_layers(model) if not hasattr(layer, "keeps_recipes")]
+    for layer in layers:
         recipes = Recipes()
         for module in layer.modules():
             weight = getattr(module, "weight", None)
