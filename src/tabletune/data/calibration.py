@@ -44,7 +44,7 @@ def calibrate(index: RowIndex, seed: int) -> Calibration:
     paraphrases = same_answer(index.rows)
     answers = np.array([lookup_text(row.answer) for row in index.rows])  # [rows]
     answerable = []
-    others = []
+    unanswerable = []
     for place in places:
         row = index.rows[place]
         answerable.append(best_score(index, reword(row.question, generator)))
@@ -52,12 +52,12 @@ def calibrate(index: RowIndex, seed: int) -> Calibration:
         same = answers == answers[place]
         if answers[place] in paraphrases and (same & ~own_question).any():
             answerable.append(score_of(index, row.question, ~(same & ~own_question)))
-        others.append(score_of(index, row.question, own_question | same))
+        unanswerable.append(score_of(index, row.question, own_question | same))
     low = MARGIN * float(np.quantile(answerable, REFUSED_SHARE))
-    certain = max(LEAST_CERTAIN, float(np.quantile(others, CERTAIN_SHARE)))
+    certain = max(LEAST_CERTAIN, float(np.quantile(unanswerable, CERTAIN_SHARE)))
     if certain >= 1:
         certain = NEVER_CERTAIN
-    return Calibration(round(low, 3), round(certain, 3), answerable, others)
+    return Calibration(round(low, 3), round(certain, 3), answerable, unanswerable)
 
 
 def best_score(index: RowIndex, question: str) -> float:

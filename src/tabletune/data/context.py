@@ -86,8 +86,8 @@ class TableContext:
 
     def hits(self, question: str) -> list[Hit]:
         """The rows for a question's prompt, best first."""
-        found = self.index.search(question, MOST_CONTEXT_ROWS)
-        return self.choose(found)
+        candidates = self.index.search(question, MOST_CONTEXT_ROWS)
+        return self.choose(candidates)
 
     def choose(self, hits: Sequence[Hit]) -> list[Hit]:
         """Those of the hits, best first, that go into a prompt."""
@@ -181,24 +181,25 @@ def answer_with_context(
     """
     if context is None:
         return generate(list(prompts))
-    found = [context.prompt(messages_of(prompt)) for prompt in prompts]
-    to_ask = [place for place, prompt in enumerate(found) if not prompt.refused]
+    with_rows = [context.prompt(messages_of(prompt)) for prompt in prompts]
+    to_ask = [place for place, prompt in enumerate(with_rows) if not prompt.refused]
     lines: list[dict[str, Any]] = [
-        {"answer": context.settings.unknown_answer, "stopped": True, "new_tokens": 0} for _ in found
+        {"answer": context.settings.unknown_answer, "stopped": True, "new_tokens": 0}
+        for _ in with_rows
     ]
     seconds = 0.0
     if to_ask:
-        answers, seconds = generate([found[place].messages for place in to_ask])
+        answers, seconds = generate([with_rows[place].messages for place in to_ask])
         for place, line in zip(to_ask, answers.to_dict("records"), strict=True):
             lines[place] = line
-    for line, prompt in zip(lines, found, strict=True):
+    for line, prompt in zip(lines, with_rows, strict=True):
         line["rows"] = prompt.rows
         line["refused"] = prompt.refused
-        said = line["answer"]
+        model_answer = line["answer"]
         line["unknown"] = True
         if not prompt.refused:
-            line["answer"], line["unknown"] = context.final_answer(said, prompt)
-        line["copied"] = line["answer"] != said
+            line["answer"], line["unknown"] = context.final_answer(model_answer, prompt)
+        line["copied"] = line["answer"] != model_answer
     columns = ["answer", "stopped", "new_tokens", "refused", "unknown", "copied", "rows"]
     return pd.DataFrame(lines, columns=columns), seconds
 
@@ -217,13 +218,13 @@ def threshold_table(
     where there are no such questions.
     """
     score = np.asarray(scores, dtype=float)  # [questions]
-    said = np.asarray(said_unknown, dtype=bool)
+    model_refused = np.asarray(said_unknown, dtype=bool)
     has = np.asarray(answerable, dtype=bool)
     if thresholds is None:
         thresholds = [round(0.1 * step, 1) for step in range(10)]
     lines = []
     for threshold in thresholds:
-        refused = said | (score < threshold)
+        refused = model_refused | (score < threshold)
         false_nothing = refused[has].mean() if has.any() else np.nan
         not_refused = (~refused[~has]).mean() if (~has).any() else np.nan
         lines.append([threshold, false_nothing, not_refused])

@@ -22,8 +22,8 @@ def lookup_text(text: str) -> str:
     """A text as it is looked up: lower case, with spaces for punctuation; the text itself if it
     is all punctuation.
     """
-    plain = " ".join(text.casefold().translate(PUNCTUATION).split())
-    return plain or " ".join(text.split())
+    words = " ".join(text.casefold().translate(PUNCTUATION).split())
+    return words or " ".join(text.split())
 
 
 def char_ngrams(text: str, analyzer: str = "char_wb") -> list[str]:

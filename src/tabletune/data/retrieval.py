@@ -47,13 +47,13 @@ def table_rows(rows: Iterable[dict]) -> list[TableRow]:
     """The rows of a data set of notebook 1 as the index takes them: the last question, its
     answer, and its `group`.
     """
-    found = []
+    result = []
     for row in rows:
         questions = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
         if questions:
             answer = row["completion"][0]["content"].rpartition("</think>")[2].strip()
-            found.append(TableRow(questions[-1], answer, row["group"]))
-    return found
+            result.append(TableRow(questions[-1], answer, row["group"]))
+    return result
 
 
 def analyzer_for(texts: Iterable[str]) -> str:
@@ -96,9 +96,9 @@ class RowIndex:
 
     def scores(self, question: str) -> np.ndarray:
         """The similarity of a question with that of every row: an array [rows], from 0 to 1."""
-        found = self.vectorizer.transform([question]) @ self.vectors  # [1, rows]
+        result = self.vectorizer.transform([question]) @ self.vectors  # [1, rows]
         scores = np.zeros(len(self.rows))
-        scores[found.indices] = found.data
+        scores[result.indices] = result.data
         return scores
 
     def search(self, question: str, k: int, exclude_question_id: str | None = None) -> list[Hit]:

@@ -198,8 +198,10 @@ class PromptWriter:
         new = training_rows(validation)
         maker.random.shuffle(new)
         for row in new[: number - hits]:
-            known = self.context.has_answer([row.row.answer])
-            answer = row.answer if known else self.context.settings.unknown_answer or row.answer
+            answerable = self.context.has_answer([row.row.answer])
+            answer = row.answer
+            if not answerable:
+                answer = self.context.settings.unknown_answer or row.answer
             yield self.validation_prompt(row, row.row.question, answer)
 
     def validation_prompt(self, row: Any, question: str, answer: str) -> TrainingPrompt:
@@ -311,13 +313,13 @@ def read_rewordings(source: str, formatter: "TableFormatter") -> dict[str, list[
     """
     if not source:
         return {}
-    found: dict[str, list[str]] = {}
+    wordings: dict[str, list[str]] = {}
     for key, text in pairs_of(source, formatter):
         if text.strip():
-            found.setdefault(question_id(key), []).append(text.strip())
-    if not found:
+            wordings.setdefault(question_id(key), []).append(text.strip())
+    if not wordings:
         raise StageError(f"rewordings={source!r} has no rewording.")
-    return found
+    return wordings
 
 
 def pairs_of(source: str, formatter: "TableFormatter") -> Iterable[tuple[str, str]]:

@@ -122,10 +122,10 @@ class PromptMaker:
 
     def prompts(self) -> Iterator[TrainingPrompt]:
         """Yield the prompts of the table: each row is asked `copies` times."""
-        asked: Counter[int] = Counter()
+        times_asked: Counter[int] = Counter()
         for lap, place in self.order():
-            if asked[place] <= lap:
-                yield self.prompt(place, asked, lap)
+            if times_asked[place] <= lap:
+                yield self.prompt(place, times_asked, lap)
 
     def order(self) -> Iterator[tuple[int, int]]:
         """Yield (lap, place of a row): all rows in a random order, again and again, `copies`
@@ -138,7 +138,7 @@ class PromptMaker:
             for place in places[: total - lap * len(self.rows)]:
                 yield lap, place
 
-    def prompt(self, place: int, asked: Counter, lap: int) -> TrainingPrompt:
+    def prompt(self, place: int, times_asked: Counter, lap: int) -> TrainingPrompt:
         """A conversation about a row and the rows most like it; counts in `asked` which rows it
         asks for.
         """
@@ -146,18 +146,18 @@ class PromptMaker:
         shown = self.context_of(place)
         hits = [place]
         if not self.has_turns_before(first):
-            others = [
+            neighbours = [
                 other
                 for other in shown[1:]
-                if asked[other] <= lap and not self.has_turns_before(self.rows[other])
+                if times_asked[other] <= lap and not self.has_turns_before(self.rows[other])
             ]
-            hits += self.random.sample(others, min(MOST_HITS - 1, len(others)))
+            hits += self.random.sample(neighbours, min(MOST_HITS - 1, len(neighbours)))
         turns = []
         rate = self.options.context_hit_rate
         if rate == 0:
             hits = []
         for hit in hits:
-            asked[hit] += 1
+            times_asked[hit] += 1
             turns.append(self.known_turn(self.rows[hit]))
         missing_wanted = (1 - rate) / rate * len(hits) if rate else 1
         missing_number = int(missing_wanted)
@@ -180,7 +180,9 @@ class PromptMaker:
     def missing_prompt(self, place: int) -> TrainingPrompt:
         """A conversation of one question whose rows are not in the context."""
         first = self.rows[place]
-        rows = [hit.row for hit in self.context.choose(self.others(first.row.question, [place]))]
+        rows = [
+            hit.row for hit in self.context.choose(self.neighbours(first.row.question, [place]))
+        ]
         self.random.shuffle(rows)
         history = [{"role": role, "content": text} for role, text in first.history]
         return TrainingPrompt(history, rows, [self.missing_turn(first)], first.row.question_id)
@@ -224,7 +226,7 @@ class PromptMaker:
         order = np.argsort(-np.round(scores, 6), kind="stable")
         return order[: 3 * MOST_CONTEXT_ROWS].tolist()
 
-    def others(self, question: str, places: list[int]) -> list[Any]:
+    def neighbours(self, question: str, places: list[int]) -> list[Any]:
         """Hits for a question, none of the questions, and none with the answers, of the rows at
         `places`.
         """
@@ -238,13 +240,13 @@ class PromptMaker:
         the same answer.
         """
         row = training_row.row
-        others = [
+        wordings = [
             other.question
             for other in self.paraphrases.get(lookup_text(row.answer), [])
             if other.question_id != row.question_id
         ]
-        if others and self.random.random() < OTHER_WORDING_SHARE:
-            return Turn(self.random.choice(others), training_row.answer, "other wording")
+        if wordings and self.random.random() < OTHER_WORDING_SHARE:
+            return Turn(self.random.choice(wordings), training_row.answer, "other wording")
         return Turn(self.worded(row), training_row.answer, "own row")
 
     def missing_turn(self, training_row: TrainingRow) -> Turn:
@@ -256,9 +258,9 @@ class PromptMaker:
         """A row's question, as it stands or in other words."""
         if self.random.random() >= self.options.reworded_share:
             return row.question
-        own = self.rewordings.get(row.question_id)
-        if own:
-            return self.random.choice(list(own))
+        readers_wordings = self.rewordings.get(row.question_id)
+        if readers_wordings:
+            return self.random.choice(list(readers_wordings))
         return self.reword(row.question, self.random)
 
     def length(self, place: int) -> int:
@@ -323,21 +325,21 @@ def practice_prompts(
         facts = random_numbers.sample(table.facts, len(table.facts))
         size = min(max(1, context.settings.context_rows), len(facts) - 1)
         rows = [TableRow(random_numbers.choice(texts), text, "") for text, texts in facts[:size]]
-        known = []
+        answerable = []
         for (answer, texts), row in zip(facts, rows, strict=False):
-            others = [text for text in texts if text != row.question]
+            neighbours = [text for text in texts if text != row.question]
             question = row.question
             if random_numbers.random() < PRACTICE_OTHER_SHARE:
-                question = random_numbers.choice(others)
+                question = random_numbers.choice(neighbours)
             if random_numbers.random() < PRACTICE_REWORDED_SHARE:
                 question = reword(question, random_numbers)
-            known.append(Turn(question, answer, "practice"))
-        turns = random_numbers.sample(known, min(PRACTICE_QUESTIONS, len(known)))
+            answerable.append(Turn(question, answer, "practice"))
+        turns = random_numbers.sample(answerable, min(PRACTICE_QUESTIONS, len(answerable)))
         if unknown:
             missing = [random_numbers.choice(texts) for _, texts in facts[size:]]
             missing += random_numbers.sample(table.unknown, PRACTICE_MISSING)
-            chosen = random_numbers.sample(missing, min(PRACTICE_MISSING, len(missing)))
-            turns += [Turn(question, unknown, "practice") for question in chosen]
+            picked = random_numbers.sample(missing, min(PRACTICE_MISSING, len(missing)))
+            turns += [Turn(question, unknown, "practice") for question in picked]
         random_numbers.shuffle(turns)
         random_numbers.shuffle(rows)
         yield TrainingPrompt([dict(turn) for turn in system], rows, turns, "practice")

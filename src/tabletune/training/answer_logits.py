@@ -39,13 +39,13 @@ def loss_of_answers(
     labels = inputs["labels"]
     targets = labels[:, 1:]  # [rows, tokens - 1]: the token after each position
     positions = (targets != IGNORED).any(0).nonzero()[:, 0]  # [kept]
-    others = {name: value for name, value in inputs.items() if name != "labels"}
-    output = model(**others, logits_to_keep=positions)
+    model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    output = model(**model_inputs, logits_to_keep=positions)
     logits = output.logits.float().flatten(0, 1)  # [rows x kept, vocabulary]
-    wanted = targets[:, positions].flatten()
+    target_ids = targets[:, positions].flatten()
     reduction = "mean" if num_items is None else "sum"
     loss = torch.nn.functional.cross_entropy(
-        logits, wanted, ignore_index=IGNORED, reduction=reduction
+        logits, target_ids, ignore_index=IGNORED, reduction=reduction
     )
     if num_items is not None:
         loss = loss / num_items
