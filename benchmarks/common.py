@@ -17,7 +17,7 @@ ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 
 def run_notebook(name, parameters, before=None):
-    """Run the cells of a notebook of ours in this process; with `before`, only those up to a heading.
+    """Run the cells of a notebook of ours in this process, with `before` those up to a heading.
 
     Returns its globals. Nothing else of PyTorch may be imported before: the notebook sets an option
     that PyTorch reads when it is imported.
@@ -44,7 +44,10 @@ def parameters_of(settings, base_model, run_dir):
 
 
 def make_dataset(run_dir, base_model, steps):
-    """Make a run folder as notebook 1 leaves it: the upstream's lengths, the words of the bundled table."""
+    """Make a run folder as notebook 1 leaves it.
+
+    Its examples have the lengths of the upstream's and the words of the bundled table.
+    """
     import datasets
     from transformers import AutoTokenizer
 

@@ -1,10 +1,10 @@
-"""Training throughput of the profiles, of the notebook this series grew out of, and of TRL's and Unsloth's notebooks;
-and the seconds of the whole job, from a table to a merged model and its answers, by stage.
+"""Training throughput of the profiles and of others' notebooks, and the seconds of the whole job.
 
-    python benchmarks/run.py [--peer-python PYTHON] [--base-model FOLDER] [--only ROW]... [--out FOLDER]
+    python benchmarks/run.py [--peer-python PYTHON] [--base-model FOLDER] [--only ROW]...
 
-The same base weights and the same examples for all; a process of its own for each row, and one a GPU in the rows that
-take two. See README.md beside this file.
+The whole job goes from a table to a merged model and its answers. All rows have the same base
+weights and the same examples, and a process of their own; one a GPU in the rows that take two. See
+README.md beside this file.
 """
 
 import argparse
@@ -56,8 +56,9 @@ UNSLOTH_NOTEBOOK = {
     "max_length": 2048,
 }
 
-# name: what runs it, the limit of GPU memory in GiB, and its settings; rows of more GPUs than there are are left out.
-# Notebook 2 shards what does not fit, so for some rows it is told of so little room that the whole model would not.
+# name: what runs it, the limit of GPU memory in GiB, and its settings. Rows of more GPUs than the
+# machine has are left out. Notebook 2 shards what does not fit, so for some rows it is told of less
+# memory than the whole model takes.
 ROWS = {
     "seed's settings": ("notebook", None, {"profile": "t4", **SEED}),
     "TRL's QLoRA notebook": ("trl", None, {}),
@@ -160,7 +161,8 @@ for title, model in {"Llama 3.1 8B": "llama-3.1-8b-instruct", "Qwen3 4B": "qwen3
 ROWS["a100 profile, a row a step"] = ("notebook", None, {"profile": "a100", "batch_size": 1})
 
 STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate"]
-# The whole job: who does it, the limit in GiB, and the settings. Others' begin with the data set that ours made.
+# The whole job: who does it, the limit in GiB, and the settings. Others' jobs begin with the data
+# set that ours has made.
 JOBS = {
     "whole job, a100 profile, 39 GiB": ("notebooks", 39, {"profile": "a100"}),
     "whole job, Unsloth, 39 GiB": ("unsloth", 39, {"fp16": False}),
@@ -200,9 +202,9 @@ JOBS = {
 
 
 def measure(row, base_model, run_dir):
-    """Train for WARM_UP + STEPS steps. Returns tokens a second, seconds a step, peak GiB and skipped steps.
+    """Train for WARM_UP + STEPS steps. Returns tokens a second, seconds a step, peak GiB and more.
 
-    Of several processes all get the same: the tokens of all, and the peak of the one that took most.
+    Each of several processes returns the same: the tokens of all, and the largest peak.
     """
     engine, limit, settings = ROWS[row]
     if settings.get("gpus", 1) > 1:  # as make does; PyTorch reads it when it is imported
@@ -285,10 +287,10 @@ def matrix_speed():
 
 
 def operations_per_token(base_model):
-    """The operations that training a token cannot do without, recomputation and the adapter left out.
+    """The operations that training a token needs, without recomputation and the adapter.
 
-    They are 4 for each weight of the linear layers, output layer included: 2 in the forward pass, 2 for the gradient of
-    its input; frozen weights have none.
+    They are 4 for each weight of the linear layers, output layer included: 2 in the forward pass,
+    and 2 for the gradient of its input. Frozen weights have no gradient.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -300,7 +302,10 @@ def operations_per_token(base_model):
 
 
 def child(command, folder):
-    """What a process of a row or a stage found, or {"error": why it found nothing}; `log.txt` has all that it said."""
+    """The result of a process that measures a row or a stage, or {"error": why it has none}.
+
+    `log.txt` in the folder has all its output.
+    """
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         print(*command, done.stdout, done.stderr, sep="\n", file=log)
@@ -321,8 +326,8 @@ def child(command, folder):
 def do_job(command, folder, stages):
     """The whole job in a folder: the seconds of each part, and the peak GiB.
 
-    What starts a process, Python and imports, counts for its first part, and so does what ends it. Merged models are
-    deleted at the end, since those of all jobs would fill a disk.
+    A process's start and end count for its first part. Merged models are deleted at the end, since
+    those of all jobs would fill a disk.
     """
     folder.mkdir(exist_ok=True)
     if STAGES[0] in stages:  # others' go on from the data set that ours made
@@ -368,9 +373,8 @@ def table_of_jobs(jobs):
             ]
             name, runs = job.removeprefix("whole job, "), result.get("runs", [0])
             spread = f" ({runs[0]:.0f} to {runs[-1]:.0f})" if len(runs) > 1 else ""
-            lines.append(
-                f"| {name} | {' | '.join(parts)} | {result['all']:.0f}{spread} | {result['peak_gib']:.1f} |"
-            )
+            total = f"{result['all']:.0f}{spread}"
+            lines.append(f"| {name} | {' | '.join(parts)} | {total} | {result['peak_gib']:.1f} |")
     return "\n".join(lines)
 
 

@@ -66,7 +66,8 @@ def trl_trainer(settings, base_model, run_dir):
 def unsloth_trainer(settings, base_model, run_dir):
     """As in unslothai/notebooks, nb/Llama3.1_(8B)-Alpaca.ipynb, with these settings."""
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
-    from unsloth import FastLanguageModel, is_bfloat16_supported  # isort: skip, it patches what comes after
+    # first, as it patches what is imported after it
+    from unsloth import FastLanguageModel, is_bfloat16_supported  # isort: skip
     import torch
     from trl import SFTConfig, SFTTrainer
 

@@ -1,8 +1,8 @@
-"""The whole job, a part in a process of its own: a notebook of ours, or all that Unsloth or TRL does in one.
+"""The whole job, a part in a process of its own: a notebook of ours, or all of Unsloth's or TRL's.
 
-What goes in is the bundled table and a base model, what comes out an adapter trained for one epoch, the answers to the
-questions of the test split by base and adapter, and a merged model in 16 bits. `run.py` starts the parts and takes the
-time, Python's start and imports included.
+The bundled table and a base model go in. An adapter trained for one epoch, the answers to the
+questions of the test split by base and adapter, and a merged model in 16 bits come out. `run.py`
+starts the parts and takes the time, Python's start and imports included.
 """
 
 import gc
@@ -35,7 +35,7 @@ def notebook(stage, settings, base_model, run_dir):
 
 
 def answer(model, tokenizer, run_dir):
-    """Answers of at most 256 tokens to the questions of the test split, each once, by the adapter and by the base."""
+    """Answer the questions of the test split in at most 256 tokens, by the adapter and by the base."""
     import datasets
 
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
@@ -53,13 +53,13 @@ def answer(model, tokenizer, run_dir):
 
 
 def measured(marks):
-    """The seconds of each part, under the name of our notebook for it, from the moments {part: its end}."""
+    """The seconds of each part from the moments {part: its end}, named as our notebooks."""
     seconds = {part: end - begun for (_, begun), (part, end) in pairwise(marks.items())}
     return {"seconds": seconds, "peak_gib": peak_gib(), "packages": installed_packages()}
 
 
 def trl(_, settings, base_model, run_dir):
-    """The same by TRL, trained as its QLoRA notebook has it, and merged by PEFT. Returns what `measured` gives."""
+    """The same by TRL, trained as its QLoRA notebook has it, and merged by PEFT."""
     marks = {"start": time.perf_counter()}
     import torch
     from peft import PeftModel
@@ -90,10 +90,7 @@ def trl(_, settings, base_model, run_dir):
 
 
 def unsloth(_, settings, base_model, run_dir):
-    """The same by Unsloth, as its Alpaca notebook has it, with our adapter (r 64 on q, k, v, o) and our data set.
-
-    Returns what `measured` gives.
-    """
+    """The same by Unsloth, as its Alpaca notebook has it, with our adapter and our data set."""
     marks = {"start": time.perf_counter()}
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     from unsloth import FastLanguageModel  # isort: skip, it patches what comes after
