@@ -5,6 +5,7 @@ Linux with CUDA, or after `pip install triton`; without it these tests are skipp
 """
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -69,7 +70,22 @@ def compile_instead(kernel, compiled, *arguments, grid=None, warmup=False, **nam
     compiled[kernel.__name__] = result.asm["ptx"]
 
 
+@pytest.fixture
+def unpatched_models():
+    """Liger replaces functions and classes in transformers' modules: put them back afterwards."""
+    for kind in (LlamaConfig, Qwen3Config, Gemma3TextConfig):
+        AutoModelForCausalLM.from_config(kind(**SHAPE))  # imports its module
+    before = {}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.models.") and ".modeling_" in name:
+            before[name] = dict(vars(module))
+    yield
+    for name, attributes in before.items():
+        vars(sys.modules[name]).update(attributes)
+
+
 @needs_triton
+@pytest.mark.usefixtures("unpatched_models")
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config, Gemma3TextConfig])
 def test_all_kernels_of_a_training_step_compile_for_a_t4(config, monkeypatch):
     """Those of Liger, which are all that there are: forward and backward pass in fp16."""
