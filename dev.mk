@@ -73,12 +73,18 @@ reference: $(READY) ## remake tests/reference after a change of a notebook
 	@$(TABLETUNE) run-all --until 04_evaluate --profile tiny runs/reference
 	@cp runs/reference/0*.ipynb tests/reference
 	@$(TIDY) tests/reference/*.ipynb
-examples: $(READY) example-cpu $(OWN_TABLES) ## remake examples/: the run of the cpu profile, and other people's tables
+examples: $(READY) example-cpu example-knowledge $(OWN_TABLES) ## remake examples/: the runs of the cpu and knowledge profiles, and other people's tables
 example-cpu:
 	@rm -rf runs/examples
 	@$(TABLETUNE) run-all --profile cpu runs/examples
 	@cp runs/examples/0*.ipynb runs/examples/evaluation/* examples/cpu_run
 	@$(TIDY) examples/cpu_run/*.ipynb
+example-knowledge:
+	@rm -rf runs/knowledge_example
+	@$(TABLETUNE) run-all --profile knowledge runs/knowledge_example
+	@mkdir -p examples/knowledge_run
+	@cp runs/knowledge_example/0*.ipynb runs/knowledge_example/evaluation/* examples/knowledge_run
+	@$(TIDY) examples/knowledge_run/*.ipynb
 $(OWN_TABLES): example-%:
 	@rm -rf runs/own_tables/$*
 	@$(TABLETUNE) run-all --until 01_format_dataset --profile examples/own_tables/$*.yaml runs/own_tables/$*

@@ -8,7 +8,7 @@ from conftest import ROOT
 from tabletune.cli import sweep as sweep_module
 from tabletune.cli.main import build_parser
 from tabletune.cli.notebooks import NotebookError
-from tabletune.cli.sweep import read_grid, short_name, sweep
+from tabletune.cli.sweep import read_grid, run_sweep, short_name
 from tabletune.errors import StageError
 
 
@@ -25,13 +25,15 @@ def swept(tmp_path, monkeypatch):
             raise NotebookError('02_finetune_qlora: no "room"', 'no "room"')
 
     monkeypatch.setattr(sweep_module, "make_series", make_series)
-    monkeypatch.setattr(sweep_module, "compare", lambda runs, out: compared.append((runs, out)))
+    monkeypatch.setattr(
+        sweep_module, "compare_runs", lambda runs, out: compared.append((runs, out))
+    )
 
     def run(grid, *arguments):
         (tmp_path / "grid.yaml").write_text(grid)
         words = ["sweep", "--profile", "tiny", "--grid", str(tmp_path / "grid.yaml")]
         words += ["--folder", str(tmp_path / "sweep"), *arguments]
-        sweep(build_parser().parse_args(words))
+        run_sweep(build_parser().parse_args(words))
 
     return Namespace(run=run, made=made, compared=compared, folder=tmp_path / "sweep")
 

@@ -153,7 +153,7 @@ def context(run_dir):
 
 def last_turn(chat, question):
     """What the page shows in the end: the base model's turn, and the fine-tuned model's."""
-    *_, turns = chat_page.answers_of(chat, question)
+    *_, turns = chat_page.answer_turns(chat, question)
     return turns
 
 

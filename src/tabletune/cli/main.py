@@ -77,16 +77,16 @@ def compare(options: argparse.Namespace) -> None:
 
 def chat(options: argparse.Namespace) -> None:
     """Open a page on which base and fine-tuned model answer side by side."""
-    from tabletune.cli import pages
+    from tabletune.cli.pages import open_chat
 
-    pages.chat(options)
+    open_chat(options)
 
 
 def sweep(options: argparse.Namespace) -> None:
     """Run every combination of a grid of parameters, and compare the runs."""
-    from tabletune.cli import sweep as sweep_module
+    from tabletune.cli.sweep import run_sweep
 
-    sweep_module.sweep(options)
+    run_sweep(options)
 
 
 def summary(options: argparse.Namespace) -> None:

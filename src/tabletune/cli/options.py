@@ -247,10 +247,12 @@ def write_settings(choice: RunChoice) -> None:
     values = dict(choice.values)
     if choice.gpus > 1:
         values["gpus"] = choice.gpus
-    write_if_changed(choice.run_dir / SETTINGS, as_yaml(values, "what this run was started with"))
+    write_text_if_changed(
+        choice.run_dir / SETTINGS, as_yaml(values, "what this run was started with")
+    )
 
 
-def write_if_changed(path: Path, text: str) -> None:
+def write_text_if_changed(path: Path, text: str) -> None:
     """Write a text file, unless it holds that text already."""
     if not path.exists() or read_text(path) != text:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,10 +24,10 @@ def write_comparison(options: argparse.Namespace) -> None:
     """Write a page with several runs beside each other."""
     if not options.runs:
         raise StageError('Which runs? make compare RUNS="runs/a runs/b"')
-    compare([Path(run) for run in options.runs], Path(options.out))
+    compare_runs([Path(run) for run in options.runs], Path(options.out))
 
 
-def compare(runs: list[Path], out: Path) -> None:
+def compare_runs(runs: list[Path], out: Path) -> None:
     """Write a page about several runs to `out`, and print where it is. Raises StageError."""
     target = out.with_suffix(".ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def write_page(executed: Path) -> Path:
     return page
 
 
-def chat(options: argparse.Namespace) -> None:
+def open_chat(options: argparse.Namespace) -> None:
     """Open a page on which base and fine-tuned model answer side by side."""
     target = choose_run_dir(options) / "chat.ipynb"
     words = {"wait": True, **options.files, **options.words}

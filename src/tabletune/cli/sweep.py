@@ -10,13 +10,13 @@ from typing import Any
 
 from tabletune.cli.notebooks import NotebookError
 from tabletune.cli.options import NUMBERED, RunChoice, read_run_choice
-from tabletune.cli.pages import compare
+from tabletune.cli.pages import compare_runs
 from tabletune.cli.series import make_series
 from tabletune.errors import StageError
 from tabletune.run.parameters import check_names, read_parameters, read_text
 
 
-def sweep(options: argparse.Namespace) -> None:
+def run_sweep(options: argparse.Namespace) -> None:
     """Run every combination of the values that stand in lists in a grid, and compare the runs.
 
     Each is a run like any other, so what is done is not done again. One that fails does not stop
@@ -42,7 +42,7 @@ def sweep(options: argparse.Namespace) -> None:
             print(error, flush=True)
             failed[run_dir] = error.reason if isinstance(error, NotebookError) else str(error)
     if finished:
-        compare(finished, folder / "compare.html")
+        compare_runs(finished, folder / "compare.html")
     if failed:
         lines = [f"{len(failed)} of {len(points)} points failed:"]
         lines += [f"{run_dir}: {reason}" for run_dir, reason in failed.items()]

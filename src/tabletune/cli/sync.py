@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from tabletune.cli.options import write_if_changed
+from tabletune.cli.options import write_text_if_changed
 from tabletune.cli.paths import repository
 from tabletune.errors import StageError
 from tabletune.run.parameters import read_text
@@ -44,10 +44,10 @@ def sync(options: argparse.Namespace) -> None:
     pages = [home / "README.md", *sorted((home / "docs").glob("*.md"))]
     notebooks = sorted((home / "notebooks_py").glob("*.py"))
     for path in [*pages, *notebooks]:
-        write_if_changed(path, with_series(read_text(path), series))
+        write_text_if_changed(path, with_series(read_text(path), series))
     parameters = {path.stem: parameters_in(read_text(path)) for path in notebooks}
     text = json.dumps(parameters, indent=1, ensure_ascii=False) + "\n"
-    write_if_changed(home / "src" / "tabletune" / "resources" / "parameters.json", text)
+    write_text_if_changed(home / "src" / "tabletune" / "resources" / "parameters.json", text)
 
 
 def change_repository(path: Path, name: str) -> None:
@@ -59,7 +59,7 @@ def change_repository(path: Path, name: str) -> None:
         raise StageError(f"{name!r}: use owner/name, as on GitHub.")
     text = read_text(path)
     former = tomllib.loads(text)["tool"]["series"]["repository"]
-    write_if_changed(path, text.replace(f'"{former}"', f'"{name}"'))
+    write_text_if_changed(path, text.replace(f'"{former}"', f'"{name}"'))
 
 
 def with_series(text: str, series: dict[str, str]) -> str:

@@ -1,23 +1,23 @@
 """The settings of the worked example, and the disclaimer above every answer."""
 
 from importlib import resources
+from typing import Any
 
 from tabletune.run.parameters import from_yaml
 
 NEUTRAL_DISCLAIMER = "Educational example: what the model says may be wrong."
 
 
-def example_settings(report):
-    """What the worked example sets for the later notebooks, by a `report.json`; {} for the reader's
-    own table.
+def example_settings(report: dict[str, Any]) -> dict[str, Any]:
+    """The worked example's settings for the later notebooks, {parameter: value}.
+
+    `report` is the content of `dataset/report.json`. For a reader's own table the result is empty.
     """
-    return read_example(report["example"]) if report.get("example") else {}
+    name = report.get("example")
+    return read_example(name) if name else {}
 
 
-def read_example(name):
+def read_example(name: str) -> dict[str, Any]:
     """The settings of a worked example, {parameter: value}."""
-    return from_yaml(
-        resources.files("tabletune")
-        .joinpath(f"resources/examples/{name}.yaml")
-        .read_text(encoding="utf-8")
-    )
+    file = resources.files("tabletune").joinpath(f"resources/examples/{name}.yaml")
+    return from_yaml(file.read_text(encoding="utf-8"))

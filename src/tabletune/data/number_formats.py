@@ -211,13 +211,11 @@ def _number_text(value: int | float, number_format: str) -> str:
     sign = "-" if number < 0 else ""
     number = abs(number)
     if general:
-        body = "".join(
-            general_text(float(number) if number % 1 else int(number))
-            if kind == "general"
-            else _literal((kind, text))
-            for kind, text in tokens
-        )
-        return (sign + body).strip()
+        plain_number = general_text(float(number) if number % 1 else int(number))
+        parts = [
+            plain_number if kind == "general" else _literal((kind, text)) for kind, text in tokens
+        ]
+        return (sign + "".join(parts)).strip()
     first, last = places[0], places[-1]
     before = "".join(map(_literal, tokens[:first]))
     after = tokens[last + 1 :]
@@ -333,7 +331,11 @@ def _scientific(number: Decimal, pattern: str) -> str:
     exponent_digits = len(re.findall("[0#?]", pattern.upper().partition("E")[2]))
     mantissa, _, exponent = f"{number:.{decimals}E}".partition("E")
     power = int(exponent)
-    sign = "-" if power < 0 else "+" if "E+" in pattern.upper() else ""
+    sign = ""
+    if power < 0:
+        sign = "-"
+    elif "E+" in pattern.upper():
+        sign = "+"
     return f"{mantissa}E{sign}{abs(power):0{exponent_digits}d}"
 
 

@@ -76,12 +76,10 @@ def report_of(
     `sizes` are the rows of each split, `split` is that of each row, `context` how many tokens the
     model reads at once.
     """
-    table, shape, settings, statistics = (
-        formatter.table,
-        formatter.shape,
-        formatter.settings,
-        formatter.statistics,
-    )
+    table = formatter.table
+    shape = formatter.shape
+    settings = formatter.settings
+    statistics = formatter.statistics
     lengths = np.array(statistics.lengths)  # [rows]
     positions = np.array(statistics.positions)  # [rows]
     questions = {name: np.unique(positions[split == name]) for name in SPLITS}

@@ -123,7 +123,7 @@ class App:
         return text.rpartition("</think>")[2].strip()
 
 
-def show(result: dict) -> str:
+def answer_as_text(result: dict) -> str:
     """An answer as text, with the rows that it rests on."""
     lines = [result["answer"]]
     if result["unknown"]:
@@ -146,7 +146,7 @@ def error_text(app: App, error: Exception) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run_app(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("question", nargs="*", help="without one, questions are read line by line")
@@ -167,10 +167,10 @@ def main(arguments: list[str] | None = None) -> int:
         except (OSError, ValueError, KeyError) as error:
             print(error_text(app, error), file=sys.stderr)
             return 1
-        text = json.dumps(result, ensure_ascii=False) if options.json else show(result)
+        text = json.dumps(result, ensure_ascii=False) if options.json else answer_as_text(result)
         print(text, flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_app())

@@ -270,7 +270,7 @@ def chat_page(chat: Chat) -> "gradio.Blocks":
             gr.Warning(problem)
             yield question, base_chat, tuned_chat
             return
-        for base, tuned in answers_of(chat, question):
+        for base, tuned in answer_turns(chat, question):
             yield "", base_chat + base, tuned_chat + tuned
 
     with gr.Blocks(title="Base and fine-tuned side by side") as page:
@@ -305,7 +305,7 @@ def problem_with(chat: Chat, question: str) -> str | None:
     return f"{what} too long: {length:,} tokens, and there is room for {room:,}."
 
 
-def answers_of(chat: Chat, question: str) -> Iterator[tuple[list[dict], list[dict]]]:
+def answer_turns(chat: Chat, question: str) -> Iterator[tuple[list[dict], list[dict]]]:
     """Yield the turn of the base model and that of the fine-tuned one, lists of messages, while the
     answers grow.
 

@@ -76,7 +76,7 @@ def merge_adapter(
             "seconds": round(time.perf_counter() - started, 1),
             "peak_rss_gib": peak_memory_gib()["host"],
         }
-        write_settings(plan, partial_folder, tokenizer, stop_token_ids)
+        write_model_settings(plan, partial_folder, tokenizer, stop_token_ids)
         report |= verify_merge(plan, partial_folder, rows)
         report["adapter_sha256"] = inputs["adapter"]
         write_json(partial_folder / "merge_report.json", report)
@@ -146,7 +146,7 @@ def check_room(plan: MergePlan, shards: Iterable[Iterable[str]], folders: list[P
     return target
 
 
-def write_settings(
+def write_model_settings(
     plan: MergePlan, folder: Path, tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
 ) -> None:
     """Write what belongs to a model beside its tensors.

@@ -141,7 +141,9 @@ def is_gated_mlp(module: torch.nn.Module, dtype: torch.dtype) -> bool:
     if not hasattr(module.forward, "__func__"):
         return False
     seen: dict[str, torch.Tensor] = {}
-    gate, up, down = layers["gate_proj"], layers["up_proj"], layers["down_proj"]
+    gate = layers["gate_proj"]
+    up = layers["up_proj"]
+    down = layers["down_proj"]
     hooks = [
         gate.register_forward_hook(lambda layer, inputs, output: seen.update(gate=output)),
         up.register_forward_hook(lambda layer, inputs, output: seen.update(up=output)),

@@ -192,7 +192,7 @@ def coerce(name: str, value: Any, default: Any, text: str | None = None) -> Any:
     if isinstance(default, dict):
         return check_dictionary(name, value)
     if isinstance(default, list):
-        return as_list(name, value)
+        return as_list_parameter(name, value)
     return value
 
 
@@ -255,7 +255,7 @@ def check_auto(name: str, value: Any, text: str | None) -> Any:
     return as_text(value, text)  # a code page such as 437
 
 
-def as_list(name: str, value: Any) -> Any:
+def as_list_parameter(name: str, value: Any) -> Any:
     """The value of a parameter that is a list.
 
     A single value is a list of one, several names in a text are several.

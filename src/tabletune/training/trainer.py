@@ -170,7 +170,7 @@ class TokenTrainer(SFTTrainer):
         return metrics
 
 
-class Stopwatch(TrainerCallback):
+class TrainingStopwatch(TrainerCallback):
     """Keep the seconds spent in training in the log history, also over interruptions."""
 
     start = 0.0
@@ -196,7 +196,7 @@ def training_callbacks(
 
     Early stopping comes with them if it has an `early_stopping_patience`, in evaluations.
     """
-    callbacks = [Stopwatch(), RecomputeFirstLayers(recomputed_layers), CudaGraphCallback()]
+    callbacks = [TrainingStopwatch(), RecomputeFirstLayers(recomputed_layers), CudaGraphCallback()]
     if early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience))
     return callbacks
