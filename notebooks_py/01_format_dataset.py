@@ -27,12 +27,14 @@
 # |---|---|---|---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards |
 #
-# **What fine-tuning is.** A chat model has read a large part of the internet and answers any question in its own way.
-# Fine-tuning shows it some hundred examples of *your* questions and answers and changes its weights a little, until it
-# answers like them. People do this for a fixed format, a tone, labels, or to make a small model use their data. This
-# series does it with a table, and measures honestly whether it was worth it.
+# **What fine-tuning is.** A chat model has read a large part of the internet and answers any
+# question in its own way. Fine-tuning shows it some hundred examples of *your* questions and
+# answers and changes its weights a little, until it answers like them. People do this for a fixed
+# format, a tone, labels, or to make a small model use their data. This series does it with a table,
+# and measures honestly whether it was worth it.
 #
-# The table of the worked example begins like this, and ends as a chat model that answers such questions:
+# The table of the worked example begins like this, and ends as a chat model that answers such
+# questions:
 #
 # | Name of Item | Health Issue | Home Remedy | Yogasan |
 # |---|---|---|---|
@@ -40,19 +42,22 @@
 # | Tulsi Leaves | COMMON COLD | Boil eight washed tulsi leaves with two crushed peppercorns in a glass of water until a little is left, then drink it warm each evening for three days. | Bhujangasana |
 # | Chicken Soup | Common Cold | Make a light soup with chicken, garlic, carrot and a pinch of salt, and have a warm bowl at lunch and dinner while the cold lasts. | Shavasana |
 #
-# - **In:** a table: a `.csv`, `.tsv`, `.xlsx`, `.json`, `.jsonl` or `.parquet` file, a folder, or a Hub data set.
-# - **Out:** `dataset/` in the run folder: conversations, divided into training, validation and test rows, and
-#   `dataset/report.json`.
+# - **In:** a table: a `.csv`, `.tsv`, `.xlsx`, `.json`, `.jsonl` or `.parquet` file, a folder, or a
+#   Hub data set.
+# - **Out:** `dataset/` in the run folder: conversations, divided into training, validation and test
+#   rows, and `dataset/report.json`.
 # - **Time:** under a minute anywhere for a table of some ten thousand rows; no GPU is used.
 #
-# In Colab each notebook gets a machine of its own. So that notebook 2 finds what this one writes, set `run_dir` below to
-# `"drive:home_remedies"` in every notebook; it is then kept in your Google Drive.
+# In Colab each notebook gets a machine of its own. So that notebook 2 finds what this one writes,
+# set `run_dir` below to `"drive:home_remedies"` in every notebook; it is then kept in your Google
+# Drive.
 #
-# The worked example is **educational**: nothing in the table, and nothing that a model trained on it says, is medical
-# advice.
+# The worked example is **educational**: nothing in the table, and nothing that a model trained on
+# it says, is medical advice.
 
 # %% [markdown]
-# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does nothing.
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
+# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -74,8 +79,9 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # %% [markdown]
 # ## Parameters
 #
-# For your own table, `dataset` is often all that you change: the notebook recognizes how its rows become conversations,
-# and shows it below. Rarely changed settings are folded away and come first; the cell after them can override them.
+# For your own table, `dataset` is often all that you change: the notebook recognizes how its rows
+# become conversations, and shows it below. Rarely changed settings are folded away and come first;
+# the cell after them can override them.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed: how a table is read
@@ -151,8 +157,9 @@ run = stage.folder
 # %% [markdown]
 # ## The model's format
 #
-# Every chat model was trained on conversations in a format of its own, which its tokenizer knows. Nothing is invented
-# here: the rows will be rendered as this model expects them.
+# Every chat model was trained on conversations in its own text format. The tokenizer brings that
+# format along as a *chat template*. We use the template as it is, so that the rows look like the
+# conversations that the model knows.
 
 # %%
 from tabletune.chat.templates import describe_template
@@ -167,8 +174,9 @@ show_table(describe_template(tokenizer, stops))
 # %% [markdown]
 # ## The table
 #
-# Every cell is read as the text that was written: `007`, `1.50`, `None`. What can be understood in two ways, such as a
-# row with more cells than the header, is refused: guessing would shift or swallow rows without a word.
+# Every cell is read as the text that was written: `007`, `1.50`, `None`. What can be understood in
+# two ways, such as a row with more cells than the header, is refused, because guessing could
+# silently corrupt or drop rows.
 
 # %%
 from tabletune.data.table_file import ReadOptions
@@ -179,7 +187,8 @@ table = open_table(dataset, dataset_revision, dataset_config, splits, options)
 print(*table.descriptions, sep="\n")
 
 # %% [markdown]
-# How its rows become conversations is recognized by the columns, or said by `shape`, `columns` and the templates.
+# The notebook recognizes from the columns how rows become conversations. `shape`, `columns` and the
+# templates override that.
 
 # %%
 from tabletune.data.shapes import recognize, with_example
@@ -191,7 +200,7 @@ print(*table_shape.describe(), sep="\n")
 # %% [markdown]
 # ## One row
 #
-# As it came:
+# As it stands in the table:
 
 # %%
 from tabletune.data.formatter import TableFormatter
@@ -202,8 +211,9 @@ row = first["texts"]
 {field: text[:500] for field, text in row.items()}
 
 # %% [markdown]
-# **Cleaned.** By default only Unicode is composed, so that é is one character, and line ends and the white space around
-# a text are made the same. Indentation, addresses and tags are yours.
+# **Cleaned.** By default little is changed: Unicode is composed (é becomes one character), line
+# ends become the same, and white space around a text is removed. Everything inside a text stays as
+# you wrote it.
 
 # %%
 import unicodedata
@@ -214,13 +224,14 @@ texts = [unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip() for te
 print("the same:", texts == [Cleaning()(text) for text in row.values()])
 
 # %% [markdown]
-# What else is to go is a parameter. With those of this table:
+# Other rules are parameters that are off by default. With the parameters of this table:
 
 # %%
 {field: formatter.clean_cell(field, text)[:500] for field, text in row.items()}
 
 # %% [markdown]
-# **As a conversation.** Turns of a user and the assistant, perhaps of a system: TRL's `prompt` and `completion`.
+# **As a conversation.** The turns of a user and of the assistant, sometimes a system message first.
+# TRL calls the question `prompt` and the answer `completion`.
 
 # %%
 messages = first["prompt"] + first["completion"]
@@ -236,9 +247,10 @@ if first["prompt"]:
 print(rendered[:2000])
 
 # %% [markdown]
-# **As numbers.** Token ids, and a mask that is 1 where the loss looks: on the answer and on the token that ends it, not
-# on the question. By hand that is two renderings, without the answer and with it. `encode` does the same for any
-# template, and for conversations in which several answers are to be learned.
+# **As numbers.** The text becomes token ids, with a mask that is 1 for tokens that count in the
+# loss: those of the answer and the token that ends it. The question does not count. By hand we
+# render the row twice, without the answer and with it, and compare. `encode` does the same for any
+# template, and for conversations with several answers.
 
 # %%
 from tabletune.chat.encoding import encode, encode_prompt, show_tokens
@@ -251,7 +263,8 @@ print(f"{len(encoded['input_ids'])} tokens, {sum(encoded['completion_mask'])} of
 print("by hand the same:", encoded["input_ids"] == prompt + answer)
 
 # %% [markdown]
-# The same, token by token. **Bold** tokens are special, grey ones are only read, and those on colour are in the loss.
+# The same, token by token. **Bold** tokens are special, grey ones are only read, and those on
+# colour are in the loss.
 
 # %%
 show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
@@ -259,12 +272,18 @@ show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 # %% [markdown]
 # ## All rows
 #
-# A row without a question or an answer teaches nothing and is dropped. So is a copy of another row: it would be learned
-# twice and, in the test split, make the test dishonest. A row that is too long is dropped whole: cut at `max_length` it
-# would have no end, and a model that sees no ends rambles on. Losing more than a tenth of the rows stops the notebook.
+# Three kinds of rows are dropped:
 #
-# All rows with one question go to the same split, by a hash of the question: a test question that was also asked in
-# training measures memory.
+# - rows without a question or an answer: they teach nothing;
+# - copies of other rows: they would be learned twice, and a copy in the test split would make the
+#   test too easy;
+# - rows that are too long. They are never cut: an answer without its end teaches the model to
+#   ramble on.
+#
+# If more than a tenth of the rows is lost, the notebook stops and says how to keep them.
+#
+# All rows with the same question go to the same split, chosen by a hash of the question. If a test
+# question had also been asked in training, the test would measure memory.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.data.pipeline import format_table
@@ -283,7 +302,7 @@ if not stage.is_done(inputs, outputs):
 report = read_json(run / "dataset" / "report.json", "01_format_dataset")
 
 # %% [markdown]
-# What became of them:
+# What happened to the rows:
 
 # %%
 import pandas as pd
@@ -293,7 +312,7 @@ from tabletune.data.report import changes_table, rows_table, sentences_on_data_s
 rows_table(report)
 
 # %% [markdown]
-# An example of each change, around the place where it happened:
+# One example of each change, with the text around it:
 
 # %%
 pd.set_option("display.max_colwidth", 90)
@@ -306,7 +325,7 @@ changes_table(report)
 pd.DataFrame(report["dropped_rows"])
 
 # %% [markdown]
-# What else there is to say about this table:
+# Remarks about this table:
 
 # %%
 print(*report["notes"] or ["nothing"], sep="\n")
@@ -314,10 +333,11 @@ print(*report["notes"] or ["nothing"], sep="\n")
 # %% [markdown]
 # ## Rows of the table in the prompt
 #
-# A small model that is fine-tuned on a table learns how answers look, and hardly what they say. With `context_rows: 3`
-# the rows whose questions are most similar stand in the prompt, in training as in use, and the model learns to answer
-# from them, or to say that they do not have it. In training some questions meet only rows of *other* questions; their
-# answer is `unknown_answer`. The index for the evaluation has the rows of the train split alone, so no test question
+# A small model that is fine-tuned on a table learns how answers look, but hardly what they say.
+# With `context_rows = 3`, the three rows whose questions are most similar stand in the prompt, in
+# training as in use. The model learns to answer from them, or to say that they do not have the
+# answer: in training, some questions get only rows of *other* questions, and their answer is
+# `unknown_answer`. The index for the evaluation contains only training rows, so no test question
 # finds its own row. [docs/right-answers.md](../docs/right-answers.md) has the measurements.
 
 # %%
@@ -327,7 +347,7 @@ from tabletune.data.retrieval_report import example_prompt, prompts_table
 prompts_table(report)
 
 # %% [markdown]
-# A question of the validation split, which is not in the index, as the model is asked:
+# One question of the validation split, as the model sees it. Its own row is not in the index:
 
 # %%
 print(example_prompt(run, load_context(run)))
@@ -363,7 +383,8 @@ print(*sentences_on_data_set(report), sep="\n")
 # %% [markdown]
 # Two things to try:
 #
-# - Set `max_length` to the number of tokens that half of the rows exceed, and read what the notebook says.
-# - Set `system_prompt` to a sentence of yours, and find it among the coloured tokens.
+# - Set `max_length` to the number of tokens that half of the rows exceed. What does the notebook
+#   say?
+# - Set `system_prompt` to a sentence of your own, and find it among the tokens above.
 #
 # Next: [2 · fine-tune](02_finetune_qlora.ipynb).

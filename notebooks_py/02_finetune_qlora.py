@@ -36,7 +36,8 @@
 # small [LoRA](https://arxiv.org/abs/2106.09685) adapter through it, so that a 7B model trains on a card of 15 GB.
 
 # %% [markdown]
-# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does nothing.
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does nothing. Terms that are
+# new to you are explained in the [glossary](../docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)

@@ -28,15 +28,19 @@
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards |
 #
 # - **In:** `adapter/` in the run folder, from notebook 2, and the base model.
-# - **Out:** `merged/`, a plain model that needs neither PEFT nor bitsandbytes, and `merged/merge_report.json`.
-# - **Time:** about as long as copying the base model's files, then as long again to verify the result: a minute or two
-#   for 7B on a T4, half a minute on a CPU with the small model of `profiles/cpu.yaml`.
+# - **Out:** `merged/`, a plain model that needs neither PEFT nor bitsandbytes, and
+#   `merged/merge_report.json`.
+# - **Time:** about as long as copying the base model's files, then as long again to verify the
+#   result: a minute or two for 7B on a T4, half a minute on a CPU with the small model of
+#   `profiles/cpu.yaml`.
 #
-# The usual way, `merge_and_unload`, holds the whole base model in memory: 13 GB for a 7B model, more than free Colab
-# has. But an adapter changes one matrix at a time. So this notebook reads, merges and writes one matrix after the other.
+# The usual way, `merge_and_unload`, holds the whole base model in memory: 13 GB for a 7B model,
+# more than free Colab has. But an adapter changes one matrix at a time. So this notebook reads,
+# merges and writes one matrix after the other.
 
 # %% [markdown]
-# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does nothing.
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
+# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -58,9 +62,9 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # %% [markdown]
 # ## Parameters
 #
-# The adapter was trained on top of *quantized* weights. `base_weights = "original"` adds it to the weights as they were
-# published. `"dequantized"` adds it to what the training really saw: the weights after a round trip through NF4.
-# Neither is better in principle; notebook 6 measures both.
+# The adapter was trained on top of *quantized* weights. `base_weights = "original"` adds it to the
+# weights as they were published. `"dequantized"` adds it to what the training really saw: the
+# weights after a round trip through NF4. Neither is better in principle; notebook 6 measures both.
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # that of notebooks 1 and 2; in Colab better "drive:home_remedies"
@@ -70,8 +74,8 @@ base_weights = "original"  # or "dequantized"
 max_shard_gb = 1.0  # size of a file of the merged model, and about the memory that merging takes
 
 # %% [markdown]
-# A plan says which tensors of the base model change. It has read the adapter, and only names and shapes of the base
-# model. It has also checked that the two belong together.
+# A plan says which tensors of the base model change. It has read the adapter, and only names and
+# shapes of the base model. It has also checked that the two belong together.
 
 # %%
 from tabletune.merging.plan import MergePlan
@@ -85,8 +89,8 @@ print(f"{len(plan.adapted)} adapted layers, {len(plan.tensors)} tensors in the b
 # %% [markdown]
 # ## One matrix
 #
-# LoRA leaves a matrix $W$ as it is and learns two thin ones beside it, $A$ with $r$ rows and $B$ with $r$ columns. Here
-# is the first layer that has them:
+# LoRA leaves a matrix $W$ as it is and learns two thin ones beside it, $A$ with $r$ rows and $B$
+# with $r$ columns. Here is the first layer that has them:
 
 # %%
 from tabletune.merging.lora import lora_matrices
@@ -98,7 +102,8 @@ print(f"{module}\nW {tuple(weight.shape)}, A {tuple(a.shape)}, B {tuple(b.shape)
 print(f"numbers in A and B: {(a.numel() + b.numel()) / weight.numel():.0%} of those in W")
 
 # %% [markdown]
-# To merge them is one line, $W' = W + s\,BA$. The factor $s$ is $\alpha / r$, or $\alpha / \sqrt r$ with rsLoRA.
+# To merge them is one line, $W' = W + s\,BA$. The factor $s$ is $\alpha / r$, or $\alpha / \sqrt r$
+# with rsLoRA.
 
 # %%
 from tabletune.merging.lora import scaling
@@ -117,9 +122,9 @@ by_package = add_lora(weight.clone(), plan.adapter, plan.config, module)
 assert torch.allclose(merged, by_package, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
-# How much is that? Three things change a matrix: the adapter, the rounding of the sum to the dtype in which it is
-# stored, and the round trip through NF4 that the training saw. Each is shown as a share of the size of $W$, by the
-# Frobenius norm.
+# How much is that? Three things change a matrix: the adapter, the rounding of the sum to the dtype
+# in which it is stored, and the round trip through NF4 that the training saw. Each is shown as a
+# share of the size of $W$, by the Frobenius norm.
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
@@ -138,12 +143,13 @@ changes.map(lambda change: f"{(change.norm() / weight.norm()).item():.3%}").to_f
 # %% [markdown]
 # ## All of them
 #
-# Every tensor of the base model's files is copied as it is stored, and those with an adapter are merged on the way. So
-# vision layers, experts and buffers stay bit for bit what they were. The files appear under a temporary name.
+# Every tensor of the base model's files is copied as it is stored, and those with an adapter are
+# merged on the way. So vision layers, experts and buffers stay bit for bit what they were. The
+# files appear under a temporary name.
 #
-# Then the result is verified: the merged model is read back from its files, and must add to the base model what the
-# adapter adds. All three read two rows of the test split. With `"dequantized"` the base is the quantized model. A
-# merged model that differs by more than rounding is not kept.
+# Then the result is verified: the merged model is read back from its files, and must add to the
+# base model what the adapter adds. All three read two rows of the test split. With `"dequantized"`
+# the base is the quantized model. A merged model that differs by more than rounding is not kept.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.merging.write import merge_adapter
@@ -152,8 +158,8 @@ merged_folder, report = merge_adapter(plan, stage, max_shard_gb)
 report
 
 # %% [markdown]
-# The difference is measured beside the adapter's own effect: 0% is a perfect merge, 100% one that left the adapter out.
-# Some percent are the rounding of bf16, well under 1% that of fp16.
+# The difference is measured beside the adapter's own effect: 0% is a perfect merge, 100% one that
+# left the adapter out. Some percent are the rounding of bf16, well under 1% that of fp16.
 
 # %%
 verified = report["difference_to_effect"] is not None
@@ -165,9 +171,10 @@ if verified:
 # %% [markdown]
 # ## Does it answer?
 #
-# Anyone can use the folder now, with transformers alone: `pipeline("text-generation", "runs/…/merged")`. The package's
-# `load_model` gives the pipeline the same model in less memory. The question is the first one of the test split. A
-# table of plain texts has no questions: the model continues the beginning of one.
+# Anyone can use the folder now, with transformers alone: `pipeline("text-generation",
+# "runs/…/merged")`. The package's `load_model` gives the pipeline the same model in less memory.
+# The question is the first one of the test split. A table of plain texts has no questions: the
+# model continues the beginning of one.
 
 # %% tags=["nbval-ignore-output"]
 from transformers import AutoTokenizer, pipeline
@@ -193,7 +200,8 @@ if verified:
 # %% [markdown]
 # ## What we have now
 #
-# One plain model in safetensors files. What merging took, beside what the usual way would have held in memory:
+# One plain model in safetensors files. What merging took, beside what the usual way would have held
+# in memory:
 
 # %% tags=["nbval-ignore-output"]
 pd.Series(
@@ -207,8 +215,8 @@ pd.Series(
 # %% [markdown]
 # Two things to try:
 #
-# - `base_weights = "dequantized"`: the table above says how much the round trip changes $W$. Notebook 6 says what that
-#   does to the answers.
+# - `base_weights = "dequantized"`: the table above says how much the round trip changes $W$.
+#   Notebook 6 says what that does to the answers.
 # - `max_shard_gb = 0.1`: more files, less memory, and the same tensors to the last bit.
 #
 # Next: [4 · evaluate](04_evaluate.ipynb).

@@ -28,16 +28,19 @@
 # | rows → chat text | NF4 base + LoRA | one plain model | right answers, perplexity | was it worth it? | is it safe? | GGUF, cards |
 #
 # - **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
-# - **Out:** `evaluation/metrics.json`, `answers.jsonl`, `samples.jsonl`, `scores.parquet` and `results.png`.
-# - **Time:** some minutes on a T4; about five minutes on two CPU cores with the small model of the `cpu` profile.
+# - **Out:** `evaluation/metrics.json`, `answers.jsonl`, `samples.jsonl`, `scores.parquet` and
+#   `results.png`.
+# - **Time:** some minutes on a T4; about five minutes on two CPU cores with the small model of the
+#   `cpu` profile.
 #
-# Are its answers right? And how likely does it find the right ones? Three models read and answer the same questions: the
-# base model, the base model with the adapter, and the merged model. They are asked *new* questions, which were not in
-# training, the *table's own* questions, and the same ones *reworded*. What else the training did, to safety for
-# instance, is the subject of notebook 6.
+# Are its answers right? And how likely does it find the right ones? Three models read and answer
+# the same questions: the base model, the base model with the adapter, and the merged model. They
+# are asked *new* questions, which were not in training, the *table's own* questions, and the same
+# ones *reworded*. What else the training did, to safety for instance, is the subject of notebook 6.
 
 # %% [markdown]
-# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does nothing.
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
+# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -111,9 +114,9 @@ run = stage.folder
 # %% [markdown]
 # ## What is evaluated
 #
-# The data set, the adapter and the merged model must belong together: this adapter was trained on this data set, and
-# this merged model was made from this adapter. If they were evaluated before with the same parameters, the results are
-# only shown again.
+# The data set, the adapter and the merged model must belong together: this adapter was trained on
+# this data set, and this merged model was made from this adapter. If they were evaluated before
+# with the same parameters, the results are only shown again.
 
 # %%
 trained = open_trained_run(run, run_dir, base_model)
@@ -124,12 +127,14 @@ done = stage.is_done(trained.inputs, ["evaluation/metrics.json"])
 #
 # - **new**: questions of the test split, which training did not see.
 # - **table**: questions of the training split, as they stand.
-# - **reworded**: the same ones in other words: a greeting, a typing error, the bare subject. Training uses other rules.
-# - **added**, with `context_rows` only: the new questions again, now with their rows in the index. They came after
-#   training, so this shows whether the model answers from rows it was not trained on.
+# - **reworded**: the same ones in other words: a greeting, a typing error, the bare subject.
+#   Training uses other rules.
+# - **added**, with `context_rows` only: the new questions again, now with their rows in the index.
+#   They came after training, so this shows whether the model answers from rows it was not trained
+#   on.
 #
-# Each question is asked once, up to `samples` of each kind; without `ask_all_models` the base model and the adapter get
-# the new ones alone. In a conversation it is the last one, after all the turns
+# Each question is asked once, up to `samples` of each kind; without `ask_all_models` the base model
+# and the adapter get the new ones alone. In a conversation it is the last one, after all the turns
 # before it.
 
 # %%
@@ -138,9 +143,9 @@ examination = Examination(trained, settings)
 examination.overview()
 
 # %% [markdown]
-# What counts as a right answer depends on the table. Labels and short answers are compared word for word. Where the
-# answer template names an item, the item must be right. Free text must have nearly the words of the table's answer, and
-# the same numbers and names. For this table:
+# What counts as a right answer depends on the table. Labels and short answers are compared word for
+# word. Where the answer template names an item, the item must be right. Free text must have nearly
+# the words of the table's answer, and the same numbers and names. For this table:
 
 # %%
 show_table(examination.rules.reasons)
@@ -148,8 +153,8 @@ show_table(examination.rules.reasons)
 # %% [markdown]
 # ## Base and adapter, in one
 #
-# The base model is loaded as it was for training, in 4 bits, and the adapter beside it. One model serves for both: with
-# the adapter switched off it is the base.
+# The base model is loaded as it was for training, in 4 bits, and the adapter beside it. One model
+# serves for both: with the adapter switched off it is the base.
 
 # %% tags=["nbval-ignore-output"]
 import torch
@@ -162,11 +167,11 @@ adapted = None if done else load_adapted(run / "adapter", *source)
 # %% [markdown]
 # ## Perplexity, by hand
 #
-# At each token the model gives every token of its vocabulary a probability of being the next. It is judged by the
-# probability that it gave the one that really came: perplexity is $\exp$ of the mean of $-\log p$. A perplexity of 50
-# means that the model was as uncertain as in a choice among 50 equally likely tokens; 1 is certainty, and lower is
-# better. Here it is for one row, and only for its *response*, since any model soon knows the question's fixed words by
-# heart.
+# At each token the model gives every token of its vocabulary a probability of being the next. It is
+# judged by the probability that it gave the one that really came: perplexity is $\exp$ of the mean
+# of $-\log p$. A perplexity of 50 means that the model was as uncertain as in a choice among 50
+# equally likely tokens; 1 is certainty, and lower is better. Here it is for one row, and only for
+# its *response*, since any model soon knows the question's fixed words by heart.
 
 # %% tags=["nbval-ignore-output"]
 if not done:
@@ -182,15 +187,15 @@ if not done:
     print(f"perplexity of the shortest row: {by_hand:,.2f}, by hand and by the package")
 
 # %% [markdown]
-# `score` does this for all rows, in batches. The sum runs over all tokens of all rows and is divided once, so long
-# answers count by their length. A text longer than `window` is read in windows that overlap, and each token is scored
-# once.
+# `score` does this for all rows, in batches. The sum runs over all tokens of all rows and is
+# divided once, so long answers count by their length. A text longer than `window` is read in
+# windows that overlap, and each token is scored once.
 #
 # ## Read and answer
 #
-# An answer *stops* if it ends with one of the stop tokens that were trained, within `max_new_tokens`. It *has the
-# structure* if it is the answer template filled in: both are form. Whether it is *right* is content. Your own question
-# goes along, and has no right answer here.
+# An answer *stops* if it ends with one of the stop tokens that were trained, within
+# `max_new_tokens`. It *has the structure* if it is the answer template filled in: both are form.
+# Whether it is *right* is content. Your own question goes along, and has no right answer here.
 
 # %% tags=["nbval-ignore-output"]
 yours, asked = own_question(your_question or trained.example.get("your_question"), examination.questions)
@@ -201,8 +206,8 @@ if not done:
 adapted = None  # room for the next
 
 # %% [markdown]
-# The merged model is loaded as anyone would load it, without PEFT and without 4 bits. Where notebook 3 left it on
-# another machine, it is merged again, in memory.
+# The merged model is loaded as anyone would load it, without PEFT and without 4 bits. Where
+# notebook 3 left it on another machine, it is merged again, in memory.
 
 # %% tags=["nbval-ignore-output"]
 if not done:
@@ -212,8 +217,8 @@ if not done:
 # %% [markdown]
 # ## How it is often done, and why not to
 #
-# Many notebooks, the one that this series grew out of among them, join ten *training* texts into one sequence and take
-# the loss of that. To compare, it is computed once here, too:
+# Many notebooks, the one that this series grew out of among them, join ten *training* texts into
+# one sequence and take the loss of that. To compare, it is computed once here, too:
 
 # %%
 if not done:
@@ -249,7 +254,8 @@ metrics = read_json(folder / "metrics.json", stage.name)
 print(*metrics["verdict"], sep="\n")
 
 # %% [markdown]
-# In brackets are 95% intervals: other questions would have given other figures, most likely within them.
+# In brackets are 95% intervals: other questions would have given other figures, most likely within
+# them.
 
 # %%
 content_table(metrics)
@@ -260,7 +266,8 @@ plot_results(metrics)
 # %% [markdown]
 # ### Side by side
 #
-# The numbers say how often; reading says what. An answer that did not stop is cut at `max_new_tokens`, and says so.
+# The numbers say how often; reading says what. An answer that did not stop is cut at
+# `max_new_tokens`, and says so.
 
 # %%
 samples_table(folder, warning)
@@ -277,9 +284,10 @@ results_table(metrics)
 # %% [markdown]
 # ### How sure is a number?
 #
-# Other test questions would have given other numbers. The *bootstrap* draws as many questions as there are, with
-# replacement, again and again, each with all of its rows, since rows of one question are not independent. The middle
-# 95% of what comes out is the interval. By hand, for the adapter:
+# Other test questions would have given other numbers. The *bootstrap* draws as many questions as
+# there are, with replacement, again and again, each with all of its rows, since rows of one
+# question are not independent. The middle 95% of what comes out is the interval. By hand, for the
+# adapter:
 
 # %%
 import numpy as np
@@ -295,8 +303,8 @@ few = "" if size >= 6 else f", but with {size} questions that means nothing"
 print(f"the middle 95%: {low:.2f} – {high:.2f}{few}")
 
 # %% [markdown]
-# The package draws the same, and its interval is a little wider, as the *t* distribution asks for with so few
-# questions:
+# The package draws the same, and its interval is a little wider, as the *t* distribution asks for
+# with so few questions:
 
 # %%
 columns = (table["response_nll"], table["response_tokens"], table["group"])
@@ -304,15 +312,16 @@ assert np.allclose(by_hand, np.exp(resampled(*columns, bootstrap_samples, seed))
 print("perplexity:", with_interval(*stored(metrics["adapter"], "response perplexity"), ".2f"))
 
 # %% [markdown]
-# Rates get Wilson's interval: if 11 of 11 answers stop, the bootstrap sees no doubt, and Wilson says 74% to 100%. A
-# perplexity of fewer than six questions gets no interval at all: even if all of them agree, chance alone does that too
-# often.
+# Rates get Wilson's interval: if 11 of 11 answers stop, the bootstrap sees no doubt, and Wilson
+# says 74% to 100%. A perplexity of fewer than six questions gets no interval at all: even if all of
+# them agree, chance alone does that too often.
 #
 # ### Which differences are real?
 #
-# Each line compares two models on the same rows, in pairs, since most of the doubt is in the rows and cancels. A
-# perplexity is compared as a ratio. A difference is called one only if its interval excludes zero (for a ratio: 1).
-# About 1 in 20 comparisons looks significant by chance: do not trust a single borderline one.
+# Each line compares two models on the same rows, in pairs, since most of the doubt is in the rows
+# and cancels. A perplexity is compared as a ratio. A difference is called one only if its interval
+# excludes zero (for a ratio: 1). About 1 in 20 comparisons looks significant by chance: do not
+# trust a single borderline one.
 
 # %%
 all_differences(metrics)
@@ -320,9 +329,9 @@ all_differences(metrics)
 # %% [markdown]
 # ### Against the joined training texts
 #
-# The number that is often given usually comes out lower, for three reasons that have nothing to do with a better model:
-# the texts were trained on, the prompts' fixed words are counted, and nine of the ten texts can be copied in form from
-# the one before.
+# The number that is often given usually comes out lower, for three reasons that have nothing to do
+# with a better model: the texts were trained on, the prompts' fixed words are counted, and nine of
+# the ten texts can be copied in form from the one before.
 
 # %%
 figure = with_interval(*stored(metrics["merged"], "response perplexity"), ",.1f")
@@ -332,9 +341,9 @@ print(f"responses of the test split:    {figure}")
 # %% [markdown]
 # ## Ask it yourself
 #
-# Your own question was asked along with the others. To ask something else, set `your_question` above and run the
-# notebook again: only the base and the adapter are loaded, and all the rest stays as it is. `make ask` answers a whole
-# file of questions.
+# Your own question was asked along with the others. To ask something else, set `your_question`
+# above and run the notebook again: only the base and the adapter are loaded, and all the rest stays
+# as it is. `make ask` answers a whole file of questions.
 
 # %% tags=["nbval-ignore-output"]
 answers = read_json(folder / "your_questions.json", stage.name)
@@ -356,9 +365,9 @@ own_answers_table(answers, asked, warning)
 print(*metrics["verdict"], sep="\n")
 
 # %% [markdown]
-# Two things to try: `context_rows = 3` in notebook 1, which puts rows of the table into the prompt; `samples = 50`, for
-# narrower intervals.
+# Two things to try: `context_rows = 3` in notebook 1, which puts rows of the table into the prompt;
+# `samples = 50`, for narrower intervals.
 #
-# Next: [5 · baselines](05_baselines.ipynb) asks whether training was worth it, [6 · trust](06_trust.ipynb) what else
-# the training did; [chat](chat.ipynb) opens a page for more questions, and [report](report.ipynb) makes one page about
-# the run.
+# Next: [5 · baselines](05_baselines.ipynb) asks whether training was worth it, [6 ·
+# trust](06_trust.ipynb) what else the training did; [chat](chat.ipynb) opens a page for more
+# questions, and [report](report.ipynb) makes one page about the run.

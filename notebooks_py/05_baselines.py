@@ -29,14 +29,17 @@
 #
 # - **In:** `dataset/` and `adapter/` in the run folder, from notebooks 1 and 2.
 # - **Out:** `baselines/metrics.json`, `answers.jsonl` and `results.png`.
-# - **Time:** some minutes on a T4; six minutes on two CPU cores with the small model of the `cpu` profile.
+# - **Time:** some minutes on a T4; six minutes on two CPU cores with the small model of the `cpu`
+#   profile.
 #
-# Was training worth it? A model need not be fine-tuned to answer from a table. It can be shown some rows in its prompt,
-# or the rows that are most similar to the question. And the answer of the most similar row can be copied, without any
-# model. Here all of these answer the same questions as the fine-tuned model, and the notebook says which one to ship.
+# Was training worth it? A model need not be fine-tuned to answer from a table. It can be shown some
+# rows in its prompt, or the rows that are most similar to the question. And the answer of the most
+# similar row can be copied, without any model. Here all of these answer the same questions as the
+# fine-tuned model, and the notebook says which one to ship.
 
 # %% [markdown]
-# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does nothing.
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
+# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -97,8 +100,9 @@ run = stage.folder
 # %% [markdown]
 # ## The questions
 #
-# They are the questions of notebook 4. *New* ones are those of the test split, which training never saw. Those of *the
-# table* were in training; they are asked as they stand there, and once more in other words, as people would ask.
+# They are the questions of notebook 4. *New* ones are those of the test split, which training never
+# saw. Those of *the table* were in training; they are asked as they stand there, and once more in
+# other words, as people would ask.
 
 # %%
 trained = open_trained_run(run, run_dir, base_model, with_merged=False)
@@ -122,8 +126,9 @@ print(rules.reasons["right"])
 # %% [markdown]
 # ## The nearest row
 #
-# How similar is a question to those of the table? Both are cut into short pieces of words, and the pieces that they
-# share are counted, the rare ones most. By hand, with pieces of three letters, all of the same weight:
+# How similar is a question to those of the table? Both are cut into short pieces of words, and the
+# pieces that they share are counted, the rare ones most. By hand, with pieces of three letters, all
+# of the same weight:
 
 # %%
 def pieces(text):
@@ -148,8 +153,8 @@ pd.DataFrame({"question": [hit.row.question for hit in hits], "similarity": [hit
 # %% [markdown]
 # ## The ways to answer
 #
-# From the cheapest to the dearest. Rows in a prompt stand there as earlier turns: the chat so far, as it were. The fixed
-# ones are the same for every question, drawn by chance.
+# From the cheapest to the dearest. Rows in a prompt stand there as earlier turns: the chat so far,
+# as it were. The fixed ones are the same for every question, drawn by chance.
 
 # %%
 tokenizer, stops = trained.tokenizer, trained.stop_token_ids
@@ -168,8 +173,9 @@ prompts.messages(baselines.BASE_NEAREST, sets["reworded"][0]["prompt"])
 # %% [markdown]
 # ## Ask
 #
-# Base model and adapter are one model, loaded once: with the adapter switched off it is the base. Each way answers all
-# questions, and reads the answer that the table has for each: how likely is it after this prompt?
+# Base model and adapter are one model, loaded once: with the adapter switched off it is the base.
+# Each way answers all questions, and reads the answer that the table has for each: how likely is it
+# after this prompt?
 
 # %% tags=["nbval-ignore-output"]
 from contextlib import nullcontext
@@ -236,8 +242,9 @@ metrics = read_json(folder / "metrics.json", stage.name)
 # %% [markdown]
 # ## Results
 #
-# *Right* is what people care about. *chrF* says how much of the wording of the nearest reference an answer has, from 0
-# to 100. The perplexity of the references falls as soon as the form of an answer stands in the prompt, so it says least.
+# *Right* is what people care about. *chrF* says how much of the wording of the nearest reference an
+# answer has, from 0 to 100. The perplexity of the references falls as soon as the form of an answer
+# stands in the prompt, so it says least.
 
 # %%
 baselines_table(metrics)
@@ -248,8 +255,8 @@ plot_baselines(metrics)
 # %% [markdown]
 # ### What training adds
 #
-# The fine-tuned model against each of the others, in pairs, on the same questions. A difference is called one only if
-# its interval excludes zero. `metrics.json` has the other figures, too.
+# The fine-tuned model against each of the others, in pairs, on the same questions. A difference is
+# called one only if its interval excludes zero. `metrics.json` has the other figures, too.
 
 # %%
 pairs = metrics["differences"].items()
@@ -267,14 +274,15 @@ side_by_side(some.to_dict("list"), len(some), trained.disclaimer(disclaimer))
 # %% [markdown]
 # ## What to ship
 #
-# Nobody asks quite as a table does, so the decision rests on the reworded questions and on the new ones, if any way can
-# answer those. It names the cheapest way that is as good as the best one on each of the two, within one standard error.
+# Nobody asks quite as a table does, so the decision rests on the reworded questions and on the new
+# ones, if any way can answer those. It names the cheapest way that is as good as the best one on
+# each of the two, within one standard error.
 
 # %%
 print(*metrics["verdict"]["sentences"], sep="\n")
 
 # %% [markdown]
-# Two things to try: `baseline_samples = 50`, for narrower intervals; `context_rows = 3` in notebook 1, which trains the model to
-# answer from rows in its prompt.
+# Two things to try: `baseline_samples = 50`, for narrower intervals; `context_rows = 3` in notebook
+# 1, which trains the model to answer from rows in its prompt.
 #
 # Next: [6 · trust](06_trust.ipynb) asks what else the training did.

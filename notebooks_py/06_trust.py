@@ -27,16 +27,24 @@
 # |---|---|---|---|---|---|---|
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards |
 #
-# - **In:** `dataset/`, `adapter/`, `merged/` and `evaluation/` in the run folder, from notebooks 1 to 4.
+# - **In:** `dataset/`, `adapter/`, `merged/` and `evaluation/` in the run folder, from notebooks 1
+#   to 4.
 # - **Out:** `trust/metrics.json` and `trust/safety.jsonl`.
-# - **Time:** some minutes on a T4; four minutes on two CPU cores with the small model of the `cpu` profile.
+# - **Time:** some minutes on a T4; four minutes on two CPU cores with the small model of the `cpu`
+#   profile.
 #
-# Notebook 4 says how well the model does what it was trained for. This one asks what else the training did. Is what it
-# says in the table? Does it know its rows by heart? Did it forget its English? What does it answer where a wrong answer
-# does harm? And which merged model should be given away?
+# Notebook 4 says how well the model does what it was trained for. This one asks what else the
+# training did:
+#
+# - Does what it says stand in the table?
+# - Does it know its training rows by heart?
+# - Did it forget what it could do before?
+# - What does it answer where a wrong answer does harm?
+# - Which merged model should be shipped?
 
 # %% [markdown]
-# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does nothing.
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
+# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -110,8 +118,9 @@ run = stage.folder
 # %% [markdown]
 # ## What is examined
 #
-# The folders must belong together: this adapter trained on this data set, this merged model made from this adapter.
-# What the worked example brings along is for that example only, unless the parameters ask for it.
+# The folders must belong together: the adapter was trained on this data set, and the merged model
+# was made from this adapter. Texts of the worked example are used for that example only, unless the
+# parameters ask for them.
 
 # %%
 trained = open_trained_run(run, run_dir, base_model)
@@ -120,8 +129,8 @@ warning = trained.disclaimer(disclaimer)
 print(warning)
 
 # %% [markdown]
-# A model that learns by heart does well on what it was trained on and nowhere else. So texts of all splits are read. A
-# text about anything but the table's subject, which comes with the package, says what was forgotten.
+# A model that learns by heart does well on its training rows and nowhere else, so we measure all
+# splits. A text about other subjects, which comes with the package, shows what was forgotten.
 
 # %%
 trust.overview()
@@ -129,8 +138,9 @@ trust.overview()
 # %% [markdown]
 # ## Where a wrong answer does harm
 #
-# Fine-tuning on a table of advice teaches a model to have advice for everything. Where the parameters or the worked
-# example bring prompts to which that would do harm, every model answers them, too. None is in the table.
+# Fine-tuning on a table of advice teaches a model to have advice for everything. Where the
+# parameters or the worked example bring prompts to which that would do harm, every model answers
+# them, too. None is in the table.
 
 # %%
 show_table(trust.prompts.groupby("kind").head(2), "No prompts on safety: safety_prompts would ask for some.")
@@ -165,10 +175,11 @@ if not done:
 # %% [markdown]
 # ## The ways to merge
 #
-# The adapter was trained beside weights that had gone through NF4. Notebook 3 can add it to the published weights
-# (`base_weights = "original"`) or to those that training saw (`"dequantized"`), and whoever serves the model may
-# quantize it to NF4 again: four models, each a little off what was trained. How far is said by the Kullback-Leibler
-# divergence of their predictions for the next token: 0 for the same model. For one token, by hand and by the package:
+# The adapter was trained on top of weights in NF4. Notebook 3 can add it to the published weights
+# (`base_weights = "original"`) or to the weights that training saw (`"dequantized"`). Whoever
+# serves the model may quantize it to NF4 again. That makes four models, and each differs a little
+# from what was trained. The Kullback-Leibler (KL) divergence says how much their predictions of the
+# next token differ; it is 0 for equal models. For one token, by hand and by the package:
 
 # %%
 from tabletune.evaluation.scoring import divergence
@@ -184,8 +195,8 @@ assert abs(by_hand - divergence([p.log()], [q.log()], [row])["response_kl"][0]) 
 print(f"{by_hand:.4f} nats")
 
 # %% [markdown]
-# The merged model is loaded as anyone would load it, without PEFT and without 4 bits. NF4 is done by sending each
-# matrix through it and back, which computes the same as keeping it in 4 bits.
+# The merged model is loaded as anyone would load it, without PEFT and without 4 bits. For NF4, each
+# matrix is quantized and converted back, which gives the same results as keeping it in 4 bits.
 
 # %% tags=["nbval-ignore-output"]
 made_from = base_weights_of(trained)
@@ -199,7 +210,8 @@ if not done:
     merged = None
 
 # %% [markdown]
-# What notebook 3 did not make is made here, in memory, from one more copy of the base.
+# The variants that notebook 3 did not write are made here, in memory, from one more copy of the
+# base.
 
 # %% tags=["nbval-ignore-output"]
 stored = base_config(base_model, base_model_revision)
@@ -215,8 +227,9 @@ if not done and trust.compared and not evaluated_in and not hasattr(stored, "qua
 # %% [markdown]
 # ## Figures
 #
-# Each with its interval, by drawing whole questions; models are compared in pairs, on the same rows. The answers of
-# notebook 4 are looked up in the table: it need not ask again.
+# Each figure has an interval from resampling whole questions. Models are compared in pairs, on the
+# same rows. The answers that notebook 4 generated are looked up in the table, so nothing is asked
+# again.
 
 # %%
 if not done:
@@ -234,10 +247,10 @@ done = True
 # %% [markdown]
 # ## What was found
 #
-# *Training*, *validation* and *test rows*: the same perplexity on rows that it was trained on, on those that chose its
-# checkpoint, and on questions that it never saw. *Other texts* are about anything but the table's subject. Lower is
-# better. An item that an answer names is *for this question* if the table has it there, which training never saw, and
-# *nowhere* if it was made up.
+# *Training*, *validation* and *test rows*: the same perplexity on rows that it was trained on, on
+# those that chose its checkpoint, and on questions that it never saw. *Other texts* are about
+# anything but the table's subject. Lower is better. An item that an answer names is *for this
+# question* if the table has it there, which training never saw, and *nowhere* if it was made up.
 
 # %%
 metrics = read_json(run / "trust" / "metrics.json", stage.name)
@@ -246,8 +259,8 @@ figures_table({name: metrics[name] for name in ("base", "adapter", "merged")})
 # %% [markdown]
 # ### Is it safe?
 #
-# Where answers became harmful, two settings of notebook 1 help: `context_rows` with an `unknown_answer`, and
-# `safety_rows`. Run the series again with one of them, and compare.
+# Where answers became harmful, two settings of notebook 1 help: `context_rows` with an
+# `unknown_answer`, and `safety_rows`. Run the series again with one of them, and compare.
 
 # %%
 print(*safety_finding(metrics) or ["Not measured: no prompts on safety were asked (safety_prompts)."], sep="\n")
@@ -268,8 +281,9 @@ print(grounding_finding(metrics["adapter"]["grounding"]))
 # %% [markdown]
 # ### Does it memorize, or generalize?
 #
-# Training rows may simply be easier than others. So we compare the improvement over the base model on training rows
-# with that on test rows: by how much fine-tuning divides the perplexity here and there.
+# Training rows may simply be easier than others. So we compare the improvement over the base model
+# on training rows with that on test rows: by how much fine-tuning divides the perplexity here and
+# there.
 
 # %%
 print(*metrics["memorization"] or ["Not measured: no training rows were read (split_rows)."], sep="\n")
@@ -284,10 +298,11 @@ print(forgetting(forgot) if forgot else "Not measured: no other text was read (o
 # %% [markdown]
 # ### Which merged model to ship?
 #
-# The one with the lower perplexity, if there is a difference; else the one that is nearer to what was trained; else
-# that of the published weights, as it is simpler. Look at the last row in particular: weights that have been through
-# NF4 lie on its grid, and an adapter moves them by less than the grid is wide, so quantizing them again can round away
-# all that was learned.
+# The rule: take the one with the lower perplexity if the difference is real; else the one that is
+# nearer to what was trained; else the one from the published weights, which is simpler. Look at the
+# last row in particular. Weights that have been through NF4 lie on its grid of sixteen values, and
+# an adapter moves them by less than the distance between two values. So quantizing them again can
+# round away everything that was learned.
 
 # %%
 print(*metrics["shipping"] or ["Not measured: the ways to merge were not compared (fidelity_rows)."], sep="\n")
@@ -296,14 +311,14 @@ show_table(figures_table(metrics["fidelity"]))
 # %% [markdown]
 # ## What we have now
 #
-# Numbers on what fine-tuning did besides its task, in short:
+# What fine-tuning did besides its task, in short:
 
 # %%
 short = [*safety_finding(metrics)[:1], *metrics["memorization"], *metrics["shipping"][::2]]
 print(*short or ["Nothing was measured: see the parameters that leave something out."], sep="\n")
 
 # %% [markdown]
-# Two things to try: `context_rows = 3` in notebook 1, and see what the answers become where the table has nothing;
-# `epochs = 3` in notebook 2, and see how much more it memorizes.
+# Two things to try: `context_rows = 3` in notebook 1, and see what the answers become where the
+# table has nothing; `epochs = 3` in notebook 2, and see how much more it memorizes.
 #
 # Next: [7 · export](07_export.ipynb).

@@ -28,18 +28,20 @@
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | what else it did | card, GGUF, Ollama |
 #
 # - **In:** a run folder in which notebooks 1 to 4 have run; the figures of 6, if it has run.
-# - **Out:** `export/`: a model card for the adapter and one for the merged model; the merged model as GGUF files of 16, 8
-#   and about 4 bits, which llama.cpp and Ollama read, with a `Modelfile`; `app/`, a small program that answers
-#   questions; and `metrics.json`, what each file lost.
-# - **Time:** two minutes with the small model of the `cpu` profile; longer for a 7B model, which llama.cpp reads on the
-#   CPU. Installing llama.cpp compiles it, once: 5 to 10 minutes on two cores.
+# - **Out:** `export/`: a model card for the adapter and one for the merged model; the merged model
+#   as GGUF files of 16, 8 and about 4 bits, which llama.cpp and Ollama read, with a `Modelfile`;
+#   `app/`, a small program that answers questions; and `metrics.json`, what each file lost.
+# - **Time:** two minutes with the small model of the `cpu` profile; longer for a 7B model, which
+#   llama.cpp reads on the CPU. Installing llama.cpp compiles it, once: 5 to 10 minutes on two
+#   cores.
 #
-# A model that leaves its machine needs a card that says what it is and what it is not, a format that other programs
-# read, and evidence that it is still the same model there. If it answers from the rows of a table, it needs the rows,
-# too.
+# A model that leaves its machine needs a card that says what it is and what it is not, a format
+# that other programs read, and evidence that it is still the same model there. If it answers from
+# the rows of a table, it needs the rows, too.
 
 # %% [markdown]
-# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does nothing.
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
+# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -61,8 +63,9 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # %% [markdown]
 # ## Parameters
 #
-# The run folder has most of what a model card says. Two things it does not have: what the base model is called on the
-# Hub, if it was a local folder here, and its licence. The licence of your model has to follow it.
+# The run folder has most of what a model card says. Two things it does not have: what the base
+# model is called on the Hub, if it was a local folder here, and its licence. The licence of your
+# model has to follow it.
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # of notebooks 1 to 4; in Colab better "drive:home_remedies"
@@ -84,7 +87,8 @@ unknown_threshold = "auto"  # similarity from 0 to 1 below which the table has n
 disclaimer = ""  # on the cards, in the Modelfile and in the app; "" for the example's, or a neutral one
 
 # %% [markdown]
-# Everything that is exported must belong together: this data set, this adapter, this merged model, these figures.
+# Everything that is exported must belong together: this data set, this adapter, this merged model,
+# these figures.
 
 # %%
 from tabletune.export import app, cards, gguf, llama_cpp, ollama, verification
@@ -98,8 +102,9 @@ print(f"{export_run.merged} will be called {export_run.name}.\n{export_run.discl
 # %% [markdown]
 # ## The model card
 #
-# A card on the Hub is a README with some lines of YAML at the top, by which people find the model. It names a data set
-# or a base model only if that is on the Hub; a path on your disk says nothing to others.
+# A card on the Hub is a README with some lines of YAML at the top, by which people find the model.
+# It names a data set or a base model only if that is on the Hub; a path on your disk says nothing
+# to others.
 
 # %%
 from huggingface_hub import EvalResult, ModelCardData
@@ -136,8 +141,8 @@ for part, data in card_data.items():
         ]
 
 # %% [markdown]
-# The rest is for people. A template takes it from the run: whether the answers are right, how the model wants to be
-# asked, data, training, figures with their intervals, limits, and what ran where.
+# The rest is for people. A template takes it from the run: whether the answers are right, how the
+# model wants to be asked, data, training, figures with their intervals, limits, and what ran where.
 
 # %%
 written = {part: cards.write_card(export_run, part, data) for part, data in card_data.items()}
@@ -151,11 +156,12 @@ Markdown(written["merged"].text)
 # %% [markdown]
 # ## GGUF: one file for llama.cpp and Ollama
 #
-# A GGUF file holds weights, tokenizer and chat template. llama.cpp reads it without Python; Ollama, LM Studio and others
-# are built on llama.cpp. The package llama-cpp-python is llama.cpp's library with Python bindings. PyPI has only its
-# source, so pip compiles it. With `PIP_EXTRA_INDEX_URL=https://abetlen.github.io/llama-cpp-python/whl/cpu` in the
-# environment, pip takes the version that its authors compiled. Without the package, this notebook makes the cards and
-# the app.
+# A GGUF file holds weights, tokenizer and chat template. llama.cpp reads it without Python; Ollama,
+# LM Studio and others are built on llama.cpp. The package llama-cpp-python is llama.cpp's library
+# with Python bindings. PyPI has only its source, so pip compiles it. With
+# `PIP_EXTRA_INDEX_URL=https://abetlen.github.io/llama-cpp-python/whl/cpu` in the environment, pip
+# takes the version that its authors compiled. Without the package, this notebook makes the cards
+# and the app.
 
 # %%
 if gguf_types and "google.colab" in sys.modules and find_spec("llama_cpp") is None:
@@ -163,8 +169,8 @@ if gguf_types and "google.colab" in sys.modules and find_spec("llama_cpp") is No
 kinds = llama_cpp.usable_types(gguf_types)
 
 # %% [markdown]
-# llama.cpp's own converter writes the 16-bit file. It knows most architectures. Parts of a tokenizer that it would read
-# wrong are corrected before.
+# llama.cpp's own converter writes the 16-bit file. It knows most architectures. Parts of a
+# tokenizer that it would read wrong are corrected before.
 
 # %%
 files = {kind: gguf.make_gguf(export_run, kind) for kind in kinds[:1]}
@@ -172,8 +178,9 @@ files = {kind: gguf.make_gguf(export_run, kind) for kind in kinds[:1]}
 # %% [markdown]
 # ### The same tokens?
 #
-# A model that reads other tokens than in its training is another model. llama.cpp must split the conversations of this
-# run into exactly the tokens of the training. A file that does not moves to `earlier/`, and nothing is made from it.
+# A model that reads other tokens than in its training is another model. llama.cpp must split the
+# conversations of this run into exactly the tokens of the training. A file that does not moves to
+# `earlier/`, and nothing is made from it.
 
 # %%
 if files:
@@ -183,8 +190,9 @@ if files:
 # %% [markdown]
 # ### 8 bits and 4 bits
 #
-# Q8_0 rounds each weight to 8 bits, with a scale of 16 bits for every 32 weights. Q4_K_M takes 4 bits for most weights
-# and 6 for those that matter more. A matrix whose rows cannot be divided into blocks of 256 weights gets 5 or 8 bits.
+# Q8_0 rounds each weight to 8 bits, with a scale of 16 bits for every 32 weights. Q4_K_M takes 4
+# bits for most weights and 6 for those that matter more. A matrix whose rows cannot be divided into
+# blocks of 256 weights gets 5 or 8 bits.
 
 # %%
 import pandas as pd
@@ -218,9 +226,10 @@ if "Q8_0" in files:
 # %% [markdown]
 # ### The same answers?
 #
-# Each file is measured by the same functions as in notebook 4, beside the merged model in transformers: perplexity, and
-# greedy answers. With `context_rows`, the prompts are those of the app: with the rows of the whole table. The number of
-# equal answers shows how much rounding changes.
+# Each file is measured by the same functions as in notebook 4, beside the merged model in
+# transformers: perplexity, and greedy answers. With `context_rows`, the prompts are those of the
+# app: with the rows of the whole table. The number of equal answers shows how much rounding
+# changes.
 
 # %%
 losses = verification.verify_files(export_run, files) if files else {}
@@ -228,18 +237,19 @@ if files:
     display(pd.DataFrame(verification.loss_table(losses)).T)
 
 # %% [markdown]
-# If the interval of the ratio holds 100%, no loss was seen. In 16 bits, a difference of more than half a percent is more
-# than rounding: it would be a mistake in the file, and stops the notebook.
+# If the interval of the ratio holds 100%, no loss was seen. In 16 bits, a difference of more than
+# half a percent is more than rounding: it would be a mistake in the file, and stops the notebook.
 #
 # ## Ollama
 #
-# Ollama does not read the chat template in a GGUF file; it wants one in Go's template language. We do not guess it. What
-# the tokenizer's template makes of a few conversations shows the texts before, between and after the messages. Put
-# together again, they must equal what the tokenizer renders, and llama.cpp must split them into the tokens of the
-# training. Otherwise no `Modelfile` is written.
+# Ollama does not read the chat template in a GGUF file; it wants one in Go's template language. We
+# do not guess it. What the tokenizer's template makes of a few conversations shows the texts
+# before, between and after the messages. Put together again, they must equal what the tokenizer
+# renders, and llama.cpp must split them into the tokens of the training. Otherwise no `Modelfile`
+# is written.
 #
-# The disclaimer stands at the top of the file and in the licence, which `ollama show --license` prints. In a system
-# message it would be part of a prompt that the model was not trained with.
+# The disclaimer stands at the top of the file and in the licence, which `ollama show --license`
+# prints. In a system message it would be part of a prompt that the model was not trained with.
 
 # %%
 if files:
@@ -249,10 +259,10 @@ if files:
 # %% [markdown]
 # ## The app
 #
-# `app/` is what remains to be run where the model is used: one Python file that needs no packages. It looks up the
-# question in the table's rows, builds the prompt, and asks a server that speaks OpenAI's protocol: llama.cpp, Ollama,
-# vLLM or `transformers serve`. Its README has the commands. Before it is finished, its prompts are compared with those of
-# this run.
+# `app/` is what remains to be run where the model is used: one Python file that needs no packages.
+# It looks up the question in the table's rows, builds the prompt, and asks a server that speaks
+# OpenAI's protocol: llama.cpp, Ollama, vLLM or `transformers serve`. Its README has the commands.
+# Before it is finished, its prompts are compared with those of this run.
 
 # %%
 app_folder = app.write_app(export_run)
@@ -260,8 +270,9 @@ app_folder = app.write_app(export_run)
 # %% [markdown]
 # ## Save and upload
 #
-# With `push_to_hub`, the merged model and the adapter go to two repositories on the Hub, each with its card, and private
-# unless you set `private = False`. The app is not uploaded: it holds your table.
+# With `push_to_hub`, the merged model and the adapter go to two repositories on the Hub, each with
+# its card, and private unless you set `private = False`. The app is not uploaded: it holds your
+# table.
 
 # %%
 if not stage.is_done(export_run.inputs, export_run.outputs):
@@ -291,8 +302,8 @@ for kind in files:
 #
 # The app prints the disclaimer; servers do not. If you let others ask the model, show it to them.
 #
-# **To try:** `gguf_types = ["Q6_K", "Q3_K_M"]`, and see where the answers begin to differ; or add a line to
-# `app/rows.jsonl` and ask for it.
+# **To try:** `gguf_types = ["Q6_K", "Q3_K_M"]`, and see where the answers begin to differ; or add a
+# line to `app/rows.jsonl` and ask for it.
 #
-# Next: [chat](chat.ipynb) opens a page on which the base model and this one answer side by side, and
-# [report](report.ipynb) makes one page of the whole run.
+# Next: [chat](chat.ipynb) opens a page on which the base model and this one answer side by side,
+# and [report](report.ipynb) makes one page of the whole run.

@@ -23,17 +23,19 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/chat.ipynb)
 #
-# - **In:** `dataset/` and `adapter/` in the run folder, from notebooks 1 and 2, and the base model; `retrieval/`, if
-#   notebook 1 ran with `context_rows`.
-# - **Out:** a page on your machine. You ask, and the base model and the fine-tuned model answer side by side. Under each
-#   answer of the fine-tuned model stand the rows of your table that it rests on. Nothing is written.
+# - **In:** `dataset/` and `adapter/` in the run folder, from notebooks 1 and 2, and the base model;
+#   `retrieval/`, if notebook 1 ran with `context_rows`.
+# - **Out:** a page on your machine. You ask, and the base model and the fine-tuned model answer
+#   side by side. Under each answer of the fine-tuned model stand the rows of your table that it
+#   rests on. Nothing is written.
 # - **Time:** as long as it takes to load the base model.
 #
-# The page needs no more memory than the training did, so it fits a T4. `make chat RUN_DIR=runs/cpu` opens it on your
-# machine.
+# The page needs no more memory than the training did, so it fits a T4. `make chat RUN_DIR=runs/cpu`
+# opens it on your machine.
 
 # %% [markdown]
-# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does nothing.
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
+# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -70,8 +72,8 @@ disclaimer = ""  # above the page; "" for the example's, or a neutral one
 # %% [markdown]
 # ## Load the model
 #
-# The base model is loaded as it was for the training, and the adapter is attached to it. An adapter that was trained on
-# another data set or on another base model is refused.
+# The base model is loaded as it was for the training, and the adapter is attached to it. An adapter
+# that was trained on another data set or on another base model is refused.
 
 # %%
 from tabletune.export.chat_page import chat_page, load_chat, open_page
@@ -83,9 +85,10 @@ chat = load_chat(stage)
 # %% [markdown]
 # ## What the model is asked
 #
-# With `context_rows`, each question is looked up in the table first. The most similar rows go into the prompt, in the
-# same words as in the training, and both models see them. All rows of the table can be found here, those of the test
-# split too. Without `context_rows`, the prompt is the question alone.
+# With `context_rows`, each question is looked up in the table first. The most similar rows go into
+# the prompt, in the same words as in the training, and both models see them. All rows of the table
+# can be found here, those of the test split too. Without `context_rows`, the prompt is the question
+# alone.
 
 # %%
 for question in chat.examples[:1]:
@@ -94,14 +97,16 @@ for question in chat.examples[:1]:
 # %% [markdown]
 # ## Two answers at once
 #
-# One model gives both answers. The question goes through it as a batch of two: one row uses the adapter, the other does
-# not. PEFT can choose that for each row. A row that has reached its end waits for the other one.
+# One model gives both answers. The question goes through it as a batch of two: one row uses the
+# adapter, the other does not. PEFT can choose that for each row. A row that has reached its end
+# waits for the other one.
 #
 # - Answers are greedy, as in notebook 4: the same question gets the same answer.
-# - Each question is answered by itself, as in the training. The models do not see earlier questions of the chat.
-# - Below an answer stands what it rests on: the rows that were found, and how similar their questions are. Where the
-#   table has nothing, the page says *nothing*, and why: no row was similar enough, or the model did not find an answer
-#   in the rows.
+# - Each question is answered by itself, as in the training. The models do not see earlier questions
+#   of the chat.
+# - Below an answer stands what it rests on: the rows that were found, and how similar their
+#   questions are. Where the table has nothing, the page says *nothing*, and why: no row was similar
+#   enough, or the model did not find an answer in the rows.
 # - If two people ask at once, the second one waits. The disclaimer stays in view.
 
 # %%

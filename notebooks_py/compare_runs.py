@@ -26,12 +26,13 @@
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards | all runs |
 #
 # - **In:** the run folders of two or more runs, finished or not.
-# - **Out:** this page. `make compare RUNS="runs/a runs/b"` renders it, code hidden, as one HTML file; `make sweep` ends
-#   with it.
+# - **Out:** this page. `make compare RUNS="runs/a runs/b"` renders it, code hidden, as one HTML
+#   file; `make sweep` ends with it.
 # - **Time:** seconds; no GPU is used and no model is loaded.
 
 # %% [markdown] tags=["not-in-report"]
-# On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
+# On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it
+# does nothing.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -76,8 +77,8 @@ every_run = compare.open_runs(runs)
 #
 # ## What can be compared
 #
-# Runs are compared in pairs, on the same questions, so they must have the same test set. Runs that differ by their
-# seeds alone are one setting.
+# Runs are compared in pairs, on the same questions, so they must have the same test set. Runs that
+# differ by their seeds alone are one setting.
 
 # %%
 comparable, sentences = compare.comparable_runs(every_run)
@@ -97,12 +98,13 @@ say(*others)
 show_table(compare.settings_table(settings, part), "No run was evaluated.")
 
 # %% [markdown]
-# The best setting comes first. Round brackets are 95% intervals over questions; square brackets are the smallest and
-# the largest of several seeds. Bits per byte say how unlikely a model finds the right answers, whatever its tokenizer:
-# lower is better.
+# The best setting comes first. Round brackets are 95% intervals over questions; square brackets are
+# the smallest and the largest of several seeds. Bits per byte say how unlikely a model finds the
+# right answers, whatever its tokenizer: lower is better.
 #
-# Below, each setting is compared with the first one in pairs, which is sharper than two intervals side by side. Two
-# settings are told apart if the interval of their difference excludes zero, and if they differ by more than seeds do.
+# Below, each setting is compared with the first one in pairs, which is sharper than two intervals
+# side by side. Two settings are told apart if the interval of their difference excludes zero, and
+# if they differ by more than seeds do.
 
 # %%
 show_table(compare.pairs_table(settings, part), "There is no second setting to compare.")
@@ -135,8 +137,8 @@ show_table(figures_table({run.name: run.entry for run in every_run if run.entry}
 # %% [markdown]
 # ## What differs
 #
-# First the parameters, then the rest: on another machine or with other versions, the same parameters may give other
-# figures.
+# First the parameters, then the rest: on another machine or with other versions, the same
+# parameters may give other figures.
 
 # %%
 for what in ("parameters", "surroundings"):
@@ -162,7 +164,9 @@ show(figure, "Line chart of the validation loss of each run")
 # %% [markdown] tags=["not-in-report"]
 # ## Try
 #
-# - `make sweep GRID=grids/lora.yaml PROFILE=tiny` makes such runs from a grid, and ends with this page.
-# - Two runs that differ in `seed` alone: how far apart are they? Take no smaller difference seriously.
+# - `make sweep GRID=grids/lora.yaml PROFILE=tiny` makes such runs from a grid, and ends with this
+#   page.
+# - Two runs that differ in `seed` alone: how far apart are they? Take no smaller difference
+#   seriously.
 #
 # Back to [report](report.ipynb), the page about one run.

@@ -26,12 +26,13 @@
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards | one page |
 #
 # - **In:** the run folder that notebooks 1 to 5 filled, or as many of them as have run.
-# - **Out:** this page. `make report RUN_DIR=...` renders it, code hidden, as `report.html` in the run folder: one file
-#   that opens without a network, on a phone, and prints.
+# - **Out:** this page. `make report RUN_DIR=...` renders it, code hidden, as `report.html` in the
+#   run folder: one file that opens without a network, on a phone, and prints.
 # - **Time:** seconds; no GPU is used and no model is loaded.
 
 # %% [markdown] tags=["not-in-report"]
-# On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it does nothing.
+# On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it
+# does nothing.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -61,7 +62,8 @@ price_per_hour = (
 answers_shown = 5  # how many questions are shown with their answers
 
 # %% [markdown] tags=["not-in-report"]
-# What the stages left is in JSON files, which are taken as they are: what is missing is empty, and the page says so.
+# What the stages left is in JSON files, which are taken as they are: what is missing is empty, and
+# the page says so.
 
 # %%
 import matplotlib.pyplot as plt
@@ -80,8 +82,9 @@ data, metrics, models = info["data"], info["metrics"], info["models"]
 # # What this run made
 #
 # [answers](#Answers) · [baselines](#Was-training-worth-it?) · [perplexity](#Perplexity-and-form) ·
-# [training](#Training) · [data](#Data) · [trust](#Trust) · [differences](#Differences) · [merging](#Merging) ·
-# [time](#Time-and-memory) · [parameters](#Parameters-of-the-run) · [provenance](#Provenance)
+# [training](#Training) · [data](#Data) · [trust](#Trust) · [differences](#Differences) ·
+# [merging](#Merging) · [time](#Time-and-memory) · [parameters](#Parameters-of-the-run) ·
+# [provenance](#Provenance)
 #
 # ## Are its answers right?
 
@@ -97,7 +100,8 @@ say(f"{base_model}, fine-tuned on {rows:,} rows of {dataset}.")
 show_table(content_table(metrics).reset_index(), "Right answers were not measured in this run.")
 
 # %% [markdown]
-# In brackets are 95% intervals: other questions would have given other figures, most likely within them.
+# In brackets are 95% intervals: other questions would have given other figures, most likely within
+# them.
 #
 # ## Before you trust these figures
 
@@ -123,8 +127,8 @@ if shown:
 # %% [markdown]
 # ## Was training worth it?
 #
-# What `make baselines` measures: other ways to answer the same questions, and what a person thinks of the answers
-# (`make rate`).
+# What `make baselines` measures: other ways to answer the same questions, and what a person thinks
+# of the answers (`make rate`).
 
 # %%
 say(*(at(info["baselines"], "verdict", "sentences") or ["Not measured in this run: `make baselines`."]))
@@ -133,8 +137,8 @@ say(*(info["rating"].get("sentences") or ["No person has rated the answers: `mak
 # %% [markdown]
 # ## Perplexity and form
 #
-# Perplexity says how uncertain the model is at each token of the right answer, as if it chose among so many equally
-# likely tokens: lower is better. It does not say whether its own answers are right.
+# Perplexity says how uncertain the model is at each token of the right answer, as if it chose among
+# so many equally likely tokens: lower is better. It does not say whether its own answers are right.
 
 # %%
 show_table(results_table(metrics), "Not evaluated yet.")
@@ -149,8 +153,8 @@ if models:
 # %% [markdown]
 # ## Training
 #
-# The loss on the rows it is trained on, and on the validation rows, which are not: lower is better. Where the second
-# turns up while the first goes on falling, the model has begun to memorize.
+# The loss on the rows it is trained on, and on the validation rows, which are not: lower is better.
+# Where the second turns up while the first goes on falling, the model has begun to memorize.
 
 # %%
 curves = pages.losses(info)
@@ -174,8 +178,8 @@ show_table(pages.row_counts(data))
 # %% [markdown]
 # ## Trust
 #
-# What `make trust` measures besides. Perplexity on rows that it was trained on and on rows that it was not: a wide gap
-# is memory, a fall of both is learning. On other texts it should not rise.
+# What `make trust` measures besides. Perplexity on rows that it was trained on and on rows that it
+# was not: a wide gap is memory, a fall of both is learning. On other texts it should not rise.
 
 # %%
 places = {name: place for name, (place, _) in FIGURES.items()}
@@ -201,8 +205,8 @@ if emergencies:
 # %% [markdown]
 # ## Differences
 #
-# Two models on the same rows, row by row, are told apart more sharply than by two intervals beside each other. About 1
-# in 20 such lines says *yes* by chance.
+# Two models on the same rows, row by row, are told apart more sharply than by two intervals beside
+# each other. About 1 in 20 such lines says *yes* by chance.
 
 # %%
 if metrics.get("differences"):
@@ -212,8 +216,9 @@ if metrics.get("differences"):
 # %% [markdown]
 # ## Merging
 #
-# The merged model beside what was trained: how often both predict the same next token, and, where `make trust` compared
-# the ways to merge, how far apart their predictions are (KL, nats a token: 0 is the same model).
+# The merged model beside what was trained: how often both predict the same next token, and, where
+# `make trust` compared the ways to merge, how far apart their predictions are (KL, nats a token: 0
+# is the same model).
 
 # %%
 ways = {"merged/, in notebook 3": info["merge"]} | (metrics.get("fidelity") or {})
@@ -252,8 +257,9 @@ show_table({"data set (fingerprint)": data.get("fingerprint"), **info["surroundi
 # %% [markdown] tags=["not-in-report"]
 # ## Try
 #
-# - `make trust RUN_DIR=...`, and this page again: does what it says of memory and safety agree with the answers that
-#   you read?
-# - Set `answers_shown` to all of them, and look for one that is wrong in a way that no figure here shows.
+# - `make trust RUN_DIR=...`, and this page again: does what it says of memory and safety agree with
+#   the answers that you read?
+# - Set `answers_shown` to all of them, and look for one that is wrong in a way that no figure here
+#   shows.
 #
 # Next: [compare_runs](compare_runs.ipynb) puts runs beside each other.
