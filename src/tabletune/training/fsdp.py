@@ -1,21 +1,29 @@
-"""A model that is too large for each of several GPUs: shared out over them (FSDP), each layer
-gathered in its turn.
-"""
+"""A model that is too large for each of several GPUs: each keeps a part of every layer (FSDP)."""
 
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch.distributed.fsdp import FSDPModule
-from transformers import TrainerCallback
+from transformers import (
+    PreTrainedConfig,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from tabletune.errors import StageError
 from tabletune.model.compat import gather_in_compute_stream
 
 
-def check_sharding(config, base_model, optim, unsharded_gib):
+def check_sharding(
+    config: PreTrainedConfig, base_model: str, optim: str, unsharded_gib: float
+) -> None:
     """Raise StageError if a model of this config cannot be sharded here; else let the CPU quantize
     with all its cores.
 
@@ -26,7 +34,8 @@ def check_sharding(config, base_model, optim, unsharded_gib):
     stored = (getattr(config, "quantization_config", None) or {}).get("bnb_4bit_quant_storage")
     if stored not in (None, "float32"):
         raise StageError(
-            f"{base_model} stores its 4-bit weights as {stored}, which FSDP cannot shard. Take one in 16 bits, or in "
+            f"{base_model} stores its 4-bit weights as {stored}, which FSDP cannot shard. Take one "
+            "in 16 bits, or in "
             "4 bits stored as float32."
         )
     if any(name in optim for name in ("paged", "bit", "bnb")):
@@ -36,7 +45,8 @@ def check_sharding(config, base_model, optim, unsharded_gib):
     read = 0 if stored else unsharded_gib * int(os.environ["LOCAL_WORLD_SIZE"])
     if read > (free := psutil.virtual_memory().available / 2**30):
         raise StageError(
-            f"Reading the model takes {read:.1f} GiB of RAM before it is sharded; {free:.1f} GiB are free."
+            f"Reading the model takes {read:.1f} GiB of RAM before it is sharded; {free:.1f} GiB "
+            "are free."
         )
     # `accelerate launch` leaves each process one thread, and the CPU has billions of weights to
     # quantize
@@ -58,18 +68,28 @@ class ShardedTraining(TrainerCallback):
     for ever.
     """
 
-    def on_train_begin(self, args, state, control, model, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Have each sharded layer ask for the next one ahead of time."""
         gather_in_compute_stream(model)
-        for unit, following in pairwise(
-            module for module in model.modules() if isinstance(module, FSDPModule)
-        ):
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for unit, following in pairwise(units):
             unit.set_modules_to_forward_prefetch([following])
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the folder of the checkpoint that is going to be saved."""
         Path(args.output_dir, f"checkpoint-{state.global_step}").mkdir(parents=True, exist_ok=True)
 
 
-def shard(trainer, model, dtype):
+def shard(trainer: Trainer, model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Make a trainer ready to shard its model: gathered as it is stored, computing in `dtype` like
     a whole one.
 

@@ -1,14 +1,17 @@
 """What is left of a training: metrics, loss curves, the adapter."""
 
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, Trainer
+
 from tabletune.chat.tokenizer import save_tokenizer
 from tabletune.run.files import archive, atomic_write, write_json
 from tabletune.run.hub import upload_result
 from tabletune.run.machine import peak_memory_gib
+from tabletune.run.stage import Stage
 
-# --- what is left of it
 
-
-def base_model_loss(trainer):
+def base_model_loss(trainer: Trainer) -> float:
     """The validation loss of the untouched base, in nats a token: that of the model with its
     adapter switched off.
     """
@@ -19,7 +22,9 @@ def base_model_loss(trainer):
     return loss
 
 
-def training_metrics(trainer, tokens_an_epoch, examples, before):
+def training_metrics(
+    trainer: Trainer, tokens_an_epoch: int, examples: int, before: float
+) -> dict[str, Any]:
     """The content of `training/metrics.json`: steps, tokens without padding, seconds, losses in
     nats a token.
     """
@@ -56,7 +61,14 @@ def training_metrics(trainer, tokens_an_epoch, examples, before):
     }
 
 
-def save_training(stage, trainer, metrics, tokenizer, stops, inputs):
+def save_training(
+    stage: Stage,
+    trainer: Trainer,
+    metrics: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    stops: list[int],
+    inputs: dict[str, Any],
+) -> None:
     """Write `training/`, `adapter/` with its tokenizer, its stops and its provenance, and the entry
     in the manifest.
 

@@ -48,15 +48,18 @@ def free_memory() -> None:
 class TokenTrainer(SFTTrainer):
     """SFTTrainer whose losses are those of a token, for a model with an adapter.
 
-    - transformers' validation loss is a mean over batches, each counted by its rows: the same adapter
-      got 6.22 in batches of 1 and 6.44 in batches of 16. Here each batch counts by its tokens in the
-      loss.
+    - transformers' validation loss is a mean over batches, each counted by its rows: the same
+    adapter
+      got 6.22 in batches of 1 and 6.44 in batches of 16. Here each batch counts by its tokens in
+      the loss.
     - SFTTrainer's own metrics count padding, and wait for the GPU at each step. They are left out:
       the loss is computed by its parent class, Trainer. `num_input_tokens_seen` counts no padding,
       and waits for the GPU only when it is logged.
     - The adapter is trained in fp32: TRL casts that of a 4-bit model to bf16, and a T4's fp16
-      gradient scaler fails with bf16 at the first step (https://github.com/huggingface/trl/issues/4901).
-    - On a CPU the 4-bit weights are unpacked once, if there is room: every step would do that again,
+      gradient scaler fails with bf16 at the first step
+      (https://github.com/huggingface/trl/issues/4901).
+    - On a CPU the 4-bit weights are unpacked once, if there is room: every step would do that
+    again,
       with the same numbers.
     - Liger's fused loss is switched on after SFTTrainer is made: TRL from 1.10 on replaces it by a
       fused output layer of its own, which is slower with the metrics that belong to it.

@@ -118,7 +118,8 @@ def check_options(params: dict[str, Any]) -> None:
     for logger in loggers:
         if logger not in ("none", "all", *get_available_reporting_integrations()):
             raise StageError(
-                f"report_to={logger}: there is no such package here. Install it, or take another one."
+                f"report_to={logger}: there is no such package here. Install it, or take another "
+                "one."
             )
     initialization = str(params["lora_options"].get("init_lora_weights"))
     if initialization.startswith(CHANGES_BASE) and params["quantization"] != "none":
@@ -181,7 +182,8 @@ def check_training_options(params: dict[str, Any]) -> None:
         missing = "a metric_for_best_model"
     if missing:
         raise StageError(
-            f"early_stopping_patience needs {missing}, of which training_options leave none. Set it "
+            f"early_stopping_patience needs {missing}, of which training_options leave none. Set "
+            "it "
             "to 0."
         )
 
@@ -212,7 +214,8 @@ def targets_to_adapt(params: dict[str, Any], model: PreTrainedModel) -> list[str
     is_in_4_bits = getattr(model.config, "quantization_config", None)
     if is_in_4_bits and not is_plain_lora(adapted.peft_config["default"], saved):
         raise StageError(
-            "lora_options: this base is stored in 4 bits, and only plain LoRA can be merged into that."
+            "lora_options: this base is stored in 4 bits, and only plain LoRA can be merged into "
+            "that."
         )
     for module in map(base_module_name, saved):
         if f"{module}.weight" in tied:
@@ -222,6 +225,7 @@ def targets_to_adapt(params: dict[str, Any], model: PreTrainedModel) -> list[str
             )
         if module not in layers:
             raise StageError(
-                f"lora_options would make {module}, which the base does not have: that has no merge."
+                f"lora_options would make {module}, which the base does not have: that has no "
+                "merge."
             )
     return targets
