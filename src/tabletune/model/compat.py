@@ -99,6 +99,16 @@ INTERNALS = (
         "functional.py",
     ),
     Internal(
+        "accelerate.commands.launch.launch_command",
+        "cli/notebooks.py starts one process a GPU, in the kernel's own environment",
+        "https://github.com/huggingface/accelerate/blob/main/src/accelerate/commands/launch.py",
+    ),
+    Internal(
+        "accelerate.commands.launch.launch_command_parser",
+        "cli/notebooks.py starts one process a GPU, in the kernel's own environment",
+        "https://github.com/huggingface/accelerate/blob/main/src/accelerate/commands/launch.py",
+    ),
+    Internal(
         "torch.Tensor._version",
         "model/recompute.py notices a tensor that was changed in place since it was kept",
         "https://github.com/pytorch/pytorch/blob/main/torch/_C/_VariableFunctions.pyi.in",
