@@ -23,7 +23,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for its neighbours, from any folder
 
-from base_models import make_base_model
 from common import (
     ALL_LINEAR,
     ATTENTION,
@@ -34,6 +33,7 @@ from common import (
     make_dataset,
     now,
 )
+from random_models import make_base_model
 from trainers import notebook_trainer, trl_trainer, unsloth_trainer
 
 WARM_UP, STEPS = 5, 20
