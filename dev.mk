@@ -64,6 +64,7 @@ space := $(empty) $(empty)
 	@$(PYTHON) -m venv $(@D)
 	@grep -v -E '^(-e|($(subst $(space),|,$(strip $(NEWEST))))==)' requirements.txt > $(@D)/pins.txt
 	@$(@D)/bin/python -m pip install --quiet -r $(@D)/pins.txt $(NEWEST)
+	@$(@D)/bin/python -m pip install --quiet --no-deps -e .
 	@touch $@
 
 # --- what is generated
