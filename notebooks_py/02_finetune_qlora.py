@@ -28,16 +28,18 @@
 # | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards |
 #
 # - **In:** `dataset/` in the run folder, from notebook 1.
-# - **Out:** `adapter/`, a LoRA adapter of some hundred megabytes or less, `training/metrics.json` and the loss curves.
-# - **Time:** minutes for a table of some hundred rows on a GPU; four minutes on a CPU with the small model of
-#   `profiles/cpu.yaml`.
+# - **Out:** `adapter/`, a LoRA adapter of some hundred megabytes or less, `training/metrics.json`
+#   and the loss curves.
+# - **Time:** minutes for a table of some hundred rows on a GPU; four minutes on a CPU with the
+#   small model of `profiles/cpu.yaml`.
 #
-# QLoRA ([Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)) keeps the base model frozen in 4 bits and trains a
-# small [LoRA](https://arxiv.org/abs/2106.09685) adapter through it, so that a 7B model trains on a card of 15 GB.
+# QLoRA ([Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)) keeps the base model frozen in 4
+# bits and trains a small [LoRA](https://arxiv.org/abs/2106.09685) adapter through it, so that a 7B
+# model trains on a card of 15 GB.
 
 # %% [markdown]
-# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does nothing. Terms that are
-# new to you are explained in the [glossary](../docs/glossary.md).
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
+# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -63,7 +65,7 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed parameters
-published_dataset = ""  # a data set that notebook 1 published on the Hub, to take where the run has none
+published_dataset = ""  # a data set that notebook 1 published on the Hub, if the run has none
 lora_options = {}  # whatever else peft.LoraConfig takes, such as {"use_rslora": True}
 training_options = {}  # whatever else trl.SFTConfig takes, such as {"weight_decay": 0.01}
 lr_scheduler_type = "cosine"
@@ -87,15 +89,15 @@ lora_dropout = 0.0  # 0.1 costs a quarter more memory and gained nothing in one 
 lora_target_modules = "auto"  # the layers of attention; or "all-linear", or a list of names
 epochs = 1
 packing = True  # several examples in one row of max_length tokens, kept apart: no padding
-batch_size = "auto"  # rows that a GPU takes at once; "auto": so few that min_steps steps remain, at most 16 a step
+batch_size = "auto"  # rows at once; "auto": at most 16, and so few that min_steps steps remain
 min_steps = 300  # only with batch_size "auto"
 gradient_accumulation_steps = 1
 learning_rate = 3e-4
 optim = "paged_adamw_32bit"
 gradient_checkpointing = True  # recompute layers where memory is short: up to a third slower
-use_liger_kernel = True  # fused GPU kernels: faster, and the logits are never whole in memory; needs a GPU
-evaluations = 4  # how often the validation loss is taken and a checkpoint kept during training
-early_stopping_patience = 0  # stop after so many evaluations without improvement; 0 never stops early
+use_liger_kernel = True  # fused GPU kernels: faster, with less memory for logits; needs a GPU
+evaluations = 4  # how often validation loss and checkpoint are taken during training
+early_stopping_patience = 0  # stop after so many evaluations without improvement; 0: never
 
 # %%
 # PyTorch reads this when it is imported: freed GPU memory is used again, whatever its size was
@@ -106,21 +108,10 @@ from tabletune.model.devices import compute_dtype
 from tabletune.model.inspection import base_config
 from tabletune.model.quantization import load_base
 from tabletune.report.pages import show_table
-from tabletune.run.files import read_json
 from tabletune.run.stage import start_stage
-from tabletune.training.checkpoints import checkpoint_to_resume, claim_checkpoints
+from tabletune.training import checkpoints, examples, planning, results
 from tabletune.training.collator import Collator
-from tabletune.training.examples import encode_splits, load_examples
 from tabletune.training.lora_targets import shortest_target_names
-from tabletune.training.planning import (
-    inputs_of,
-    look_and_check,
-    plan_steps,
-    room_for_training,
-    rows_to_train_on,
-    trainer_settings,
-)
-from tabletune.training.results import base_model_loss, save_training, training_metrics
 from tabletune.training.trainer import TokenTrainer, free_memory, training_callbacks
 
 stage = start_stage("02_finetune_qlora", globals())
@@ -129,10 +120,11 @@ run = stage.folder
 # %% [markdown]
 # ## The examples
 #
-# Notebook 1 left conversations. Without its folder, a data set that it published will do (`published_dataset`). Where
-# there is neither, this notebook stops here:
-# [notebook 1](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/01_format_dataset.ipynb)
-# makes one in under a minute, and both notebooks find it if their `run_dir` is the same folder of your Google Drive.
+# Notebook 1 left conversations. Without its folder, a data set that it published will do
+# (`published_dataset`). Where there is neither, this notebook stops here: [notebook
+# 1](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/01_format_dataset.ipynb)
+# makes one in under a minute, and both notebooks find it if their `run_dir` is the same folder of
+# your Google Drive.
 
 # %%
 import torch
@@ -140,99 +132,97 @@ from accelerate import PartialState
 from transformers import BitsAndBytesConfig, set_seed
 
 set_seed(seed)
-processes = PartialState(cpu=not torch.cuda.is_available())  # under `accelerate launch` one of several
-splits, report = load_examples(run, published_dataset, processes)
+processes = PartialState(cpu=not torch.cuda.is_available())  # one of several under accelerate
+splits, report = examples.load_examples(run, published_dataset, processes)
 
 # %% [markdown]
-# Token ids, as notebook 1 showed them, and labels: the ids of the answers, and -100 for all that is not in the loss.
+# Token ids, as notebook 1 showed them, and labels: the ids of the answers, and -100 for all that is
+# not in the loss.
 
 # %%
 tokenizer, stops = load_tokenizer(base_model, base_model_revision, *template_settings(report))
-encoded, counts = encode_splits(splits, tokenizer, stops, max_length)
+encoded, counts = examples.encode_splits(splits, tokenizer, stops, max_length)
 counts
 
 # %% [markdown]
 # ## The base, before anything long
 #
-# What is it, how will it be treated, and can it work at all? Its config and its modules, without their weights, say so.
-# LoRA's layers are those of attention, whatever names this model has for them.
+# What is it, how will it be treated, and can it work at all? Its config and its modules, without
+# their weights, say so. LoRA's layers are those of attention, whatever names this model has for
+# them.
 
 # %%
 config, dtype = base_config(base_model, base_model_revision), compute_dtype(precision)
-targets, look = look_and_check(stage.parameters, config, dtype, tokenizer, stops)
-show_table(look)
+targets, summary = planning.look_and_check(stage.parameters, config, dtype, tokenizer, stops)
+show_table(summary)
 
 # %% [markdown]
 # ## Rows without padding
 #
-# Examples differ in length. Padded to the longest of their batch, a third of what the GPU computes would be for
-# nothing. *Packed*, several share one row of `max_length` tokens. They must not see each other: positions start at 0
-# with each example, and there transformers builds a mask that stops an example from attending to the ones before it.
+# Examples differ in length. Padded to the longest of their batch, a third of what the GPU computes
+# would be for nothing. *Packed*, several share one row of `max_length` tokens. They must not see
+# each other: positions start at 0 with each example, and there transformers builds a mask that
+# stops an example from attending to the ones before it.
 
 # %%
 from trl.data_utils import pack_dataset
 
 packed = pack_dataset(encoded["train"], max_length)
 batch = Collator(tokenizer.pad_token_id, max_length)([packed[0]])
-begins = packed[0]["seq_lengths"][0]
-print("positions where the second example begins:", batch["position_ids"][0, begins - 3 :][:6])
+print("examples begin at tokens", (batch["position_ids"][0] == 0).nonzero().flatten().tolist())
 
 # %% [markdown]
 # ## Is there room?
 #
-# We estimate memory from the model's modules and the parameters, before anything large is downloaded. With several GPUs,
-# each holds a full copy of the model if it fits (DDP). If not, they share it (FSDP): each keeps a part of every layer,
-# and gathers a layer when it is needed.
+# We estimate memory from the model's modules and the parameters, before anything large is
+# downloaded. With several GPUs, each holds a full copy of the model if it fits (DDP). If not, they
+# share it (FSDP): each keeps a part of every layer, and gathers a layer when it is needed.
 
 # %% tags=["nbval-ignore-output"]
-room = room_for_training(stage.parameters, config, dtype, targets, len(packed), processes)
+room = planning.room_for_training(stage.parameters, config, dtype, targets, len(packed), processes)
 room.expected.round(2).to_frame()
 
 # %% [markdown]
 # ## The base model, in 4 bits
 #
-# NF4 has sixteen values, placed where the weights of a neural network are dense, and a scale for every 64 weights;
-# "double quantization" stores those scales in 8 bits.
+# NF4 has sixteen values, placed where the weights of a neural network are dense, and a scale for
+# every 64 weights; "double quantization" stores those scales in 8 bits.
 
 # %%
 quantization_config = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=dtype,
-    bnb_4bit_quant_storage=torch.float32 if room.sharded else torch.uint8,  # FSDP shards only floats
+    bnb_4bit_quant_storage=torch.float32 if room.sharded else torch.uint8,  # FSDP wants floats
 )
 
 # %% tags=["nbval-ignore-output"]
 model = trainer = None  # of an earlier pass
 free_memory()
-kept_as = quantization_config if quantization == "nf4" else quantization
-model = load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, kept_as)
+how = quantization_config if quantization == "nf4" else quantization
+model = load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, how)
 
 # %% [markdown]
-# Can packed examples see each other? We test it: change the first of two packed examples and check that the second
-# one's logits stay the same. Then we compute what an optimizer step is.
+# Can packed examples see each other? We test it: change the first of two packed examples and check
+# that the second one's logits stay the same. Then we compute what an optimizer step is.
 
 # %%
-train = rows_to_train_on(model, encoded["train"], packed, packing)
-rows_at_once, accumulated, steps = plan_steps(stage.parameters, train, encoded["train"], room, processes)
+train = planning.rows_to_train_on(model, encoded["train"], packed, packing)
+rows_at_once, accumulated, steps = planning.plan_steps(
+    stage.parameters, train, encoded["train"], room, processes
+)
 
 # %% [markdown]
 # ## The adapter
 #
-# LoRA adds to a frozen weight $W$ the product of two thin matrices: $W + \frac{\alpha}{r} B A$. $B$ starts at zero, so
-# before training the adapted model is the base model.
+# LoRA adds to a frozen weight $W$ the product of two thin matrices: $W + \frac{\alpha}{r} B A$. $B$
+# starts at zero, so before training the adapted model is the base model.
 
 # %%
 from peft import LoraConfig, get_peft_model
 
 lora_config = LoraConfig(
-    r=lora_r,
-    lora_alpha=lora_alpha,
-    lora_dropout=lora_dropout,
-    target_modules=shortest_target_names(model, targets),
-    task_type="CAUSAL_LM",
-    **lora_options,
+    r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+    target_modules=shortest_target_names(model, targets), task_type="CAUSAL_LM", **lora_options,
 )
 with model.device:  # where the adapter is made
     model = get_peft_model(model, lora_config)
@@ -240,45 +230,41 @@ with model.device:  # where the adapter is made
 # %% [markdown]
 # ## The trainer
 #
-# Run this notebook again after an interruption: it goes on from the newest complete checkpoint, and ends where an
-# undisturbed run would have ended. Checkpoints of other settings or other data are archived in `earlier/`.
+# Run this notebook again after an interruption: it goes on from the newest complete checkpoint, and
+# ends where an undisturbed run would have ended. Checkpoints of other settings or other data are
+# archived in `earlier/`.
 
 # %%
-inputs = inputs_of(report, dtype, processes, room)
-done = claim_checkpoints(stage, inputs, processes)
+inputs = planning.inputs_of(report, dtype, processes, room)
+done = checkpoints.claim_checkpoints(stage, inputs, processes)
 
 # %%
 from trl import SFTConfig
 
-settings = trainer_settings(stage, done, dtype, room, rows_at_once, steps, train is packed)
+settings = planning.trainer_settings(stage, done, dtype, room, rows_at_once, steps, train is packed)
 training_arguments = SFTConfig(
-    num_train_epochs=epochs,
-    per_device_train_batch_size=rows_at_once,
-    gradient_accumulation_steps=accumulated,
-    learning_rate=learning_rate,
-    optim=optim,
+    num_train_epochs=epochs, learning_rate=learning_rate, optim=optim, remove_unused_columns=False,
+    per_device_train_batch_size=rows_at_once, gradient_accumulation_steps=accumulated,
     dataset_kwargs={"skip_prepare_dataset": True},  # the rows are token ids and labels already
-    remove_unused_columns=False,  # a packed row has the lengths of its examples
     **settings | training_options,
 )
 
 # %% [markdown]
 # TRL's `SFTTrainer` does the work. `TokenTrainer` is the same but for three things:
 #
-# - Its validation loss, which chooses the checkpoint that is kept, counts each batch by its tokens, not its rows.
-# - The adapter stays in fp32. TRL casts that of a 4-bit model to bf16, with which a T4's fp16 gradient scaler fails at
-#   the first step ([trl#4901](https://github.com/huggingface/trl/issues/4901)). Small updates would also be lost in
-#   bf16's eight bits.
-# - Weights in RAM are unpacked once and not in every step, if there is room: the same numbers, a sixth sooner.
+# - Its validation loss, which chooses the checkpoint that is kept, counts each batch by its tokens,
+#   not its rows.
+# - The adapter stays in fp32. TRL casts that of a 4-bit model to bf16, with which a T4's fp16
+#   gradient scaler fails at the first step
+#   ([trl#4901](https://github.com/huggingface/trl/issues/4901)). Small updates would also be lost
+#   in bf16's eight bits.
+# - Weights in RAM are unpacked once and not in every step, if there is room: the same numbers, a
+#   sixth sooner.
 
 # %%
 trainer = TokenTrainer(
-    model=model,
-    args=training_arguments,
-    train_dataset=train,
-    eval_dataset=encoded["validation"],
-    data_collator=Collator(tokenizer.pad_token_id, max_length),
-    processing_class=tokenizer,
+    model=model, args=training_arguments, processing_class=tokenizer, train_dataset=train,
+    eval_dataset=encoded["validation"], data_collator=Collator(tokenizer.pad_token_id, max_length),
     callbacks=training_callbacks(early_stopping_patience, room.recomputed_layers(rows_at_once)),
 )
 
@@ -289,73 +275,55 @@ trainer = TokenTrainer(
 
 # %% tags=["nbval-ignore-output"]
 if not done:
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer))
+    trainer.train(resume_from_checkpoint=checkpoints.checkpoint_to_resume(trainer))
 
 # %% [markdown]
-# The best checkpoint is loaded again at the end. With its adapter switched off, the model is the untouched base: that
-# is the validation loss to beat. We take it only now: a Trainer that has evaluated first does not average the gradients
-# of several GPUs (`Trainer.evaluation_loop` in transformers 5.13 prepares the model without DDP, and `train` leaves it
-# so).
+# The best checkpoint is loaded again at the end. With its adapter switched off, the model is the
+# untouched base: that is the validation loss to beat. We take it only now: a Trainer that has
+# evaluated first does not average the gradients of several GPUs (`Trainer.evaluation_loop` in
+# transformers 5.13 prepares the model without DDP, and `train` leaves it so).
 
 # %% tags=["nbval-ignore-output"]
 if not done:
-    before = base_model_loss(trainer)
+    before = results.base_model_loss(trainer)
     tokens = sum(map(len, encoded["train"]["input_ids"]))
-    metrics = training_metrics(trainer, tokens, len(encoded["train"]), before)
-    save_training(stage, trainer, metrics, tokenizer, stops, inputs)
+    metrics = results.training_metrics(trainer, tokens, len(encoded["train"]), before)
+    results.save_training(stage, trainer, metrics, tokenizer, stops, inputs)
 
 # %% [markdown]
 # ## What it learned
 
 # %%
+from tabletune.run.files import read_json
+
 metrics = read_json(run / "training" / "metrics.json", stage.name)
 print(f"training loss   {metrics['loss_first']:.2f} → {metrics['loss_last']:.2f} nats a token")
-print(
-    f"validation loss {metrics['eval_loss_before']:.2f} → {metrics['eval_loss_after']:.2f} nats a token"
-)
+before, after = metrics["eval_loss_before"], metrics["eval_loss_after"]
+print(f"validation loss {before:.2f} (the base model) → {after:.2f} nats a token")
 
 # %% tags=["nbval-ignore-output"]
-import matplotlib.pyplot as plt
-import pandas as pd
+from tabletune.report.plots import plot_losses
 
-logged = read_json(run / "training" / "log_history.json", stage.name)
-history = pd.DataFrame(logged, columns=["step", "loss", "eval_loss"])
-training_loss = history.dropna(subset="loss").set_index("step")["loss"]
-validation_loss = history.dropna(subset="eval_loss").groupby("step")["eval_loss"].first()
-figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-axes.plot(training_loss, color="0.6", label="training")
-axes.plot(
-    [0, *validation_loss.index],
-    [metrics["eval_loss_before"], *validation_loss],
-    "ko-",
-    label="validation",
-)
-axes.set(xlabel="optimizer step", ylabel="loss a response token (nats)", title="Loss")
-axes.legend()
-plt.show()
+plot_losses(read_json(run / "training" / "log_history.json", stage.name), metrics)
 
 # %% [markdown]
 # ## What we have now
 #
-# An adapter that has learned the format and some of the content of the table, saved with its tokenizer and with a note
-# of what it was trained on: notebook 3 refuses to merge it into another base.
+# An adapter that has learned the format and some of the content of the table, saved with its
+# tokenizer and with a note of what it was trained on: notebook 3 refuses to merge it into another
+# base.
 
 # %% tags=["nbval-ignore-output"]
 import math
 
 lower = math.exp(metrics["eval_loss_before"] - metrics["eval_loss_after"])
-print(
-    f"{metrics['steps']:,} steps over {metrics['tokens']:,} tokens in {metrics['seconds']:,.0f} s"
-)
-print(
-    f"{metrics['trainable_parameters'] / 1e6:,.1f} million weights trained, {metrics['trainable_percent']:.1f}% of all"
-)
-print(
-    f"on questions that were not in training, an answer's token is {lower:,.1f} times less surprising than before"
-)
+weights = f"{metrics['trainable_parameters'] / 1e6:,.1f} million weights"
+print(f"{weights} were trained, {metrics['trainable_percent']:.1f}% of all.")
+print(f"{metrics['steps']:,} steps over {metrics['tokens']:,} tokens, {metrics['seconds']:,.0f} s.")
+print(f"New questions: a token of the answer is {lower:,.1f} times less surprising than before.")
 
 # %% [markdown]
-# Two things to try: `epochs = 2`, and watch whether the validation loss still falls; `lora_r = 16`, which trains a
-# quarter of the weights.
+# Two things to try: `epochs = 2`, and watch whether the validation loss still falls; `lora_r = 16`,
+# which trains a quarter of the weights.
 #
 # Next: [3 · merge](03_merge_adapter.ipynb).

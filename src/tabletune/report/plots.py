@@ -84,3 +84,30 @@ def plot_data_set(report: Mapping[str, Any], max_length: int) -> None:
     right.set(xlabel="rows with the same question", ylabel="questions", title="Rows a question")
     right.xaxis.get_major_locator().set_params(integer=True)
     plt.show()
+
+
+def plot_losses(log_history: list[dict[str, Any]], metrics: Mapping[str, Any]) -> None:
+    """Show the loss curves of a training, in nats a token of the answers; lower is better.
+
+    `log_history` are the entries that Trainer logged, `metrics` those of `training/metrics.json`.
+    The base model's validation loss stands at step 0.
+    """
+    import matplotlib.pyplot as plt
+
+    training = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+    validation = {0: metrics["eval_loss_before"]}
+    for entry in log_history:
+        if "eval_loss" in entry:
+            validation.setdefault(entry["step"], entry["eval_loss"])
+    _, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    axes.plot(*zip(*training, strict=True), color="0.6", label="training")
+    axes.plot(
+        list(validation), list(validation.values()), "ko-", label="validation (step 0: base model)"
+    )
+    axes.set(
+        xlabel="optimizer step",
+        ylabel="loss a response token (nats)",
+        title="Loss: lower is better",
+    )
+    axes.legend()
+    plt.show()
