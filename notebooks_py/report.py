@@ -76,7 +76,9 @@ from tabletune.run.stage import start_stage
 
 run = start_stage("report", globals()).folder
 info = pages.read_run(run)
-data, metrics, models = info["data"], info["metrics"], info["models"]
+data = info["data"]
+metrics = info["metrics"]
+models = info["models"]
 
 # %% [markdown]
 # # What this run made

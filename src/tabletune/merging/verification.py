@@ -159,13 +159,13 @@ def in_fp32(model: torch.nn.Module) -> Iterator[None]:
     """
     stored: dict[torch.nn.Module, list] = {}
 
-    def cast(module, _):
+    def cast(module: torch.nn.Module, _: tuple) -> None:
         weights = [weight for weight in module.parameters() if weight.is_floating_point()]
         stored[module] = [(weight, weight.data) for weight in weights]
         for weight in weights:
             weight.data = weight.data.float()
 
-    def restore(module, *_):
+    def restore(module: torch.nn.Module, *_: object) -> None:
         for weight, data in stored.pop(module):
             weight.data = data
 

@@ -8,6 +8,7 @@ waits for the GPU on its way cannot be recorded, and then nothing changes.
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -102,7 +103,16 @@ class CudaGraphCallback(TrainerCallback):
     as it waits for the GPU. Layers may be recomputed in it, if that restores no random numbers.
     """
 
-    def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record the layers of the decoder, if batches always have one shape."""
         shape = (args.per_device_train_batch_size, args.max_length)  # [rows, tokens]
         packed = "seq_lengths" in getattr(train_dataloader.dataset, "column_names", [])
         options = args.gradient_checkpointing_kwargs or {}
@@ -158,7 +168,12 @@ def graph_layers(decoder: torch.nn.Module, shape: tuple[int, int]) -> None:
             # A copy: the next batch overwrites the gradient that belongs to the graph.
             parameter.register_hook(torch.clone)
 
-    def forward(input_ids=None, attention_mask=None, position_ids=None, **others):
+    def forward(
+        input_ids: Any = None,  # a tensor [rows, tokens]
+        attention_mask: Any = None,
+        position_ids: Any = None,  # a tensor [rows, tokens]
+        **others: Any,
+    ) -> Any:
         has_both = input_ids is not None and position_ids is not None
         same_shape = has_both and input_ids.shape[1] == tokens and len(input_ids) <= rows
         if not same_shape or attention_mask is not None or not torch.is_grad_enabled():

@@ -40,7 +40,10 @@ class RecomputeFirstLayers(TrainerCallback):
     def __init__(self, count: int) -> None:
         self.count = count
 
-    def on_train_begin(self, args, state, control, model, **kwargs):
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Choose the layers, if there are any to recompute."""
         if self.count:
             recompute_first_layers(model, self.count)
 
@@ -165,7 +168,7 @@ def is_gated_mlp(module: torch.nn.Module, dtype: torch.dtype) -> bool:
 def watch_norm(norm: torch.nn.Module, recipes: Recipes) -> None:
     """Note the recipe of a norm's output whenever its layer computes."""
 
-    def hook(module, inputs, output):
+    def hook(module: torch.nn.Module, inputs: tuple, output: Any) -> None:
         if recipes.active and inputs and isinstance(output, torch.Tensor):
             recipes.add(output, module.forward, *inputs)
 
@@ -176,14 +179,14 @@ def watch_mlp(mlp: torch.nn.Module, recipes: Recipes) -> None:
     """Note the recipe of the input of a gated MLP's last layer whenever its layer computes."""
     results = {}
 
-    def note(name):
-        def hook(module, inputs, output):
+    def note(name: str) -> Callable:
+        def hook(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
             if recipes.active:
                 results[name] = output
 
         return hook
 
-    def add_recipe(module, inputs):
+    def add_recipe(module: torch.nn.Module, inputs: tuple) -> None:
         if recipes.active:
             recipes.add(inputs[0], input_of_last, mlp, results.pop("gate"), results.pop("up"))
 

@@ -50,7 +50,7 @@ def check_sharding(
         )
     # `accelerate launch` leaves each process one thread, and the CPU has billions of weights to
     # quantize
-    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
 
 
 class ShardedTraining(TrainerCallback):
@@ -73,7 +73,7 @@ class ShardedTraining(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: torch.nn.Module | None = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
         """Have each sharded layer ask for the next one ahead of time."""
