@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from torch.nn import Embedding
 from transformers import PreTrainedModel
@@ -36,8 +36,8 @@ def lora_targets(model: PreTrainedModel, wanted: str | list[str] = "auto") -> li
     if isinstance(wanted, str):
         matching = [name for name in layers if re.fullmatch(wanted, name)]
         return matching or refuse_unknown(wanted, layers)
-    output: Any = model.get_output_embeddings()
-    embedding: Any = model.get_input_embeddings()
+    output = cast(Any, model.get_output_embeddings())
+    embedding = cast(Any, model.get_input_embeddings())
     targets: dict[str, None] = {}  # as a set that keeps the order
     for name in wanted:
         if is_mixture and name.rpartition(".")[2] in EXPERTS:
