@@ -48,7 +48,8 @@ def lora_targets(model: PreTrainedModel, wanted: str | list[str] = "auto") -> li
             )
         matching = [n for n in modules if n == name or n.endswith(f".{name}")]
         is_embedding = any(isinstance(modules[n], Embedding) for n in matching)
-        is_tied = modules.get(name) is output and output.weight is embedding.weight
+        is_output = modules.get(name) is output
+        is_tied = is_output and output.weight is embedding.weight
         if is_embedding or is_tied:
             raise StageError(
                 f'lora_target_modules: "{name}" is an embedding or tied to one, and an adapter on '
