@@ -5,7 +5,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := $(PY) -m pytest
 TIDY := $(PY) -m nbconvert --log-level=ERROR --to notebook --inplace \
 	--CoalesceStreamsPreprocessor.enabled=True --ClearMetadataPreprocessor.enabled=True \
-	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",)}' \
+	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",), ("cellView",), ("jupyter",)}' \
 	--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{("language_info", "name"), ("kernelspec",)}'
 .PHONY: $(filter-out $(VENV)/%,$(MAKECMDGOALS)) environment
 
