@@ -55,7 +55,8 @@ def safety_table(safety_prompts: str, samples: int) -> pd.DataFrame:
         return pd.DataFrame(columns=["kind", "prompt"])
     path = str(DATA / "safety_prompts.jsonl") if safety_prompts == "bundled" else safety_prompts
     try:
-        table = pd.read_json(path, lines=True, dtype=False)[["kind", "prompt"]]
+        with open(path, encoding="utf-8") as file:
+            table = pd.read_json(file, lines=True, dtype=False)[["kind", "prompt"]]
     except (OSError, ValueError, KeyError) as error:
         problem = first_line(error)
         raise StageError(
