@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from tabletune.cli.paths import find_choice, repository
 from tabletune.errors import StageError
+from tabletune.run.files import write_text_if_changed
 from tabletune.run.parameters import (
     DEFAULTS,
     LAUNCH_DEFAULTS,
@@ -250,10 +251,3 @@ def write_settings(choice: RunChoice) -> None:
     write_text_if_changed(
         choice.run_dir / SETTINGS, as_yaml(values, "what this run was started with")
     )
-
-
-def write_text_if_changed(path: Path, text: str) -> None:
-    """Write a text file, unless it holds that text already."""
-    if not path.exists() or read_text(path) != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")

@@ -12,9 +12,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from tabletune.cli.options import write_text_if_changed
 from tabletune.cli.paths import repository
 from tabletune.errors import StageError
+from tabletune.run.files import write_text_if_changed
 from tabletune.run.parameters import read_text
 
 REPOSITORY_NAME = r"[\w.-]+/[\w.-]+"

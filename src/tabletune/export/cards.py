@@ -8,9 +8,9 @@ from importlib import resources
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
 from tabletune.errors import StageError, first_line
-from tabletune.export.finished_run import ExportRun, write_if_changed
+from tabletune.export.finished_run import ExportRun
 from tabletune.report.text import with_interval
-from tabletune.run.files import read_json
+from tabletune.run.files import read_json, write_text_if_changed
 
 CARD = "resources/templates/card.md.j2"
 QUESTIONS = {  # the sets of questions of notebook 4
@@ -38,12 +38,12 @@ def write_card(export_run: ExportRun, part: str, card_data: ModelCardData) -> Mo
         to_json=to_json,
     )
     folder = export_run.folder / part
-    write_if_changed(folder / "README.md", card.content)
+    write_text_if_changed(folder / "README.md", card.content)
     if part == "adapter" and export_run.base_on_hub:
         path = export_run.run / "adapter/adapter_config.json"
         config = read_json(path, "02_finetune_qlora")
         config["base_model_name_or_path"] = export_run.base_on_hub
-        write_if_changed(folder / "adapter_config.json", json.dumps(config, indent=2))
+        write_text_if_changed(folder / "adapter_config.json", json.dumps(config, indent=2))
     return card
 
 

@@ -21,7 +21,7 @@ from tabletune.model.run_models import find_merged
 from tabletune.report.tables import results_table
 from tabletune.report.text import figures_of
 from tabletune.run.artifacts import check_run, load_dataset_of_run
-from tabletune.run.files import archive, atomic_write, read_json, write_json
+from tabletune.run.files import archive, read_json, write_json
 from tabletune.run.stage import Stage
 
 Messages = list[dict[str, str]]
@@ -233,10 +233,3 @@ def archive_other_export(export_run: ExportRun) -> None:
     if not export_run.sources.items() <= earlier.items():
         archive(export_run.folder.parent, export_run.folder.name)
         write_json(path, export_run.sources)
-
-
-def write_if_changed(path: Path, text: str) -> None:
-    """Write a text file, unless it has this text already."""
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        with atomic_write(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")

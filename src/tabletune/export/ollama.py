@@ -14,8 +14,9 @@ import jinja2
 from tabletune.chat.encoding import encode_prompt
 from tabletune.chat.templates import render
 from tabletune.errors import StageError
-from tabletune.export.finished_run import ExportRun, write_if_changed
+from tabletune.export.finished_run import ExportRun
 from tabletune.export.llama_cpp import InLlamaCpp
+from tabletune.run.files import write_text_if_changed
 
 Messages = list[dict[str, str]]
 Parts = dict[tuple[str, str], str]  # {(role before, role after): text}, "" at the beginning and end
@@ -48,7 +49,7 @@ def write_modelfile(export_run: ExportRun, file: Path, prompts: list[Messages]) 
                 "Modelfile."
             )
     text = modelfile(export_run, file.name, parts)
-    write_if_changed(file.with_name("Modelfile"), text)
+    write_text_if_changed(file.with_name("Modelfile"), text)
     return text
 
 

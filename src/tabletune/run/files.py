@@ -91,3 +91,10 @@ def write_lines(path: Path, lines: Iterable[Any]) -> None:
     with atomic_write(path) as partial:
         texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
         partial.write_text("".join(texts), encoding="utf-8")
+
+
+def write_text_if_changed(path: Path, text: str) -> None:
+    """Write a text file that is complete or absent, unless it holds that text already."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        with atomic_write(path) as partial:
+            partial.write_text(text, encoding="utf-8")
