@@ -198,7 +198,7 @@ if not done:
 # Whether it is *right* is content. Your own question goes along, and has no right answer here.
 
 # %% tags=["nbval-ignore-output"]
-yours, asked = own_question(your_question or trained.example.get("your_question"), examination.questions)
+yours, your_questions = own_question(your_question or trained.example.get("your_question"), examination.questions)
 if not done:
     with adapted.disable_adapter():
         examination.examine("base", adapted, yours)
@@ -241,7 +241,7 @@ if not done and processes.is_main_process:
     with atomic_write(folder) as partial:
         partial.mkdir()
         write_json(partial / "metrics.json", metrics)
-        examination.save(partial, warning, asked)
+        examination.save(partial, warning, your_questions)
         plot_results(metrics).savefig(partial / "results.png", dpi=150)
     stage.record(trained.report["fingerprint"], trained.inputs)
 processes.wait_for_everyone()
@@ -299,8 +299,8 @@ size = len(totals)
 drawn = [totals[random.integers(size, size=size)].sum(axis=0) for _ in range(bootstrap_samples)]
 by_hand = np.exp([nll / tokens for nll, tokens in drawn])
 low, high = np.percentile(by_hand, [2.5, 97.5])
-few = "" if size >= 6 else f", but with {size} questions that means nothing"
-print(f"the middle 95%: {low:.2f} – {high:.2f}{few}")
+caution = "" if size >= 6 else f", but with {size} questions that means nothing"
+print(f"the middle 95%: {low:.2f} – {high:.2f}{caution}")
 
 # %% [markdown]
 # The package draws the same, and its interval is a little wider, as the *t* distribution asks for
@@ -347,14 +347,14 @@ print(f"responses of the test split:    {figure}")
 
 # %% tags=["nbval-ignore-output"]
 answers = read_json(folder / "your_questions.json", stage.name)
-if set(asked) - set(answers):
+if set(your_questions) - set(answers):
     adapted = load_adapted(run / "adapter", *source)
-    answers[asked[0]] = examination.answer_yours(adapted, yours)
+    answers[your_questions[0]] = examination.answer_yours(adapted, yours)
     if processes.is_main_process:
         write_json(folder / "your_questions.json", answers)
 
 # %%
-own_answers_table(answers, asked, warning)
+own_answers_table(answers, your_questions, warning)
 
 # %% [markdown]
 # ## What we have now

@@ -161,8 +161,8 @@ tokenizer, stops = trained.tokenizer, trained.stop_token_ids
 number = context.settings.context_rows if context else few_rows
 fixed = baselines.fixed_rows(rows, number, {question["group"] for question in questions}, seed)
 prompts = baselines.Prompts(tokenizer, index, fixed, number, window - max_new_tokens, context)
-ways = baselines.ways_for(rules, context)
-pd.DataFrame(ways)
+possible_ways = baselines.ways_for(rules, context)
+pd.DataFrame(possible_ways)
 
 # %% [markdown]
 # A question with the nearest rows, as the base model is asked:
@@ -192,29 +192,29 @@ adapted = None if done else load_adapted(run / "adapter", *source)
 
 
 # %%
-def answer_prompts(asked):
+def answer_prompts(chats):
     """The answers to some prompts, and the seconds that they took."""
-    return generate(adapted, tokenizer, stops, asked, eval_batch_size, max_new_tokens, seed)
+    return generate(adapted, tokenizer, stops, chats, eval_batch_size, max_new_tokens, seed)
 
 
 def ask_model(way):
     """The Result of a way that asks a model: its answers, and how likely it finds the references."""
-    asked = prompts.questions(way, questions)
+    chats = prompts.questions(way, questions)
     references = prompts.references(way, questions, stops)
     longest = max(len(row["input_ids"]) for row in references)
     with nullcontext() if way.model == "adapter" else adapted.disable_adapter():
         if way.rows == "context":
             answers, seconds = answer_with_context(context, questions, answer_prompts)
         else:
-            answers, seconds = answer_prompts(asked)
+            answers, seconds = answer_prompts(chats)
         scores = score(adapted, references, tokenizer.pad_token_id, eval_batch_size, longest, longest)
-    return baselines.Result(way, answers, seconds, prompts.lengths(asked), scores)
+    return baselines.Result(way, answers, seconds, prompts.lengths(chats), scores)
 
 
 # %% tags=["nbval-ignore-output"]
 if not done:
-    results = [baselines.without_model(way, prompts, questions) for way in ways if not way.model]
-    results += [ask_model(way) for way in ways if way.model]
+    results = [baselines.without_model(way, prompts, questions) for way in possible_ways if not way.model]
+    results += [ask_model(way) for way in possible_ways if way.model]
     adapted = None
 
 # %% [markdown]

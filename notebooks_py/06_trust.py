@@ -217,12 +217,12 @@ if not done:
 stored = base_config(base_model, base_model_revision)
 if not done and trust.compared and not evaluated_in and not hasattr(stored, "quantization_config"):
     other = "dequantized" if made_from == "original" else "original"
-    plain = load_model(base_model, base_model_revision, stored.dtype or torch.float16, attn_implementation)
+    remade = load_model(base_model, base_model_revision, stored.dtype or torch.float16, attn_implementation)
     trained_in = getattr(torch, provenance["dtype"])
-    plain = merge_in_memory(plain, run / "adapter", other, trained_in).to(source[2])
-    trust.compare_way(f"merged, {other}", plain)
-    trust.compare_way(f"merged, {other}, NF4 again", nf4_round_trip_model(plain))
-    plain = None
+    remade = merge_in_memory(remade, run / "adapter", other, trained_in).to(source[2])
+    trust.compare_way(f"merged, {other}", remade)
+    trust.compare_way(f"merged, {other}, NF4 again", nf4_round_trip_model(remade))
+    remade = None
 
 # %% [markdown]
 # ## Figures

@@ -92,9 +92,9 @@ say(*warnings)
 # %%
 part = compare.compared_part(comparable)
 settings = compare.ranked(compare.settings_of(comparable), part)
-first, *others = compare.headline(settings, part)
+first, *rest = compare.headline(settings, part)
 say(first, kind="headline")
-say(*others)
+say(*rest)
 show_table(compare.settings_table(settings, part), "No run was evaluated.")
 
 # %% [markdown]

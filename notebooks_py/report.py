@@ -91,9 +91,9 @@ models = info["models"]
 # ## Are its answers right?
 
 # %%
-first, *others = pages.verdict_of(info)
+first, *rest = pages.verdict_of(info)
 say(first, kind="headline")
-say(*others)
+say(*rest)
 rows, parameters = at(data, "splits", "train") or 0, info["parameters"]
 base_model, dataset = parameters.get("base_model", "–"), parameters.get("dataset", "–")
 say(f"{base_model}, fine-tuned on {rows:,} rows of {dataset}.")
@@ -223,8 +223,8 @@ if metrics.get("differences"):
 # is the same model).
 
 # %%
-ways = {"merged/, in notebook 3": info["merge"]} | (metrics.get("fidelity") or {})
-show_table(figures_table(ways))
+merges = {"merged/, in notebook 3": info["merge"]} | (metrics.get("fidelity") or {})
+show_table(figures_table(merges))
 say(*(metrics.get("shipping") or []))
 
 # %% [markdown]

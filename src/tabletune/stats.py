@@ -192,13 +192,15 @@ def differences(
 
     `groups` has the question of each row of the scores. The answers are to independent questions.
     """
-    (scores, made), (scores_other, made_other) = one, other
+    scores, answers = one
+    scores_other, answers_other = other
     nll = scores["response_nll"], scores_other["response_nll"], scores["response_tokens"]
     entries = {"log_perplexity": mean_difference(*nll, groups, draws, seed)}
-    if len(made):
-        entries |= {
-            rate: rate_difference(made[c], made_other[c]) for rate, c in RATES.items() if c in made
-        }
-        lengths = made["new_tokens"], made_other["new_tokens"], np.ones(len(made))
+    if len(answers):
+        for rate, column in RATES.items():
+            if column in answers:
+                entries[rate] = rate_difference(answers[column], answers_other[column])
+        # every answer weighs the same, and is to a question of its own
+        lengths = answers["new_tokens"], answers_other["new_tokens"], np.ones(len(answers))
         entries["mean_new_tokens"] = mean_difference(*lengths, None, draws, seed)
     return entries

@@ -87,7 +87,8 @@ def short_name(name: str, value: Any) -> str:
     """
     written = value if isinstance(value, str) else json.dumps(value)
     text = f"{name}-{written}"
-    plain = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)[:50]
-    if plain == text:
-        return plain
-    return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    short = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)[:50]
+    if short == text:
+        return short
+    # two values may shorten to the same text; the digest keeps their folders apart
+    return f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

@@ -119,8 +119,11 @@ class TableFormatter:
     def records(self) -> Iterator[tuple[str, Row]]:
         """Yield (official split, {field: value}) for each row of the table."""
         columns = list(self.shape.columns.values())
-        wanted = [*columns, self.shape.split_column] if self.shape.split_column else columns
-        for split, values in self.table.records(wanted):
+        to_read = list(columns)
+        if self.shape.split_column:
+            to_read.append(self.shape.split_column)
+        for split, values in self.table.records(to_read):
+            # zip ends with the columns of the shape: the split's own column is no field
             row = dict(zip(self.shape.columns, values, strict=False))
             if self.shape.split_column:
                 split = split_of_cell(cell_text(values[-1]), self.shape.split_column)

@@ -39,24 +39,26 @@ def recognize(table: Table, settings: dict[str, Any], example: str | None = None
     Raises StageError, with the nearest name, if no shape fits, if two columns claim one field, or
     if a setting names what is not there.
     """
-    wanted = settings["shape"]
+    requested = settings["shape"]
     shapes = ["auto", "columns", *NEEDED]
-    if wanted not in shapes:
+    if requested not in shapes:
         raise StageError(
-            f"shape={wanted!r}: use one of {', '.join(shapes)}.{suggestion(wanted, shapes)}"
+            f"shape={requested!r}: use one of {', '.join(shapes)}.{suggestion(requested, shapes)}"
         )
     columns = {str(name): str(column) for name, column in settings["columns"].items()}
     templates = [
         settings[name] for name in ("question_template", "answer_template", "answer_column")
     ]
     matcher = ColumnMatcher(table, columns)
-    if wanted == "columns" or (wanted == "auto" and any(templates) and not matcher.chats):
+    # Templates are for columns: with one set, "auto" is settled, unless a column holds whole chats.
+    by_templates = requested == "auto" and any(templates) and not matcher.chats
+    if requested == "columns" or by_templates:
         question_template, answer_template, answer_column = templates
         shape = Shape(
             "columns", columns, question_template, answer_template, answer_column, example
         )
     else:
-        shape = matcher.shape(wanted)
+        shape = matcher.shape(requested)
     check_shape(shape, table)
     shape.split_column = find_split_column(table, shape, settings.get("split_column", ""))
     used = {table.path_of(column)[0] for column in shape.columns.values()} | {shape.split_column}

@@ -53,15 +53,15 @@ def answer_questions(run_dir: Path, questions: Path, part: str, values: Mapping[
     notebook 4; what they leave out has its default. Raises StageError if the file or the run cannot
     be used.
     """
-    asked = read_questions(questions)
+    asked_questions = read_questions(questions)
     settings = PARAMETERS["04_evaluate"] | dict(values)
     trained = open_trained_run(
         Path(run_dir), str(run_dir), settings["base_model"], with_merged=part == "merged"
     )
     context = load_context(trained.folder, "use", settings["unknown_threshold"])
-    answers = ask_part(trained, part, prompts_of(trained, asked), context, settings)
+    answers = ask_part(trained, part, prompts_of(trained, asked_questions), context, settings)
     rules = content_rules(trained.splits, trained.report, settings["item_field"])
-    lines = answer_lines(asked, answers, part, rules, context)
+    lines = answer_lines(asked_questions, answers, part, rules, context)
     archive(trained.folder, FILE)
     with atomic_write(trained.folder / FILE) as partial:
         texts = [json.dumps(line, ensure_ascii=False) for line in lines]

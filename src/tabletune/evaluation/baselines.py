@@ -62,33 +62,35 @@ def ways_for(rules: ContentRules, context: TableContext | None) -> list[Way]:
     One answer for all questions is a way for tables of labels only; rows in the adapter's prompt,
     for adapters that were trained with them.
     """
-    ways = list(WAYS)
+    possible = list(WAYS)
     if not rules.labels:
-        ways.remove(CONSTANT)
+        possible.remove(CONSTANT)
     if context is None:
-        ways.remove(ADAPTER_CONTEXT)
-    return ways
+        possible.remove(ADAPTER_CONTEXT)
+    return possible
 
 
 def fixed_rows(
-    rows: Sequence[TableRow], number: int, asked: Iterable[str], seed: int
+    rows: Sequence[TableRow], number: int, question_ids: Iterable[str], seed: int
 ) -> list[TableRow]:
     """`number` rows to show before every question, drawn with `seed`.
 
-    Rows of the questions `asked` (their ids) come last, for tables that have few others. Each row
-    has another question, and another answer where the table has so many: of labels, all are shown.
+    Rows of the questions that will be asked, `question_ids`, come last: a small table may have no
+    others. Each row has another question, and another answer where the table has so many: of
+    labels, all are shown.
     """
-    asked = set(asked)
+    will_be_asked = set(question_ids)
     shuffled = random.Random(seed).sample(list(rows), len(rows))
-    shuffled.sort(key=lambda row: row.question_id in asked)  # keeps the order of the others
-    chosen: list[TableRow] = []
+    # sort is stable: within the rows that are asked, and within the rest, the drawn order stays
+    shuffled.sort(key=lambda row: row.question_id in will_be_asked)
+    examples: list[TableRow] = []
     for only_new_answers in (True, False):
         for row in shuffled:
-            new_question = row.question_id not in {other.question_id for other in chosen}
-            new_answer = row.answer not in {other.answer for other in chosen}
-            if len(chosen) < number and new_question and (new_answer or not only_new_answers):
-                chosen.append(row)
-    return chosen
+            new_question = row.question_id not in {example.question_id for example in examples}
+            new_answer = row.answer not in {example.answer for example in examples}
+            if len(examples) < number and new_question and (new_answer or not only_new_answers):
+                examples.append(row)
+    return examples
 
 
 def check_questions(questions: Sequence[dict]) -> None:

@@ -307,7 +307,7 @@ class Examination:
                 answers = result.answers[part]
                 table = pd.concat([answers, self.check(answers, part)], axis=1)
                 table = table.loc[:, ~table.columns.duplicated()]
-                asked = pd.DataFrame(questions).reindex(columns=QUESTION_COLUMNS)
-                lines.append(pd.concat([asked, table], axis=1).assign(model=name))
+                columns = pd.DataFrame(questions).reindex(columns=QUESTION_COLUMNS)
+                lines.append(pd.concat([columns, table], axis=1).assign(model=name))
         table = pd.concat(lines, ignore_index=True)
         table.to_json(folder / "answers.jsonl", orient="records", lines=True, force_ascii=False)

@@ -77,23 +77,23 @@ def pairs_of_run(run: Path, seed: int = 42) -> list[Pair]:
         answers.setdefault((line["part"], line["asked"]), {})[line["model"]] = line
     rng = random.Random(seed)
     pairs = []
-    for (part, asked), by_model in answers.items():
+    for (part, question), by_model in answers.items():
         if {"base", tuned} <= by_model.keys():
-            pairs.append(make_pair(part, asked, by_model["base"], by_model[tuned], rng))
+            pairs.append(make_pair(part, question, by_model["base"], by_model[tuned], rng))
     rng.shuffle(pairs)
     return pairs
 
 
-def make_pair(part: str, asked: str, base: dict, tuned: dict, rng: random.Random) -> Pair:
+def make_pair(part: str, question: str, base: dict, tuned: dict, rng: random.Random) -> Pair:
     """The Pair of two lines of answers.jsonl, the sides by chance."""
     texts = {"base": base["answer"], "tuned": tuned["answer"]}
     left_model = rng.choice(["base", "tuned"])
     right_model = "tuned" if left_model == "base" else "base"
-    content = json.dumps([part, asked, texts], ensure_ascii=False)
+    content = json.dumps([part, question, texts], ensure_ascii=False)
     return Pair(
         pair_id=hashlib.sha256(content.encode()).hexdigest()[:16],
         part=part,
-        question=asked,
+        question=question,
         references=list(base["references"]),
         left=texts[left_model],
         right=texts[right_model],
@@ -123,8 +123,10 @@ class RatingSession:
     @property
     def ratings(self) -> dict[str, Rating]:
         """The ratings of this run, {pair_id: Rating}; the last one of a pair counts."""
-        known = {pair.pair_id for pair in self.pairs}
-        return {line["pair_id"]: Rating(**line) for line in self.lines if line["pair_id"] in known}
+        # lines of an evaluation that was made anew since are of pairs that are no more
+        pair_ids = {pair.pair_id for pair in self.pairs}
+        lines = [line for line in self.lines if line["pair_id"] in pair_ids]
+        return {line["pair_id"]: Rating(**line) for line in lines}
 
     def next_pair(self) -> Pair | None:
         """The first pair that is not rated; None if all are."""
@@ -179,13 +181,13 @@ def summarize_ratings(pairs: Sequence[Pair], ratings: dict[str, Rating]) -> dict
         "agreement": {},
     }
     for model in ("base", "tuned"):
-        said = [getattr(rating, f"{model}_is_right") for _, rating in rated]
-        said = [value for value in said if value is not None]
-        if said:
+        called_right = [getattr(rating, f"{model}_is_right") for _, rating in rated]
+        called_right = [value for value in called_right if value is not None]
+        if called_right:
             metrics["right"][model] = {
-                "answers": len(said),
-                "rate": float(np.mean(said)),
-                "rate_ci95": rate_interval(said),
+                "answers": len(called_right),
+                "rate": float(np.mean(called_right)),
+                "rate_ci95": rate_interval(called_right),
             }
     table = judged_answers(rated)
     for name in METRICS:
@@ -195,16 +197,17 @@ def summarize_ratings(pairs: Sequence[Pair], ratings: dict[str, Rating]) -> dict
 
 
 def judged_answers(rated: Sequence[tuple[Pair, Rating]]) -> pd.DataFrame:
-    """A line for each answer that a reader called right or wrong: `pair_id`, `said` (bool) and the
-    measured figures.
+    """A line for each answer that a reader called right or wrong: `pair_id`, `called_right` (bool)
+    and the measured figures.
     """
     lines = []
     for pair, rating in rated:
         for model in ("base", "tuned"):
-            said = getattr(rating, f"{model}_is_right")
-            if said is not None:
-                lines.append({"pair_id": pair.pair_id, "said": said, **pair.measured[model]})
-    return pd.DataFrame(lines, columns=["pair_id", "said", *METRICS])
+            called_right = getattr(rating, f"{model}_is_right")
+            if called_right is not None:
+                line = {"pair_id": pair.pair_id, "called_right": called_right}
+                lines.append(line | pair.measured[model])
+    return pd.DataFrame(lines, columns=["pair_id", "called_right", *METRICS])
 
 
 def rank_correlation(table: pd.DataFrame, name: str) -> dict | None:
@@ -234,11 +237,15 @@ def rank_correlation(table: pd.DataFrame, name: str) -> dict | None:
 
 
 def spearman(table: pd.DataFrame, name: str) -> float | None:
-    """The rank correlation of a figure with `said`; None where one of them does not vary."""
-    figures, said = table[name].astype(float), table["said"].astype(float)
-    if figures.nunique() < 2 or said.nunique() < 2:
+    """The rank correlation of a figure with `called_right`; None where one of them does not
+    vary.
+    """
+    figures = table[name].astype(float)
+    called_right = table["called_right"].astype(float)
+    if figures.nunique() < 2 or called_right.nunique() < 2:
         return None
-    return float(figures.rank().corr(said.rank()))
+    # Spearman's is Pearson's correlation of the ranks
+    return float(figures.rank().corr(called_right.rank()))
 
 
 def rating_sentences(metrics: dict) -> list[str]:
@@ -258,11 +265,11 @@ def rating_sentences(metrics: dict) -> list[str]:
             line += " That may be chance."
         sentences.append(line)
     for model, name in (("tuned", "fine-tuned"), ("base", "base")):
-        said = metrics["right"].get(model)
-        if said:
-            share = with_interval(said["rate"], said["rate_ci95"], ".0%")
+        entry = metrics["right"].get(model)
+        if entry:
+            share = with_interval(entry["rate"], entry["rate_ci95"], ".0%")
             sentences.append(
-                f"The reader called {share} of {said['answers']} {name} answers right."
+                f"The reader called {share} of {entry['answers']} {name} answers right."
             )
     for name, heading in METRICS.items():
         agreement = metrics["agreement"][name]

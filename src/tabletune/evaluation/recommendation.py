@@ -213,17 +213,17 @@ def against(decision: Decision) -> list[str]:
     sure.
     """
     rights = decision.rights
-    chosen = decision.subject
-    others = [name for name in TRAINED if name in rights]
-    if chosen in TRAINED:
-        others = [name for name in rights if name not in TRAINED]
-    other = max(others, key=lambda name: rights[name].mean())
-    entry = rate_difference(rights[chosen], rights[other])
+    subject = decision.subject
+    rivals = [name for name in TRAINED if name in rights]
+    if subject in TRAINED:
+        rivals = [name for name in rights if name not in TRAINED]
+    rival = max(rivals, key=lambda name: rights[name].mean())
+    entry = rate_difference(rights[subject], rights[rival])
     points = [f"{100 * value:+.0f}" for value in (entry["difference"], *entry["ci95"])]
     kinds = "the same questions" if len(decision.parts) == 1 else "both kinds together"
     sentences = [
-        f"Of {kinds}, {IN_WORDS[other]} gets {rights[other].sum()} of {len(rights[other])} right, "
-        f"where {IN_WORDS[chosen]} gets {rights[chosen].sum()}: "
+        f"Of {kinds}, {IN_WORDS[rival]} gets {rights[rival].sum()} of {len(rights[rival])} right, "
+        f"where {IN_WORDS[subject]} gets {rights[subject].sum()}: "
         f"a difference of {points[0]} points ({points[1]} – {points[2]})."
     ]
     if decision.choice is not None and not entry["significant"]:

@@ -117,8 +117,8 @@ class TrustExamination:
 
         first = trained.splits["test"][0]["prompt"]
         system = [turn for turn in first[:1] if turn["role"] == "system"]
-        asked = [[*system, {"role": "user", "content": text}] for text in self.prompts["prompt"]]
-        answers, _ = answer_with_context(self.context_for_use, asked, generate_answers)
+        chats = [[*system, {"role": "user", "content": text}] for text in self.prompts["prompt"]]
+        answers, _ = answer_with_context(self.context_for_use, chats, generate_answers)
         answered = self.prompts.assign(model=name, answer=list(answers["answer"]))
         self.judged[name] = judge(answered, self.template, self.item_field)
 

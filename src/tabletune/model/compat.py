@@ -126,12 +126,12 @@ def resolve(path: str) -> Any:
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
         try:
-            found = importlib.import_module(".".join(parts[:length]))
+            target = importlib.import_module(".".join(parts[:length]))
         except ModuleNotFoundError:
             continue
         for name in parts[length:]:
-            found = getattr(found, name)
-        return found
+            target = getattr(target, name)
+        return target
     raise ImportError(path)
 
 
@@ -149,17 +149,18 @@ def model_names(stored: Iterable[str], model: PreTrainedModel) -> dict[str, list
     for converter in converters:
         for source in converter.source_patterns:
             targets[source] = converter.target_patterns
-    known = model.state_dict()
+    parameters = model.state_dict()
     names = {}
     for name in in_loading_order(stored):
         # a name that needs no change may fit a rule by chance, so it is tried without rules, too
         for rules in ((renamings, converters), ([], [])):
             new, source = core_model_loading.rename_source_key(
-                name, *rules, model.base_model_prefix, known
+                name, *rules, model.base_model_prefix, parameters
             )
-            if new in known and name not in names:
-                first, *others = targets.get(source, [""])
-                names[name] = [new, *(new.replace(first, other) for other in others)]
+            if new in parameters and name not in names:
+                # one stored tensor may be split: its first target stands in `new`
+                first, *rest = targets.get(source, [""])
+                names[name] = [new, *(new.replace(first, target) for target in rest)]
     return names
 
 

@@ -35,9 +35,9 @@ def dequantize_layers(model: torch.nn.Module) -> bool:
         state = layer.weight.quant_state
         state.dtype = layer.compute_dtype
         with torch.device("meta"):
-            plain = Linear(layer.in_features, layer.out_features, bias=False)
+            linear = Linear(layer.in_features, layer.out_features, bias=False)
         weight = dequantize_4bit(layer.weight.data, state)  # [out, in]
-        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
-        plain.bias = layer.bias
-        setattr(parent, name, plain)
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        linear.bias = layer.bias
+        setattr(parent, name, linear)
     return True

@@ -83,11 +83,11 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises StageError if transformers knows no causal language model of this kind, or the class is
     one of another use: the files of a classifier, for example, have no output layer.
     """
-    named = [getattr(transformers, name, None) for name in config.architectures or []]
-    classes = [found for found in named if isinstance(found, type)]
-    for made_with in classes:
-        if issubclass(made_with, GenerationMixin):
-            return made_with
+    attributes = [getattr(transformers, name, None) for name in config.architectures or []]
+    classes = [attribute for attribute in attributes if isinstance(attribute, type)]
+    for architecture in classes:
+        if issubclass(architecture, GenerationMixin):
+            return architecture
     if classes:
         raise StageError(
             f"A {classes[0].__name__} writes no text, so it cannot be fine-tuned here. Take a chat "

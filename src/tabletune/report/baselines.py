@@ -49,27 +49,28 @@ def plot_baselines(metrics: Mapping) -> "Figure":
     """
     import matplotlib.pyplot as plt  # half a second
 
-    parts, ways = parts_of(metrics), list(metrics["ways"])
+    parts = parts_of(metrics)
+    names = list(metrics["ways"])
     figure, panels = plt.subplots(
         1,
         len(parts),
-        figsize=(2 + 3.2 * len(parts), 1.2 + 0.4 * len(ways)),
+        figsize=(2 + 3.2 * len(parts), 1.2 + 0.4 * len(names)),
         layout="constrained",
         sharey=True,
         squeeze=False,
     )
     for axes, part in zip(panels[0], parts, strict=True):
-        for place, name in enumerate(ways):
+        for place, name in enumerate(names):
             content = metrics["ways"][name]["content"][part]
             if content["right_ci95"] is not None:
                 axes.plot(content["right_ci95"], [place, place], "|-k", markersize=9)
             trained = metrics["ways"][name]["model"] == "adapter"
             fill = "black" if trained else "0.7"
             axes.plot(content["right"], place, "o", color=fill, markeredgecolor="black")
-        axes.set(xlim=(-0.03, 1.03), xlabel="right answers", ylim=(len(ways) - 0.5, -0.5))
+        axes.set(xlim=(-0.03, 1.03), xlabel="right answers", ylim=(len(names) - 0.5, -0.5))
         axes.set_title(f"{PARTS[part]}: {content['questions']}", fontsize=9)
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.grid(axis="x", color="0.9")
-    panels[0][0].set_yticks(range(len(ways)), ways)
+    panels[0][0].set_yticks(range(len(names)), names)
     plt.close(figure)  # else a notebook shows it a second time
     return figure

@@ -113,7 +113,10 @@ class Setting:
         """How often each question of a part was answered right, {question: share of the runs}."""
         of_runs = [run.answers.get(part, {}) for run in self.runs]
         shared = set.intersection(*(set(answers) for answers in of_runs))
-        return {asked: float(np.mean([answers[asked] for answers in of_runs])) for asked in shared}
+        return {
+            question: float(np.mean([answers[question] for answers in of_runs]))
+            for question in shared
+        }
 
     def values(self, figure: str, part: str) -> list[float]:
         """A figure of each run, right answers as a share, or bits per byte."""
@@ -224,8 +227,9 @@ def compared_part(runs: Sequence[ComparedRun]) -> str | None:
         ["new", "added", "reworded", "table"] if labels else ["reworded", "table", "added", "new"]
     )
     for part in order:
-        asked = {frozenset(run.answers.get(part, {})) for run in runs}
-        if len(asked) == 1 and asked != {frozenset()}:
+        # the questions of each run; one set means that all runs answered the same ones
+        question_sets = {frozenset(run.answers.get(part, {})) for run in runs}
+        if len(question_sets) == 1 and question_sets != {frozenset()}:
             return part
     return None
 
@@ -253,8 +257,8 @@ def pair_difference(one: Setting, other: Setting, figure: str, part: str | None)
         if not shared:
             return None
         entry = mean_difference(
-            [first[asked] for asked in shared],
-            [second[asked] for asked in shared],
+            [first[question] for question in shared],
+            [second[question] for question in shared],
             np.ones(len(shared)),
         )
     else:

@@ -24,11 +24,9 @@ def summarize_base_model(
     """
     adapted = Counter(name.rpartition(".")[2] for name in lora_targets(model, targets))
     quantized = sum(layer.weight.numel() for layer in linear_layers(model).values())
-    others = model.num_parameters() - quantized
+    unquantized = model.num_parameters() - quantized
     bits = BITS[quantization]
-    in_memory = (
-        f"{quantized / 1e6:,.1f} million weights in {bits} bits, {others / 1e6:,.1f} million in 16"
-    )
+    in_memory = f"{quantized / 1e6:,.1f} million weights in {bits} bits, {unquantized / 1e6:,.1f} million in 16"
     if any(parameter.dim() == 3 for parameter in text_part(model).parameters()):
         in_memory += ", the mixture's experts among them"
     longest = context_length(model.config)
@@ -38,6 +36,6 @@ def summarize_base_model(
         "attention": attention_implementation(model.config, attn_implementation),
         "adapters on": ", ".join(f"{count} × {name}" for name, count in sorted(adapted.items())),
         "in memory": in_memory,
-        "weights": f"{(quantized * bits + others * 16) / 8 / 2**30:,.2f} GiB",
+        "weights": f"{(quantized * bits + unquantized * 16) / 8 / 2**30:,.2f} GiB",
         "reads at once": f"{longest:,} tokens" if longest else "unknown",
     }

@@ -257,10 +257,10 @@ class TrainingMemory:
         """
         shape = self.shape
         inputs = recomputed_layers * shape.hidden * self.dtype.itemsize
-        kept = (shape.layers - recomputed_layers) * self.layer_activations(bool(self.fused))
+        stored = (shape.layers - recomputed_layers) * self.layer_activations(bool(self.fused))
         if recomputed_layers:
-            kept = max(kept, self.layer_activations(fused=False))
-        return tokens * (inputs + kept)
+            stored = max(stored, self.layer_activations(fused=False))
+        return tokens * (inputs + stored)
 
     def logits(self, tokens: int) -> float:
         """The logits: in pieces with Liger's loss, else whole.

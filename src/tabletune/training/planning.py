@@ -349,18 +349,19 @@ def trainer_settings(
     `include_num_input_tokens_seen` is not among them: it waits for the GPU after each batch, which
     took a tenth of the time.
     """
-    chosen = stage.parameters
+    parameters = stage.parameters
     gpu = torch.cuda.is_available()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "training" / "tensorboard")
-    same = ("seed", "use_liger_kernel", "max_length", "lr_scheduler_type", "max_grad_norm")
-    settings = {name: chosen[name] for name in same}
+    # these have the same name in SFTConfig as in the notebook
+    same_names = ("seed", "use_liger_kernel", "max_length", "lr_scheduler_type", "max_grad_norm")
+    settings = {name: parameters[name] for name in same_names}
     settings |= when_to_evaluate(
-        chosen["training_options"], math.ceil(steps / chosen["evaluations"])
+        parameters["training_options"], math.ceil(steps / parameters["evaluations"])
     )
     return settings | {
         "output_dir": str(stage.folder / "checkpoints"),
-        "warmup_steps": chosen["warmup"],
-        "report_to": "none" if done else chosen["report_to"],
+        "warmup_steps": parameters["warmup"],
+        "report_to": "none" if done else parameters["report_to"],
         "use_cpu": not gpu,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
@@ -377,7 +378,7 @@ def trainer_settings(
         "ddp_find_unused_parameters": False,
         "load_best_model_at_end": True,  # the best by the validation loss
         "save_total_limit": 2,
-        "restore_callback_states_from_checkpoint": chosen["early_stopping_patience"] > 0,
+        "restore_callback_states_from_checkpoint": parameters["early_stopping_patience"] > 0,
         "logging_steps": 0.05,
         # Filtering would hide a loss that is NaN, and wait for the GPU in every step.
         "logging_nan_inf_filter": False,

@@ -80,9 +80,9 @@ def save_training(
         if parameter.requires_grad
     }
     if trainer.is_world_process_zero():
-        run, chosen = stage.folder, stage.parameters
+        run, parameters = stage.folder, stage.parameters
         provenance = {
-            name: chosen[name] for name in ("base_model", "base_model_revision", "quantization")
+            name: parameters[name] for name in ("base_model", "base_model_revision", "quantization")
         }
         provenance |= {"dataset_fingerprint": inputs["dataset"], "dtype": inputs["dtype"]}
         write_json(run / "training" / "metrics.json", metrics)
@@ -92,6 +92,6 @@ def save_training(
             trainer.model.save_pretrained(folder, state_dict=adapter)
             save_tokenizer(folder, tokenizer, stops)
             write_json(folder / "provenance.json", provenance)
-        upload_result(chosen["run_dir"], run / "adapter")
+        upload_result(parameters["run_dir"], run / "adapter")
         stage.record(inputs["dataset"], inputs)
     trainer.accelerator.wait_for_everyone()
