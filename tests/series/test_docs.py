@@ -80,24 +80,29 @@ def cells(line):
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
 
 
+def listed_parameters():
+    """The items of docs/parameters.md: (name, default, notebooks, what it does)."""
+    items = re.split(r"(?m)^- ", read("docs/parameters.md").split("\n## All parameters")[1])[1:]
+    pattern = re.compile(r"\*\*`(\w+)`\*\* = `(.*?)` \(([\w ]+)\): (.*)")
+    texts = [" ".join(item.partition("\n\n")[0].split()) for item in items]
+    return [pattern.fullmatch(text).groups() for text in texts]
+
+
 def test_every_parameter_is_explained_with_its_default():
     """Name, default and the notebooks that take it: as in the notebooks, and nothing else."""
-    rows = re.findall(
-        r"(?m)^\| `(\w+)` \|(.*)\|$", read("docs/parameters.md").split("\n| parameter |")[1]
-    )
-    assert len(rows) == len({name for name, _ in rows}), "a parameter stands there twice"
+    rows = listed_parameters()
+    assert len(rows) == len({row[0] for row in rows}), "a parameter stands there twice"
     wanted = {name: [] for known in PARAMETERS.values() for name in known}
     for notebook, known in PARAMETERS.items():
         for name in known:
             wanted[name].append(
                 str(int(notebook[:2])) if notebook[0] == "0" else notebook.partition("_")[0]
             )
-    assert {name for name, _ in rows} == set(wanted)
-    for name, rest in rows:
-        default, notebooks, meaning = cells(rest)
+    assert {row[0] for row in rows} == set(wanted)
+    for name, default, notebooks, meaning in rows:
         assert notebooks == " ".join(wanted[name]), name
         defaults = [known[name] for known in PARAMETERS.values() if name in known]
-        written = yaml.safe_load(default.strip("`")) if default else ""
+        written = yaml.safe_load(default)
         assert all(written == value for value in defaults), (name, written, defaults)
         assert len(meaning) > 10, name
 
