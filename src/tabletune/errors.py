@@ -28,6 +28,7 @@ def hub_error(what: str, error: BaseException) -> StageError:
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    # Libraries wrap the Hub's errors in an OSError of their own, so all causes are looked at.
     causes = list(chain_of(error))
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return StageError(
@@ -40,6 +41,8 @@ def hub_error(what: str, error: BaseException) -> StageError:
             "read. Check the name; for a private one set HF_TOKEN (in Colab a secret) or run "
             "`hf auth login`."
         )
+    # These are not kinds of errors but texts: transformers and huggingface_hub raise a plain
+    # ValueError or OSError for them.
     reason = first_line(error)
     if "custom code" in reason:
         return StageError(
@@ -84,13 +87,14 @@ def is_unreachable(error: BaseException) -> bool:
         return True
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return True
-    # what transformers says, and what is left of a lost connection after huggingface_hub has tried
-    # again
+    # transformers says the first; the second is what huggingface_hub raises after it has tried to
+    # connect again
     return "couldn't connect to" in str(error) or "the client has been closed" in str(error)
 
 
 def suggestion(name: Any, names: Iterable[Any]) -> str:
     """A text such as " Did you mean 'x'?" with the nearest of the `names`; "" if none is near."""
+    # a wrong capital is the most frequent slip, and must not count as a difference
     by_lower_case = {str(valid).lower(): valid for valid in names}
     nearest = get_close_matches(str(name).lower(), by_lower_case, n=1, cutoff=0.4)
     return f" Did you mean {by_lower_case[nearest[0]]!r}?" if nearest else ""

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FEWEST_GROUPS = 6
-DRAWS, SEED = 2000, 0  # of the bootstrap, where a caller has none of its own
+# of the bootstrap, where a caller has none of its own
+DRAWS = 2000
+SEED = 0
+# {rate: the column of the answers that it is the mean of}
 RATES = {
     "stop_rate": "stopped",
     "structure_rate": "structured",
     "exact_match_rate": "exact_match",
-}  # of answers
+}
 
 
 def by_group(values: ArrayLike, groups: ArrayLike | None) -> np.ndarray:
@@ -32,6 +35,7 @@ def by_group(values: ArrayLike, groups: ArrayLike | None) -> np.ndarray:
     values = np.asarray(values, float)
     if groups is None:
         return values
+    # positions: for each row the number of its group, from 0
     _, positions = np.unique(np.asarray(groups), return_inverse=True)
     return np.bincount(positions, values)
 
@@ -63,6 +67,7 @@ def resampled(
     for start in range(0, draws, at_once):
         shape = (min(at_once, draws - start), size)
         drawn = random.integers(size, size=shape)  # [draws, groups]
+        # the ratio of sums, not the mean of ratios: a long answer counts by its tokens
         ratios.append(totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     return np.concatenate(ratios)
 
@@ -97,6 +102,7 @@ def mean_interval(
     are too few.
     """
     groups = np.arange(len(counts)) if groups is None else groups
+    # asked before drawing, which costs most of the time
     too_few = count_groups(groups) < FEWEST_GROUPS
     return None if too_few else interval(resampled(totals, counts, groups, draws, seed), groups)
 
@@ -127,6 +133,7 @@ def rate_interval(successes: ArrayLike, groups: ArrayLike | None = None) -> list
 
     successes = np.asarray(successes, bool)
     cases = len(by_group(successes, groups))
+    # by_group(…) has one number a group; as many groups as rows means independent cases
     if cases and (cases == len(successes) or successes.all() or not successes.any()):
         limits = binomtest(round(successes.mean() * cases), cases).proportion_ci(method="wilson")
         return [float(limits.low), float(limits.high)]
@@ -172,6 +179,7 @@ def rate_difference(one: ArrayLike, other: ArrayLike) -> dict:
     In pairs, by the adjusted formula of Agresti and Min (2005, https://doi.org/10.1002/sim.1781).
     """
     one, other = np.asarray(one, bool), np.asarray(other, bool)
+    # cases in which both agree say nothing of the difference; 0.5 is the paper's adjustment
     only_one, only_other = (one & ~other).sum() + 0.5, (other & ~one).sum() + 0.5
     cases = len(one) + 2
     middle = (only_one - only_other) / cases

@@ -12,6 +12,7 @@ def cached_per_template(function: Callable[..., Any]) -> Callable[..., Any]:
     `functools.lru_cache` would go on giving the old result after a template is set, and would keep
     up to `maxsize` tokenizers in memory.
     """
+    # weak keys: what is cached goes when the tokenizer goes
     states: WeakKeyDictionary = WeakKeyDictionary()
 
     @functools.wraps(function)

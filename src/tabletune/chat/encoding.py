@@ -28,9 +28,9 @@ def encode_prompt(
     puts before a text.
     """
     if messages:
-        return tokenizer(render(messages, tokenizer, True, tools), add_special_tokens=False)[
-            "input_ids"
-        ]
+        text = render(messages, tokenizer, True, tools)
+        # the template has written BOS already: the tokenizer would put a second one before it
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
     first_ids = tokenizer("")["input_ids"][:1]
     return first_ids if first_ids == [tokenizer.bos_token_id] else []
 
@@ -58,6 +58,7 @@ def encode_all(
         return []
     texts = [prompt_and_completion(example, tokenizer) for example in examples]
     prompts = [prompt for prompt, _ in texts]
+    # Prompt and conversation are tokenized apart, to see where the prompt ends among the ids.
     all_prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     conversations = [prompt + completion for prompt, completion in texts]
     all_ids = tokenizer(conversations, add_special_tokens=False)["input_ids"]
@@ -117,6 +118,8 @@ def prompt_and_completion(
     between, after = template_parts(tokenizer, roles)
     answer = example["completion"][0]["content"]
     if thinking_is_on(tokenizer):
+        # templates write the thought of a last answer in many ways; this is how the model itself
+        # begins
         reasoning, _, answer = answer.rpartition(THOUGHT_END)
         reasoning = reasoning.rpartition("<think>")[2].strip("\n")
         opening = "" if prompt.rstrip().endswith("<think>") else "<think>\n"
@@ -145,6 +148,7 @@ def template_parts(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -
     except StageError:  # a tool's turn, for example, needs more than a text
         opened, before, after = around([USER], tokenizer)
     between = before[len(opened) :] if before.startswith(opened) else ""
+    # more than white space belongs to the model's own answer, such as an empty thought
     if between.strip():
         between = ""
     return between, after
@@ -154,6 +158,8 @@ def continuation(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of a text that continues another one: without the space that some tokenizers put at
     the start.
     """
+    # A text that is tokenized on its own may get a space in front (SentencePiece). Behind a known
+    # token it gets none; one of these three does not merge with what follows.
     for before in ("\n", "a", "."):
         first_ids = tokenizer(before, add_special_tokens=False)["input_ids"]
         ids = tokenizer(before + text, add_special_tokens=False)["input_ids"]
@@ -203,8 +209,10 @@ def mask_earlier_answers(
         "offset_mapping"
     ]
     for start, end in spans:
+        # a token that reaches over an edge of the answer counts as the answer's
         inside = [k for k, (first, last) in enumerate(offsets) if last > start and first < end]
         stop = inside[-1]
+        # then on to the token that ends the turn: the model has to write that, too
         for k in range(inside[-1] + 1, len(ids)):
             if ids[k] in stop_token_ids:
                 stop = k
@@ -233,6 +241,7 @@ def earlier_answer_spans(
     spans = []
     for index in learned_turns(example):
         message = messages[index]
+        # the same conversation, with a mark where this answer was
         with_mark = [*messages[:index], {**message, "content": mark}, *messages[index + 1 :]]
         rendered = render(with_mark, tokenizer, True, tools)
         before, _, after = rendered.partition(mark)
@@ -245,6 +254,7 @@ def earlier_answer_spans(
         )
         content = message["content"]
         written = text[start:end]
+        # templates drop the thoughts of earlier answers, so the text may be shorter than the data's
         without_thought = content.rpartition(THOUGHT_END)[2]
         if not is_located or written.strip() not in (content.strip(), without_thought.strip()):
             raise StageError(
@@ -253,6 +263,7 @@ def earlier_answer_spans(
                 "Use a table with one answer a row, or another model."
             )
         if written.strip():
+            # white space around the answer is the template's
             start += len(written) - len(written.lstrip())
             spans.append((start, start + len(written.strip())))
     return spans

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tabletune.errors import StageError
+from tabletune.errors import StageError, first_line
 
 Messages = list[dict[str, Any]]
 
@@ -37,7 +37,7 @@ def render(
             messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
         )
     except Exception as error:  # jinja's own, and whatever a template raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         roles = ", ".join(message["role"] for message in messages)
         raise StageError(
             f"The model's chat template refuses messages of the roles {roles}: {reason}"
@@ -71,9 +71,11 @@ def pinned_template(tokenizer: PreTrainedTokenizerBase, thinking: bool, date: st
     kind.
     """
     template = tokenizer.chat_template or PLAIN_TEMPLATE
+    # some tokenizers have several templates, such as one for tools
     if isinstance(template, dict):
         template = template.get("default") or next(iter(template.values()))
     day = Date.fromisoformat(str(date))
+    # the date of today would change the prompt, and with it the token ids, from day to day
     today = r"strftime_now\(\s*(['\"])(.+?)\1\s*\)"
     template = re.sub(today, lambda match: json.dumps(day.strftime(match[2])), template)
     template = template.replace("strftime_now is defined", "true")
@@ -81,12 +83,15 @@ def pinned_template(tokenizer: PreTrainedTokenizerBase, thinking: bool, date: st
         raise StageError(
             "thinking=true, but this model's chat template has no <think>. Set it to false."
         )
+    # Templates have one of two names for this. The default is written into the template, so that it
+    # holds wherever the template is used; who asks by name still has the last word.
     value = "true" if thinking else "false"
     for name in ("enable_thinking", "thinking"):
         if re.search(rf"(?<![\w.'\"]){name}\b(?!['\"])", template):
             default = f"{{%- set {name} = {value} %}}"
             template = f"{{%- if {name} is not defined %}}{default}{{%- endif %}}{template}"
     if thinking:
+        # a Jinja comment: it prints nothing, and tells `thinking_is_on` later
         return THINKING_ON + template
     tokenizer.chat_template = template
     suffix = thinking_suffix(tokenizer)
@@ -101,6 +106,7 @@ def thinking_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
     Raises StageError if the prompt opens a block of thinking with a mark that is not known here.
     """
     opened, before, _ = around([USER], tokenizer)
+    # how far the open prompt and the conversation with an answer agree
     shared = 0
     while shared < len(opened) and opened[shared : shared + 1] == before[shared : shared + 1]:
         shared += 1
@@ -110,6 +116,7 @@ def thinking_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
     if opened.rstrip().endswith("<think>"):
         if not only_in_prompt and "</think>" in only_before_answer:
             return only_before_answer
+        # the template opens the thought and cannot close it: an empty one is closed here
         line_break = "\n" if opened.endswith("\n") else "\n\n"
         return f"{line_break}</think>\n\n"
     opens_thinking = re.search(r"think|reason", only_in_prompt, re.IGNORECASE)
@@ -118,6 +125,7 @@ def thinking_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
             "The model's chat template opens a thinking that cannot be closed here: "
             f"{only_in_prompt!r}."
         )
+    # the prompt closes the thought itself, and the answer's turn has no other text before it
     closes_itself = only_in_prompt and "think" in only_before_answer
     if closes_itself or not only_before_answer.strip():
         return ""
@@ -160,6 +168,7 @@ def describe_template(
         thinking = "on: the answer begins with it"
     elif re.search(r"<think>|thinking|analysis", tokenizer.chat_template):
         thinking = "off: the prompt closes it"
+    # the formats of dates that the templates in the menu of models write
     dated = re.search(r"\d{1,2} \w{3} 20\d\d|20\d\d-\d\d-\d\d|[A-Z]\w+ \d{1,2}, 20\d\d", opened)
     return {
         "an answer follows": repr(opening),

@@ -50,6 +50,8 @@ def load_tokenizer(
             f"base_model={base_model}: its tokenizer cannot be read ({first_line(error)}). "
             "Get its files again, or take another model."
         ) from error
+    # the config's number, not len(tokenizer): some tokenizers have tokens that the model has no row
+    # for
     embedding_rows = config.get_text_config().vocab_size
     if tokenizer.eos_token is None:
         raise StageError(
@@ -69,6 +71,7 @@ def check_template_tokens(
     base_model: str, tokenizer: PreTrainedTokenizerBase, rows: int, stop_token_ids: list[int]
 ) -> None:
     """Raise StageError if the template writes a token that has no row in the embedding matrix."""
+    # all that a template writes by itself stands before and after an answer
     opened, _, after = around([USER], tokenizer)
     written = tokenizer(opened + after, add_special_tokens=False)["input_ids"]
     beyond = [token_id for token_id in written if token_id >= rows]
@@ -100,6 +103,7 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     pad = tokenizer.pad_token_id
     if pad is not None and pad != tokenizer.eos_token_id and pad < rows:
         return
+    # a spare special token, such as UNK, is never in a text, so masking it masks no answer
     for token in tokenizer.all_special_tokens:
         is_spare = token not in (tokenizer.bos_token, tokenizer.eos_token)
         if is_spare and tokenizer.convert_tokens_to_ids(token) < rows:
@@ -123,6 +127,7 @@ def save_tokenizer(
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(folder)
+    # read back in both ways in which others will load it
     text = render([USER], tokenizer) + PROBE
     for saved in (load_tokenizer_of_run(folder)[0], AutoTokenizer.from_pretrained(folder)):
         if saved(text)["input_ids"] == tokenizer(text)["input_ids"]:
@@ -175,14 +180,17 @@ def find_stop_token_ids(
         generation = GenerationConfig.from_pretrained(base_model, revision=revision)
     except OSError:
         generation = GenerationConfig.from_model_config(config)
+    # a number, a list, or None
     configured = generation.eos_token_id
     if not isinstance(configured, list):
         configured = [configured]
     after = tokenizer(around([USER], tokenizer)[2], add_special_tokens=False)["input_ids"]
     special = special_ids(tokenizer)
+    # the first special token after an answer ends the turn; what follows it opens the next one
     turn_end = [token_id for token_id in after if token_id in special][:1]
     candidates = [tokenizer.eos_token_id, *turn_end, *configured]
     in_vocabulary = [i for i in candidates if i is not None and i < len(tokenizer)]
+    # without repetition, in the order in which they were named
     return list(dict.fromkeys(in_vocabulary))
 
 

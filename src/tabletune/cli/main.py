@@ -63,6 +63,7 @@ def on_finished_run(name: str) -> Command:
 
 def report(options: argparse.Namespace) -> None:
     """Write report.html, a page about a run, into its folder."""
+    # Imported where they are needed: the start of every other command stays quick.
     from tabletune.cli.pages import write_report
 
     write_report(options)

@@ -40,6 +40,7 @@ def notebook_values(source: Path, target: Path, words: dict[str, Any]) -> dict[s
     if needs_run and not folder.is_dir():
         raise StageError(f"{folder} is no run folder. Make one with: make run-all RUN_DIR={folder}")
     values = {**read_settings(folder), "run_dir": str(folder), **words}
+    # how many processes is the command line's business, and no notebook's parameter
     values.pop("gpus", None)
     check_names(values, {*NUMBERED, name})
     return {key: value for key, value in values.items() if key in PARAMETERS[name]}
@@ -61,6 +62,7 @@ def run_notebook(
     """
     name = source.stem
     values = notebook_values(source, target, words)
+    # Pages only read the run. Of several processes, the one that started them holds the lock.
     if prepare_only or name not in NUMBERED or "RANK" in os.environ:
         execute(source, target, values, prepare_only)
         return
@@ -85,11 +87,13 @@ def execute(source: Path, target: Path, values: dict[str, Any], prepare_only: bo
         PYTHONUTF8="1",
         JUPYTER_PREFER_ENV_PATH="1",
     )
+    # slow to import, so only here
     from papermill import PapermillExecutionError, execute_notebook
 
     # papermill warns of parameters that stand in another cell than the tagged one
     logging.getLogger("papermill").setLevel(logging.ERROR)
     rank = int(os.environ.get("RANK", 0))
+    # each process executes the whole notebook, and writes a file of its own while it does
     label = f"{source.stem}.process{rank}" if rank else source.stem
     partial = target.with_name(f"{label}.partial.ipynb")
     options: dict[str, Any] = {"prepare_only": prepare_only, "progress_bar": False}
@@ -128,6 +132,7 @@ def check_environment() -> None:
     """Raise StageError if a package that the notebooks need is not installed."""
     from importlib.util import find_spec
 
+    # one package of each kind; find_spec looks them up without importing them
     needed = ["torch", "trl", "bitsandbytes", "papermill"]
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
@@ -162,6 +167,7 @@ def launch(source: Path, target: Path, words: dict[str, Any], processes: int) ->
     try:
         launch_command(launch_command_parser().parse_args(command))
     except ChildFailedError as error:
+        # the others fail after it, because they wait for one that is gone
         process, failure = error.get_first_failure()
         reason = error_in(target.parent) or f"exit code {failure.exitcode}"
         raise NotebookError(
@@ -183,8 +189,9 @@ def error_in(run_dir: Path) -> str | None:
             cells = nbformat.read(path, as_version=4).cells
         except (OSError, ValueError):  # killed while it was written
             continue
-        outputs = [output for cell in cells for output in cell.get("outputs", [])]
-        errors = [output for output in outputs if output.output_type == "error"]
+        errors = []
+        for cell in cells:
+            errors += [out for out in cell.get("outputs", []) if out.output_type == "error"]
         if errors:
             last = errors[-1]
             return last.evalue if last.ename == "StageError" else f"{last.ename}: {last.evalue}"

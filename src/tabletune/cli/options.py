@@ -24,9 +24,8 @@ from tabletune.run.parameters import (
     read_text,
 )
 
-NUMBERED = [
-    name for name in PARAMETERS if name[0] == "0"
-]  # any of these parameters may stand in a profile
+# the notebooks of the series; a profile may hold any of their parameters
+NUMBERED = [name for name in PARAMETERS if name[0] == "0"]
 SETTINGS = "settings"  # the file in a run folder that holds what the run was started with
 QUOTES = "ARGS=\"-p system_prompt 'You are kind.'\""
 
@@ -64,7 +63,9 @@ class CollectParameters(argparse.Action):
             new = read_parameters(values, f"-y {values!r}")
         else:
             name, text = values
+            # a name that is none is refused later, when the notebook is known (`check_names`)
             new = {name: coerce(name, text, (DEFAULTS | LAUNCH_DEFAULTS).get(name))}
+        # a new dictionary: the default is shared by all parsers
         setattr(namespace, self.dest, {**getattr(namespace, self.dest), **new})
 
 
@@ -118,6 +119,7 @@ def split_args(arguments: list[str]) -> list[str]:
     """
     result = []
     for argument in arguments:
+        # make passes ARGS on as one text; a shell has not split it yet
         if not argument.startswith("--args="):
             result.append(argument)
             continue
@@ -150,6 +152,7 @@ def detect_profile() -> str:
     """The profile for the hardware of this machine: "a100" from 40 GB on, "t4", or "cpu" without
     an NVIDIA GPU.
     """
+    # asked of the driver, since importing torch for it takes seconds
     query = ["nvidia-smi", "--query-gpu=compute_cap,memory.total", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
@@ -158,6 +161,7 @@ def detect_profile() -> str:
     for line in lines:
         capability, _, memory_mib = line.partition(",")
         try:
+            # from 8 on (Ampere) a GPU computes in bf16; 40 GB cards report less than 40,960 MiB
             is_large = float(capability) >= 8 and float(memory_mib) > 35_000
         except ValueError:  # "No devices were found"
             continue
@@ -229,6 +233,7 @@ def in_repository(values: dict[str, Any], path: Path) -> dict[str, Any]:
         value = values.get(name)
         if not isinstance(value, str) or Path(value).exists():
             continue
+        # the base models in .cache are made when they are first needed
         if (home / value).exists() or value.startswith(".cache/"):
             moved[name] = str(home / value)
     return moved

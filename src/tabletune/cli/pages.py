@@ -58,6 +58,7 @@ def write_page(executed: Path) -> Path:
 def open_chat(options: argparse.Namespace) -> None:
     """Open a page on which base and fine-tuned model answer side by side."""
     target = choose_run_dir(options) / "chat.ipynb"
+    # a plain `ipython` process runs the notebook: the page must stay open until Ctrl-C
     words = {"wait": True, **options.files, **options.words}
     run_notebook(notebook("chat"), target, words, prepare_only=True)
     command = [sys.executable, "-m", "IPython", "--no-banner"]

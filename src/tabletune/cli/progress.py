@@ -54,6 +54,7 @@ class ProgressLine:
         now = time.monotonic()
         if self.in_terminal:
             self.stream.write(f"\r\x1b[K{text[:118]}")
+        # a log file keeps every line, so there are few of them
         elif now - self._last_time >= LOG_SECONDS:
             self.stream.write(f"{text}\n")
         else:
@@ -84,6 +85,7 @@ def running_cell(cells: list[dict[str, Any]]) -> tuple[int, dict[str, Any] | Non
 def progress_inside(cell: dict[str, Any]) -> str:
     """What the newest progress bar in a cell's output says; "" without one."""
     for output in reversed(cell.get("outputs", [])):
+        # a bar overwrites itself, so the text holds all its states: the last one counts
         if output["output_type"] == "stream":
             bars = BAR.findall(output["text"][-2000:])
             if bars:
@@ -100,6 +102,7 @@ def progress_inside(cell: dict[str, Any]) -> str:
 def shown_progress(name: str, cells: list[dict[str, Any]]) -> Iterator[None]:
     """Show the progress of a notebook's cells on stderr while the block runs."""
     line = ProgressLine(name, cells, sys.stderr)
+    # a daemon: an interrupt must not wait for it
     thread = threading.Thread(target=line.watch, daemon=True)
     thread.start()
     try:
@@ -112,6 +115,7 @@ def shown_progress(name: str, cells: list[dict[str, Any]]) -> Iterator[None]:
 
 def register_engine() -> str:
     """Make papermill's usual engine show its progress in this way. Returns the engine's name."""
+    # slow to import, so only here
     from papermill.engines import NBClientEngine, papermill_engines
 
     class EngineWithProgress(NBClientEngine):

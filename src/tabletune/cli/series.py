@@ -59,6 +59,7 @@ def is_up_to_date(stage: str, target: Path) -> bool:
     The result itself is judged by the same rule as in the notebook (`Stage.is_done`).
     """
     source = notebook(stage)
+    # the cheap question first: has the notebook's own text or a parameter changed?
     values = notebook_values(source, target, {})
     if not target.exists() or not shows(target, source, values):
         return False
@@ -66,6 +67,7 @@ def is_up_to_date(stage: str, target: Path) -> bool:
     outputs = entry.get("outputs")
     if not outputs or not all((target.parent / name).exists() for name in outputs):
         return False
+    # with the defaults: a default that has changed since changes the result, too
     parameters = stage_parameters(stage, PARAMETERS[stage] | values)
     try:
         inputs = current_inputs(target.parent, parameters, entry.get("inputs") or {})
@@ -87,6 +89,7 @@ def shows(executed: Path, source: Path, values: dict[str, Any]) -> bool:
     injected: dict[str, Any] = {}
     cells = []
     for kind, text, tags in before:
+        # papermill adds a cell of its own, which the source does not have
         if "injected-parameters" in tags:
             injected = assigned_values(text)
         else:
@@ -126,6 +129,7 @@ def current_inputs(
 
     A data set of the Hub counts as unchanged: the run keeps the commit that it was made from.
     """
+    # only what was recorded is compared, so an entry of an earlier version stays comparable
     current = dict(recorded)
     if "table" in recorded and not recorded.get("commit"):
         current["table"] = digest_of_table(parameters)

@@ -19,6 +19,7 @@ def print_summary(run_dir: Path) -> None:
     print(f"\n{columns[0]:10}{columns[1]:>20}{columns[2]:>18}{columns[3]:>8}{columns[4]:>12}")
     for name in ("base", "adapter", "merged"):
         perplexity = metrics[name]["perplexity"]
+        # None where a model was not asked: then only its perplexity is known
         generation = metrics[name]["generation"] or {}
         interval = " - ".join(f"{end:.1f}" for end in perplexity["response_ci95"] or []) or "-"
         stop = percent(generation.get("stop_rate"))

@@ -27,6 +27,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     options.run_dir = None  # each point has its own
     base = read_run_choice(options)
     folder = sweep_folder(options)
+    # the point's order is the grid's: the last list varies fastest
     points = list(itertools.product(*lists.values()))
     finished: list[Path] = []
     failed: dict[Path, str] = {}
@@ -40,6 +41,7 @@ def run_sweep(options: argparse.Namespace) -> None:
             finished.append(run_dir)
         except StageError as error:
             print(error, flush=True)
+            # repeated at the end, since hours of output may lie between
             failed[run_dir] = error.reason if isinstance(error, NotebookError) else str(error)
     if finished:
         compare_runs(finished, folder / "compare.html")
@@ -78,6 +80,7 @@ def read_grid(options: argparse.Namespace) -> dict[str, Any]:
 
 def point_name(point: dict[str, Any]) -> str:
     """The folder's name of one combination of values."""
+    # file systems take names of up to 255 bytes
     return "_".join(short_name(name, value) for name, value in point.items())[:200]
 
 

@@ -80,6 +80,7 @@ def parameters_in(source: str) -> dict[str, Any]:
     They stand in its tagged cell, and in one that begins with RARELY_CHANGED.
     """
     parameters = {}
+    # jupytext's format: `# %%` and the cell's tags open a cell
     for cell in re.split(r"(?m)^# %%", source):
         head, _, body = cell.partition("\n")
         if "parameters" not in head and not body.startswith(RARELY_CHANGED):

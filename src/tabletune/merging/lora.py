@@ -64,6 +64,7 @@ def nf4_round_trip(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     It is cast to `dtype`, quantized to NF4 with double quantization, and dequantized.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # rounded to the training's dtype first, as the base was when it was loaded for training
     weight = weight.to(device, dtype).float().contiguous()
     quantized, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     return dequantize_4bit(quantized, state).cpu()

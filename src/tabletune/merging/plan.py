@@ -49,6 +49,8 @@ def quantized_layers(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]
     module of the last parameter (`get_keys_to_not_convert`). Experts that transformers keeps in one
     tensor are no linear layers, and stay as they are.
     """
+    # remove_duplicate=False: a tied output layer is listed at the end, too, and not only where the
+    # embedding stands
     last = list(model.named_parameters(remove_duplicate=False))[-1][0]
     skipped = {name.removesuffix(".weight") for name in (*tied_weight_names(model), last)}
     layers = []
@@ -98,6 +100,8 @@ def merge_in_memory(
         if name in quantized:
             new = nf4_round_trip(weight, training_dtype)
         else:
+            # a copy: add_lora works in place, and the model's weight is rounded only once, at the
+            # end
             new = weight.cpu().to(torch.float32, copy=True)
         if is_adapted:
             add_lora(new, adapter, config, name)
@@ -149,6 +153,7 @@ def base_module_name(name: str) -> str:
     `base_model.model.` and `.lora_A.weight` are taken off.
     """
     name = name.removeprefix("base_model.model.")
+    # what is trained in full has no such part: its own name ends with .weight or .bias
     module, *kind = re.split(r"\.lora_|\.token_adapter\.|\.base_layer\.", name)
     return module if kind else module.rpartition(".")[0]
 
@@ -190,13 +195,16 @@ class MergePlan:
         self.modules = {}
         for name, new_names in self.names.items():
             module = new_names[0].removesuffix(".weight")
+            # a tensor that transformers splits or fuses is no layer's own, and PEFT merges it
             if len(new_names) == 1 and module in self.adapted | self.quantized:
                 self.modules[name] = module
+        # each changed layer is stored in a tensor of its own, and each of those is accounted for
         changed = sorted(self.adapted | self.quantized)
         has_own_tensors = sorted(self.modules.values()) == changed
         self.plain = is_plain_lora(self.config, self.adapter) and has_own_tensors
         self.check_adapter()
         self.merged: dict[str, torch.Tensor] = {}  # by PEFT
+        # shapes and dtypes only: nothing is read yet
         stored = tensors_on_meta(self.files)
         self.tensors = {}
         for name in self.files:
@@ -233,7 +241,7 @@ class MergePlan:
         for module in sorted(self.adapted):
             fits = module in layers
             if fits and self.plain:
-                a, b = lora_matrices(self.adapter, module)
+                a, b = lora_matrices(self.adapter, module)  # [r, in], [out, r]
                 fits = in_out_features(layers[module]) == (a.shape[1], len(b))
             if not fits:
                 raise StageError(
@@ -262,6 +270,7 @@ class MergePlan:
             dtype = self.model.config.dtype or torch.float16
         if name in self.statistics:
             return self.model.get_parameter(self.names[name][0]).to(dtype)
+        # its norms and embeddings were rounded to the storer's dtype as well
         if self.statistics and stored.is_floating_point():
             return stored.to(dtype)
         return stored
@@ -307,6 +316,7 @@ class MergePlan:
         """
         model = load_model(self.base, None, self.dtype, device="cpu")
         model = merge_in_memory(model, self.folder, self.base_weights, self.training_dtype)
+        # under the names that the files have, whatever transformers calls them
         weights, changed = stored_state_dict(model), self.adapted | self.quantized
         for name, new_names in self.names.items():
             if any(new_name.rpartition(".")[0] in changed for new_name in new_names):
@@ -321,6 +331,7 @@ class MergePlan:
         largest_shard = max(sum(self.tensors[name].nbytes for name in shard) for shard in shards)
         if not self.plain:
             return (largest_shard + self.size) / 2**30
+        # fp32, 4 bytes a number
         working = max((4 * self.tensors[name].numel() for name in self.modules), default=0)
         if self.quantized:
             working *= 3

@@ -41,6 +41,7 @@ def verify_merge(plan: MergePlan, folder: Path, rows: list[list[int]]) -> dict[s
     another one.
     """
     names = ("max_logit_difference", "logit_range", "same_next_token", "difference_to_effect")
+    # 1.05: the model in its own dtype, and one layer of it in fp32
     rows = [row[:MAX_TOKENS] for row in rows]
     needed, available = 1.05 * plan.size / 2**30, available_memory_gib()
     if available < needed:
@@ -58,6 +59,7 @@ def verify_merge(plan: MergePlan, folder: Path, rows: list[list[int]]) -> dict[s
         return dict.fromkeys(names)
     share = difference_to_effect(base, adapted, merged)
     difference = (merged - adapted).abs().max().item()
+    # written so that a share of NaN fails, too
     if not share <= MAX_SHARE:
         wrong = wrongly_merged_layers(plan, folder)
         if wrong or (wrong is None and not share <= MAX_SHARE_BY_LOGITS):
@@ -72,6 +74,7 @@ def verify_merge(plan: MergePlan, folder: Path, rows: list[list[int]]) -> dict[s
                 f"Rounding to {plan.dtype} hides {min(share, 1):.0%} of what the adapter changes. "
                 "Each merged weight is right."
             )
+    # of the tokens of both rows: a share from 0 to 1
     same = (merged.argmax(-1) == adapted.argmax(-1)).float().mean().item()
     span = (adapted.max() - adapted.min()).item()
     return dict(zip(names, (difference, span, same, share), strict=True))
@@ -82,10 +85,9 @@ def difference_to_effect(base: torch.Tensor, adapted: torch.Tensor, merged: torc
     changes.
 
     All are logits, [tokens, vocabulary]. The share is taken for each token, by the Euclidean norm,
-    and the median is
-    returned: in a mixture of experts, rounding may send single tokens to other experts. 0 is a
-    perfect merge, 1 one that left the adapter out. Infinity where the adapter changes nothing but
-    the merged model differs.
+    and the median is returned: in a mixture of experts, rounding may send single tokens to other
+    experts. 0 is a perfect merge, 1 one that left the adapter out. Infinity where the adapter
+    changes nothing but the merged model differs.
     """
     effect = (adapted - base).norm(dim=-1)  # [tokens]
     difference = (merged - adapted).norm(dim=-1)
@@ -122,8 +124,9 @@ def compute_logits(
     if plan.base_weights == "original":
         model = load_model(plan.base, None, plan.dtype)
     else:
+        # as training had it: the same NF4 that the merge went through
         model = load_base(plan.base, None, plan.training_dtype)
-    base = logits_of(model, rows, exactly)
+    base = logits_of(model, rows, exactly)  # [tokens, vocabulary]
     model = attach_adapter(model, plan.folder)
     adapted = logits_of(model, rows, exactly)
     del model
@@ -161,7 +164,7 @@ def in_fp32(model: torch.nn.Module) -> Iterator[None]:
 
     def cast(module: torch.nn.Module, _: tuple) -> None:
         weights = [weight for weight in module.parameters() if weight.is_floating_point()]
-        stored[module] = [(weight, weight.data) for weight in weights]
+        stored[module] = [(weight, weight.data) for weight in weights]  # to put back, as it was
         for weight in weights:
             weight.data = weight.data.float()
 
@@ -169,17 +172,14 @@ def in_fp32(model: torch.nn.Module) -> Iterator[None]:
         for weight, data in stored.pop(module):
             weight.data = data
 
-    layers = [
-        layer
-        for module in model.modules()
-        if isinstance(module, torch.nn.ModuleList)
-        for layer in module
-    ]
-    with_weights = [
-        module
-        for module in model.modules()
-        if next(module.parameters(recurse=False), None) is not None
-    ]
+    layers: list[torch.nn.Module] = []
+    with_weights = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            layers.extend(module)
+        if next(module.parameters(recurse=False), None) is not None:
+            with_weights.append(module)
+    # Whole layers first: some read a weight of a part without calling that part's forward.
     hooks = []
     for module in dict.fromkeys([*layers, *with_weights]):
         hooks.append(module.register_forward_pre_hook(cast))
@@ -210,10 +210,11 @@ def wrongly_merged_layers(plan: MergePlan, folder: Path) -> list[str] | None:
             continue
         layer = plan.model.get_submodule(layer_name)
         base = plan.read(name)  # float32, [out, in]
-        a, b = lora_matrices(plan.adapter, layer_name)
+        a, b = lora_matrices(plan.adapter, layer_name)  # [r, in], [out, r]
         expected = (base + scaling(plan.config, layer_name) * (b @ a)).to(plan.tensors[name].dtype)
         with safe_open(files[name], framework="pt") as file:
             merged = transpose_conv1d(layer, file.get_tensor(name))
+        # [out, in]: where rounding leaves something of the update
         changed = expected != base.to(expected.dtype)
         if changed.any() and (merged != expected)[changed].float().mean() > MAX_WRONG:
             wrong.append(layer_name)

@@ -26,11 +26,10 @@ from tabletune.run.files import archive, atomic_write, read_json, write_json
 from tabletune.run.machine import peak_memory_gib
 from tabletune.run.stage import Stage
 
-NOT_COPIED = (
-    re.compile(  # weights, what describes the base on the Hub, and what comes from the adapter
-        r".*\.(safetensors|bin|pth|pt|gguf|md|index\.json)|\..*"
-        r"|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|generation_config).*"
-    )
+# weights, what describes the base on the Hub, and what comes from the adapter
+NOT_COPIED = re.compile(
+    r".*\.(safetensors|bin|pth|pt|gguf|md|index\.json)|\..*"
+    r"|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|generation_config).*"
 )
 
 
@@ -47,6 +46,7 @@ def merge_adapter(
     inputs = {"adapter": hashlib.sha256(weights).hexdigest()}
     folders = [stage.folder]
     if str(stage.parameters["run_dir"]).startswith("drive:"):
+        # a second place, for a Drive that is too small for a whole model
         folders.append(Path("runs") / stage.folder.name)
     for folder in folders:
         merged = folder / "merged"
@@ -62,6 +62,7 @@ def merge_adapter(
     target = check_room(plan, shards.filename_to_tensors.values(), folders)
     for folder in folders:
         if (folder / "merged").exists():
+            # what was measured belongs to the merged model that it was measured on
             archive(folder, "merged", "evaluation", "trust")
     with atomic_write(target / "merged") as partial_folder:
         partial_folder.mkdir()
@@ -93,6 +94,7 @@ def rows_to_compare(
     examples: list[dict] = []
     for name in ("test", "validation", "train"):
         if name in splits:
+            # two rows are enough: a wrong weight shows in every token
             needed = min(2 - len(examples), len(splits[name]))
             examples += list(splits[name].select(range(needed)))
     encoded = encode_all(examples, tokenizer, stop_token_ids)
@@ -129,6 +131,7 @@ def check_room(plan: MergePlan, shards: Iterable[Iterable[str]], folders: list[P
             "max_shard_gb."
         )
     target = folders[0]
+    # a Drive is shared with what else lies in it: at most half of what is free
     if plan.size > shutil.disk_usage(target).free / 2:
         target = folders[-1]
     if target != folders[0]:
@@ -137,6 +140,7 @@ def check_room(plan: MergePlan, shards: Iterable[Iterable[str]], folders: list[P
             f"here, in {target}."
         )
         target.mkdir(parents=True, exist_ok=True)
+    # in MiB, since on a full disk GiB would print as 0.0
     needed, free = plan.size / 2**20, shutil.disk_usage(target).free / 2**20
     if needed > free:
         raise StageError(
@@ -157,6 +161,7 @@ def write_model_settings(
     for path in plan.base.iterdir():
         if path.is_file() and not NOT_COPIED.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
+    # the merged weights are not in 4 bits any more, and the config must not say so
     if plan.statistics:
         config = read_json(folder / "config.json", plan.base_model)
         config["dtype"] = str(plan.dtype).removeprefix("torch.")
@@ -171,6 +176,7 @@ def write_model_settings(
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    # transformers warns of settings for sampling where nothing is sampled
     if not generation.do_sample:
         generation.update(temperature=None, top_p=None, top_k=None)
     generation.save_pretrained(folder)

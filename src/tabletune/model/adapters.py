@@ -41,6 +41,7 @@ def load_adapter_weights(adapted: "PeftModel", folder: str | Path, *_: Any, **__
     saved = load_file(Path(folder) / "adapter_model.safetensors")
     # under the names of the file, and still the model's own memory
     weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    # what only one of both has
     wrong = saved.keys() ^ weights.keys()
     wrong |= {
         name for name in saved.keys() & weights.keys() if saved[name].shape != weights[name].shape

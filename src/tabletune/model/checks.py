@@ -23,6 +23,7 @@ def packing_leak(model: PreTrainedModel) -> float:
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return 1.0
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    # not 0 and 1, which are often padding and BOS
     ids = torch.arange(2, 34).remainder(vocabulary)  # [32]: two examples of 16 tokens
     varied = torch.cat([ids[:16].flip(0), ids[16:]])
     positions = torch.arange(16).repeat(2, 2).to(model.device)  # [2 rows, 32]

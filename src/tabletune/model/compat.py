@@ -124,6 +124,7 @@ INTERNALS = (
 def resolve(path: str) -> Any:
     """The object of an INTERNALS path. Raises AttributeError or ImportError if there is none."""
     parts = path.split(".")
+    # the longest part of the path that is a module; the rest are attributes
     for length in range(len(parts), 0, -1):
         try:
             target = importlib.import_module(".".join(parts[:length]))

@@ -59,6 +59,7 @@ def supports_cuda_graph(model: torch.nn.Module) -> bool:
     """
     base = base_of(model)
     takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
+    # transformers keeps a mixture's experts in one tensor of three dimensions
     has_experts = any(parameter.dim() == 3 for parameter in base.parameters())
     return never_waits_for_gpu(base) and takes_positions and not has_experts
 
@@ -66,6 +67,7 @@ def supports_cuda_graph(model: torch.nn.Module) -> bool:
 def layers_support_cuda_graph(model: torch.nn.Module) -> bool:
     """The same, for a model whose layers get token ids; a multimodal one hands them embeddings."""
     base = base_of(model)
+    # the decoder is the whole model below the output layer
     return supports_cuda_graph(base) and base.base_model is text_part(base)
 
 
@@ -123,6 +125,7 @@ class CudaGraphCallback(TrainerCallback):
         if not small or model.device.type != "cuda" or not layers_support_cuda_graph(model):
             return
         dtype = dtype_of(args)
+        # cache_enabled=False: a cached cast would be memory of another graph
         autocast = torch.autocast("cuda", dtype, dtype != torch.float32, cache_enabled=False)
         try:
             with autocast:
@@ -153,6 +156,7 @@ def graph_layers(decoder: torch.nn.Module, shape: tuple[int, int]) -> None:
     Batches with fewer rows are filled up. Those with more rows, another length or an attention
     mask, and those that need no gradient, are computed as before.
     """
+    # warm-up and recording run a forward and a backward pass on these ids
     rows, tokens = shape
     layers = Layers(decoder).train()
     decoder.train()

@@ -22,6 +22,7 @@ def dequantize_layers(model: torch.nn.Module) -> bool:
     answers take less time. At least half of the free memory is left alone. Returns whether it was
     done.
     """
+    # collected first: a model must not change while it is walked through
     layers = []  # (the module that has it, its name there, the layer)
     size = 0  # in bytes, once unpacked
     for parent in model.modules():
@@ -34,6 +35,7 @@ def dequantize_layers(model: torch.nn.Module) -> bool:
     for parent, name, layer in layers:
         state = layer.weight.quant_state
         state.dtype = layer.compute_dtype
+        # on meta: the layer's own random weight is never made
         with torch.device("meta"):
             linear = Linear(layer.in_features, layer.out_features, bias=False)
         weight = dequantize_4bit(layer.weight.data, state)  # [out, in]

@@ -34,6 +34,7 @@ def available_memory_gib() -> float:
     if not torch.cuda.is_available():
         return psutil.virtual_memory().available / 2**30
     free, total = torch.cuda.mem_get_info()
+    # PyTorch keeps what tensors gave back: free for us, though the driver calls it used
     unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     share = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_allocated()
     return min(free + unused, share) / 2**30

@@ -18,6 +18,7 @@ def static_cache(model: PreTrainedModel, length: int) -> Cache | None:
     """
     if model.device.type != "cuda" or not supports_cuda_graph(model):
         return None
+    # which layers a model's cache has shows only when it has read a token
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.no_grad():
         output = model(input_ids=ids, use_cache=True)
@@ -52,6 +53,7 @@ def decode_loop(
         prepared["attention_mask"], (0, new_tokens), value=1
     )
     logits = model(input_ids=input_ids, position_ids=positions, **prepared).logits[:, -1].float()
+    # a CUDA graph reads the same memory each time: `token` and `position` are changed in place
     token = input_ids[:, -1:].clone()  # [rows, 1], the same memory in each step
     position = positions[:, -1:] + 1
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -67,6 +69,7 @@ def decode_loop(
             new = scores.softmax(-1).multinomial(1)[:, 0]
         else:
             new = scores.argmax(-1)
+        # a row that has stopped gets padding
         ids[:, length] = new.masked_fill(done, pad)
         done |= stopping_criteria(ids[:, : length + 1], None)
         if done.all():

@@ -28,6 +28,7 @@ def base_config(base_model: str, revision: str | None = None) -> PreTrainedConfi
     stored = getattr(config, "quantization_config", None)
     if stored:
         stored = stored if isinstance(stored, dict) else stored.to_dict()
+        # early files of bitsandbytes do not say by which method
         method = stored.get("quant_method", "bitsandbytes")
         is_nf4 = method == "bitsandbytes" and BitsAndBytesConfig.from_dict(stored).load_in_4bit
         if not is_nf4:
@@ -55,6 +56,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, Module]:
     The output layer and the routers of a mixture of experts are left out; some routers are linear
     layers that give two results.
     """
+    # by identity: names in the text part begin otherwise than in the whole model
     reads_text = {id(module) for module in text_part(model).modules()}
     output = model.get_output_embeddings()
     layers = {}
@@ -68,7 +70,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, Module]:
 def in_out_features(layer: Module) -> tuple[int, int]:
     """The widths of a linear layer's input and output."""
     if isinstance(layer, Conv1D):
-        return tuple(layer.weight.shape)
+        return tuple(layer.weight.shape)  # [in, out], the other way round than Linear's
     return layer.in_features, layer.out_features
 
 
@@ -77,7 +79,11 @@ def tied_weight_names(model: PreTrainedModel) -> set[str]:
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
-    return {name for same in names.values() if len(same) > 1 for name in same}
+    tied: set[str] = set()
+    for same in names.values():
+        if len(same) > 1:
+            tied.update(same)
+    return tied
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

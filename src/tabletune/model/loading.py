@@ -62,6 +62,7 @@ def check_disk(model: str | Path, files: list) -> None:
     """Print what a download takes. Raises StageError if the disk of the Hub's cache lacks room."""
     size = sum(file.file_size for file in files if file.will_download)
     cache = Path(HF_HUB_CACHE)
+    # the cache may not exist yet; its disk does
     existing = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if size:
@@ -105,6 +106,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config on the device `meta`: all modules and shapes, and no memory."""
     with torch.device("meta"):
+        # a copy: making a model writes its attention into the config
         model = model_class(config)(copy.deepcopy(config))
     model.tie_weights()
     return model
@@ -224,6 +226,7 @@ def check_loaded_weights(folder: Path, model: PreTrainedModel, report: dict[str,
         raise StageError(
             f"The model in {folder} lacks {name}. Get its files again, or take another model."
         )
+    # (name, shape in the file, shape in the model)
     wrong = {name for name, *_ in report["mismatched_keys"]}
     for name, layer in model.named_modules():  # transformers reports none of quantized layers
         if isinstance(layer, torch.nn.Linear):

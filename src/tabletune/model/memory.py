@@ -24,6 +24,7 @@ def bytes_per_token(model: PreTrainedModel, with_logits: bool = True) -> int:
             size += sum(tensor.nbytes for tensor in tensors)
         return size, output.logits
 
+    # the difference of two lengths leaves out what a cache keeps once, such as a state
     size_of_8, _ = read(8)
     size_of_16, logits = read(16)
     size = (size_of_16 - size_of_8) // 8
@@ -41,6 +42,6 @@ def max_batch_size(model: PreTrainedModel, length: int, most: int, with_logits: 
     if most <= 1:
         return 1
     model.eval()
-    row = length * max(1, bytes_per_token(model, with_logits))
+    row = length * max(1, bytes_per_token(model, with_logits))  # bytes of a row
     rows = int(0.8 * available_memory_gib() * 2**30 / row)
     return min(gather_object([max(1, min(most, rows))]))

@@ -54,6 +54,7 @@ def load_base(
         raise StageError(f'quantization="{quantization}": use nf4, 8bit or none.')
     else:
         config = quantization
+    # FSDP moves each share to its GPU itself
     device = "cpu" if sharded else None
     model = load_model(base_model, revision, dtype, attn_implementation, config, device)
     if getattr(model, "is_loaded_in_4bit", False):

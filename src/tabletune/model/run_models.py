@@ -45,6 +45,7 @@ def load_adapted(
     quantization = provenance.get("quantization", "nf4")
     base = load_base(base_model, revision, dtype, attn_implementation, quantization=quantization)
     adapted = attach_adapter(base, adapter)
+    # the same numbers, and answers take less time
     dequantize_layers(adapted)
     return adapted
 
@@ -68,6 +69,7 @@ def load_merged(
     source = folder or base_model
     config = AutoConfig.from_pretrained(source, revision=None if folder else revision)
     size = skeleton(config).num_parameters() * dtype.itemsize / 2**30
+    # all processes decide alike, by the one with the least memory
     available = min(gather_object([available_memory_gib()]))
     if folder and size <= available:
         return load_model(folder, None, dtype, attn_implementation), None

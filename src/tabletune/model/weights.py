@@ -70,9 +70,11 @@ def tensors_on_meta(files: dict[str, Path]) -> dict[str, torch.Tensor]:
     for path in dict.fromkeys(files.values()):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dictionary
+                # reads the header only
                 part = file.get_slice(name)
                 dtype = DTYPES[part.get_dtype()]
                 tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    # in the order of `files`, not of the paths
     return {name: tensors[name] for name in files}
 
 
@@ -124,6 +126,7 @@ def read_ahead(tensors: dict[str, OnDisk]) -> dict[str, Awaited]:
             future = reading.pop(name, None)
             if not waiting and not reading:
                 threads.shutdown(wait=False)
+        # asked for a second time, or out of turn: read now
         return tensors[name][...] if future is None else future.result()
 
     return {name: Awaited(take, name) for name in tensors}

@@ -59,6 +59,7 @@ def check_run(run: Path, merged: Path | None, report: dict[str, Any], base_model
     check_exists(run / "adapter", "02_finetune_qlora")
     if merged is not None:
         check_exists(merged, "03_merge_adapter")
+    # adapter → base model and data set, merged model → adapter: each says what it was made from
     provenance = read_json(run / "adapter" / "provenance.json", "02_finetune_qlora")
     digest = adapter_digest(run)
     trained_on = provenance["base_model"]

@@ -28,6 +28,7 @@ def archive(folder: Path, *names: str) -> Path | None:
     existing = [name for name in names if (folder / name).exists()]
     if not existing:
         return None
+    # microseconds, because two archives within one second must not meet
     destination = folder / "earlier" / datetime.now(UTC).strftime("%Y-%m-%d_%H-%M-%S.%f")
     for name in existing:
         (destination / name).parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     A file replaces an earlier one; a folder does not: `archive` that first. Raises StageError if
     the disk is full, or if there is a folder of that name.
     """
+    # beside the target, not in /tmp: only within one file system is a rename one step
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +57,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 "again."
             )
         partial.replace(path)
+    # BaseException: an interrupt leaves nothing behind either
     except BaseException as error:
         remove(partial)
         if "No space left" in str(error):

@@ -14,6 +14,7 @@ def open_run(run_dir: str | Path) -> Path:
     Raises StageError if there is no Drive here, or if the Hub cannot be asked.
     """
     place, _, name = str(run_dir).rpartition(":")
+    # rpartition: a Windows path such as C:\runs has a colon, too, and no known place before it
     if place == "drive":
         return open_drive(run_dir, name)
     if place == "hub":
@@ -48,6 +49,7 @@ def fetch_run(run_dir: str | Path, name: str) -> Path:
 
     run = Path("runs") / name.replace("/", "--")
     for kind, part in (("dataset", "dataset"), ("model", "adapter")):
+        # what is here already may be newer than the Hub's
         if (run / part).exists():
             continue
         try:
@@ -86,6 +88,7 @@ def upload_result(run_dir: str | Path, folder: Path) -> None:
     place, _, name = str(run_dir).rpartition(":")
     if place != "hub":
         return
+    # the Hub keeps data sets and models apart, so a run is two repositories of one name
     kind = "dataset" if folder.name == "dataset" else "model"
     try:
         create_repo(name, repo_type=kind, private=True, exist_ok=True)

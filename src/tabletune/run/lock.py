@@ -36,6 +36,7 @@ class RunLock:
     def __init__(self, folder: Path, name: str) -> None:
         key = folder.resolve()
         self._key: Path | None = None
+        # flock is per open file: a second open file of this process would be refused
         if key not in _open_locks:
             if os.environ.get(HELD_BY_PARENT) == str(key):
                 return
@@ -43,6 +44,7 @@ class RunLock:
         file = _open_locks[key][0]
         _open_locks[key][1] += 1
         self._key = key
+        # the text tells the next one who is at work
         file.truncate(0)
         file.write(f"{name} (process {os.getpid()})")
         file.flush()
@@ -84,6 +86,7 @@ def run_lock(folder: Path, name: str) -> Iterator[None]:
     Raises StageError.
     """
     lock = RunLock(folder, name)
+    # a lock inside a lock, as a sweep makes it, puts the outer one back
     outer = os.environ.get(HELD_BY_PARENT)
     os.environ[HELD_BY_PARENT] = str(folder.resolve())
     try:

@@ -4,11 +4,13 @@ import re
 import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires, version
+from itertools import chain
 from pathlib import Path
 
 
 def peak_memory_gib() -> dict[str, float]:
     """Peak memory of this process in GiB: {"host": resident, "gpu": reserved, if there is one}."""
+    # not on Windows, and only asked for here
     import resource
 
     import torch
@@ -17,6 +19,7 @@ def peak_memory_gib() -> dict[str, float]:
     unit = 2**30 if sys.platform == "darwin" else 2**20
     peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)}
     if torch.cuda.is_available():
+        # reserved, not allocated: that is what has to fit on the card
         peak["gpu"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
     return peak
 
@@ -44,11 +47,12 @@ def pinned(package: str) -> str:
 
 def extra_requirements() -> list[str]:
     """What the extras of this package need: by the clone that we run in, or as it was installed."""
+    # an installed copy's metadata may be older than the clone's file
     project = Path(__file__).parents[3] / "pyproject.toml"
     if project.exists():
         extras = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
         groups = extras.get("optional-dependencies", {}).values()
-        return [requirement for group in groups for requirement in group]
+        return list(chain.from_iterable(groups))
     try:
         return requires("tabletune") or []
     except PackageNotFoundError:

@@ -23,9 +23,10 @@ from tabletune.errors import StageError
 PARAMETERS: dict[str, dict[str, Any]] = json.loads(
     (resources.files("tabletune") / "resources/parameters.json").read_text(encoding="utf-8")
 )
-DEFAULTS: dict[str, Any] = {
-    name: default for parameters in PARAMETERS.values() for name, default in parameters.items()
-}
+# of all notebooks together: a name means the same wherever it stands
+DEFAULTS: dict[str, Any] = {}
+for parameters in PARAMETERS.values():
+    DEFAULTS |= parameters
 # What a profile may say besides the notebooks' parameters: it is for the command line.
 LAUNCH_DEFAULTS = {"gpus": 1, "extends": ""}
 
@@ -37,6 +38,7 @@ class Loader(yaml.SafeLoader):
     """YAML 1.2, as people read it: 1e-2 is a number, and no, 007, 1:30 and 2026-01-01 are texts."""
 
 
+# PyYAML reads YAML 1.1, in which `no` is false and 1:30 is 90. These are the rules of 1.2.
 Loader.yaml_implicit_resolvers = {}
 for kind, form in {
     "null": r"~|null|Null|NULL|",
@@ -139,11 +141,8 @@ RANGES = {  # all other numbers must be 0 or more
 }
 FRACTIONS = {"epochs", "copies"}  # these may be fractions although their defaults are whole numbers
 TRUE_FOR_ALL = {"safety_rows"}  # a number of rows, or true for all of them
-AUTO_OR_NUMBER = {
-    "batch_size": 1,
-    "unknown_threshold": 0.5,
-    "certain_threshold": 0.5,
-}  # "auto", or a number of this kind
+# "auto", or a number of this kind
+AUTO_OR_NUMBER = {"batch_size": 1, "unknown_threshold": 0.5, "certain_threshold": 0.5}
 LISTS_OF_WORDS = {"runs", "gguf_types"}  # a text for one of these is a list of words
 
 
@@ -155,10 +154,12 @@ def check_number(name: str, value: Any, example: float) -> float:
     """
     allowed = RANGES.get(name, AT_LEAST_0)
     must_be_whole = isinstance(example, int) and name not in FRACTIONS
+    # to Python, True is an int
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or value not in allowed or (must_be_whole and value % 1):
         kind = "whole number" if must_be_whole else "number"
         raise StageError(f"{name}={value!r}: use a {kind} {allowed}.")
+    # 3.0 for a whole number is 3, so that a profile and a notebook give the same manifest
     if isinstance(example, int) and float(value).is_integer():
         return int(value)
     return value
@@ -179,6 +180,7 @@ def coerce(name: str, value: Any, default: Any, text: str | None = None) -> Any:
         value = empty_value(value, default)
     if isinstance(default, str) and default != "auto":
         return as_text(value, text)
+    # a command line and an environment have texts only
     if isinstance(value, str) and default is not None:
         value = parse_text(value, default)
     if default == "auto":
@@ -316,6 +318,7 @@ def read_profile(path: str | Path) -> dict[str, Any]:
     extend each other in a circle.
     """
     path = Path(path)
+    # from the file itself up to the one that extends no other
     chain: list[dict[str, Any]] = []
     visited: set[Path] = set()
     while True:
@@ -329,6 +332,7 @@ def read_profile(path: str | Path) -> dict[str, Any]:
             break
         path = path.parent / f"{parent.removesuffix('.yaml')}.yaml"
     merged: dict[str, Any] = {}
+    # what extends has the last word
     for values in reversed(chain):
         merged |= values
     return merged
@@ -352,13 +356,13 @@ def check_names(names: Iterable[Any], notebooks: Iterable[str]) -> None:
     notebooks.
     """
     notebooks = list(notebooks)
-    valid = {name for notebook in notebooks for name in PARAMETERS[notebook]}
+    valid: set[str] = set()
+    for notebook in notebooks:
+        valid.update(PARAMETERS[notebook])
     for name in sorted(set(names) - valid, key=str):
-        who = (
-            "No notebook has a parameter"
-            if len(notebooks) > 1
-            else f"{notebooks[0]} has no parameter"
-        )
+        who = f"{notebooks[0]} has no parameter"
+        if len(notebooks) > 1:
+            who = "No notebook has a parameter"
         message = f"{who} {name!r}."
         nearest = get_close_matches(str(name), valid, n=1)
         if nearest:

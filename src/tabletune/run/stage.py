@@ -25,6 +25,7 @@ from tabletune.run.provenance import git_commit
 from tabletune.run.quiet import quiet_libraries
 from tabletune.run.stopwatch import Stopwatch
 
+# the libraries whose version can change a figure
 PACKAGES = [
     "torch",
     "transformers",
@@ -36,12 +37,8 @@ PACKAGES = [
     "safetensors",
     "tabletune",
 ]
-NOT_IN_RESULTS = {
-    "run_dir",
-    "push_dataset_to",
-    "your_question",
-    "ignore_memory",
-}  # no result depends on these
+# no result depends on these parameters, so changing one does not run a stage again
+NOT_IN_RESULTS = {"run_dir", "push_dataset_to", "your_question", "ignore_memory"}
 
 
 @dataclass
@@ -96,6 +93,7 @@ class Stage:
 
         `outputs` are names in the folder; without them, those that `is_done` was asked about.
         """
+        # slow to import, and `tabletune --help` imports this module
         import torch
 
         entry = {
@@ -112,6 +110,7 @@ class Stage:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "git_commit": git_commit(),
         }
+        # read and written under one lock: two notebooks that end together lose no entry
         with manifest_lock(self.folder):
             write_json(self.folder / "manifest.json", self.entries() | {self.name: entry})
         self.close()
@@ -126,6 +125,7 @@ def is_made_from(entry: dict[str, Any], inputs: dict[str, Any], parameters: dict
     """Whether an entry of a manifest tells of these inputs and of parameters that give the same
     result.
     """
+    # inputs are fingerprints, so equal ones mean equal content
     if entry.get("inputs") != inputs:
         return False
     return normalized_parameters(entry.get("parameters", {})) == normalized_parameters(parameters)
@@ -134,6 +134,7 @@ def is_made_from(entry: dict[str, Any], inputs: dict[str, Any], parameters: dict
 def normalized_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters that a result depends on, as JSON has them, with absolute paths."""
     relevant = {name: value for name, value in parameters.items() if name not in NOT_IN_RESULTS}
+    # through JSON, as the manifest's are: a tuple becomes a list, a key a text
     return with_absolute_paths(json.loads(json.dumps(relevant)))
 
 
@@ -186,6 +187,7 @@ def start_stage(name: str, variables: dict[str, Any]) -> Stage:
     """
     quiet_libraries()
     is_numbered = name[0] == "0"
+    # a profile is read by the whole series: a name that any of its notebooks takes is no slip
     notebooks = [other for other in PARAMETERS if other[0] == "0"] if is_numbered else [name]
     check_names(injected_names(variables.get("In", [])), notebooks)
     parameters = stage_parameters(name, variables)
@@ -196,14 +198,13 @@ def start_stage(name: str, variables: dict[str, Any]) -> Stage:
             "tomorrow."
         )
     variables.update(parameters)
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "true"
-    )  # tokenizers warns at each fork if it is not set
+    # tokenizers warns at each fork if it is not set
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     stage = Stage(name, open_run(parameters["run_dir"]), parameters)
     weakref.finalize(stage, stage.stopwatch.stop)
+    # of several processes, the one that started them holds the lock
     if is_numbered and "RANK" not in os.environ:
         stage.lock = RunLock(stage.folder, name)
-        weakref.finalize(
-            stage, stage.lock.release
-        )  # a kernel that starts the stage again drops the old one
+        # a kernel that starts the stage again drops the old one, and its lock with it
+        weakref.finalize(stage, stage.lock.release)
     return stage

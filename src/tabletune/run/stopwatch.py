@@ -48,6 +48,7 @@ class Stopwatch:
 
 def _current_shell() -> Any:
     """The IPython shell in which this runs; None in a plain Python process."""
+    # IPython is slow to import, and where nobody has imported it there is no shell
     if "IPython" not in sys.modules:
         return None
     from IPython import get_ipython

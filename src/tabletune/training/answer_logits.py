@@ -22,7 +22,7 @@ def worth_it(model: PreTrainedModel, labels: list[list[int]]) -> bool:
     `labels` are those of the training examples.
     """
     tokens = sum(len(row) for row in labels)
-    in_loss = sum(label != IGNORED for row in labels for label in row)
+    in_loss = sum(len(row) - row.count(IGNORED) for row in labels)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     can = "logits_to_keep" in inspect.signature(base.forward).parameters
     return can and tokens > 0 and in_loss <= LARGEST_SHARE * tokens
@@ -38,6 +38,7 @@ def loss_of_answers(
     """
     labels = inputs["labels"]
     targets = labels[:, 1:]  # [rows, tokens - 1]: the token after each position
+    # where any row of the batch has a token in the loss: logits_to_keep takes one list for all rows
     positions = (targets != IGNORED).any(0).nonzero()[:, 0]  # [kept]
     model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
     output = model(**model_inputs, logits_to_keep=positions)

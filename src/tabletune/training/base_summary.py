@@ -22,11 +22,14 @@ def summarize_base_model(
     Of `model` only the shapes are read: a `skeleton` will do. Raises StageError for what cannot
     work.
     """
+    # by the last part of the name: 32 × q_proj, 32 × v_proj
     adapted = Counter(name.rpartition(".")[2] for name in lora_targets(model, targets))
     quantized = sum(layer.weight.numel() for layer in linear_layers(model).values())
     unquantized = model.num_parameters() - quantized
     bits = BITS[quantization]
-    in_memory = f"{quantized / 1e6:,.1f} million weights in {bits} bits, {unquantized / 1e6:,.1f} million in 16"
+    in_memory = f"{quantized / 1e6:,.1f} million weights in {bits} bits"
+    in_memory += f", {unquantized / 1e6:,.1f} million in 16"
+    # experts in one tensor are no linear layers, so they are not quantized
     if any(parameter.dim() == 3 for parameter in text_part(model).parameters()):
         in_memory += ", the mixture's experts among them"
     longest = context_length(model.config)

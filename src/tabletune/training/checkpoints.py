@@ -20,7 +20,9 @@ def claim_checkpoints(stage: Stage, inputs: dict[str, Any], processes: PartialSt
     go on from.
     """
     run, file = stage.folder, stage.folder / "checkpoints" / "settings.json"
+    # as JSON has them, to compare with what was read from a file
     settings = json.loads(json.dumps(stage.settings | inputs))
+    # the first process archives before the others look
     with processes.main_process_first():
         done = stage.is_done(inputs, ["adapter", "training/metrics.json"])
         if done:
@@ -63,6 +65,7 @@ def checkpoint_to_resume(trainer: Trainer) -> str | None:
     with trainer.args.main_process_first(local=False):
         checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
     if checkpoint and training_has_ended(checkpoint):
+        # zero epochs: `train` loads the checkpoint and its best weights, and makes no step
         trainer.args.num_train_epochs, trainer.args.max_steps = 0, -1
     if checkpoint:
         print(f"going on from {Path(checkpoint).name}")

@@ -32,6 +32,7 @@ class Collator:
             "input_ids": torch.full(shape, self.pad_token_id),
             "labels": torch.full(shape, IGNORED),
         }
+        # what is in neither an example nor its mask stays 0: padding
         visible = "position_ids" if is_packed else "attention_mask"
         batch[visible] = torch.zeros(shape, dtype=torch.long)
         for row, example in enumerate(examples):
@@ -39,6 +40,7 @@ class Collator:
             batch["input_ids"][row, :tokens] = torch.tensor(example["input_ids"])
             batch["labels"][row, :tokens] = torch.tensor(example["labels"])
             if is_packed:
+                # 0, 1, 2, 0, 1, …
                 positions = [torch.arange(count) for count in example["seq_lengths"]]
                 batch[visible][row, :tokens] = torch.cat(positions)
             else:

@@ -26,6 +26,7 @@ def load_examples(
     With rows of the table in the prompts, the train and validation splits are the prompts in
     `retrieval/`. Raises StageError if there is neither.
     """
+    # one process downloads, the others read what it has saved
     with processes.main_process_first():
         if published_dataset and not (run / "dataset").exists():
             take_published(published_dataset, run / "dataset")
@@ -47,6 +48,7 @@ def with_prompts(splits: DatasetDict, folder: Path) -> DatasetDict:
         raise StageError(
             f"{folder} is missing or damaged ({error}). Run 01_format_dataset again."
         ) from error
+    # the prompts have fewer columns than the rows; all splits must have the same
     columns = prompts["train"].column_names
     return DatasetDict(
         train=prompts["train"],
@@ -117,6 +119,7 @@ def encode_splits(
     sizes = {}
     for name, split in encoded.items():
         sizes[name] = split.select_columns(["tokens", "in the loss"]).to_pandas()
+    # also of the test split, although nothing is trained on it: its answers are scored in full
     longest = max(size["tokens"].max() for size in sizes.values())
     if longest > max_length:
         raise StageError(
@@ -144,4 +147,4 @@ def labels_of(encoded: dict[str, list]) -> list[int]:
 
 def count_labels(rows: Dataset) -> int:
     """How many tokens of these rows are in the loss."""
-    return sum(label != IGNORED for labels in rows["labels"] for label in labels)
+    return sum(len(labels) - labels.count(IGNORED) for labels in rows["labels"])

@@ -35,22 +35,23 @@ def check_sharding(
     if stored not in (None, "float32"):
         raise StageError(
             f"{base_model} stores its 4-bit weights as {stored}, which FSDP cannot shard. Take one "
-            "in 16 bits, or in "
-            "4 bits stored as float32."
+            "in 16 bits, or in 4 bits stored as float32."
         )
     if any(name in optim for name in ("paged", "bit", "bnb")):
         raise StageError(
             f"optim={optim}: the optimizers of bitsandbytes know no shards. Use adamw_torch_fused."
         )
-    read = 0 if stored else unsharded_gib * int(os.environ["LOCAL_WORLD_SIZE"])
-    if read > (free := psutil.virtual_memory().available / 2**30):
+    processes = int(os.environ["LOCAL_WORLD_SIZE"])  # on this machine
+    needed_gib = 0.0 if stored else unsharded_gib * processes
+    free_gib = psutil.virtual_memory().available / 2**30
+    if needed_gib > free_gib:
         raise StageError(
-            f"Reading the model takes {read:.1f} GiB of RAM before it is sharded; {free:.1f} GiB "
-            "are free."
+            f"Reading the model takes {needed_gib:.1f} GiB of RAM before it is sharded; "
+            f"{free_gib:.1f} GiB are free."
         )
     # `accelerate launch` leaves each process one thread, and the CPU has billions of weights to
     # quantize
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
 class ShardedTraining(TrainerCallback):

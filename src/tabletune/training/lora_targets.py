@@ -20,8 +20,7 @@ def lora_targets(model: PreTrainedModel, wanted: str | list[str] = "auto") -> li
 
     `wanted` is one of:
 
-    - "auto": the linear layers of attention and of what stands in its place (in Llama q, k, v and
-    o)
+    - "auto": the linear layers of attention and of what stands in its place (in Llama q, k, v, o)
     - "all-linear": all but the output layer and a mixture's experts, which are no linear layers
     - another text: a regular expression
     - a list of names, or of ends of names
@@ -29,7 +28,8 @@ def lora_targets(model: PreTrainedModel, wanted: str | list[str] = "auto") -> li
     Raises StageError for a name that no layer has, and for what cannot be merged: embeddings and an
     output layer that is tied to them.
     """
-    layers, modules = linear_layers(model), dict(model.named_modules())
+    layers = linear_layers(model)
+    modules = dict(model.named_modules())
     is_mixture = has_experts(model)
     if wanted in ("auto", "all-linear"):
         return adaptable_layers(model, attention_only=wanted == "auto")
@@ -43,8 +43,7 @@ def lora_targets(model: PreTrainedModel, wanted: str | list[str] = "auto") -> li
         if is_mixture and name.rpartition(".")[2] in EXPERTS:
             raise StageError(
                 f'lora_target_modules: "{name}" means the experts here, which are not adapted. '
-                "Leave "
-                "it out."
+                "Leave it out."
             )
         matching = [n for n in modules if n == name or n.endswith(f".{name}")]
         is_embedding = any(isinstance(modules[n], Embedding) for n in matching)
@@ -53,8 +52,7 @@ def lora_targets(model: PreTrainedModel, wanted: str | list[str] = "auto") -> li
         if is_embedding or is_tied:
             raise StageError(
                 f'lora_target_modules: "{name}" is an embedding or tied to one, and an adapter on '
-                "it "
-                'cannot be merged. Leave it out; "all-linear" takes every layer that can have one.'
+                'it cannot be merged. Leave it out; "all-linear" takes every layer that can have one.'
             )
         adaptable = [n for n in matching if n in layers or modules[n] is output]
         targets |= dict.fromkeys(adaptable or refuse_unknown(name, layers))
@@ -100,6 +98,7 @@ def shortest_target_names(model: PreTrainedModel, targets: list[str]) -> list[st
     PEFT matches a list in this way.
     """
     names = [name for name, _ in model.named_modules()]
+    # q_proj, then self_attn.q_proj, then 0.self_attn.q_proj
     for parts in (1, 2, 3):
         ends = {".".join(name.split(".")[-parts:]) for name in targets}
         matching = set()

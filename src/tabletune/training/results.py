@@ -30,15 +30,13 @@ def training_metrics(
     """
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry] or [history[-1]["train_loss"]]
-    seconds = next(
-        entry["seconds"]
-        for entry in history[::-1]
-        if "seconds" in entry and "eval_loss" not in entry
-    )
-    trainable = sum(
-        parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad
-    )
-    tokens, peak = round(tokens_an_epoch * trainer.state.epoch), peak_memory_gib()
+    # of the last entry of the training itself: an evaluation that came after it does not count
+    of_training = [e for e in history if "seconds" in e and "eval_loss" not in e]
+    seconds = of_training[-1]["seconds"]
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    trainable = sum(parameter.numel() for parameter in trained)
+    tokens = round(tokens_an_epoch * trainer.state.epoch)
+    peak = peak_memory_gib()
     after = trainer.state.best_metric
     if after is None:  # training_options have left out the choice of a checkpoint
         after = trainer.evaluate()["eval_loss"]
@@ -74,11 +72,12 @@ def save_training(
 
     Several processes call it together, since shards are gathered; the first one writes.
     """
-    adapter = {
-        name: parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        for name, parameter in trainer.model.named_parameters()
-        if parameter.requires_grad
-    }
+    adapter = {}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            # a shard is put together from all processes, so all of them must ask for it
+            is_shard = hasattr(parameter, "full_tensor")
+            adapter[name] = parameter.full_tensor() if is_shard else parameter
     if trainer.is_world_process_zero():
         run, parameters = stage.folder, stage.parameters
         provenance = {

@@ -49,9 +49,8 @@ class TokenTrainer(SFTTrainer):
     """SFTTrainer whose losses are those of a token, for a model with an adapter.
 
     - transformers' validation loss is a mean over batches, each counted by its rows: the same
-    adapter
-      got 6.22 in batches of 1 and 6.44 in batches of 16. Here each batch counts by its tokens in
-      the loss.
+      adapter got 6.22 in batches of 1 and 6.44 in batches of 16. Here each batch counts by its
+      tokens in the loss.
     - SFTTrainer's own metrics count padding, and wait for the GPU at each step. They are left out:
       the loss is computed by its parent class, Trainer. `num_input_tokens_seen` counts no padding,
       and waits for the GPU only when it is logged.
@@ -59,8 +58,7 @@ class TokenTrainer(SFTTrainer):
       gradient scaler fails with bf16 at the first step
       (https://github.com/huggingface/trl/issues/4901).
     - On a CPU the 4-bit weights are unpacked once, if there is room: every step would do that
-    again,
-      with the same numbers.
+      again, with the same numbers.
     - Liger's fused loss is switched on after SFTTrainer is made: TRL from 1.10 on replaces it by a
       fused output layer of its own, which is slower with the metrics that belong to it.
 
@@ -113,6 +111,7 @@ class TokenTrainer(SFTTrainer):
         """The loss of a batch: in training by the tokens of a whole step, else by its own."""
         if model.training:
             tokens = inputs.get("attention_mask")
+            # packed rows have positions and no mask: what is no padding is a token
             if tokens is None:
                 tokens = inputs["input_ids"] != self.data_collator.pad_token_id
             self.tokens_since_log += tokens.sum()
@@ -139,16 +138,19 @@ class TokenTrainer(SFTTrainer):
         """The loss of a validation batch, weighted so that Trainer's mean over rows is a
         token's.
         """
+        # labels [rows, tokens]; the first column predicts nothing
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
         rows = len(inputs["labels"])
         loss, logits, labels = super(SFTTrainer, self).prediction_step(
             model, inputs, True, ignore_keys
         )
+        # Trainer multiplies by the rows of the batch, adds up, and divides by all rows
         return loss * tokens / rows / self.tokens_per_row, logits, labels
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log with the number of tokens seen so far, also over interruptions."""
         key = "num_input_tokens_seen"
+        # the history comes from the checkpoint, so an interrupted training goes on counting
         logged = [entry[key] for entry in self.state.log_history if key in entry]
         new = self.accelerator.gather(self.tokens_since_log).sum().item()
         self.tokens_since_log.zero_()
