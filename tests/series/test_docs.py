@@ -73,7 +73,8 @@ def test_what_make_is_asked_for_is_there():
 
 
 def test_readme_fits_on_two_screens():
-    assert read("README.md").count("\n") <= 180
+    shown = re.sub(r"(?m)^\[\w+\]: https://.*\n", "", read("README.md"))
+    assert shown.count("\n") <= 180
 
 
 def cells(line):
@@ -133,8 +134,8 @@ def messages():
 
 
 def test_troubleshooting_quotes_messages_that_the_code_has():
-    rows = re.findall(r"(?m)^\| (.*?[^\\]) \| ", read("docs/troubleshooting.md"))
-    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    page = " ".join(read("docs/troubleshooting.md").split())
+    quoted = re.findall(r"\*\*`([^`]+)`\*\*", page)
     known = messages()
     libraries = {"torch.OutOfMemoryError"}
     missing = [
