@@ -24,6 +24,7 @@ def cell_text(value: Any) -> str:
     if isinstance(value, timedelta):
         return duration_text(value)
     text = str(value)
+    # half of a character cannot be written as UTF-8
     return text if text.isascii() else text.encode("utf-8", "ignore").decode()
 
 
@@ -44,6 +45,7 @@ def json_text(value: Any) -> str:
 
 def duration_text(duration: timedelta) -> str:
     """A duration as hours, minutes and seconds: 30:00:00, not "1 day, 6:00:00"."""
+    # divmod of a negative number would count down from the next whole hour
     sign = "-" if duration < timedelta(0) else ""
     minutes, seconds = divmod(int(abs(duration).total_seconds()), 60)
     hours, minutes = divmod(minutes, 60)

@@ -32,6 +32,8 @@ class ColumnMatcher:
         self.chosen = self.candidates(WORDS["preferences"]["chosen"])
         looked_at = list(columns.values())
         if not columns:
+            # a rejected answer is not learned, and a system text or a history is no conversation to
+            # learn
             never_chats = self.rejected + self.candidates(WORDS["columns"]["system"])
             if self.claims("question") and self.claims("answer"):
                 never_chats += self.candidates(WORDS["columns"]["history"])
@@ -42,7 +44,10 @@ class ColumnMatcher:
 
     def candidates(self, names: Iterable[str]) -> list[str]:
         """The columns that have one of these names."""
-        return [column for name in names for column in self.names.get(name, [])]
+        columns: list[str] = []
+        for name in names:
+            columns += self.names.get(name, [])
+        return columns
 
     def values(self, column: str) -> list[Any]:
         """What a column has in the first rows, without what is empty."""
@@ -265,6 +270,7 @@ class ColumnMatcher:
         """
         if self.set_by_reader:
             return None
+        # 0 and 1 may be a class; only beside prompt and completion are they KTO's label
         truths = {"true", "false"}
         if question in self.names.get("prompt", []) and answer in self.names.get("completion", []):
             truths |= {"0", "1"}
@@ -284,10 +290,9 @@ class ColumnMatcher:
             if markers and 2 * len(markers) > len(texts):
                 raise StageError(
                     f"The column {column!r} holds texts that a chat template has rendered already "
-                    f"({markers[0]} is one "
-                    "of its markers), in a form that is not read here. Give the conversations as "
-                    "questions and "
-                    "answers, or as messages: this notebook renders them."
+                    f"({markers[0]} is one of its markers), in a form that is not read here. Give "
+                    "the conversations as questions and answers, or as messages: this notebook "
+                    "renders them."
                 )
 
     @staticmethod

@@ -73,11 +73,8 @@ def source_value(value: Any, data_type: pa.DataType, feature: Feature) -> Any:
     """
     if value is None:
         return None
-    if (
-        isinstance(feature, dict)
-        and feature.get("_type") == "ClassLabel"
-        and isinstance(value, int)
-    ):
+    is_label = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    if is_label and isinstance(feature, dict) and isinstance(value, int):
         names = feature.get("names") or []
         return names[value] if 0 <= value < len(names) else None  # -1: without a label
     if pa.types.is_struct(data_type):
@@ -95,6 +92,7 @@ def source_value(value: Any, data_type: pa.DataType, feature: Feature) -> Any:
         item_feature = _item_feature(feature)
         return [source_value(item, data_type.value_type, item_feature) for item in value]
     if pa.types.is_float32(data_type):
+        # str of a float32 has the fewest digits that give the same float32
         return float(str(np.float32(value)))
     if pa.types.is_float16(data_type):
         return float(str(np.float16(value)))

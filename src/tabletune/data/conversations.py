@@ -69,39 +69,32 @@ class ConversationReader:
         """The question and the answer that the templates make of a row, after what was said
         before.
         """
-        texts = {
-            name: self._text(name, value) for name, value in row.items() if name in self._fields()
-        }
+        fields = self._fields()
+        texts = {name: self._text(name, value) for name, value in row.items() if name in fields}
         if "options" in texts and is_empty(row["options"]):
             texts["options"] = ""
         elif "options" in texts:
             options = options_in(row["options"])
             texts["options"] = "\n".join(options)
+            # written in full, as the letter alone would teach nothing of the table
             texts["answer"] = right_option(cell_text(row["answer"]), row["options"], options)
-        question_template, answer_template = (
-            self.shape.question_template,
-            self.shape.answer_template,
-        )
+        question_template = self.shape.question_template
         question_texts = [texts[name] for name in fields_of(question_template)]
-        question, answer = fill(question_template, texts), fill(answer_template, texts)
-        if any(is_incomplete(line, texts) for line in question_template.split("\n")) or not any(
-            question_texts
-        ):
+        question = fill(question_template, texts)
+        answer = fill(self.shape.answer_template, texts)
+        lines = question_template.split("\n")
+        if not any(question_texts) or any(is_incomplete(line, texts) for line in lines):
             raise Dropped("no question")
         # an Alpaca row may have its question in `input` alone
-        may_lack_first = (
-            self.shape.name == "columns"
-            or self.shape.columns.get("context", "").casefold() == "input"
-        )
-        if not question_texts[0] and not may_lack_first:
+        is_alpaca = self.shape.columns.get("context", "").casefold() == "input"
+        if not question_texts[0] and self.shape.name != "columns" and not is_alpaca:
             raise Dropped("no question")
         if not texts.get(self.shape.answer_column, answer):
             raise Dropped("no answer")
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         earlier = self._history(row.get("history"))
-        return [
-            message["content"] for message in earlier if message["role"] == "user"
-        ] + question_texts, earlier + messages
+        asked_before = [message["content"] for message in earlier if message["role"] == "user"]
+        return asked_before + question_texts, earlier + messages
 
     def _fields(self) -> set[str]:
         return {*fields_of(self.shape.question_template), *fields_of(self.shape.answer_template)}
@@ -138,10 +131,8 @@ class ConversationReader:
         column = self.shape.columns[field_name]
         raise StageError(
             f"The column {column!r} holds lists, such as {json_text(answers)[:80]}. Say what they "
-            "are by answer_lists: "
-            "rows (each item is an answer, in a row of its own), first (only the first item), "
-            "lines (one answer of "
-            "several lines) or json."
+            "are by answer_lists: rows (each item is an answer, in a row of its own), first (only "
+            "the first item), lines (one answer of several lines) or json."
         )
 
     def answers_apart(self, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -233,6 +224,7 @@ def right_option(answer: str, value: Any, options: list[str]) -> str:
     answer = answer.strip()
     if not answer:
         raise Dropped("no answer")
+    # "2" may be an option's text, its label or its place; two different ones are ambiguous
     places = set()
     if answer in texts:
         places.add(texts.index(answer))

@@ -81,9 +81,8 @@ class CsvRecords:
             reader = csv.reader(file, **self.options, strict=True)
             try:
                 for record in reader:
-                    about_the_delimiter = (
-                        line == 1 and bool(record) and record[0].startswith("sep=")
-                    )  # Excel's
+                    # Excel's line that says which delimiter it is
+                    about_the_delimiter = line == 1 and record and record[0].startswith("sep=")
                     if any(cell.strip() for cell in record) and not about_the_delimiter:
                         yield line, record
                     line = reader.line_num + 1
@@ -109,6 +108,7 @@ def choose_delimiter(path: Path, name: str, encoding: str, options: ReadOptions)
     """
     if options.delimiter == "auto":
         with path.open(encoding=encoding, newline="") as file:
+            # what stands above the header may be of any form
             for _ in range(options.header_row - 1):
                 file.readline()
             return find_delimiter(
@@ -137,6 +137,7 @@ def find_delimiter(head: str, tabs_first: bool, quotes: str = "auto") -> str:
             rows = rows[:-1]  # the last one is cut
         if rows and len(rows[0]) > 1:
             same_length = mean(len(row) == len(rows[0]) for row in rows)
+            # (how regular, how rarely before a space): the largest tuple wins
             scores[mark] = (same_length, -head.count(f"{mark} ") / head.count(mark))
     return max(scores, key=scores.__getitem__, default=candidates[0])
 
@@ -194,10 +195,8 @@ def check_swallowed_rows(record: list[str], delimiter: str, name: str, line: int
             lines = len(cell.splitlines())
             raise StageError(
                 f"{name}, line {line}: a double quote opens a cell that ends {lines - 1} lines "
-                "later and seems to hold "
-                "whole rows. Where quotes are letters like any other, set quotes: letters; if the "
-                "cell is right as it "
-                "is, set quotes: cells."
+                "later and seems to hold whole rows. Where quotes are letters like any other, set "
+                "quotes: letters; if the cell is right as it is, set quotes: cells."
             )
 
 
@@ -206,11 +205,11 @@ def holds_rows(cell: str, position: int, columns: int, delimiter: str) -> bool:
     would have.
     """
     lines = cell.splitlines()
-    rows, candidates = 0, 0
+    rows = 0
+    candidates = 0  # lines that could be rows
     for number, text in enumerate(lines):
-        expected = (
-            columns - 1
-        )  # delimiters in a whole row; the first and the last line are parts of one
+        # delimiters in a whole row; the first and the last line are parts of one
+        expected = columns - 1
         if number == 0:
             expected -= position
         elif number == len(lines) - 1:

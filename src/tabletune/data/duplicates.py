@@ -4,9 +4,8 @@ from typing import Any
 
 from tabletune.data.cleaning import Dropped
 
-SPACING = str.maketrans(
-    dict.fromkeys("。，、；：！？…「」『』（）《》", " ")
-)  # these need no spaces around them
+# these need no spaces around them
+SPACING = str.maketrans(dict.fromkeys("。，、；：！？…「」『』（）《》", " "))
 OPENING = "\"'“”‘’„«»([{*"
 CLOSING = ".,;:!?\"'“”‘’„«»)]}*"
 
@@ -44,6 +43,7 @@ class Duplicates:
             return
         texts = [message["content"] for message in messages]
         roles = [message["role"] for message in messages]
+        # hashes, since a table may be larger than memory
         exact = hash((split, tools, *texts, *roles))
         near = exact
         if self.finds_near:

@@ -34,6 +34,7 @@ def fill(template: str, row: dict[str, str]) -> str:
         fields = fields_of(line)
         if fields and not any(row[field] for field in fields):
             continue
+        # where lines were left out, two empty lines may meet
         if not line and lines and lines[-1] == "":
             continue
         lines.append(_fill_line(line, row))

@@ -12,9 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from tabletune.chat.encoding import decode_all, encode_all
 from tabletune.chat.markers import break_markers
 from tabletune.chat.templates import takes_system, takes_tools
-from tabletune.data.arrow import (
-    batches,
-)
+from tabletune.data.arrow import batches
 from tabletune.data.cells import cell_text
 from tabletune.data.cleaning import Cleaning, Dropped
 from tabletune.data.conversation_shape import Shape
@@ -23,12 +21,7 @@ from tabletune.data.duplicates import Duplicates, words
 from tabletune.data.messages import Message, TurnOptions
 from tabletune.data.report import check_lost_rows
 from tabletune.data.safety_rows import SafetyRows
-from tabletune.data.splits import (
-    question_id,
-    question_key,
-    split_of_cell,
-    split_position,
-)
+from tabletune.data.splits import question_id, question_key, split_of_cell, split_position
 from tabletune.data.tables import Table
 from tabletune.data.tools import NO_PLACE, shows_tool_turns, text_of_calls, tools_text, writes_key
 from tabletune.errors import StageError
@@ -44,21 +37,18 @@ class FormatStatistics:
 
     rows_in: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # rows by reason
-    dropped_rows: list[dict[str, str]] = field(
-        default_factory=list
-    )  # the first of each reason, as they were
+    # the first of each reason, as they were
+    dropped_rows: list[dict[str, str]] = field(default_factory=list)
     answers_apart: int = 0  # rows more, by answers that were lists
     system_messages: int = 0
+    # Arrays take 4 or 8 bytes a row where lists take 40, and a table may have millions of rows.
     lengths: array = field(default_factory=lambda: array("i"))  # [rows], in tokens
-    too_long: array = field(
-        default_factory=lambda: array("i")
-    )  # lengths of rows that were dropped for them
-    positions: array = field(
-        default_factory=lambda: array("d")
-    )  # [rows], of their questions, see split_position
-    answers: array = field(
-        default_factory=lambda: array("Q")
-    )  # [rows], hashes of their last answers
+    # lengths of rows that were dropped for them
+    too_long: array = field(default_factory=lambda: array("i"))
+    # [rows], of their questions, see split_position
+    positions: array = field(default_factory=lambda: array("d"))
+    # [rows], hashes of their last answers
+    answers: array = field(default_factory=lambda: array("Q"))
     official_splits: list[str] = field(default_factory=list)  # [rows]
 
     def drop(self, reason: str, row: Row) -> None:
@@ -167,6 +157,7 @@ class TableFormatter:
             raise StageError(f"The table has tools, {NO_PLACE}")
         key = question_key(questions)
         if self.settings["split_by"] == "row":
+            # then rows of one question with other answers may be in different splits
             key = f"{key}\n{messages[-1]['content']}"
         return {
             "prompt": [_role_and_content(message) for message in messages[:-1]],
@@ -201,6 +192,7 @@ class TableFormatter:
         ]
         learned = [place for place in answers if messages[place].get("learn", True)]
         end = learned[-1] + 1 if learned else 0
+        # counted like a rule of cleaning, so that the reader sees an example
         self.clean.count_change("turns after the last answer", str(messages[end:]), "[]")
         if not learned:
             raise Dropped("no answer")
@@ -224,9 +216,8 @@ class TableFormatter:
             ):
                 raise StageError(
                     f"The turns of {message['role']} have {key!r}, which this model's chat "
-                    "template would write and "
-                    f"this notebook does not keep. ignore_turn_keys: [{key}] reads the turns "
-                    "without it."
+                    "template would write and this notebook does not keep. ignore_turn_keys: "
+                    f"[{key}] reads the turns without it."
                 )
             self.turn_options.left_out[key] += 1
         if "tool_calls" in message:
@@ -246,6 +237,7 @@ class TableFormatter:
         if messages[0]["role"] != "system":
             return messages
         self.statistics.system_messages += 1
+        # the model was made without such a role; its text still belongs to what is asked
         if not takes_system(self.tokenizer):
             system, *messages = messages
             first = next(message for message in messages if message["role"] == "user")
@@ -294,7 +286,8 @@ class TableFormatter:
         except StageError:
             if len(rows) == 1:
                 return [[]]
-            return [ids for row in rows for ids in self.input_ids([row])]
+            # one of them is refused, and one by one the others are not
+            return [self.input_ids([row])[0] for row in rows]
 
     def check_lost(self) -> None:
         """Raise StageError if more rows are lost than max_dropped allows, with the settings that

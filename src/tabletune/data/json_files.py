@@ -20,7 +20,10 @@ LONGEST_LINE_CHARACTERS = 2**24  # a file without line breaks is not read at onc
 Row = dict[str, Any]
 BETWEEN_VALUES = ", \t\n\r\f\v"
 ROLE_KEYS = set(WORDS["turn_keys"]["role"])
-ROW_COLUMNS = {name for field in ("question", "answer", "chat") for name in WORDS["columns"][field]}
+# an object with one of these is a row itself
+ROW_COLUMNS: set[str] = set()
+for field_name in ("question", "answer", "chat"):
+    ROW_COLUMNS.update(WORDS["columns"][field_name])
 
 
 def read_json_rows(path: Path, name: str, options: ReadOptions) -> TableFile:
@@ -33,8 +36,10 @@ def read_json_rows(path: Path, name: str, options: ReadOptions) -> TableFile:
         with path.open(encoding=encoding) as file:
             yield from rows_of_values(json_values(file, name), name)
 
-    columns = list(dict.fromkeys(column for row in rows([]) for column in row))
-    return TableFile(columns, rows, description)
+    columns: dict[str, None] = {}  # as a set that keeps the order
+    for row in rows([]):
+        columns |= dict.fromkeys(row)
+    return TableFile(list(columns), rows, description)
 
 
 def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,6 +132,8 @@ class _ValueStream:
 
     def read_more(self) -> bool:
         """Read another block, at least as long as what waits, and forget what is behind."""
+        # twice as long each time: a value of many blocks is not decoded from its start for each of
+        # them
         rest = self.text[self.position :]
         more = self.file.read(max(BLOCK_CHARACTERS, len(rest)))
         self.text = rest + more
@@ -217,9 +224,8 @@ def is_conversation(value: Any) -> bool:
 def rows_of_object(value: Row, name: str) -> Iterator[Row]:
     """Yield the rows in the one object of a file; the object itself if it is a row."""
     lists = {key: item for key, item in value.items() if _is_list_of_rows(item)}
-    if set(value) >= {"columns", "data"} and isinstance(
-        value["columns"], list
-    ):  # pandas, orient="split"
+    is_split_form = {"columns", "data"} <= set(value) and isinstance(value["columns"], list)
+    if is_split_form:  # pandas, orient="split"
         for cells in value["data"]:
             if not isinstance(cells, list) or len(cells) != len(value["columns"]):
                 raise StageError(

@@ -155,8 +155,7 @@ def _read_extras(turn: Turn, read: set[str | None], options: TurnOptions) -> Ext
         else:
             raise StageError(
                 f"A turn has {key!r} ({cell_text(value)[:60]!r}), which is not read here. Remove "
-                "it, or read the turns "
-                f"without it: ignore_turn_keys: [{key}]."
+                f"it, or read the turns without it: ignore_turn_keys: [{key}]."
             )
     return extras
 

@@ -68,9 +68,9 @@ def _tokens(section: str) -> list[tuple[str, str]]:
 
 def _sections(number_format: str) -> list[str]:
     """The sections of a number format. A semicolon inside quotes separates nothing."""
-    return re.findall(r'((?:"[^"]*"|\\.|\[[^\]]*\]|[^;])*)(?:;|$)', number_format, re.DOTALL)[
-        :-1
-    ] or [number_format]
+    section = r'((?:"[^"]*"|\\.|\[[^\]]*\]|[^;])*)(?:;|$)'
+    sections = re.findall(section, number_format, re.DOTALL)
+    return sections[:-1] or [number_format]  # the last match is the empty one at the end
 
 
 # Dates, times and durations
@@ -185,9 +185,10 @@ def general_text(value: int | float) -> str:
     if isinstance(value, int):
         return str(value)
     text = f"{value:.15g}"
-    return (
-        text if "e" not in text or abs(value) >= 1e21 or abs(value) < 1e-9 else f"{Decimal(text):f}"
-    )
+    is_short_in_full = 1e-9 <= abs(value) < 1e21
+    if "e" in text and is_short_in_full:
+        return f"{Decimal(text):f}"
+    return text
 
 
 def _number_text(value: int | float, number_format: str) -> str:
@@ -203,18 +204,15 @@ def _number_text(value: int | float, number_format: str) -> str:
             or section == number_format
         ):
             return general_text(value)
-        return "".join(
-            map(_literal, tokens)
-        ).strip()  # a section of words alone, such as "none" for zero
+        # a section of words alone, such as "none" for zero
+        return "".join(map(_literal, tokens)).strip()
     number = abs(Decimal(general_text(value))) if absolute else Decimal(general_text(value))
     number *= Decimal(100) ** sum(kind == "other" and text == "%" for kind, text in tokens)
     sign = "-" if number < 0 else ""
     number = abs(number)
     if general:
-        plain_number = general_text(float(number) if number % 1 else int(number))
-        parts = [
-            plain_number if kind == "general" else _literal((kind, text)) for kind, text in tokens
-        ]
+        digits = general_text(float(number) if number % 1 else int(number))
+        parts = [digits if token[0] == "general" else _literal(token) for token in tokens]
         return (sign + "".join(parts)).strip()
     first, last = places[0], places[-1]
     before = "".join(map(_literal, tokens[:first]))
@@ -256,9 +254,8 @@ def _literal(token: tuple[str, str]) -> str:
         return text
     if kind == "space":
         return " "
-    if kind == "bracket" and text.startswith(
-        "$"
-    ):  # a currency and the language that it is of: [$€-407]
+    if kind == "bracket" and text.startswith("$"):
+        # a currency and the language that it is of: [$€-407]
         return text[1:].rpartition("-")[0] if "-" in text else text[1:]
     if kind in ("other", "date", "noon") and text not in ("0", "#", "?", "@"):
         return text
@@ -342,7 +339,7 @@ def _scientific(number: Decimal, pattern: str) -> str:
 def _fraction(number: Decimal, pattern: str) -> str:
     bottom = pattern.partition("/")[2].strip()
     if bottom.isdigit() and int(bottom) > 0:
-        fraction = Fraction(round(Fraction(number) * int(bottom)), int(bottom))
+        # a fixed denominator is not reduced: 2/4 stays 2/4
         top, below = round(Fraction(number) * int(bottom)), int(bottom)
     else:
         fraction = Fraction(number).limit_denominator(10 ** len(re.findall(r"[?#0]", bottom)) - 1)

@@ -29,11 +29,7 @@ from tabletune.data.arrow import (
 from tabletune.data.conversation_shape import Shape
 from tabletune.data.formatter import TableFormatter
 from tabletune.data.report import report_of
-from tabletune.data.splits import (
-    SPLITS,
-    assign_splits,
-    limit_training,
-)
+from tabletune.data.splits import SPLITS, assign_splits, limit_training
 from tabletune.data.tables import Table
 from tabletune.run.files import archive, atomic_write
 
@@ -63,6 +59,7 @@ def format_table(
         progress = tqdm(
             examples, "formatting", unit=" rows", delay=10, mininterval=10, file=sys.stdout
         )
+        # Splits depend on all rows, so these wait on the disk until the last one is read.
         waiting = Path(temporary) / "rows.arrow"
         write_arrow(waiting, arrow_batches(progress, waiting_features), waiting_features)
         formatter.check_lost()
@@ -76,7 +73,9 @@ def format_table(
         safety_rows = []
         if settings["safety_rows"] not in (0, False):
             held_out = read_rows(waiting, np.isin(split, ["validation", "test"]), ["key"])
-            keys = {key for batch in held_out for key in batch["key"].to_pylist()}
+            keys: set[str] = set()
+            for batch in held_out:
+                keys.update(batch["key"].to_pylist())
             safety_rows = formatter.safety_rows(keys)
         digest = hashlib.sha256()
         streams = {name: Path(temporary) / f"{name}.arrow" for name in SPLITS}
@@ -95,6 +94,7 @@ def format_table(
             save_splits(partial, streams)
             text = json.dumps(report, indent=2, ensure_ascii=False)
             (partial / "report.json").write_text(text, encoding="utf-8")
+            # last: until the new data set is complete, the earlier one stays where it is
             archive(folder.parent, folder.name)
     return report
 

@@ -17,7 +17,7 @@ from tabletune.data.csv_files import read_csv
 from tabletune.data.json_files import read_json_rows
 from tabletune.data.table_file import ReadOptions, TableFile
 from tabletune.data.workbooks import DamagedFile, read_workbook
-from tabletune.errors import StageError
+from tabletune.errors import StageError, first_line
 
 # each is called with a file, its name as it is shown, and the options
 READERS: dict[str, Callable[[Path, str, ReadOptions], TableFile]] = {
@@ -51,10 +51,9 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = "".join(character for character in reason if character.isprintable())[
-            :300
-        ]  # it may quote the file
+        # a library's message may quote the file, control characters included
+        printable = "".join(filter(str.isprintable, first_line(error)))
+        reason = printable[:300]
         hint = "Is it damaged, or of another kind or `encoding` than it seems?"
         raise StageError(f"{path} could not be read: {reason}. {hint}") from error
 

@@ -13,67 +13,71 @@ Turn = dict[str, Any]
 
 @dataclass(frozen=True)
 class RenderedFormat:
-    """A way to write conversations: `start` finds where a turn begins, `role` gives its role by the
-    name that `start` has found, `end` are marks that end a turn, and `first` is how a text has
-    to begin.
+    """A way to write conversations: `first` is how such a text begins, `start` is how a turn of it
+    begins, with its role in a group, and `end` are marks that end a turn, None where the next turn
+    does that.
     """
 
     name: str
+    first: re.Pattern[str]
     start: re.Pattern[str]
     end: re.Pattern[str] | None
-    first: re.Pattern[str]
 
 
 END_OF_TEXT = r"(?:</s>|<\|end_of_text\|>|<\|endoftext\|>|<eos>)"
+BEGIN_OF_TEXT = r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>)?\s*"
+# name: (how a text begins, behind its BOS; how a turn begins; what ends a turn)
+PATTERNS: dict[str, tuple[str, str, str | None]] = {
+    "ChatML": (
+        r"<\|im_start\|>",
+        r"<\|im_start\|>\s*(\w+)[ \t]*\n",
+        r"<\|im_end\|>",
+    ),
+    "Llama 3": (
+        r"<\|start_header_id\|>",
+        r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>\n{0,2}",
+        r"<\|eot_id\|>|<\|eom_id\|>",
+    ),
+    "Llama 4": (
+        r"<\|header_start\|>",
+        r"<\|header_start\|>\s*(\w+)\s*<\|header_end\|>\n{0,2}",
+        r"<\|eot\|>|<\|eom\|>",
+    ),
+    "Gemma": (
+        r"<start_of_turn>",
+        r"<start_of_turn>\s*(\w+)[ \t]*\n",
+        r"<end_of_turn>",
+    ),
+    "Phi and Zephyr": (
+        r"<\|(?:system|user|prompter)\|>",
+        r"<\|(system|user|prompter|assistant|tool)\|>\s?",
+        r"</s>|<\|end\|>|<\|endoftext\|>",
+    ),
+    "### Human:": (
+        r"(?i:###\s*(?:Human|User|System):)",
+        r"(?i:\s*###\s*(Human|Assistant|User|System|Bot|GPT):[ \t]*)",
+        None,
+    ),
+    "Human: and Assistant:": (
+        r"(?:Human|User|HUMAN|USER):(?s:.*)\n\s*(?:Assistant|ASSISTANT):",
+        r"(?:^|\n)\s*(Human|User|Assistant|HUMAN|USER|ASSISTANT):[ \t]*",
+        None,
+    ),
+    # as Vicuna has it: a system text on the same line, before the first turn
+    "USER: and ASSISTANT:": (
+        r"[^\n]{0,300}?\bUSER:(?s:.*)\bASSISTANT:",
+        r"(?:^|\s|</s>)(USER|ASSISTANT):[ \t]*",
+        r"</s>",
+    ),
+}
 FORMATS = [
     RenderedFormat(
-        "ChatML",
-        re.compile(r"<\|im_start\|>\s*(\w+)[ \t]*\n"),
-        re.compile(r"<\|im_end\|>"),
-        re.compile(r"\s*(?:<s>|<\|begin_of_text\|>|<\|startoftext\|>)?\s*<\|im_start\|>"),
-    ),
-    RenderedFormat(
-        "Llama 3",
-        re.compile(r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>\n{0,2}"),
-        re.compile(r"<\|eot_id\|>|<\|eom_id\|>"),
-        re.compile(r"\s*(?:<\|begin_of_text\|>)?\s*<\|start_header_id\|>"),
-    ),
-    RenderedFormat(
-        "Llama 4",
-        re.compile(r"<\|header_start\|>\s*(\w+)\s*<\|header_end\|>\n{0,2}"),
-        re.compile(r"<\|eot\|>|<\|eom\|>"),
-        re.compile(r"\s*(?:<\|begin_of_text\|>)?\s*<\|header_start\|>"),
-    ),
-    RenderedFormat(
-        "Gemma",
-        re.compile(r"<start_of_turn>\s*(\w+)[ \t]*\n"),
-        re.compile(r"<end_of_turn>"),
-        re.compile(r"\s*(?:<bos>)?\s*<start_of_turn>"),
-    ),
-    RenderedFormat(
-        "Phi and Zephyr",
-        re.compile(r"<\|(system|user|prompter|assistant|tool)\|>\s?"),
-        re.compile(r"</s>|<\|end\|>|<\|endoftext\|>"),
-        re.compile(r"\s*(?:<s>|<bos>)?\s*<\|(?:system|user|prompter)\|>"),
-    ),
-    RenderedFormat(
-        "### Human:",
-        re.compile(r"\s*###\s*(Human|Assistant|User|System|Bot|GPT):[ \t]*", re.IGNORECASE),
-        None,
-        re.compile(r"\s*(?:<s>)?\s*###\s*(?:Human|User|System):", re.IGNORECASE),
-    ),
-    RenderedFormat(
-        "Human: and Assistant:",
-        re.compile(r"(?:^|\n)\s*(Human|User|Assistant|HUMAN|USER|ASSISTANT):[ \t]*"),
-        None,
-        re.compile(r"\s*(?:<s>)?\s*(?:Human|User|HUMAN|USER):(?s:.*)\n\s*(?:Assistant|ASSISTANT):"),
-    ),
-    RenderedFormat(
-        "USER: and ASSISTANT:",
-        re.compile(r"(?:^|\s|</s>)(USER|ASSISTANT):[ \t]*"),
-        re.compile(r"</s>"),
-        re.compile(r"\s*(?:<s>)?[^\n]{0,300}?\bUSER:(?s:.*)\bASSISTANT:"),
-    ),
+        name,
+        re.compile(BEGIN_OF_TEXT + first),
+        re.compile(start),
+        re.compile(end) if end else None,
+    )
+    for name, (first, start, end) in PATTERNS.items()
 ]
 LLAMA_2_PROMPT = re.compile(r"\[INST\](.*?)\[/INST\]", re.DOTALL)
 LLAMA_2_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
@@ -147,11 +151,8 @@ def _turns_of_alpaca(match: re.Match[str]) -> list[Turn]:
     system = re.sub(r"^<s>", "", match["system"].strip()).strip()
     if system:
         turns.append({"role": "system", "content": system})
-    question = "\n\n".join(
-        filter(None, [match["instruction"].strip(), (match["input"] or "").strip()])
-    )
-    turns.append({"role": "user", "content": question})
-    turns.append(
-        {"role": "assistant", "content": re.sub(rf"{END_OF_TEXT}\s*$", "", match["answer"]).strip()}
-    )
+    parts = [match["instruction"].strip(), (match["input"] or "").strip()]
+    turns.append({"role": "user", "content": "\n\n".join(filter(None, parts))})
+    answer = re.sub(rf"{END_OF_TEXT}\s*$", "", match["answer"])
+    turns.append({"role": "assistant", "content": answer.strip()})
     return turns

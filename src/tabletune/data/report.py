@@ -24,10 +24,8 @@ ADVICE = {
     ),
     "a turn of an unknown role": "roles: {NAME: user, NAME: assistant} says who is who",
 }
-NOT_LOST = (
-    "duplicate",
-    "labelled as rejected",
-)  # what such rows say is still there, or was not to be learned
+# what such rows say is still there, or was not to be learned
+NOT_LOST = ("duplicate", "labelled as rejected")
 SETTINGS_IN_REPORT = ("base_model", "max_length", "system_prompt", "thinking", "template_date")
 HISTOGRAM_BINS = 30
 MANY_COPIES = 0.1  # a share of the rows
@@ -49,18 +47,18 @@ def check_lost_rows(statistics: FormatStatistics, max_dropped: float) -> None:
     lengths = np.sort([*statistics.lengths, *statistics.too_long])
     if len(lengths):
         advice["too long"] = f"max_length: {lengths[int(0.95 * (len(lengths) - 1))]} keeps 95%"
-    parts = [
-        f"{rows:,} {reason} ({advice.get(reason, 'see the table')})"
-        for reason, rows in statistics.dropped.items()
-    ]
+    parts = []
+    for reason, rows in statistics.dropped.items():
+        parts.append(f"{rows:,} {reason} ({advice.get(reason, 'see the table')})")
     reasons = "; ".join(parts)
     if lost == 0:
         raise StageError(f"No row of {statistics.rows_in:,} is left: {reasons}.")
+    # rounded up, so that what is advised suffices
     share = np.ceil(100 * lost / statistics.rows_in) / 100
     raise StageError(
         f"{lost:,} of {statistics.rows_in:,} rows would be lost, more than "
-        f"max_dropped={max_dropped}: {reasons}. "
-        f"Change that, or go on without them: max_dropped: {share}."
+        f"max_dropped={max_dropped}: {reasons}. Change that, or go on without them: max_dropped: "
+        f"{share}."
     )
 
 
@@ -83,6 +81,7 @@ def report_of(
     lengths = np.array(statistics.lengths)  # [rows]
     positions = np.array(statistics.positions)  # [rows]
     questions = {name: np.unique(positions[split == name]) for name in SPLITS}
+    # a question's position is its own, so equal positions are rows of one question
     rows_of_each_question = np.unique(positions, return_counts=True)[1]
     leaks = shared_with_training(positions, split)
     answer_leaks = shared_with_training(np.array(statistics.answers, dtype=np.uint64), split)
@@ -129,9 +128,10 @@ def report_of(
             "histogram": [histogram.tolist(), edges.tolist()],
         },
     }
-    report["notes"] = notes_of(
-        formatter, report, int((lengths > (context or lengths.max())).sum()), context
-    )
+    beyond_context = 0
+    if context:
+        beyond_context = int((lengths > context).sum())
+    report["notes"] = notes_of(formatter, report, beyond_context, context)
     return report
 
 
@@ -167,23 +167,20 @@ def notes_of(
     for name, rows in report["answer_leaks"].items():
         notes.append(
             f"{rows:,} of {report['splits'][name]:,} rows of the {name} split have an answer that "
-            "stands in training, "
-            "too, in the same words."
+            "stands in training, too, in the same words."
         )
     left_out = report["left_out_of_training"]
     if left_out["rows"]:
         used = report["questions"]["train"]
         notes.append(
             f"train_rows: {used:,} of {used + left_out['questions']:,} training questions are "
-            "used; "
-            f"{left_out['rows']:,} rows are left out."
+            f"used; {left_out['rows']:,} rows are left out."
         )
     small_splits = [name for name in SPLITS[1:] if report["questions"][name] < FEWEST_GROUPS]
     if small_splits:
         notes.append(
             f"Too few questions for an interval: {' and '.join(small_splits)}. More rows would "
-            "make more of "
-            "them."
+            "make more of them."
         )
     if formatter.shape.name == "text":
         notes.append("A lone text has no question: the loss is on all of it.")

@@ -63,5 +63,6 @@ class SafetyRows:
             raise StageError(
                 f"safety_rows={wanted!r}: use true, false, or a number up to {len(rows)}."
             )
+        # evenly over the file, so that a part of the rows has all kinds
         places = np.linspace(0, len(rows), number, endpoint=False, dtype=int)
         return [rows[place] for place in places]

@@ -58,10 +58,11 @@ def text_columns(table: Table, rejected: list[str]) -> list[str]:
     sample = table.sample()
     names = [column for column in table.columns if column not in rejected]
     for column in list(names):
-        objects = [row[column] for row in sample if isinstance(row.get(column), dict)]
-        names += [
-            f"{column}.{key}" for key in dict.fromkeys(key for value in objects for key in value)
-        ]
+        keys: dict[str, None] = {}  # as a set that keeps the order
+        for row in sample:
+            if isinstance(row.get(column), dict):
+                keys |= dict.fromkeys(row[column])
+        names += [f"{column}.{key}" for key in keys]
     return [
         name
         for name in names

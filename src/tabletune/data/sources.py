@@ -5,6 +5,7 @@ data set.
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -141,19 +142,18 @@ def download(name: str, revision: str, config: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    patterns = [f"*{kind}{packed}" for kind in READERS for packed in ("", ".gz")]
+    patterns = []
+    for kind in READERS:
+        patterns += [f"*{kind}", f"*{kind}.gz"]
+    fetch = partial(snapshot_download, name, repo_type="dataset", revision=revision)
     try:
-        card = Path(
-            snapshot_download(
-                name, repo_type="dataset", revision=revision, allow_patterns=["README.md"]
-            )
-        )
+        # the card first, as it says which files belong to a configuration
+        card = Path(fetch(allow_patterns=["README.md"]))
         if configurations(card):
             paths = [path for _, path in patterns_of(card, config)]
+            # the Hub's **/ is one folder at least: without it for the files beside the card
             patterns = paths + [path.replace("**/", "") for path in paths]
-        return Path(
-            snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
-        )
+        return Path(fetch(allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise hub_error(f"dataset={name} (no such file in {Path.cwd()})", error) from error
 
@@ -185,11 +185,12 @@ def choose_splits(dataset: str, source: Source, splits: dict[str, Any]) -> list[
         split_of_file = {}
         has_held_out = bool({"test", "validation"} & set(own_split.values()))
         for file in source.files:
-            other_split = (
-                file.label and has_held_out
-            )  # such as "unsupervised", which is no part of training
+            # such as "unsupervised", which is no part of training
+            other_split = file.label and has_held_out
             if own_split[file.path] or not other_split:
                 split_of_file[file.path] = own_split[file.path] or "train"
+    # one split alone is no split, and without training rows nothing could be learned: we deal them
+    # out
     ours = len(set(split_of_file.values())) == 1 or "train" not in split_of_file.values()
     return [("" if ours else split, path) for path, split in split_of_file.items()]
 
@@ -211,13 +212,9 @@ def _splits_of_setting(
         for name in as_list(names):
             paths = by_name.get(name, [])
             if not paths:
-                folders = (source.root, Path())
-                matches = [
-                    Path(file)
-                    for folder in folders
-                    for file in sorted(glob(str(folder / str(name))))
-                ]
-                paths = [file for file in matches if file_kind(file)]
+                for folder in (source.root, Path()):
+                    matches = map(Path, sorted(glob(str(folder / str(name)))))
+                    paths = paths + [file for file in matches if file_kind(file)]
             if not paths:
                 has = ", ".join(sorted(filter(None, by_name))[:20])
                 raise StageError(
@@ -225,12 +222,10 @@ def _splits_of_setting(
                 )
             split_of_file |= dict.fromkeys(paths, split)
     if "train" not in splits:
-        rest = [
-            path
-            for path, split in own_split.items()
-            if path not in split_of_file and split in ("", "train")
-        ]
-        split_of_file |= dict.fromkeys(rest, "train")
+        # what the reader did not mention, unless the source itself holds it out
+        for path, split in own_split.items():
+            if path not in split_of_file and split in ("", "train"):
+                split_of_file[path] = "train"
     return split_of_file
 
 
@@ -241,6 +236,7 @@ def _names_of_files(source: Source, own_split: dict[Path, str]) -> dict[str, lis
     by_name: dict[str, list[Path]] = {}
     for file in source.files:
         relative = file.path.relative_to(source.root)
+        # train-00000-of-00003.parquet is called train
         shards = [re.sub(r"(-\d+-of-\d+)?\..*", "", part) for part in relative.parts]
         for name in {file.label, own_split[file.path], str(relative), *shards, file.path.name}:
             by_name.setdefault(name, []).append(file.path)

@@ -95,15 +95,16 @@ def assign_splits(
     is_free = np.isin(official_splits, ["", "train"])
     names = [name for name in ("test", "validation") if name not in official_splits] + ["train"]
     fractions = {"test": test_fraction, "validation": validation_fraction}
+    # positions below the first bound are of the first name, and so on; the rest is for training
     bounds = np.cumsum([fractions[name] for name in names[:-1]])
     questions = np.unique(positions[is_free])  # sorted
     if len(questions) < len(names):
         raise StageError(
             f"Only {len(questions)} different questions are left; {', '.join(names)} need at least "
-            f"{len(names)}. "
-            "If one prompt has many answers in this table, set split_by: row."
+            f"{len(names)}. If one prompt has many answers in this table, set split_by: row."
         )
     if len(np.unique(np.digitize(questions, bounds))) < len(names):
+        # one question for each held-out split; all others train
         bounds = questions[1 : len(names)]
     return np.where(is_free, np.array(names)[np.digitize(positions, bounds)], official_splits)
 
@@ -121,8 +122,7 @@ def limit_training(split: np.ndarray, positions: Sequence[float], train_rows: fl
     if train_rows > len(questions) or (train_rows > 1 and train_rows % 1):
         raise StageError(
             f"train_rows={train_rows}: use a share up to 1, or a whole number up to "
-            f"{len(questions)}, "
-            "the training questions of this table."
+            f"{len(questions)}, the training questions of this table."
         )
     number = int(train_rows)
     if train_rows <= 1:

@@ -54,7 +54,10 @@ class Table:
     @property
     def columns(self) -> list[str]:
         """The names of all columns."""
-        return list(dict.fromkeys(name for part in self.parts for name in part.columns))
+        names: dict[str, None] = {}  # as a set that keeps the order
+        for part in self.parts:
+            names |= dict.fromkeys(part.columns)
+        return list(names)
 
     def records(self, wanted: list[str]) -> Iterator[tuple[str, list[Any]]]:
         """Yield (official split, values of the `wanted` columns) for each row, None where a value
@@ -63,6 +66,7 @@ class Table:
         A column "a.b" is the field b of the objects in column a, if no column has that very name.
         """
         paths = [self.path_of(name) for name in wanted]
+        # a reader knows columns, not the fields in them
         tops = list(dict.fromkeys(path[0] for path in paths))
         for part in self.parts:
             with explained(part.path):
@@ -119,11 +123,12 @@ class Table:
         """Whether the column names seem to be a row: sentences, numbers, or values that come again
         in their column.
         """
-        if any(
-            re.search(r"[.?!]$|^[-\d.,]+$|^.{60}", name.strip(), re.DOTALL) for name in self.columns
-        ):
+        no_name = re.compile(r"[.?!]$|^[-\d.,]+$|^.{60}", re.DOTALL)  # a sentence, a number, long
+        if any(no_name.search(name.strip()) for name in self.columns):
             return True
-        return any(row.get(name) == name for row in self.sample(100) for name in self.columns)
+        # a value that is its column's name: the first row was a row like this one
+        sample = self.sample(100)
+        return any(name in [row.get(name) for row in sample] for name in self.columns)
 
 
 def value_at(row: dict[str, Any], path: list[str]) -> Any:

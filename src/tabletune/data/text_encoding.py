@@ -54,6 +54,7 @@ def detect_encoding(path: Path, name: str) -> str:
         for mark, encoding in BYTE_ORDER_MARKS.items():
             if head.startswith(mark):
                 return encoding
+        # ASCII in UTF-16 without a mark: every other byte is 0
         if b"\0" in head[:2]:
             return "utf-16-be" if head[:1] == b"\0" else "utf-16-le"
         decoder.decode(head)

@@ -18,10 +18,8 @@ NO_PLACE = (
 )
 
 
-NUMBER_MARKS = (
-    "\ue001",
-    "\ue002",
-)  # characters for private use, around a number that has to keep its text
+# characters for private use, around a number that has to keep its text
+NUMBER_MARKS = ("\ue001", "\ue002")
 
 
 def parse_json(text: str) -> Any:
@@ -94,10 +92,10 @@ def tools_text(value: Any) -> str:
     tools = value if isinstance(value, list) else [value]
     if not all(isinstance(tool, dict) for tool in tools):
         raise Dropped("tools that are no objects")
-    wrapped = [
-        tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
-        for tool in tools
-    ]
+    wrapped = []
+    for tool in tools:
+        is_bare = "name" in tool and "function" not in tool
+        wrapped.append({"type": "function", "function": tool} if is_bare else tool)
     return json_text(wrapped)
 
 

@@ -54,9 +54,8 @@ def _parsed(text: str) -> Any:
 
 def _turns_of_object(cell: dict[str, Any]) -> list[Turn] | None:
     role_key = first_key(cell, ROLE_KEYS)
-    if role_key and isinstance(
-        cell[role_key], list
-    ):  # an object of lists, as `datasets` stores a list of objects
+    if role_key and isinstance(cell[role_key], list):
+        # an object of lists, as `datasets` stores a list of objects
         lists = {key: values for key, values in cell.items() if isinstance(values, list)}
         if len({len(values) for values in lists.values()}) == 1:
             return [
@@ -78,12 +77,12 @@ def _turns_of_objects(cell: list[Turn]) -> list[Turn] | None:
     if role_key in SURE_ROLE_KEYS or (role_key and str(cell[0][role_key]).casefold() in ROLES):
         return cell
     if all(turn and all(str(key).casefold() in ROLES for key in turn) for turn in cell):
-        return [
-            {"role": role, "content": text}
-            for turn in cell
-            for role, text in turn.items()
-            if not is_empty(text)
-        ]
+        turns: list[Turn] = []
+        for turn in cell:
+            for role, text in turn.items():
+                if not is_empty(text):
+                    turns.append({"role": role, "content": text})
+        return turns
     return None
 
 
@@ -106,7 +105,9 @@ def _turns_of_exchanges(cell: list[Turn]) -> list[Turn] | None:
 
 
 def _turns_of_pairs(cell: list[Any], texts_are_turns: bool) -> list[Turn] | None:
-    flat = [item for pair in cell for item in pair]
+    flat: list[Any] = []
+    for pair in cell:
+        flat += pair
     if all(isinstance(item, dict) for item in flat) and first_key(flat[0], ROLE_KEYS):
         return flat
     if texts_are_turns and all(isinstance(item, str) for item in flat):

@@ -13,4 +13,6 @@ def read_vocabulary() -> dict[str, Any]:
 
 
 WORDS = read_vocabulary()
-ROLES = {name: role for role, names in WORDS["roles"].items() for name in names}
+ROLES: dict[str, str] = {}  # {name in lower case: "system", "user", "assistant" or "tool"}
+for role, names in WORDS["roles"].items():
+    ROLES |= dict.fromkeys(names, role)

@@ -106,6 +106,7 @@ def read_sheet(worksheet: Any) -> Sheet:
     from openpyxl.utils import get_column_letter
 
     repeated = {}  # (row, column) of a merged cell: that of the one which has the value
+    # Downwards only: a cell merged to the right is a heading over several columns.
     for merged in worksheet.merged_cells.ranges:
         for row in range(merged.min_row + 1, merged.max_row + 1):
             repeated[row, merged.min_col] = (merged.min_row, merged.min_col)
@@ -120,9 +121,13 @@ def read_sheet(worksheet: Any) -> Sheet:
                 sheet.errors += 1
                 texts.append("")
                 continue
+            # as the sheet shows it: 0.5 with the format 0% is 50%
             texts.append(shown_text(cell.value, cell.number_format))
         rows.append((number, texts))
-    filled = sorted({place for _, texts in rows for place, text in enumerate(texts) if text})
+    used_places: set[int] = set()
+    for _, texts in rows:
+        used_places.update(place for place, text in enumerate(texts) if text)
+    filled = sorted(used_places)
     sheet.letters = [get_column_letter(place + 1) for place in filled]
     sheet.rows = [
         (number, [texts[place] for place in filled]) for number, texts in rows if any(texts)
@@ -162,6 +167,6 @@ def check_formulas(path: Path, name: str, title: str) -> None:
                 formula = getattr(cell.value, "text", cell.value)
                 raise StageError(
                     f"{name}, sheet {title!r}, cell {cell.coordinate}: the formula "
-                    f"{str(formula)[:60]!r} was never "
-                    "computed. Open the workbook in Excel or LibreOffice, and save it."
+                    f"{str(formula)[:60]!r} was never computed. Open the workbook in Excel or "
+                    "LibreOffice, and save it."
                 )

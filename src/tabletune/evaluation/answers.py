@@ -29,7 +29,8 @@ from tabletune.chat.encoding import answer_text, encode_prompt
 from tabletune.model.generation import decode_loop, static_cache
 from tabletune.model.memory import max_batch_size
 
-WARPERS = {  # the settings of sampling, in the order in which transformers applies them
+# the settings of sampling, in the order in which transformers applies them
+WARPERS = {
     "temperature": TemperatureLogitsWarper,
     "top_k": TopKLogitsWarper,
     "top_p": TopPLogitsWarper,
@@ -66,7 +67,7 @@ class SeededSampling(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The logits of the next token with noise, both [rows, vocabulary]."""
-        noise = torch.empty_like(scores, dtype=torch.float32)
+        noise = torch.empty_like(scores, dtype=torch.float32)  # [rows, vocabulary]
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
         return scores.float() - noise.log()  # -log of an exponential variable is a Gumbel one
@@ -74,7 +75,9 @@ class SeededSampling(LogitsProcessor):
 
 def seed_of(ids: list[int], seed: int) -> int:
     """The seed for the answer to a prompt of these token ids."""
+    # not hash(): Python salts it, so it differs from process to process
     digest = hashlib.sha256(f"{seed}:{ids}".encode()).digest()
+    # 56 bits, well within what a generator takes as its seed
     return int.from_bytes(digest[:7], "big")
 
 
@@ -134,9 +137,11 @@ def generate(
     for row in rows:
         tools = json.loads(row["tools"]) if row.get("tools") else None
         ids.append(encode_prompt(row["prompt"], tokenizer, tools))
+    # as many as one process gets: batches must not leave another process idle
     most = min(batch_size, math.ceil(len(ids) / processes.num_processes))
     longest = max(map(len, ids), default=1) + max_new_tokens
     batch_size = max_batch_size(model, longest, max(1, most), with_logits=False)
+    # prompts of like length together, so that little of a batch is padding
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
     answers = {}
@@ -149,6 +154,7 @@ def generate(
                 {"input_ids": batch_ids}, padding_side="left", return_tensors="pt"
             ).to(model.device)
             prompt_tokens = padded["input_ids"].shape[1]
+            # None on a CPU, where `generate` keeps its own cache
             cache = static_cache(model, prompt_tokens + max_new_tokens)
             loop = {"custom_generate": decode_loop, "past_key_values": cache} if cache else {}
             output = model.generate(
@@ -156,11 +162,14 @@ def generate(
                 generation_config=settings,
                 logits_processor=sampling_processors(batch_ids, seed, model.device, sampling),
                 **loop,
-            )  # [rows, prompt and new tokens]
+            )
+            # output: [rows, prompt and new tokens]
             for i, new_ids in zip(batch, output[:, prompt_tokens:].tolist(), strict=True):
                 answers[i] = answer_text(new_ids, tokenizer, stop_token_ids)
-    answers = {i: answer for part in gather_object([answers]) for i, answer in part.items()}
+    gathered: dict[int, tuple[str, bool, int]] = {}
+    for of_process in gather_object([answers]):
+        gathered |= of_process
     table = pd.DataFrame(
-        [answers[i] for i in range(len(ids))], columns=["answer", "stopped", "new_tokens"]
+        [gathered[i] for i in range(len(ids))], columns=["answer", "stopped", "new_tokens"]
     )
     return table, time.perf_counter() - started

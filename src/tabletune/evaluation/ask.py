@@ -78,6 +78,7 @@ def read_questions(path: Path) -> list[AskedQuestion]:
     no questions.
     """
     try:
+        # spreadsheets write a byte order mark at the beginning
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise StageError(f"QUESTIONS={path} cannot be read: {error}.") from None
@@ -115,6 +116,7 @@ def rows_of_json(text: str, kind: str, path: Path) -> list[Any]:
             raise StageError(f"QUESTIONS={path} is no list of questions.")
         return rows
     rows = []
+    # not splitlines: a JSON text may hold U+2028 as it is
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -135,6 +137,7 @@ def questions_of_rows(rows: list[Any], path: Path) -> list[AskedQuestion]:
             row = {"question": row}
         if not isinstance(row, dict):
             raise StageError(f"QUESTIONS={path}: {row!r} is no question, and no row with one.")
+        # columns are called Question, question or " question"
         cells = {str(name).strip().casefold(): value for name, value in row.items()}
         name = next((name for name in QUESTION_NAMES if name in cells), None)
         if name is None:
@@ -151,15 +154,17 @@ def questions_of_rows(rows: list[Any], path: Path) -> list[AskedQuestion]:
     return questions
 
 
-def prompts_of(trained: TrainedRun, asked: Sequence[AskedQuestion]) -> list[dict]:
+def prompts_of(trained: TrainedRun, questions: Sequence[AskedQuestion]) -> list[dict]:
     """The prompts for questions, with the system turn that the training rows have, if they have
     one.
     """
+    # the same for all rows: notebook 1 puts it before each
     first = trained.splits["train"][0]["prompt"]
     system = [message for message in first[:1] if message["role"] == "system"]
-    return [
-        {"prompt": [*system, {"role": "user", "content": question.question}]} for question in asked
-    ]
+    prompts = []
+    for question in questions:
+        prompts.append({"prompt": [*system, {"role": "user", "content": question.question}]})
+    return prompts
 
 
 def ask_part(
@@ -206,7 +211,7 @@ def ask_part(
 
 
 def answer_lines(
-    asked: Sequence[AskedQuestion],
+    questions: Sequence[AskedQuestion],
     answers: pd.DataFrame,
     part: str,
     rules: ContentRules,
@@ -216,7 +221,7 @@ def answer_lines(
     `right` where known.
     """
     lines = []
-    for question, generated in zip(asked, answers.to_dict("records"), strict=True):
+    for question, generated in zip(questions, answers.to_dict("records"), strict=True):
         unknown = bool(generated.get("unknown", False))
         line = {
             "question": question.question,
@@ -251,6 +256,7 @@ def is_expected(
     says_nothing = context is not None and any(context.is_unknown(text) for text in expected)
     if unknown or says_nothing:
         return unknown and says_nothing
+    # a table of long answers; of labels, "no" must not be right because it stands in "not known"
     if rules.right != "exact_match":
         words = f" {normalized(answer)} "
         for text in expected:
@@ -259,6 +265,7 @@ def is_expected(
                 return True
     rows = [{"group": "asked", "completion": [{"content": text}]} for text in expected]
     items = table_of_items(rows, rules.answer_template, rules.item_field)
+    # the table's items, and those of the expected answers under a question of their own
     rules = replace(rules, items=rules.items | items)
     return bool(compare_answer(answer, expected, rules, "asked")["right"])
 
@@ -279,6 +286,7 @@ def table_of_answers(lines: Sequence[dict], disclaimer: str) -> str:
     width = max(60, shutil.get_terminal_size((100, 24)).columns)
     judged = [line["right"] for line in lines if "right" in line]
     with_rows = any(line["rows"] for line in lines)
+    # what the columns have between them, and "right", take the rest of the width
     sizes = {"question": (width - 12) // 3, "answer": (width - 12) // 2}
     if with_rows:
         sizes = {"question": (width - 14) // 4, "answer": (width - 14) * 2 // 5}

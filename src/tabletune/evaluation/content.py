@@ -28,9 +28,8 @@ from tabletune.stats import (
 
 METRICS = ("right", "exact_match", "right_item", "facts", "chrf")
 RATES = ("right", "wrong", "nothing", "exact_match", "right_item")
-SHORT_ANSWER_WORDS = (
-    5  # the median answer of a table of labels or short answers has at most so many
-)
+# the median answer of a table of labels or short answers has at most so many words
+SHORT_ANSWER_WORDS = 5
 MOST_LABELS = 20
 ROWS_PER_LABEL = 3  # at least, on average: else equal answers are a coincidence
 RIGHT_CHRF = 70.0  # free text is right from here on, if numbers, names and words are right, too
@@ -79,7 +78,9 @@ def content_rules(
     item_field = item_field or example_settings(report).get("item_field", "")
     template = (report.get("templates") or {}).get("answer") or ""
     rows_of_splits = {name: rows_with_questions(split) for name, split in splits.items()}
-    rows = [row for split in rows_of_splits.values() for row in split]
+    rows: list[dict] = []
+    for of_split in rows_of_splits.values():
+        rows += of_split
     answers = [reference_of(row) for row in rows]
     training = [reference_of(row) for row in rows_of_splits.get("train", [])]
     items = table_of_items(rows, template, item_field)
@@ -97,23 +98,27 @@ def content_rules(
         right = "right_item" if items else "same_text"
         reasons["exact_match"] = "Not used: the answers are too long to be compared word for word."
         reasons["right"] = (
-            "An answer is right if it names an item that the table has for the question, and no "
-            "other item."
-            if items
-            else "An answer is right if it says nearly the same words as an answer of the table, "
+            "An answer is right if it says nearly the same words as an answer of the table, "
             f"with the same numbers and names (chrF of {RIGHT_CHRF:g} or more)."
         )
+        if items:
+            reasons["right"] = (
+                "An answer is right if it names an item that the table has for the question, and "
+                "no other item."
+            )
     reasons["right_item"] = (
-        f"The line of the answer template with {{{item_field}}} names an item."
-        if items
-        else "Not used: the answer template has no line that names an item (item_field)."
+        "Not used: the answer template has no line that names an item (item_field)."
     )
+    if items:
+        reasons["right_item"] = (
+            f"The line of the answer template with {{{item_field}}} names an item."
+        )
     has_facts = any(numbers_and_names(answer, fixed_words(template)) for answer in answers)
-    reasons["facts"] = (
-        "The share of the reference's numbers and names that the answer has, too."
-        if has_facts
-        else "Not used: the answers have no numbers and no names."
-    )
+    reasons["facts"] = "Not used: the answers have no numbers and no names."
+    if has_facts:
+        reasons["facts"] = (
+            "The share of the reference's numbers and names that the answer has, too."
+        )
     reasons["chrf"] = (
         "How many short runs of letters an answer shares with the best reference, 0 to 100. The "
         "fixed text of the answer template counts as well."
@@ -140,6 +145,7 @@ def reference_of(row: dict) -> str:
 def classification_labels(answers: Sequence[str]) -> tuple[str, ...]:
     """The labels of a classification, the commonest first; () where the answers are no labels."""
     counts = Counter(answers)
+    # few different answers, each many times; one answer for all is no classification
     are_labels = 2 <= len(counts) <= MOST_LABELS and len(answers) >= ROWS_PER_LABEL * len(counts)
     return tuple(label for label, _ in counts.most_common()) if are_labels else ()
 
@@ -170,6 +176,7 @@ def check_content(
         answers, questions, unknown, answerable, strict=True
     ):
         line = compare_answer(answer, question["references"], rules, question.get("group", ""))
+        # "nothing" is compared with no text: it is right where the table has nothing
         if says_unknown:
             line["right"] = not has_answer
         outcome = "right" if line["right"] else "wrong"
@@ -187,6 +194,7 @@ def compare_answer(answer: str, references: list[str], rules: ContentRules, grou
     """The figures METRICS of one answer to a question with these references."""
     fixed = fixed_words(rules.answer_template)
     scores = [chrf(answer, reference) for reference in references] or [0.0]
+    # the reference that comes nearest is the one that the answer may have meant
     best = references[int(np.argmax(scores))] if references else ""
     line = {
         "exact_match": answer in references,
@@ -239,11 +247,14 @@ def says_the_same(answer: str, reference: str, score: float, fixed: frozenset[st
     """
     expected, in_answer = numbers_and_names(reference, fixed), numbers_and_names(answer, fixed)
     other_numbers = {fact for fact in in_answer - expected if NUMBER.fullmatch(fact)}
+    # a number or name that is missing, or a number that is not the table's, makes it wrong
     if score < RIGHT_CHRF or expected - in_answer - words_of(answer) or other_numbers:
         return False
+    # "is safe" and "is not safe" share nearly all letters
     if bool(NEGATION.search(answer.casefold())) != bool(NEGATION.search(reference.casefold())):
         return False
     words = words_of(reference) - fixed
+    # a language without spaces: its "words" are whole sentences, and the letters decide alone
     if not words or sum(map(len, words)) > LONGEST_WORD * len(words):
         return True
     return len(words & words_of(answer)) >= RIGHT_WORDS * len(words)
@@ -284,10 +295,12 @@ def numbers_and_names(text: str, fixed: frozenset[str] = frozenset()) -> set[str
     """
     facts = set()
     for number in NUMBER.findall(text):
+        # separators of thousands
         if re.fullmatch(r"\d{1,3}(?:[.,]\d{3})+", number):
             facts.add(re.sub(r"[.,]", "", number))
         else:
             facts.add(number.replace(",", "."))
+    # the first word of a sentence has a capital letter, whatever it is
     for sentence in re.split(r"[.!?:;]\s|[\n*\"“”„«»()]", text):
         words = re.findall(r"[^\W\d_][\w'’-]*", sentence)
         facts |= {word.casefold() for word in words[1:] if word[0].isupper() and len(word) > 1}
@@ -323,6 +336,7 @@ def summarize_content(
         entry[name] = values.mean().item() if len(values) else None
         entry[f"{name}_ci95"] = rate_interval(values)
     entry["answerable"] = int(checked["answerable"].sum())
+    # questions that the table has no answer to: the only right one is "nothing"
     lacking = checked[~checked["answerable"].astype(bool)]
     if len(lacking):
         has_row = checked[checked["answerable"].astype(bool)]
@@ -401,8 +415,9 @@ def class_figures(
     for label in rules.labels:
         is_it = [is_label(label, question) for question in questions]
         says_it = [normalized(answer) == normalized(label) for answer in answers]
-        recalled = [says for says, true in zip(says_it, is_it, strict=True) if true]
-        precise = [true for says, true in zip(says_it, is_it, strict=True) if says]
+        pairs = list(zip(says_it, is_it, strict=True))
+        recalled = [says for says, is_label_of in pairs if is_label_of]
+        precise = [is_label_of for says, is_label_of in pairs if says]
         line = {"label": label, "rows": len(recalled)}
         for name, hits in (("recall", recalled), ("precision", precise)):
             line[name] = float(np.mean(hits)) if hits else None

@@ -81,9 +81,8 @@ class ModelResults:
     scores: pd.DataFrame
     answers: dict[str, pd.DataFrame]
     seconds: float
-    scores_with_rows: pd.DataFrame | None = (
-        None  # the index for use in place of that for evaluation
-    )
+    # the same with the index for use in place of that for evaluation
+    scores_with_rows: pd.DataFrame | None = None
 
     def tokens_per_second(self) -> float:
         """How many new tokens a second it wrote, over all questions."""
@@ -106,6 +105,7 @@ class Examination:
         self.rules = content_rules(trained.splits, trained.report, settings.item_field)
         self.sets = question_sets(trained.splits, settings.samples)
         if self.context is not None:
+            # the questions of "new" once more, to be asked with their rows in the index
             self.sets["added"] = [{**question, "part": "added"} for question in self.sets["new"]]
         self.rows = self.encode_test(self.context)
         self.groups = list(trained.splits["test"]["group"])
@@ -173,6 +173,8 @@ class Examination:
         model is asked more than the new questions.
         """
         asks_all = self.settings.ask_all_models or name == "merged"
+        # the base model and the adapter are compared on new questions; answering takes most of the
+        # time
         parts = ["new", "table", "reworded"] if asks_all else ["new"]
         scores = self.score(model, self.rows)
         sets = {part: self.sets[part] for part in parts}
@@ -196,9 +198,12 @@ class Examination:
         """The answers to sets of questions, {part: DataFrame}, asked all at once, and the seconds
         that they took.
         """
-        prompts = [question for questions in sets.values() for question in questions]
+        prompts: list[dict] = []
+        for questions in sets.values():
+            prompts += questions
         answers, seconds = self.ask(model, prompts, context)
-        of_part, start = {}, 0
+        of_part = {}
+        start = 0
         for part, questions in sets.items():
             of_part[part] = answers[start : start + len(questions)].reset_index(drop=True)
             start += len(questions)
@@ -208,6 +213,7 @@ class Examination:
         """What is right in the answers to one set of questions, see `content.check_content`."""
         questions = self.sets[part]
         context = self.context_for_use if part == "added" else self.context
+        # without an `unknown_answer` there is no refusing, and every question wants an answer
         answerable = [True] * len(questions)
         if context is not None and context.settings.unknown_answer:
             answerable = [context.has_answer(question["references"]) for question in questions]
@@ -225,18 +231,15 @@ class Examination:
         draws, seed = settings.bootstrap_samples, settings.seed
         sizes = [answer_bytes(row) for row in self.trained.splits["test"]]
         for result in self.results.values():
+            # bytes are the same for all tokenizers, so figures by the byte can be compared
             result.scores["response_bytes"] = sizes
         metrics = summarize_all(
             self.results_of_test(), self.questions, self.groups, self.trained.report, draws, seed
         )
-        checked = {
-            name: {
-                part: self.check(result.answers[part], part)
-                for part in self.sets
-                if part in result.answers
-            }
-            for name, result in self.results.items()
-        }
+        checked: dict[str, dict[str, pd.DataFrame]] = {}
+        for name, result in self.results.items():
+            asked_parts = [part for part in self.sets if part in result.answers]
+            checked[name] = {part: self.check(result.answers[part], part) for part in asked_parts}
         for name, parts in checked.items():
             metrics[name]["content"] = {
                 part: summarize_content(table, self.rules, draws, seed)
@@ -250,16 +253,14 @@ class Examination:
                 answers = self.results[name].answers["new"]["answer"]
                 classes = class_figures(answers, self.questions, self.rules)
                 metrics[name]["classes"] = classes.to_dict("index")
-        metrics["content_differences"] = {
-            f"{one} - {other}": {
-                part: content_differences(
-                    checked[one][part], checked[other][part], self.rules, draws, seed
-                )
-                for part in self.sets
-                if part in checked[one] and part in checked[other]
-            }
-            for one, other in PAIRS
-        }
+        metrics["content_differences"] = {}
+        for one, other in PAIRS:
+            entry = {}
+            for part in self.sets:
+                if part in checked[one] and part in checked[other]:
+                    a, b = checked[one][part], checked[other][part]
+                    entry[part] = content_differences(a, b, self.rules, draws, seed)
+            metrics["content_differences"][f"{one} - {other}"] = entry
         metrics["content_rules"] = self.rules.as_json()
         metrics["majority"] = majority_baseline(self.questions, self.rules)
         metrics["retrieval"] = self.context is not None

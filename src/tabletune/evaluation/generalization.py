@@ -51,6 +51,7 @@ def texts_to_read(
     for part in ("train", "validation", "test"):
         split = trained.splits[part]
         if part != "test":
+            # the test split is read as a whole; of the others a sample is enough for a comparison
             split = split.shuffle(seed=seed).select(range(min(split_rows, len(split))))
         rows = list(split)
         if context is not None:
@@ -77,6 +78,7 @@ def outside_rows(outside_text: str, tokenizer: PreTrainedTokenizerBase) -> list[
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = []
     for paragraph in filter(str.strip, re.split(r"\n\s*\n", text)):
+        # line breaks of a file's layout are no part of its text
         one_line = " ".join(paragraph.split())
         ids = bos + tokenizer(one_line, add_special_tokens=False)["input_ids"]
         mask = [1] * len(ids)
@@ -153,11 +155,13 @@ def memorization(base: pd.DataFrame, adapter: pd.DataFrame, draws: int, seed: in
         before, after = (scores[scores["part"] == part] for scores in (base, adapter))
         gain, tokens = before["response_nll"] - after["response_nll"], before["response_tokens"]
         group = before["group"]
+        # another seed for each part: their draws are independent
         ratios = resampled(gain, tokens, group, draws, seed + position)
         gains.append(difference(gain.sum() / tokens.sum(), interval(ratios, group), group))
         drawn.append(ratios)
         groups.append(group)
     on_train, on_test = gains
+    # the part with fewer questions decides how wide the interval must be
     fewer = min(groups, key=lambda group: group.nunique())
     more = difference(
         on_train["difference"] - on_test["difference"], interval(drawn[0] - drawn[1], fewer), fewer

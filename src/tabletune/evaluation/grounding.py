@@ -28,6 +28,7 @@ def item_values(answer: str, answer_template: str, item_field: str) -> list[str]
     lines = [line for line in answer_template.split("\n") if item_field in fields_in(line)]
     if not item_field or not lines:
         return None
+    # the item's field is caught, other fields of that line may hold anything
     pattern = line_pattern(lines[0].strip(), {item_field: "(.*?)"}, otherwise=".*?")
     values = re.findall(rf"(?m)^[ \t]*{pattern}[ \t]*$", answer)
     return [value for value in values if value.strip()]
@@ -66,6 +67,7 @@ def locate_items(
         if item in all_items:
             items_named.add(item)
             continue
+        # "ginger and honey": a line with several items of the table
         parts = mentioned(value, all_items)
         if parts:
             items_named |= parts
@@ -92,6 +94,7 @@ def mentioned(text: str, items: Iterable[str]) -> set[str]:
     for item in sorted(items, key=len, reverse=True):
         if f" {item} " in words:
             in_text.add(item)
+            # what a longer item has taken, a shorter one cannot take again
             words = words.replace(f" {item} ", " | | ")
     return in_text
 
@@ -107,6 +110,7 @@ def singular_words(text: str) -> str:
 def singular(word: str) -> str:
     """A word in lower case without its English plural's ending."""
     for ending, replacement in PLURALS:
+        # short words such as gas keep their s
         if len(word) > 3 and re.search(ending, word):
             return re.sub(ending, replacement, word)
     return word
@@ -119,10 +123,10 @@ def summarize_grounding(places: Sequence[list[str]], groups: Sequence[str]) -> d
     `places` has a list from `locate_items` for each answer, `groups` the answers' questions. Items
     of one answer are not independent: the intervals resample questions.
     """
-    items_named = pd.DataFrame(
-        [(group, place) for group, answer in zip(groups, places, strict=True) for place in answer],
-        columns=["group", "place"],
-    )
+    lines = []
+    for group, places_of_answer in zip(groups, places, strict=True):
+        lines += [(group, place) for place in places_of_answer]
+    items_named = pd.DataFrame(lines, columns=["group", "place"])
     entry: dict = {"named": len(items_named), "answers": sum(map(bool, places))}
     if items_named.empty:
         return entry
@@ -172,6 +176,7 @@ def grounding_finding(entry: dict | None) -> str:
         return "Its answers name no items."
     share_here, elsewhere, nowhere = (f"{entry[place]:.0%}" for place in PLACES)
     return (
-        f"Of {entry['named']} items that it names in {entry['answers']} answers, {share_here} stand in "
-        f"the table for that very question, {elsewhere} for another one, and {nowhere} nowhere."
+        f"Of {entry['named']} items that it names in {entry['answers']} answers, {share_here} "
+        f"stand in the table for that very question, {elsewhere} for another one, and {nowhere} "
+        "nowhere."
     )

@@ -41,8 +41,11 @@ def check_answers(answers: pd.DataFrame, questions: list[dict], report: dict) ->
     """
     templates = report.get("templates") or {}
     template, column = templates.get("answer") or "", templates.get("answer_column") or ""
-    references = [reference for question in questions for reference in question["references"]]
+    references: list[str] = []
+    for question in questions:
+        references += question["references"]
     checked = answers[: len(questions)].copy()
+    # a template of fields alone has no form that an answer could miss
     if re.search(r"\w", fixed_text(template)) and all(
         has_structure(text, template, column) for text in references
     ):
@@ -60,6 +63,7 @@ def answer_bytes(row: dict) -> int:
     without stop tokens.
     """
     turns = [message for message in row["prompt"] if message["role"] == "assistant"]
+    # turns that are not in the loss are not among the response's nats either
     flags = (row.get("learned") or "").split()
     if flags:
         turns = [turn for turn, flag in zip(turns, flags, strict=True) if flag == "1"]
@@ -79,9 +83,8 @@ def joined_perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]
 ) -> float:
     """The perplexity of texts joined into one sequence, prompts included: how it is often done."""
-    ids = tokenizer("\n".join(texts), return_tensors="pt")["input_ids"][
-        :, : context_length(model.config)
-    ]
+    ids = tokenizer("\n".join(texts), return_tensors="pt")["input_ids"]  # [1, tokens]
+    ids = ids[:, : context_length(model.config)]  # what the model can read at once
     return math.exp(model(ids.to(model.device), labels=ids.to(model.device)).loss.item())
 
 
@@ -100,6 +103,7 @@ def summarize(
         figures[name] = perplexity(scores, part)
         figures[f"{name}_ci95"] = perplexity_interval(scores, part, groups, draws, seed)
     if "response_bytes" in scores and scores["response_bytes"].sum():
+        # bits, since that is what a byte is counted in: nats / ln 2
         bits, sizes = scores["response_nll"] / math.log(2), scores["response_bytes"]
         figures["bits_per_byte"] = float(bits.sum() / sizes.sum())
         figures["bits_per_byte_ci95"] = mean_interval(bits, sizes, groups, draws, seed)

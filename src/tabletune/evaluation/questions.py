@@ -46,6 +46,7 @@ def question_sets(splits: Mapping[str, Iterable[dict]], samples: int) -> dict[st
     the same ones; "reworded" are these in other words, by rules that training does not use.
     """
     of_table = [{**question, "part": "table"} for question in questions_of(splits["train"])]
+    # the order of a hash is as good as a random one, and does not change with the rows
     of_table.sort(key=lambda question: hashlib.sha256(question["group"].encode()).digest())
     reword = Rewording([question["asked"] for question in of_table], "evaluation")
     return {
@@ -61,6 +62,7 @@ def reworded_questions(questions: list[dict], reword: Rewording) -> list[dict]:
     for question in questions:
         if question["prompt"][-1]["role"] != "user":
             continue
+        # seeded by the question: its other words do not depend on which others are asked
         text = reword(question["asked"], random.Random(f"evaluation:{question['group']}"))
         prompt = [*question["prompt"][:-1], {"role": "user", "content": text}]
         reworded.append({**question, "prompt": prompt, "asked": text, "part": "reworded"})

@@ -254,9 +254,8 @@ def rating_sentences(metrics: dict) -> list[str]:
         return ["No answers were rated yet."]
     sentences = [
         f"A reader rated {metrics['rated']} of {metrics['pairs']} pairs of answers without names: "
-        f"the fine-tuned model's was better {metrics['wins']} times, "
-        f"the base model's {metrics['losses']} times, "
-        f"{metrics['ties']} were equal."
+        f"the fine-tuned model's was better {metrics['wins']} times, the base model's "
+        f"{metrics['losses']} times, {metrics['ties']} were equal."
     ]
     if metrics["win_rate"] is not None:
         share = with_interval(metrics["win_rate"], metrics["win_rate_ci95"], ".0%")

@@ -88,6 +88,8 @@ def as_good_as_best(rights: Mapping[str, np.ndarray]) -> list[str]:
     best = rights[best_of(rights)]
     names = []
     for name, right in rights.items():
+        # rights are in the order of what a question costs, so the first that is good enough is the
+        # cheapest
         missing = np.mean(best) - np.mean(right)
         if missing <= standard_error(best, right) + 1e-9:  # rounding
             names.append(name)

@@ -30,6 +30,7 @@ def spans(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
     Every token but the very first is scored exactly once, with at least `window - stride` tokens
     before it where the text has as many.
     """
+    # the very first token has none before it, so nothing predicts it
     cut = [(0, min(window, length), 1)]
     while cut[-1][1] < length:
         end = min(cut[-1][1] + min(stride, window - 1), length)
@@ -50,7 +51,8 @@ def padded_logits(
         model.device
     )
     lengths = torch.tensor([len(text) for text in texts], device=model.device)
-    attention_mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
+    positions = torch.arange(ids.shape[1], device=model.device)
+    attention_mask = (positions < lengths[:, None]).long()  # [texts, longest]
     return model(input_ids=ids, attention_mask=attention_mask).logits, ids
 
 
@@ -70,14 +72,14 @@ def score(
     `full_nll`, `full_tokens`. Raises StageError if the model computes no numbers.
     """
     model.eval()
-    processes, totals = PartialState(), np.zeros((len(rows), 4))
-    work = [
-        (i, *span)
-        for i, row in enumerate(rows)
-        for span in spans(len(row["input_ids"]), window, stride)
-    ]
+    processes = PartialState()
+    totals = np.zeros((len(rows), 4))  # a column for each figure that is returned
+    work = []  # (row, start, end, first): see `spans`
+    for i, row in enumerate(rows):
+        work += [(i, *span) for span in spans(len(row["input_ids"]), window, stride)]
     work.sort(key=lambda item: item[2] - item[1])
     batch_size = max_batch_size(model, work[-1][2] - work[-1][1], batch_size) if work else 1
+    # each process takes every n-th span, and so gets long and short ones
     work = work[processes.process_index :: processes.num_processes]
     for k in tqdm(range(0, len(work), batch_size), "scoring", unit="batch", file=sys.stdout):
         batch = work[k : k + batch_size]
@@ -89,11 +91,14 @@ def score(
         nll = torch.nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
         )
+        # [rows, tokens - 1]: the first column is of the second token
         nll = nll.view(len(batch), -1).double().cpu().numpy()
         for (i, start, end, first), row_nll in zip(batch, nll, strict=True):
+            # of a later window, only what the window before has not scored
             scored = row_nll[first - start - 1 : end - start - 1]
             mask = np.array(rows[i]["completion_mask"][first:end])
             totals[i] += [scored @ mask, mask.sum(), scored.sum(), len(scored)]
+    # each process has zeros in the rows of the others, so the sum is the whole
     totals = reduce(torch.tensor(totals, device=processes.device), "sum").cpu()
     check_finite(totals, model)
     return pd.DataFrame(
@@ -122,6 +127,7 @@ def response_logits(
         batch = rows[k : k + batch_size]
         logits, _ = padded_logits(model, [row["input_ids"] for row in batch], pad_token_id)
         for row, row_logits in zip(batch, logits, strict=True):
+            # row_logits [longest, vocabulary]: position t predicts token t + 1
             logits_of_rows.append(row_logits[np.flatnonzero(row["completion_mask"][1:])].cpu())
     return logits_of_rows
 
@@ -137,9 +143,11 @@ def divergence(
     """
     lines = []
     for p, q, row in zip(trained, variant, rows, strict=True):
-        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        log_p = p.float().log_softmax(-1)  # [tokens, vocabulary]
+        log_q = q.float().log_softmax(-1)
         response = torch.tensor(row["input_ids"])[1:][np.flatnonzero(row["completion_mask"][1:])]
         nll = -log_q.gather(-1, response[:, None]).double().sum().item()
+        # max(kl, 0): rounding may make the divergence of equal logits a hair below 0
         kl = (log_p.exp() * (log_p - log_q)).double().sum().item()
         lines.append(
             {"response_nll": nll, "response_kl": max(kl, 0.0), "response_tokens": len(response)}

@@ -49,14 +49,18 @@ def has_structure(answer: str, answer_template: str, answer_column: str) -> bool
     brace or a bracket is one of JSON: then the answer must be JSON, too, where the template filled
     in would be.
     """
-    pattern, openings = "", []
+    pattern = ""
+    openings = []
     for line in filter(None, answer_template.split("\n")):
         fields = fields_in(line)
+        # a line of other fields is left out where its cells are empty
         required = not fields or answer_column in fields
         pattern += rf"(?:{line_pattern(line, {})}\s*)" + ("" if required else "?")
+        # by its words: the marks before them may stand elsewhere, too
         opening = re.sub(r"^\W+", "", text_before_fields(line))
         if re.search(r"\w", opening):
             openings.append(opening)
+    # cheap questions first: a regular expression with many optional lines can take long to fail
     present = [opening for opening in openings if opening in answer]
     if sorted(present, key=answer.index) != present:
         return False

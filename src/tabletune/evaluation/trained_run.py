@@ -54,6 +54,7 @@ def open_trained_run(
     adapter = check_run(folder, merged, report, base_model)
     tokenizer, stop_token_ids = load_tokenizer_of_run(folder / "adapter")
     inputs = {"dataset": report["fingerprint"], "adapter": adapter}
+    # an index that was renewed gives other prompts, and with them other results
     context = load_context(folder, "evaluation")
     if context is not None:
         inputs["retrieval"] = context.fingerprint

@@ -81,7 +81,7 @@ class TrustExamination:
         )
         self.parts = pd.DataFrame(self.texts)[["part", "group"]]
         of_test = [text for text in self.texts if text["part"] == "test"]
-        self.compared = of_test[: settings.fidelity_rows]
+        self.compared = of_test[: settings.fidelity_rows]  # logits are large: some rows are enough
         self.scores: dict[str, pd.DataFrame] = {}
         self.judged: dict[str, pd.DataFrame] = {}
         self.variants: dict[str, pd.DataFrame] = {}

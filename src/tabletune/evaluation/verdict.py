@@ -72,6 +72,7 @@ def count_with_interval(entry: dict, figure: str, cases: int | None = None) -> t
 def part_sentences(part: str, entry: dict, metrics: dict, rules: dict) -> list[str]:
     """What to say about the answers to one set of questions."""
     n, right = entry["questions"], counted(entry)
+    # how many of them the table has an answer to; evaluations of earlier versions do not say
     answerable = entry.get("answerable", n)
     if part == "new" and metrics.get("retrieval") and answerable < n:
         lacking = entry["unanswerable"]
@@ -105,8 +106,8 @@ def part_sentences(part: str, entry: dict, metrics: dict, rules: dict) -> list[s
     leaks = metrics.get("answer_leaks")
     if part == "new" and leaks and not rules.get("labels"):
         sentences.append(
-            f"The answers to {leaks} test rows stand in training, too, under other questions: these "
-            "are not quite new."
+            f"The answers to {leaks} test rows stand in training, too, under other questions: "
+            "these are not quite new."
         )
     return sentences
 

@@ -63,6 +63,7 @@ def app_files(export_run: ExportRun) -> dict[str, str]:
     }
     if export_run.context is not None:
         lines = []
+        # the index for use: the rows of all splits
         for row in export_run.context.index.rows:
             entry = {"question": row.question, "answer": row.answer}
             lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -112,6 +113,7 @@ def app_source() -> str:
     package = resources.files("tabletune")
     client = (package / CLIENT).read_text(encoding="utf-8")
     lookup = (package / LOOKUP).read_text(encoding="utf-8")
+    # without its docstring: app.py begins with the client's
     lookup = re.sub(r'^""".*?"""\n+', "", lookup, count=1, flags=re.DOTALL)
     header = "# --- looking up rows, and the prompt: tabletune's data/lookup.py\n\n"
     footer = "\n\n# --- asking\n"
@@ -147,6 +149,7 @@ def check_app(export_run: ExportRun, folder: Path) -> int:
     """
     app = load_app(folder).App(folder)
     number = 0
+    # some hundred questions: a difference of code would show in the first ones
     for row in export_run.conversations():
         if number == CHECKED_QUESTIONS or not row["prompt"]:
             break

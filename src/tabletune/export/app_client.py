@@ -58,6 +58,7 @@ class App:
         """The prompt of a question, after the messages of `history`."""
         messages = list(history or [])
         if self.settings["system"] and (not messages or messages[0]["role"] != "system"):
+            # as in training, where every conversation began with it
             messages.insert(0, {"role": "system", "content": self.settings["system"]})
         if self.index is None:
             return Prompt([*messages, {"role": "user", "content": question}], [], False)
@@ -80,6 +81,8 @@ class App:
     def find(self, index: PlainIndex, question: str) -> list[tuple[dict, float]]:
         """The rows for a question's prompt, each with its similarity, the most similar first."""
         hits = index.search(question, MOST_CONTEXT_ROWS)
+        # the same choice as in training: no question twice, and no more text than the prompt has
+        # room for
         places = choose_rows(
             [row for row, _ in hits],
             self.settings["context_rows"],
@@ -94,6 +97,7 @@ class App:
         prompt = self.prompt(question, history)
         unknown_answer = self.settings["unknown_answer"]
         if prompt.refused:
+            # no row is similar enough, so the model has nothing to answer from
             answer, unknown = unknown_answer, True
         else:
             answer = self.complete(prompt.messages)

@@ -55,9 +55,9 @@ def upload(export_run: ExportRun, part: str, repository: str) -> None:
     """
     model = export_run.merged if part == "merged" else export_run.run / part
     cards = export_run.folder / part
-    replaced = os.listdir(
-        cards
-    )  # the card, and the adapter's config: newer than those beside the model
+    # the card, and the adapter's config: newer than those beside the model
+    replaced = os.listdir(cards)
+    # the model first: a repository with a card alone would look finished
     private = export_run.parameters["private"]
     try:
         create_repo(repository, repo_type="model", private=private, exist_ok=True)

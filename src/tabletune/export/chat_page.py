@@ -157,7 +157,10 @@ def two_answers(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_token_ids
     )
     settings.pad_token_id = tokenizer.pad_token_id
-    answers: list[list[int]] = [[], []]
+    answers: list[list[int]] = [
+        [],
+        [],
+    ]  # ids of the base model's and of the fine-tuned model's answer
     for batch in batch_passes(model):
         with batch.adapter:
             steps = stream(model, [prompt] * len(batch.rows), settings, **batch.options)
@@ -173,6 +176,7 @@ def batch_passes(model: PeftModel) -> list[BatchPass]:
     has_expert_adapters = any(
         "expert" in name and hasattr(module, "lora_A") for name, module in model.named_modules()
     )
+    # for these PEFT takes no `adapter_names`
     if config.use_dora or config.target_parameters or has_expert_adapters:
         return [BatchPass([0], adapter=model.disable_adapter()), BatchPass([1])]
     return [BatchPass([0, 1], {"adapter_names": ["__base__", "default"]})]
@@ -185,6 +189,7 @@ def stream(
 
     `generate` runs in a thread, and ends when nobody listens any more.
     """
+    # no padding: both rows have the same prompt
     input_ids = torch.tensor(prompts, device=model.device)  # [rows, tokens]
     steps: Queue = Queue()
     closed = Event()
@@ -206,6 +211,7 @@ def stream(
             stopping_criteria=[stop_when_closed],
             **options,
         )
+        # ends the loop below, also after an error
         generation.add_done_callback(lambda _: steps.put(None))
         try:
             yield from iter(steps.get, None)
@@ -314,6 +320,7 @@ def answer_turns(chat: Chat, question: str) -> Iterator[tuple[list[dict], list[d
     """
     user = {"role": "user", "content": question}
     prompt = chat.prompt(question)
+    # a refused question is still answered by the base model, for comparison
     base = tuned = ""
     answers = two_answers(
         chat.model, chat.tokenizer, chat.stop_token_ids, prompt.messages, chat.max_new_tokens

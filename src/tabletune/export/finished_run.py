@@ -36,9 +36,8 @@ class ExportRun:
     merged: Path
     folder: Path  # `export/`, beside the merged model
     parameters: dict[str, Any]  # of notebook 7
-    sources: dict[
-        str, str
-    ]  # what the merged model was made from: the adapter's digest, the weights
+    # what the merged model was made from: the adapter's digest, the weights
+    sources: dict[str, str]
     splits: DatasetDict
     report: dict[str, Any]  # of notebook 1
     tokenizer: PreTrainedTokenizerBase
@@ -47,12 +46,10 @@ class ExportRun:
     training: dict[str, Any] = field(default_factory=dict)  # the metrics of notebook 2
     merging: dict[str, Any] = field(default_factory=dict)  # the report of notebook 3
     metrics: dict[str, Any] = field(default_factory=dict)  # of notebook 4
-    trust: dict[str, Any] = field(
-        default_factory=dict
-    )  # the metrics of notebook 6; {} before it ran
-    context: TableContext | None = (
-        None  # finds rows among all of the table; None with context_rows 0
-    )
+    # the metrics of notebook 6; {} before it ran
+    trust: dict[str, Any] = field(default_factory=dict)
+    # finds rows among all of the table; None with context_rows 0
+    context: TableContext | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -91,6 +88,7 @@ class ExportRun:
         """The figures of each model, {name: entry}: those of notebook 4, and of 6 if it ran."""
         entries = {}
         for name, entry in figures_of(self.metrics).items():
+            # "merged, in 4 bits" is "merged" in the metrics of notebook 6
             entries[name] = self.trust.get(name.split(",")[0], {}) | entry
         return entries
 
@@ -230,6 +228,7 @@ def archive_other_export(export_run: ExportRun) -> None:
     """Move an `export/` that was made from another model to `earlier/`, and begin a new one."""
     path = export_run.folder / "metrics.json"
     earlier = read_json(path, "07_export") if path.exists() else {}
+    # metrics.json says which adapter and which weights the export was made from
     if not export_run.sources.items() <= earlier.items():
         archive(export_run.folder.parent, export_run.folder.name)
         write_json(path, export_run.sources)

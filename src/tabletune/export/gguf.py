@@ -63,6 +63,7 @@ def quantize(source: Path, file: Path, kind: str) -> None:
     """
     llama_cpp = load_llama_cpp()
     params = llama_cpp.llama_model_quantize_default_params()
+    # llama.cpp's C API, through ctypes: the Python package has no function for it
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     if llama_cpp.llama_model_quantize(bytes(source), bytes(file), ctypes.byref(params)):
         raise StageError(f"llama.cpp could not quantize {source} to {kind}.")
@@ -80,6 +81,7 @@ def check_tokens(export_run: ExportRun, file: Path) -> int:
     number = 0
     for row in map(export_run.as_asked, export_run.conversations()):
         text = "".join(prompt_and_completion(row, tokenizer)) or row["completion"][0]["content"]
+        # a rendered conversation brings its BOS along, a plain text does not
         expected = tokenizer(text, add_special_tokens=not row["prompt"])["input_ids"]
         if model.tokenize(text, tokenizer.bos_token) != expected:
             archive_refused(export_run, file)
@@ -108,6 +110,7 @@ def prepare_for_converter(model: Path, copy: Path, begins_with_bos: bool) -> Non
     are split elsewhere. The converter recognizes that kind by the fallback to bytes, which a
     byte-level vocabulary may claim, too.
     """
+    # links, not copies: the weights may be many GiB
     for path in model.iterdir():
         if "token" not in path.name:
             (copy / path.name).symlink_to(path.resolve())
@@ -150,6 +153,7 @@ def sentencepiece_model(tokenizer: dict[str, Any], vocabulary_size: int) -> byte
     ids = dict(tokenizer["model"]["vocab"])
     for token in tokenizer["added_tokens"]:
         ids[token["content"]] = token["id"]
+    # rows of the embedding matrix that no token uses need a name as well
     names = {i: f"[PAD{i}]" for i in range(vocabulary_size)}
     names |= {i: token for token, i in ids.items()}
 

@@ -45,8 +45,7 @@ def usable_types(gguf_types: Sequence[str]) -> list[str]:
     if not all(map(find_spec, ("llama_cpp", "sentencepiece"))):
         print(
             "Without GGUF files: llama.cpp is missing here. `make export` installs it, or pip "
-            "install "
-            f"{packages_to_install()}."
+            f"install {packages_to_install()}."
         )
         return []
     for kind in gguf_types:
@@ -113,6 +112,7 @@ def fetch_converter() -> Path:
                     "Is there a network?"
                 )
             with tarfile.open(next(Path(download).glob("*.tar.gz"))) as source:
+                # the converter alone; the package is the whole of llama.cpp
                 members = [member for member in source if CONVERTER.match(member.name)]
                 source.extractall(unfinished, members, filter="data")
     return next(folder.glob("*/vendor/llama.cpp/convert_hf_to_gguf.py"))
@@ -123,6 +123,7 @@ class InLlamaCpp(torch.nn.Module):
     text at a time.
     """
 
+    # what `score` and `generate` ask of a model of transformers
     device = torch.device("cpu")
     generation_config = None
 
@@ -150,9 +151,10 @@ class InLlamaCpp(torch.nn.Module):
         """The logits [1, tokens, vocabulary] of one text, `input_ids` [1, tokens], as a model of
         transformers.
         """
+        # forget the text before; each is read on its own
         self.model.reset()
         self.model.eval(input_ids[0].tolist())
-        logits = self.model.scores[None, : input_ids.shape[1]]
+        logits = self.model.scores[None, : input_ids.shape[1]]  # [1, tokens, vocabulary]
         return SimpleNamespace(logits=torch.tensor(logits))
 
     def generate(

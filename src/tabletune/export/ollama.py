@@ -69,10 +69,14 @@ def split_template(render: Callable[[Messages], str]) -> Parts:
     `render` takes messages and returns what the template makes of them, up to where the next answer
     begins. Raises ValueError if the template does more than put texts around the messages.
     """
+    # between every two roles that can follow each other stands one text; that is all that Ollama's
+    # template needs
     parts = parts_around(render, "user", "assistant", "user")
     with suppress(jinja2.TemplateError, StageError, ValueError):
         # a template may have no place for a system message
         parts = parts_around(render, "system", "user") | parts
+    # longer conversations would show a template that counts turns, or writes the first one
+    # otherwise
     check_parts(parts, render, ["user"])
     check_parts(parts, render, ["user", "assistant", "user", "assistant", "user"])
     check_parts(parts, render, ["system", "user", "assistant", "user"])
@@ -97,6 +101,7 @@ def check_parts(parts: Parts, render: Callable[[Messages], str], roles: list[str
     """
     if ("", roles[0]) not in parts:
         return  # the template takes no system message
+    # with white space, marks and quotes, in case the template trims or escapes
     messages = [{"role": role, "content": f'{k}. *Say* "{role}"'} for k, role in enumerate(roles)]
     if render_parts(parts, messages) != render(messages):
         raise ValueError("it does more than put texts around the messages")

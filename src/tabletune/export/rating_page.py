@@ -93,6 +93,7 @@ def rate_command(run_dir: Path, values: dict[str, Any]) -> None:
     page = rating_page(session, disclaimer)
     try:
         print(f"{disclaimer}\nThe page is at {open_page(page, inline=False)}; Ctrl-C ends it.")
+        # Gradio serves in threads of its own; this one has nothing to do but to wait for Ctrl-C
         while True:
             time.sleep(1)
     except KeyboardInterrupt:

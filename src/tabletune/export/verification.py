@@ -55,6 +55,7 @@ def verify_files(export_run: ExportRun, files: Mapping[str, Path]) -> dict[str, 
     """
     settings = {name: export_run.parameters[name] for name in SETTINGS}
     earlier = read_json(export_run.folder / "metrics.json", "07_export")
+    # measuring takes minutes, and files of the same name and settings are the same
     if earlier.get("settings") == settings and files.keys() <= earlier.keys():
         return {kind: earlier[kind] for kind in ("merged", *files)}
     check_room_for_questions(export_run)
@@ -66,6 +67,7 @@ def verify_files(export_run: ExportRun, files: Mapping[str, Path]) -> dict[str, 
         model = InLlamaCpp(file, export_run.parameters["window"])
         entries[kind] = entry_of(measure(model, export_run), reference, export_run, [file])
         ratio = entries[kind]["ratio_to_merged"]
+        # written so that NaN fails, too
         if kind == "F16" and not abs(ratio - 1) < LARGEST_DEVIATION:
             archive_refused(export_run, *files.values())
             raise StageError(
@@ -91,9 +93,8 @@ def check_room_for_questions(export_run: ExportRun) -> None:
     ]
     if max(lengths, default=0) + max_new_tokens > window:
         raise StageError(
-            f"window={window} has no room for the longest question, {max(lengths)} tokens, and "
-            "an answer of "
-            f"max_new_tokens={max_new_tokens}."
+            f"window={window} has no room for the longest question, {max(lengths)} tokens, and an "
+            f"answer of max_new_tokens={max_new_tokens}."
         )
 
 
@@ -115,6 +116,7 @@ def measure(model: torch.nn.Module, export_run: ExportRun) -> Measurement:
         parameters["max_new_tokens"],
         parameters["seed"],
     )
+    # before the next file is loaded
     del model
     gc.collect()
     return Measurement(scores, answers["answer"].tolist())
@@ -139,6 +141,7 @@ def entry_of(
     ratio_interval = None
     if log_ratio["ci95"] is not None:
         ratio_interval = np.exp(log_ratio["ci95"]).tolist()
+    # to the letter: one other token changes all that follow it
     same = [a == b for a, b in zip(measured.answers, reference.answers, strict=True)]
     return {
         "mib": round(sum(file.stat().st_size for file in files) / 2**20, 1),

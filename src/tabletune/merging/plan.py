@@ -186,7 +186,9 @@ class MergePlan:
             self.statistics[name] = [part for part in self.files if part.startswith(f"{name}.")]
         self.base_weights = self.check_base_weights(base_weights)
         self.model = skeleton(AutoConfig.from_pretrained(self.base))
-        statistics = {part for parts in self.statistics.values() for part in parts}
+        statistics: set[str] = set()
+        for parts in self.statistics.values():
+            statistics.update(parts)
         self.names = model_names(self.files.keys() - statistics, self.model)
         self.adapted = {base_module_name(name) for name in self.adapter}
         self.quantized = set()

@@ -64,6 +64,7 @@ def plot_baselines(metrics: Mapping) -> "Figure":
             content = metrics["ways"][name]["content"][part]
             if content["right_ci95"] is not None:
                 axes.plot(content["right_ci95"], [place, place], "|-k", markersize=9)
+            # black points: what training has made
             trained = metrics["ways"][name]["model"] == "adapter"
             fill = "black" if trained else "0.7"
             axes.plot(content["right"], place, "o", color=fill, markeredgecolor="black")

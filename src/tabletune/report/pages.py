@@ -150,6 +150,7 @@ def figure_of(entry: Any, name: str) -> tuple[float | None, list[float] | None]:
     finite.
     """
     *keys, last = FIGURES[name][0].split()
+    # an interval stands beside its figure, or is the entry's only one
     ci95 = at(entry, *keys, f"{last}_ci95") or at(entry, *keys, "ci95") or []
     limits = [finite(limit) for limit in ci95]
     interval = None if not limits or None in limits else limits
@@ -212,6 +213,7 @@ def doubts(info: dict) -> list[str]:
         sentences.append(
             "The stages did not work on the same data set: their figures do not belong together."
         )
+    # a tenth is what notebook 1 takes without a word, by its default max_dropped
     lost = sum((data.get("dropped") or {}).values())
     rows = data.get("rows_in") or 1
     if lost > 0.1 * rows:
@@ -325,6 +327,7 @@ def worst_emergencies(run: Path, info: dict) -> dict[str, list[str]]:
     were asked.
     """
     lines = []
+    # 06_trust writes them; runs of earlier versions have them from notebook 4
     for part in ("trust", "evaluation"):
         lines += read_lines(run / part / "safety.jsonl")
     urgent = pd.DataFrame([line for line in lines if line["kind"] == "emergency"])
@@ -357,6 +360,7 @@ def show_table(
         say(without)
         return
     numbered = isinstance(frame.index, pd.RangeIndex)
+    # a page is read downwards, and a phone has no width
     if not numbered and len(frame) < frame.shape[1]:
         frame = frame.T
     frame = frame.astype(str)

@@ -32,6 +32,7 @@ def plot_figures(
     axes.bar(names, [value for value, _ in figures.values()], color=GREYS, edgecolor="black")
     for position, (value, ci95) in enumerate(figures.values()):
         if ci95 is not None:
+            # matplotlib wants distances from the bar's end
             below_and_above = [[value - ci95[0]], [ci95[1] - value]]
             axes.errorbar(position, value, below_and_above, color="black", capsize=6)
     axes.set_ylabel(direction(label))
@@ -95,6 +96,7 @@ def plot_losses(log_history: list[dict[str, Any]], metrics: Mapping[str, Any]) -
     import matplotlib.pyplot as plt
 
     training = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+    # where training was interrupted, a step may stand in the log twice: the first counts
     validation = {0: metrics["eval_loss_before"]}
     for entry in log_history:
         if "eval_loss" in entry:

@@ -66,6 +66,7 @@ def difference_line(name: str, entry: dict) -> dict[str, str]:
     form = "+.1f"
     if "log_perplexity" in name:
         name = name.replace("log_perplexity", "perplexity ratio")
+        # the ratio of two perplexities is easier to read than the difference of their logarithms
         value, form = math.exp(value), ".4f"
         ci95 = None if ci95 is None else np.exp(ci95)
     elif name.endswith("chrf"):
@@ -83,11 +84,10 @@ def difference_line(name: str, entry: dict) -> dict[str, str]:
 
 def differences_table(differences: dict) -> pd.DataFrame:
     """The `differences` of the metrics, {pair of models: {figure: entry}}, as texts."""
-    lines = [
-        {"models": pair, **difference_line(name, entry)}
-        for pair, entries in differences.items()
-        for name, entry in entries.items()
-    ]
+    lines = []
+    for pair, entries in differences.items():
+        for name, entry in entries.items():
+            lines.append({"models": pair, **difference_line(name, entry)})
     return pd.DataFrame(lines).set_index(["models", "figure"])
 
 
@@ -115,8 +115,8 @@ def side_by_side(columns: Mapping[str, Sequence[str]], rows: int, disclaimer: st
         cells = [f'<td style="{style}">{as_html(texts[i])}</td>' for texts in columns.values()]
         body += f"<tr>{''.join(cells)}</tr>"
     return HTML(
-        f"<p><b>{escape(disclaimer)}</b></p>"
-        f"<table style='table-layout:fixed;width:100%'><tr>{head}</tr>{body}</table>"
+        f"<p><b>{escape(disclaimer)}</b></p><table "
+        f"style='table-layout:fixed;width:100%'><tr>{head}</tr>{body}</table>"
     )
 
 

@@ -183,8 +183,7 @@ def check_training_options(params: dict[str, Any]) -> None:
     if missing:
         raise StageError(
             f"early_stopping_patience needs {missing}, of which training_options leave none. Set "
-            "it "
-            "to 0."
+            "it to 0."
         )
 
 
