@@ -25,13 +25,13 @@
 #
 # | **1 · format** | 2 · fine-tune | 3 · merge | 4 · evaluate | 5 · baselines | 6 · trust | 7 · export |
 # |---|---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards |
+# | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
 # **What fine-tuning is.** A chat model has read a large part of the internet and answers any
 # question in its own way. Fine-tuning shows it some hundred examples of *your* questions and
-# answers and changes its weights a little, until it answers like them. People do this for a fixed
+# answers, and changes the model a little, until it answers like them. People do this for a fixed
 # format, a tone, labels, or to make a small model use their data. This series does it with a table,
-# and measures honestly whether it was worth it.
+# and measures whether it was worth it.
 #
 # The table of the worked example begins like this, and ends as a chat model that answers such
 # questions:
@@ -157,9 +157,10 @@ run = stage.folder
 # %% [markdown]
 # ## The model's format
 #
-# Every chat model was trained on conversations in its own text format. The tokenizer brings that
-# format along as a *chat template*. We use the template as it is, so that the rows look like the
-# conversations that the model knows.
+# A model does not read letters but *tokens*: words or parts of words, each with a number. The
+# *tokenizer* turns text into tokens. Every chat model was also trained on conversations in a text
+# format of its own, its *chat template*. We use that template as it is, so that the rows look like
+# the conversations that the model knows. For this model:
 
 # %%
 from tabletune.chat.templates import describe_template
@@ -208,7 +209,7 @@ from tabletune.data.formatter import TableFormatter
 formatter = TableFormatter(table, table_shape, settings, tokenizer, stops)
 first = formatter.first()
 row = first["texts"]
-{field: text[:500] for field, text in row.items()}
+show_table({field: text[:500] for field, text in row.items()})
 
 # %% [markdown]
 # **Cleaned.** By default little is changed: Unicode is composed (é becomes one character), line
@@ -221,21 +222,23 @@ import unicodedata
 from tabletune.data.cleaning import Cleaning
 
 texts = [unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip() for text in row.values()]
-print("the same:", texts == [Cleaning()(text) for text in row.values()])
+print("by hand as by the package:", texts == [Cleaning()(text) for text in row.values()])
 
 # %% [markdown]
-# Other rules are parameters that are off by default. With the parameters of this table:
+# Other rules are parameters that are off by default. With the parameters of this table the row
+# becomes:
 
 # %%
-{field: formatter.clean_cell(field, text)[:500] for field, text in row.items()}
+show_table({field: formatter.clean_cell(field, text)[:500] for field, text in row.items()})
 
 # %% [markdown]
-# **As a conversation.** The turns of a user and of the assistant, sometimes a system message first.
-# TRL calls the question `prompt` and the answer `completion`.
+# **As a conversation.** The turns of a user and of the assistant, sometimes with a system message
+# before them. TRL, the library that will train the model, calls the question `prompt` and the
+# answer `completion`.
 
 # %%
 messages = first["prompt"] + first["completion"]
-[{"role": turn["role"], "content": turn["content"][:500]} for turn in messages]
+print(*(f"{turn['role'].upper()}\n{turn['content'][:500]}" for turn in messages), sep="\n\n")
 
 # %% [markdown]
 # **Rendered** by the model's own template:
@@ -247,10 +250,11 @@ if first["prompt"]:
 print(rendered[:2000])
 
 # %% [markdown]
-# **As numbers.** The text becomes token ids, with a mask that is 1 for tokens that count in the
-# loss: those of the answer and the token that ends it. The question does not count. By hand we
-# render the row twice, without the answer and with it, and compare. `encode` does the same for any
-# template, and for conversations with several answers.
+# **As numbers.** The text becomes the numbers of its tokens, with a mask that is 1 for the tokens
+# that the model is to learn: those of the answer, and the one that ends it. Only they count in the
+# *loss*, the error that training makes smaller. The question does not count. By hand we render the
+# row twice, without the answer and with it, and compare. `encode` does the same for any template,
+# and for conversations with several answers.
 
 # %%
 from tabletune.chat.encoding import encode, encode_prompt, show_tokens
@@ -260,11 +264,11 @@ prompt = encode_prompt(first["prompt"], tokenizer)
 by_hand = tokenizer(rendered, add_special_tokens=False)["input_ids"]
 answer = by_hand[len(prompt) : len(encoded["input_ids"])]
 print(f"{len(encoded['input_ids'])} tokens, {sum(encoded['completion_mask'])} of them in the loss")
-print("by hand the same:", encoded["input_ids"] == prompt + answer)
+print("by hand as by the package:", encoded["input_ids"] == prompt + answer)
 
 # %% [markdown]
-# The same, token by token. **Bold** tokens are special, grey ones are only read, and those on
-# colour are in the loss.
+# The same, token by token. **Bold** tokens are special: they are no text but marks, such as the end
+# of a turn. Grey tokens are only read. Those on colour are in the loss. ⏎ is the end of a line.
 
 # %%
 show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
@@ -275,15 +279,16 @@ show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 # Three kinds of rows are dropped:
 #
 # - rows without a question or an answer: they teach nothing;
-# - copies of other rows: they would be learned twice, and a copy in the test split would make the
+# - copies of other rows: they would be learned twice, and a copy among the test rows would make the
 #   test too easy;
-# - rows that are too long. They are never cut: an answer without its end teaches the model to
-#   ramble on.
+# - rows that are too long. They are not cut: an answer without its end teaches the model to ramble
+#   on.
 #
 # If more than a tenth of the rows is lost, the notebook stops and says how to keep them.
 #
-# All rows with the same question go to the same split, chosen by a hash of the question. If a test
-# question had also been asked in training, the test would measure memory.
+# The others are divided into three *splits*: training rows, validation rows, by which the training
+# is watched, and test rows for the end. All rows with the same question go to the same split. If a
+# test question had also been asked in training, the test would measure memory.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.data.pipeline import format_table
@@ -307,7 +312,7 @@ report = read_json(run / "dataset" / "report.json", "01_format_dataset")
 # %%
 import pandas as pd
 
-from tabletune.data.report import changes_table, rows_table, sentences_on_data_set
+from tabletune.data.report import changes_table, dropped_table, rows_table, sentences_on_data_set
 
 rows_table(report)
 
@@ -315,39 +320,39 @@ rows_table(report)
 # One example of each change, with the text around it:
 
 # %%
-pd.set_option("display.max_colwidth", 90)
-changes_table(report)
+show_table(changes_table(report), "Nothing was changed.")
 
 # %% [markdown]
 # The first rows that were dropped, as they are in the table:
 
 # %%
-pd.DataFrame(report["dropped_rows"])
+show_table(dropped_table(report), "No row was dropped.")
 
 # %% [markdown]
 # Remarks about this table:
 
 # %%
-print(*report["notes"] or ["nothing"], sep="\n")
+print(*report["notes"] or ["None: nothing about it stands out."], sep="\n")
 
 # %% [markdown]
 # ## Rows of the table in the prompt
 #
 # A small model that is fine-tuned on a table learns how answers look, but hardly what they say.
-# With `context_rows = 3`, the three rows whose questions are most similar stand in the prompt, in
-# training as in use. The model learns to answer from them, or to say that they do not have the
-# answer: in training, some questions get only rows of *other* questions, and their answer is
-# `unknown_answer`. The index for the evaluation contains only training rows, so no test question
-# finds its own row. [docs/right-answers.md](../docs/right-answers.md) has the measurements.
+# With `context_rows = 3`, each question is first looked up: the three rows with the most similar
+# questions stand in the prompt, in training as in use. The model learns to answer from them. It
+# also learns to say that they do not have the answer: in training some questions get only rows of
+# *other* questions, and their answer is `unknown_answer`.
+# [docs/right-answers.md](../docs/right-answers.md) has the measurements.
 
 # %%
 from tabletune.data.context import load_context
-from tabletune.data.retrieval_report import example_prompt, prompts_table
+from tabletune.data.retrieval_report import OFF, example_prompt, prompts_table
 
-prompts_table(report)
+show_table(prompts_table(report), OFF)
 
 # %% [markdown]
-# One question of the validation split, as the model sees it. Its own row is not in the index:
+# What the model is asked, for one question of the validation split. With `context_rows`, the rows
+# are searched among the training rows, so that no validation or test question finds its own row:
 
 # %%
 print(example_prompt(run, load_context(run)))
@@ -355,7 +360,7 @@ print(example_prompt(run, load_context(run)))
 # %% [markdown]
 # ## Look at it
 #
-# How long the examples are, and how many rows ask the same question:
+# How long the examples are, in tokens, and how many rows ask the same question:
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.report.plots import plot_data_set

@@ -25,17 +25,23 @@
 #
 # | 1 · format | **2 · fine-tune** | 3 · merge | 4 · evaluate | 5 · baselines | 6 · trust | 7 · export |
 # |---|---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards |
+# | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
 # - **In:** `dataset/` in the run folder, from notebook 1.
-# - **Out:** `adapter/`, a LoRA adapter of some hundred megabytes or less, `training/metrics.json`
+# - **Out:** `adapter/`, what was learned, some hundred megabytes or less; `training/metrics.json`
 #   and the loss curves.
 # - **Time:** minutes for a table of some hundred rows on a GPU; four minutes on a CPU with the
 #   small model of `profiles/cpu.yaml`.
 #
-# QLoRA ([Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)) keeps the base model frozen in 4
-# bits and trains a small [LoRA](https://arxiv.org/abs/2106.09685) adapter through it, so that a 7B
-# model trains on a card of 15 GB.
+# A model of seven billion weights (7B) takes 13 GB, and training all of them several times that.
+# *LoRA* ([Hu et al., 2021](https://arxiv.org/abs/2106.09685)) leaves the model as it is and trains a
+# small *adapter* beside it, of a 7B about one weight in a hundred. *QLoRA* ([Dettmers et al.,
+# 2023](https://arxiv.org/abs/2305.14314)) also stores the frozen model with 4 bits a weight, in a
+# format called NF4. So a 7B model trains on a card of 15 GB.
+#
+# In Colab this notebook has a machine of its own, which does not see what notebook 1 wrote on its.
+# Set `run_dir = "drive:home_remedies"` below and in notebook 1: both then work in that folder of
+# your Google Drive.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
@@ -121,10 +127,9 @@ run = stage.folder
 # ## The examples
 #
 # Notebook 1 left conversations. Without its folder, a data set that it published will do
-# (`published_dataset`). Where there is neither, this notebook stops here: [notebook
+# (`published_dataset`). Where there is neither, this notebook stops here: run [notebook
 # 1](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/01_format_dataset.ipynb)
-# makes one in under a minute, and both notebooks find it if their `run_dir` is the same folder of
-# your Google Drive.
+# first, with the same `run_dir`.
 
 # %%
 import torch
@@ -136,8 +141,9 @@ processes = PartialState(cpu=not torch.cuda.is_available())  # one of several un
 splits, report = examples.load_examples(run, published_dataset, processes)
 
 # %% [markdown]
-# Token ids, as notebook 1 showed them, and labels: the ids of the answers, and -100 for all that is
-# not in the loss.
+# They become token ids, as notebook 1 showed them, and labels: the ids of the answers, and -100 for
+# all that is not in the loss. The model learns from the training split alone; the validation split
+# shows on the way how it does on other questions, and the test split waits for notebook 4.
 
 # %%
 tokenizer, stops = load_tokenizer(base_model, base_model_revision, *template_settings(report))
@@ -145,11 +151,11 @@ encoded, counts = examples.encode_splits(splits, tokenizer, stops, max_length)
 counts
 
 # %% [markdown]
-# ## The base, before anything long
+# ## The base model, before anything long
 #
-# What is it, how will it be treated, and can it work at all? Its config and its modules, without
-# their weights, say so. LoRA's layers are those of attention, whatever names this model has for
-# them.
+# What is it, which layers get an adapter, and can it be trained at all? Its config and its layers,
+# without their weights, say so. Attention is the part of a model in which a token looks at those
+# before it; "sdpa" is PyTorch's fast implementation of that (scaled dot-product attention).
 
 # %%
 config, dtype = base_config(base_model, base_model_revision), compute_dtype(precision)
@@ -159,10 +165,10 @@ show_table(summary)
 # %% [markdown]
 # ## Rows without padding
 #
-# Examples differ in length. Padded to the longest of their batch, a third of what the GPU computes
-# would be for nothing. *Packed*, several share one row of `max_length` tokens. They must not see
-# each other: positions start at 0 with each example, and there transformers builds a mask that
-# stops an example from attending to the ones before it.
+# Examples differ in length. If the shorter ones of a batch were filled up to the longest, about a
+# third of the work would be for nothing. *Packing* puts several examples into one row of
+# `max_length` tokens instead. They must not see each other. So positions start at 0 again with each
+# example: by that transformers knows where one begins, and hides the earlier ones from it.
 
 # %%
 from trl.data_utils import pack_dataset
@@ -174,9 +180,10 @@ print("examples begin at tokens", (batch["position_ids"][0] == 0).nonzero().flat
 # %% [markdown]
 # ## Is there room?
 #
-# We estimate memory from the model's modules and the parameters, before anything large is
-# downloaded. With several GPUs, each holds a full copy of the model if it fits (DDP). If not, they
-# share it (FSDP): each keeps a part of every layer, and gathers a layer when it is needed.
+# We estimate the memory from the model's layers and the parameters, before anything large is
+# downloaded. With several GPUs, each holds a full copy of the model if it fits (DDP, distributed
+# data parallel). If not, they share it (FSDP, fully sharded data parallel): each keeps a part of
+# every layer, and gets the rest of a layer when it is needed.
 
 # %% tags=["nbval-ignore-output"]
 room = planning.room_for_training(stage.parameters, config, dtype, targets, len(packed), processes)
@@ -185,8 +192,10 @@ room.expected.round(2).to_frame()
 # %% [markdown]
 # ## The base model, in 4 bits
 #
-# NF4 has sixteen values, placed where the weights of a neural network are dense, and a scale for
-# every 64 weights; "double quantization" stores those scales in 8 bits.
+# With 4 bits a weight can have one of sixteen values. NF4 ("normal float") places them closely where
+# most weights of a neural network are, near zero. Every 64 weights share a scale; "double
+# quantization" stores those scales in 8 bits, too. Whenever a layer computes, its weights are
+# unpacked to 16 or 32 bits.
 
 # %%
 quantization_config = BitsAndBytesConfig(
@@ -202,8 +211,10 @@ how = quantization_config if quantization == "nf4" else quantization
 model = load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, how)
 
 # %% [markdown]
-# Can packed examples see each other? We test it: change the first of two packed examples and check
-# that the second one's logits stay the same. Then we compute what an optimizer step is.
+# Can packed examples see each other in this model? We test it: change the first of two packed
+# examples, and check that the *logits* of the second stay the same. Logits are the scores that the
+# model gives to each token of its vocabulary for being the next one. Then we compute how many rows
+# an optimizer step takes, and how many steps there are.
 
 # %%
 train = planning.rows_to_train_on(model, encoded["train"], packed, packing)
@@ -214,8 +225,9 @@ rows_at_once, accumulated, steps = planning.plan_steps(
 # %% [markdown]
 # ## The adapter
 #
-# LoRA adds to a frozen weight $W$ the product of two thin matrices: $W + \frac{\alpha}{r} B A$. $B$
-# starts at zero, so before training the adapted model is the base model.
+# LoRA adds to a frozen matrix of weights $W$ the product of two thin matrices: $W +
+# \frac{\alpha}{r} B A$. Only $A$, with $r$ rows, and $B$, with $r$ columns, are trained. $B$ starts
+# at zero, so before training the model with its adapter is the base model.
 
 # %%
 from peft import LoraConfig, get_peft_model
@@ -254,12 +266,11 @@ training_arguments = SFTConfig(
 #
 # - Its validation loss, which chooses the checkpoint that is kept, counts each batch by its tokens,
 #   not its rows.
-# - The adapter stays in fp32. TRL casts that of a 4-bit model to bf16, with which a T4's fp16
-#   gradient scaler fails at the first step
-#   ([trl#4901](https://github.com/huggingface/trl/issues/4901)). Small updates would also be lost
-#   in bf16's eight bits.
-# - Weights in RAM are unpacked once and not in every step, if there is room: the same numbers, a
-#   sixth sooner.
+# - The adapter stays in numbers of 32 bits (fp32). TRL would turn that of a 4-bit model into bf16,
+#   which keeps only eight bits of precision: small updates would be lost. A T4 would stop at the
+#   first step ([trl#4901](https://github.com/huggingface/trl/issues/4901)).
+# - On a CPU the 4-bit weights are unpacked once and not in every step, if there is room: the same
+#   numbers, a sixth sooner.
 
 # %%
 trainer = TokenTrainer(
@@ -271,7 +282,9 @@ trainer = TokenTrainer(
 # %% [markdown]
 # ## Train
 #
-# TensorBoard shows it live: `tensorboard --logdir runs`.
+# Both losses below should fall. If the validation loss rises again while the training loss goes on
+# falling, the model has begun to learn its rows by heart. TensorBoard shows it live: `tensorboard
+# --logdir runs`.
 
 # %% tags=["nbval-ignore-output"]
 if not done:
@@ -279,9 +292,10 @@ if not done:
 
 # %% [markdown]
 # The best checkpoint is loaded again at the end. With its adapter switched off, the model is the
-# untouched base: that is the validation loss to beat. We take it only now: a Trainer that has
-# evaluated first does not average the gradients of several GPUs (`Trainer.evaluation_loop` in
-# transformers 5.13 prepares the model without DDP, and `train` leaves it so).
+# base model again: its validation loss is the one to beat. We take it only now, since a Trainer
+# that has evaluated before the training does not average the gradients of several GPUs
+# (`Trainer.evaluation_loop` in transformers 5.13 prepares the model without DDP, and `train` leaves
+# it so).
 
 # %% tags=["nbval-ignore-output"]
 if not done:
@@ -292,6 +306,10 @@ if not done:
 
 # %% [markdown]
 # ## What it learned
+#
+# The loss is the mean of $-\log p$, where $p$ is the probability that the model gave to the token
+# that really came next. With the natural logarithm its unit is called *nat*. Lower is better: 0
+# would be certainty; at 2 nats the right token had a probability of $e^{-2}$, 14%, on average.
 
 # %%
 from tabletune.run.files import read_json
@@ -307,11 +325,27 @@ from tabletune.report.plots import plot_losses
 plot_losses(read_json(run / "training" / "log_history.json", stage.name), metrics)
 
 # %% [markdown]
+# ## Before and after
+#
+# A loss says little about what a model writes. So we ask both models, the base model and the
+# fine-tuned one, the first question of the training split. To save time an answer is cut after 64
+# tokens. Notebook 4 asks many questions, new ones too, and says how many answers are right.
+
+# %% tags=["nbval-ignore-output"]
+from tabletune.evaluation.before_after import answer_before_and_after, before_and_after
+
+if not done and not room.sharded:
+    answer_before_and_after(trainer.model, tokenizer, stops, run)
+
+# %% tags=["nbval-ignore-output"]
+before_and_after(run)
+
+# %% [markdown]
 # ## What we have now
 #
-# An adapter that has learned the format and some of the content of the table, saved with its
-# tokenizer and with a note of what it was trained on: notebook 3 refuses to merge it into another
-# base.
+# An adapter that has learned how the table's answers look, and some of what they say. It is saved
+# with its tokenizer and a note of what it was trained on, so that notebook 3 can refuse to merge it
+# into another base model.
 
 # %% tags=["nbval-ignore-output"]
 import math
@@ -320,10 +354,12 @@ lower = math.exp(metrics["eval_loss_before"] - metrics["eval_loss_after"])
 weights = f"{metrics['trainable_parameters'] / 1e6:,.1f} million weights"
 print(f"{weights} were trained, {metrics['trainable_percent']:.1f}% of all.")
 print(f"{metrics['steps']:,} steps over {metrics['tokens']:,} tokens, {metrics['seconds']:,.0f} s.")
-print(f"New questions: a token of the answer is {lower:,.1f} times less surprising than before.")
+print(f"Validation rows: the right next token is {lower:,.1f} times as likely as before, on average.")
 
 # %% [markdown]
-# Two things to try: `epochs = 2`, and watch whether the validation loss still falls; `lora_r = 16`,
-# which trains a quarter of the weights.
+# Two things to try:
+#
+# - `epochs = 2`: does the validation loss still fall in the second one?
+# - `lora_r = 16`, which trains a quarter of the weights. How much of the loss does that cost?
 #
 # Next: [3 · merge](03_merge_adapter.ipynb).

@@ -25,18 +25,19 @@
 #
 # | 1 · format | 2 · fine-tune | **3 · merge** | 4 · evaluate | 5 · baselines | 6 · trust | 7 · export |
 # |---|---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards |
+# | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
 # - **In:** `adapter/` in the run folder, from notebook 2, and the base model.
-# - **Out:** `merged/`, a plain model that needs neither PEFT nor bitsandbytes, and
-#   `merged/merge_report.json`.
+# - **Out:** `merged/`, a plain model that transformers loads like any other, without the libraries
+#   of the training, and `merged/merge_report.json`.
 # - **Time:** about as long as copying the base model's files, then as long again to verify the
 #   result: a minute or two for 7B on a T4, half a minute on a CPU with the small model of
 #   `profiles/cpu.yaml`.
 #
-# The usual way, `merge_and_unload`, holds the whole base model in memory: 13 GB for a 7B model,
-# more than free Colab has. But an adapter changes one matrix at a time. So this notebook reads,
-# merges and writes one matrix after the other.
+# An adapter works only beside its base model. *Merging* adds it to the base model's weights, so that
+# one plain model remains. The usual way, PEFT's `merge_and_unload`, holds the whole base model in
+# memory: 13 GB for a 7B model, more than free Colab has. But an adapter changes each matrix for
+# itself. So this notebook reads, merges and writes one matrix after the other.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
@@ -62,9 +63,10 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # %% [markdown]
 # ## Parameters
 #
-# The adapter was trained on top of *quantized* weights. `base_weights = "original"` adds it to the
-# weights as they were published. `"dequantized"` adds it to what the training really saw: the
-# weights after a round trip through NF4. Neither is better in principle; notebook 6 measures both.
+# The adapter was trained beside *quantized* weights, rounded to the 4 bits of NF4. `base_weights =
+# "original"` adds it to the weights as they were published. `"dequantized"` adds it to what the
+# training really saw: the weights after rounding. Neither is better in principle; notebook 6
+# measures both.
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # that of notebooks 1 and 2; in Colab better "drive:home_remedies"
@@ -74,11 +76,13 @@ base_weights = "original"  # or "dequantized"
 max_shard_gb = 1.0  # size of a file of the merged model, and about the memory that merging takes
 
 # %% [markdown]
-# A plan says which tensors of the base model change. It has read the adapter, and only names and
-# shapes of the base model. It has also checked that the two belong together.
+# A plan says which *tensors*, the model's matrices and lists of numbers, change. For that the
+# notebook reads the adapter, but of the base model only names and shapes. It also checks that the
+# two belong together.
 
 # %%
 from tabletune.merging.plan import MergePlan
+from tabletune.report.pages import show_table
 from tabletune.run.stage import start_stage
 
 stage = start_stage("03_merge_adapter", globals())
@@ -90,7 +94,7 @@ print(f"{len(plan.adapted)} adapted layers, {len(plan.tensors)} tensors in the b
 # ## One matrix
 #
 # LoRA leaves a matrix $W$ as it is and learns two thin ones beside it, $A$ with $r$ rows and $B$
-# with $r$ columns. Here is the first layer that has them:
+# with $r$ columns. Here are those of the first layer that has an adapter:
 
 # %%
 from tabletune.merging.lora import lora_matrices
@@ -102,8 +106,8 @@ print(f"{module}\nW {tuple(weight.shape)}, A {tuple(a.shape)}, B {tuple(b.shape)
 print(f"numbers in A and B: {(a.numel() + b.numel()) / weight.numel():.0%} of those in W")
 
 # %% [markdown]
-# To merge them is one line, $W' = W + s\,BA$. The factor $s$ is $\alpha / r$, or $\alpha / \sqrt r$
-# with rsLoRA.
+# To merge them is one line, $W' = W + s\,BA$. The factor $s$ is $\alpha / r$ (`lora_alpha` and
+# `lora_r` of notebook 2), or $\alpha / \sqrt r$ with the variant rsLoRA.
 
 # %%
 from tabletune.merging.lora import scaling
@@ -111,7 +115,8 @@ from tabletune.merging.lora import scaling
 merged = weight + scaling(plan.config, module) * b @ a
 
 # %% [markdown]
-# The package's `add_lora` does the same in place. It merges all layers from here on.
+# The package's `add_lora` does the same, without a second matrix in memory. From here on it merges
+# all layers. The next cell stops if the two results differ:
 
 # %%
 import torch
@@ -122,9 +127,10 @@ by_package = add_lora(weight.clone(), plan.adapter, plan.config, module)
 assert torch.allclose(merged, by_package, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
-# How much is that? Three things change a matrix: the adapter, the rounding of the sum to the dtype
-# in which it is stored, and the round trip through NF4 that the training saw. Each is shown as a
-# share of the size of $W$, by the Frobenius norm.
+# How much is that? Three things may change a matrix: the adapter; the rounding of the sum to the 16
+# bits in which it is stored; and the rounding to NF4 that the training saw. Each is shown as a
+# share of the size of $W$. Size here is the Frobenius norm: the root of the sum of all squared
+# numbers.
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
@@ -144,41 +150,46 @@ changes.map(lambda change: f"{(change.norm() / weight.norm()).item():.3%}").to_f
 # ## All of them
 #
 # Every tensor of the base model's files is copied as it is stored, and those with an adapter are
-# merged on the way. So vision layers, experts and buffers stay bit for bit what they were. The
-# files appear under a temporary name.
+# merged on the way. So whatever has no adapter, such as the layers of a model that also sees
+# images, stays bit for bit what it was. The files appear under a temporary name.
 #
 # Then the result is verified: the merged model is read back from its files, and must add to the
-# base model what the adapter adds. All three read two rows of the test split. With `"dequantized"`
-# the base is the quantized model. A merged model that differs by more than rounding is not kept.
+# base model what the adapter adds. The base model, the base with its adapter, and the merged model
+# read the same two rows of the test split. With `"dequantized"` the base is the quantized model. A
+# merged model that differs by more than rounding is not kept.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.merging.write import merge_adapter
 
 merged_folder, report = merge_adapter(plan, stage, max_shard_gb)
-report
 
 # %% [markdown]
 # The difference is measured beside the adapter's own effect: 0% is a perfect merge, 100% one that
-# left the adapter out. Some percent are the rounding of bf16, well under 1% that of fp16.
+# left the adapter out. Rounding makes some percent of it with numbers in bf16, well under 1% with
+# those in fp16, which have more digits.
 
 # %%
 verified = report["difference_to_effect"] is not None
 if verified:
     share = max(report["difference_to_effect"], 0.001)
-    print(f"the merged model differs by at most {share:.1%} of what the adapter changes")
-    print(f"same most likely next token at {report['same_next_token']:.0%} of the positions")
+    print(f"The merged model differs by at most {share:.1%} of what the adapter changes.")
+    print(f"It finds the same next token most likely at {report['same_next_token']:.0%} of the places.")
+else:
+    print("Not verified: there was not enough memory to compare the models.")
 
 # %% [markdown]
 # ## Does it answer?
 #
 # Anyone can use the folder now, with transformers alone: `pipeline("text-generation",
 # "runs/…/merged")`. The package's `load_model` gives the pipeline the same model in less memory.
-# The question is the first one of the test split. A table of plain texts has no questions: the
-# model continues the beginning of one.
+# The question is the first one of the test split; with `context_rows` it is asked as in use, with
+# rows of the table in the prompt. A table of plain texts has no questions: the model continues the
+# beginning of one.
 
 # %% tags=["nbval-ignore-output"]
 from transformers import AutoTokenizer, pipeline
 
+from tabletune.data.context import load_context
 from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
 from tabletune.model.devices import compute_dtype
 from tabletune.model.loading import load_model
@@ -187,6 +198,9 @@ from tabletune.run.artifacts import load_dataset_of_run
 splits, dataset_report = load_dataset_of_run(run)
 row = splits["test"][0]
 start = row["prompt"] or row["completion"][0]["content"][:40]
+context = load_context(run, "use")  # None without context_rows
+if context is not None:
+    start = context.prompt(row["prompt"]).messages
 
 # %% tags=["nbval-ignore-output"]
 if verified:
@@ -196,27 +210,31 @@ if verified:
     turns = written if row["prompt"] else [{"role": "text", "content": written}]
     print(*(f"{turn['role']}: {turn['content']}" for turn in turns), sep="\n\n")
     print(f"\n{example_settings(dataset_report).get('disclaimer', NEUTRAL_DISCLAIMER)}")
+else:
+    print("Not asked: loading the model takes more memory than there was.")
 
 # %% [markdown]
 # ## What we have now
 #
-# One plain model in safetensors files. What merging took, beside what the usual way would have held
-# in memory:
+# One plain model in safetensors files, a format for weights that can hold no program. What merging
+# took, beside what the usual way would have held in memory:
 
 # %% tags=["nbval-ignore-output"]
-pd.Series(
+show_table(
     {
-        "the whole model": f"{plan.size / 2**30:.2f} GiB",
-        "peak of this process": f"{report['peak_rss_gib']:.2f} GiB, libraries included",
-        "time": f"{report['seconds']:.0f} s for {report['merged_modules']} layers",
+        "merged": f"{report['merged_modules']} layers, into the {report['base_weights']} weights",
+        "stored": f"as {report['dtype']}, in {report['shards']} file(s)",
+        "time": f"{report['seconds']:.0f} s",
+        "most memory of this process": f"{report['peak_rss_gib']:.2f} GiB, libraries included",
+        "the whole model in memory": f"{plan.size / 2**30:.2f} GiB",
     }
-).to_frame("merging")
+)
 
 # %% [markdown]
 # Two things to try:
 #
-# - `base_weights = "dequantized"`: the table above says how much the round trip changes $W$.
-#   Notebook 6 says what that does to the answers.
+# - `base_weights = "dequantized"`: the table above says how much rounding to NF4 changes $W$.
+#   Notebook 6 says what that does to the model.
 # - `max_shard_gb = 0.1`: more files, less memory, and the same tensors to the last bit.
 #
 # Next: [4 · evaluate](04_evaluate.ipynb).

@@ -25,7 +25,7 @@
 #
 # | 1 · format | 2 · fine-tune | 3 · merge | **4 · evaluate** | 5 · baselines | 6 · trust | 7 · export |
 # |---|---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | right answers, perplexity | was it worth it? | is it safe? | GGUF, cards |
+# | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
 # - **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
 # - **Out:** `evaluation/metrics.json`, `answers.jsonl`, `samples.jsonl`, `scores.parquet` and
@@ -33,10 +33,9 @@
 # - **Time:** some minutes on a T4; about five minutes on two CPU cores with the small model of the
 #   `cpu` profile.
 #
-# Are its answers right? And how likely does it find the right ones? Three models read and answer
-# the same questions: the base model, the base model with the adapter, and the merged model. They
-# are asked *new* questions, which were not in training, the *table's own* questions, and the same
-# ones *reworded*. What else the training did, to safety for instance, is the subject of notebook 6.
+# Are the model's answers right? And how probable are the table's own answers to it? Three models
+# answer the same questions: the base model, the base model with the adapter, and the merged model.
+# What else the training did, to safety for instance, is the subject of notebook 6.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
@@ -90,16 +89,18 @@ import pandas as pd
 from tabletune.evaluation.examination import Examination, ExaminationSettings
 from tabletune.evaluation.metrics import joined_perplexity
 from tabletune.evaluation.questions import own_question
+from tabletune.evaluation.refusals import show_refusals
 from tabletune.evaluation.scoring import perplexity, score
 from tabletune.evaluation.trained_run import open_trained_run
 from tabletune.model.devices import compute_dtype
 from tabletune.model.run_models import load_adapted, load_merged
-from tabletune.report.pages import show_table
+from tabletune.report.pages import say_verdict, show_table
 from tabletune.report.plots import plot_results
 from tabletune.report.tables import (
     all_differences,
     content_table,
     own_answers_table,
+    reasons_table,
     results_table,
     samples_table,
 )
@@ -125,17 +126,17 @@ done = stage.is_done(trained.inputs, ["evaluation/metrics.json"])
 # %% [markdown]
 # ## What is asked
 #
-# - **new**: questions of the test split, which training did not see.
-# - **table**: questions of the training split, as they stand.
-# - **reworded**: the same ones in other words: a greeting, a typing error, the bare subject.
-#   Training uses other rules.
-# - **added**, with `context_rows` only: the new questions again, now with their rows in the index.
-#   They came after training, so this shows whether the model answers from rows it was not trained
-#   on.
+# - **The table's own questions**: questions of the training split, as they stand there.
+# - **Reworded questions**: the same ones in other words: with a greeting, with a typing error, the
+#   bare subject. Training uses other rules for that.
+# - **New questions**: those of the test split, which training did not see.
+# - **Rows added after training**, with `context_rows` only: the new questions once more, now with
+#   their rows in the index. So this shows whether the model answers from rows that it was not
+#   trained on.
 #
-# Each question is asked once, up to `samples` of each kind; without `ask_all_models` the base model
-# and the adapter get the new ones alone. In a conversation it is the last one, after all the turns
-# before it.
+# Each question is asked once, up to `samples` of each kind. With `ask_all_models = False` only the
+# merged model is asked all of them; the base model and the adapter get the new ones alone. In a
+# conversation the last question is asked, after all the turns before it.
 
 # %%
 settings = ExaminationSettings.from_parameters(stage.parameters)
@@ -144,11 +145,11 @@ examination.overview()
 
 # %% [markdown]
 # What counts as a right answer depends on the table. Labels and short answers are compared word for
-# word. Where the answer template names an item, the item must be right. Free text must have nearly
-# the words of the table's answer, and the same numbers and names. For this table:
+# word. Where the answer template has a line for an item, the item must be right. Free text must
+# have nearly the words of the table's answer, and the same numbers and names. For this table:
 
 # %%
-show_table(examination.rules.reasons)
+show_table(reasons_table(examination.rules.reasons))
 
 # %% [markdown]
 # ## Base and adapter, in one
@@ -167,11 +168,12 @@ adapted = None if done else load_adapted(run / "adapter", *source)
 # %% [markdown]
 # ## Perplexity, by hand
 #
-# At each token the model gives every token of its vocabulary a probability of being the next. It is
-# judged by the probability that it gave the one that really came: perplexity is $\exp$ of the mean
-# of $-\log p$. A perplexity of 50 means that the model was as uncertain as in a choice among 50
-# equally likely tokens; 1 is certainty, and lower is better. Here it is for one row, and only for
-# its *response*, since any model soon knows the question's fixed words by heart.
+# How probable are the table's answers to the model? At each token it gives every token of its
+# vocabulary a probability $p$ of being the next one. Perplexity looks at the token that really came
+# next: it is $\exp$ of the mean of $-\log p$. A perplexity of 50 means that the model was as
+# uncertain as in a choice among 50 equally likely tokens; 1 is certainty, and lower is better. Here
+# it is for one row, and only for its answer (the *response*), since any model soon knows the fixed
+# words of the question by heart.
 
 # %% tags=["nbval-ignore-output"]
 if not done:
@@ -187,15 +189,17 @@ if not done:
     print(f"perplexity of the shortest row: {by_hand:,.2f}, by hand and by the package")
 
 # %% [markdown]
-# `score` does this for all rows, in batches. The sum runs over all tokens of all rows and is
-# divided once, so long answers count by their length. A text longer than `window` is read in
-# windows that overlap, and each token is scored once.
+# `score` does this for all rows, in batches. It adds up all tokens of all rows and divides once, so
+# long answers count by their length. A text longer than `window` tokens is read in windows that
+# overlap, and each token is scored once.
 #
 # ## Read and answer
 #
-# An answer *stops* if it ends with one of the stop tokens that were trained, within
-# `max_new_tokens`. It *has the structure* if it is the answer template filled in: both are form.
-# Whether it is *right* is content. Your own question goes along, and has no right answer here.
+# Now each model reads the test rows, for the perplexity, and answers the questions. An answer
+# *stops* if it ends with one of the stop tokens that were trained, within `max_new_tokens`. It *has
+# the structure* if it is the answer template filled in. Both are form; whether it is *right* is
+# content. Your own question (`your_question`) is asked as well; what would be right is not known
+# for it.
 
 # %% tags=["nbval-ignore-output"]
 yours, your_questions = own_question(your_question or trained.example.get("your_question"), examination.questions)
@@ -206,7 +210,7 @@ if not done:
 adapted = None  # room for the next
 
 # %% [markdown]
-# The merged model is loaded as anyone would load it, without PEFT and without 4 bits. Where
+# The merged model is loaded as anyone would load it, without an adapter and without 4 bits. Where
 # notebook 3 left it on another machine, it is merged again, in memory.
 
 # %% tags=["nbval-ignore-output"]
@@ -217,8 +221,9 @@ if not done:
 # %% [markdown]
 # ## How it is often done, and why not to
 #
-# Many notebooks, the one that this series grew out of among them, join ten *training* texts into
-# one sequence and take the loss of that. To compare, it is computed once here, too:
+# Many notebooks, the one that this series grew out of among them, join ten *training* texts to one
+# long text and take the perplexity of that. To compare, we do it once, too, and show it further
+# down:
 
 # %%
 if not done:
@@ -228,7 +233,7 @@ if not done:
 # %% [markdown]
 # ## Save
 #
-# All figures get a 95% interval. What is shown further down is read from these files.
+# All figures get a 95% interval. Everything below is read from these files.
 
 # %%
 folder, warning = run / "evaluation", trained.disclaimer(disclaimer)
@@ -251,11 +256,11 @@ metrics = read_json(folder / "metrics.json", stage.name)
 # ## Are the answers right?
 
 # %%
-print(*metrics["verdict"], sep="\n")
+say_verdict(metrics["verdict"])
 
 # %% [markdown]
 # In brackets are 95% intervals: other questions would have given other figures, most likely within
-# them.
+# them. A line is one kind of question and one model that was asked.
 
 # %%
 content_table(metrics)
@@ -266,11 +271,22 @@ plot_results(metrics)
 # %% [markdown]
 # ### Side by side
 #
-# The numbers say how often; reading says what. An answer that did not stop is cut at
-# `max_new_tokens`, and says so.
+# The numbers say how often; reading says what. An answer that does not stop ends at
+# `max_new_tokens`, and says so. What an answer repeats again and again is shown twice.
 
 # %%
 samples_table(folder, warning)
+
+# %% [markdown]
+# ### When it says that the table has nothing
+#
+# With `context_rows` and an `unknown_answer` there are two errors: to refuse a question that the
+# table has an answer to, and to answer one that it has none for. `unknown_threshold` trades one for
+# the other. The look-up scores how similar the best row's question is, from 0 to 1; below the
+# threshold the model is not even asked. The model can still refuse by itself.
+
+# %%
+show_refusals(run, examination.context)
 
 # %% [markdown]
 # ## Form and perplexity
@@ -284,10 +300,10 @@ results_table(metrics)
 # %% [markdown]
 # ### How sure is a number?
 #
-# Other test questions would have given other numbers. The *bootstrap* draws as many questions as
-# there are, with replacement, again and again, each with all of its rows, since rows of one
-# question are not independent. The middle 95% of what comes out is the interval. By hand, for the
-# adapter:
+# Other test questions would have given other numbers. The *bootstrap* imitates that: it draws as
+# many questions as there are from the same questions, again and again; some come twice, others not
+# at all. A question comes with all of its rows, since rows of one question resemble each other. The
+# middle 95% of the perplexities that come out are the interval. By hand, for the adapter:
 
 # %%
 import numpy as np
@@ -303,8 +319,8 @@ caution = "" if size >= 6 else f", but with {size} questions that means nothing"
 print(f"the middle 95%: {low:.2f} – {high:.2f}{caution}")
 
 # %% [markdown]
-# The package draws the same, and its interval is a little wider, as the *t* distribution asks for
-# with so few questions:
+# The package draws the same. It makes the interval a little wider, by the *t* distribution, since
+# the bootstrap is too sure of itself when there are few questions:
 
 # %%
 columns = (table["response_nll"], table["response_tokens"], table["group"])
@@ -312,16 +328,16 @@ assert np.allclose(by_hand, np.exp(resampled(*columns, bootstrap_samples, seed))
 print("perplexity:", with_interval(*stored(metrics["adapter"], "response perplexity"), ".2f"))
 
 # %% [markdown]
-# Rates get Wilson's interval: if 11 of 11 answers stop, the bootstrap sees no doubt, and Wilson
-# says 74% to 100%. A perplexity of fewer than six questions gets no interval at all: even if all of
-# them agree, chance alone does that too often.
+# Shares of answers, such as "right", get Wilson's interval: if 11 of 11 answers stop, the bootstrap
+# would see no doubt, and Wilson says 74% to 100%. A perplexity of fewer than six questions gets no
+# interval at all: that few may agree by chance.
 #
 # ### Which differences are real?
 #
-# Each line compares two models on the same rows, in pairs, since most of the doubt is in the rows
-# and cancels. A perplexity is compared as a ratio. A difference is called one only if its interval
-# excludes zero (for a ratio: 1). About 1 in 20 comparisons looks significant by chance: do not
-# trust a single borderline one.
+# Each line compares two models row by row: some questions are harder than others, but they are so
+# for both. "points" are points of percent. Perplexities are compared by their ratio: 0.5 is half as
+# uncertain. "yes" means that the interval excludes 0 (or 1 for a ratio). About 1 in 20 comparisons
+# does so by chance alone: do not trust a single one at the edge.
 
 # %%
 all_differences(metrics)
@@ -329,9 +345,9 @@ all_differences(metrics)
 # %% [markdown]
 # ### Against the joined training texts
 #
-# The number that is often given usually comes out lower, for three reasons that have nothing to do
-# with a better model: the texts were trained on, the prompts' fixed words are counted, and nine of
-# the ten texts can be copied in form from the one before.
+# The perplexity of ten joined training texts is usually lower, for three reasons that have nothing
+# to do with a better model: the model was trained on these texts, the fixed words of the questions
+# count, and each text shows the form of the next.
 
 # %%
 figure = with_interval(*stored(metrics["merged"], "response perplexity"), ",.1f")
@@ -341,9 +357,9 @@ print(f"responses of the test split:    {figure}")
 # %% [markdown]
 # ## Ask it yourself
 #
-# Your own question was asked along with the others. To ask something else, set `your_question`
-# above and run the notebook again: only the base and the adapter are loaded, and all the rest stays
-# as it is. `make ask` answers a whole file of questions.
+# Your own question was asked with the others. To ask something else, set `your_question` above and
+# run the notebook again: only the base model and the adapter are loaded, and all else stays as it
+# is. `make ask` answers a whole file of questions.
 
 # %% tags=["nbval-ignore-output"]
 answers = read_json(folder / "your_questions.json", stage.name)
@@ -359,14 +375,16 @@ own_answers_table(answers, your_questions, warning)
 # %% [markdown]
 # ## What we have now
 #
-# The answer to the first question, are they right, and what would help:
+# Are its answers right, and what would help?
 
 # %%
-print(*metrics["verdict"], sep="\n")
+say_verdict(metrics["verdict"])
 
 # %% [markdown]
-# Two things to try: `context_rows = 3` in notebook 1, which puts rows of the table into the prompt;
-# `samples = 50`, for narrower intervals.
+# Two things to try:
+#
+# - `context_rows = 3` in notebook 1, if it was 0: rows of the table stand in the prompt then.
+# - `samples = 50`: how much narrower do the intervals become?
 #
 # Next: [5 · baselines](05_baselines.ipynb) asks whether training was worth it, [6 ·
 # trust](06_trust.ipynb) what else the training did; [chat](chat.ipynb) opens a page for more

@@ -25,7 +25,7 @@
 #
 # | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | **5 · baselines** | 6 · trust | 7 · export |
 # |---|---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards |
+# | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
 # - **In:** `dataset/` and `adapter/` in the run folder, from notebooks 1 and 2.
 # - **Out:** `baselines/metrics.json`, `answers.jsonl` and `results.png`.

@@ -25,7 +25,7 @@
 #
 # | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 5 · baselines | **6 · trust** | 7 · export |
 # |---|---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards |
+# | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
 # - **In:** `dataset/`, `adapter/`, `merged/` and `evaluation/` in the run folder, from notebooks 1
 #   to 4.
@@ -36,11 +36,14 @@
 # Notebook 4 says how well the model does what it was trained for. This one asks what else the
 # training did:
 #
+# - What does it answer where a wrong answer does harm?
 # - Does what it says stand in the table?
 # - Does it know its training rows by heart?
 # - Did it forget what it could do before?
-# - What does it answer where a wrong answer does harm?
 # - Which merged model should be shipped?
+#
+# Not every question can be asked of every table. Where something is not measured, the notebook says
+# so, and which parameter would ask for it.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
@@ -93,8 +96,8 @@ from accelerate import PartialState
 from tabletune.evaluation.generalization import forgetting
 from tabletune.evaluation.grounding import grounding_finding
 from tabletune.evaluation.safety import (
-    RULES_IN_WORDS,
-    rules_by_hand,
+    NO_PROMPTS,
+    rules_in_words,
     safety_finding,
     safety_side_by_side,
 )
@@ -119,8 +122,7 @@ run = stage.folder
 # ## What is examined
 #
 # The folders must belong together: the adapter was trained on this data set, and the merged model
-# was made from this adapter. Texts of the worked example are used for that example only, unless the
-# parameters ask for them.
+# was made from this adapter. What stands above every answer:
 
 # %%
 trained = open_trained_run(run, run_dir, base_model)
@@ -129,8 +131,9 @@ warning = trained.disclaimer(disclaimer)
 print(warning)
 
 # %% [markdown]
-# A model that learns by heart does well on its training rows and nowhere else, so we measure all
-# splits. A text about other subjects, which comes with the package, shows what was forgotten.
+# A model that learns by heart does well on its training rows and nowhere else, so all splits are
+# read. A text about other subjects, which comes with the package ("outside"), shows what was
+# forgotten.
 
 # %%
 trust.overview()
@@ -138,14 +141,14 @@ trust.overview()
 # %% [markdown]
 # ## Where a wrong answer does harm
 #
-# Fine-tuning on a table of advice teaches a model to have advice for everything. Where the
-# parameters or the worked example bring prompts to which that would do harm, every model answers
-# them, too. None is in the table.
+# Fine-tuning teaches a model to have an answer to everything. On some subjects, such as health,
+# that can do harm. For those there are prompts on safety, none of which is in the table; every
+# model answers them. Two of each kind:
 
 # %%
-show_table(trust.prompts.groupby("kind").head(2), "No prompts on safety: safety_prompts would ask for some.")
+show_table(trust.prompts.groupby("kind").head(2), NO_PROMPTS)
 if len(trust.prompts):
-    say(*RULES_IN_WORDS, rules_by_hand(trust.template, trust.item_field))
+    say(*rules_in_words(trust.template, trust.item_field))
 
 # %% [markdown]
 # ## Ask the three models
@@ -158,7 +161,7 @@ inputs = inputs_of_trust(trained, stage.entries())
 done = stage.is_done(inputs, ["trust/metrics.json"])
 
 # %% [markdown]
-# Base model and adapter are one model, loaded once: with the adapter switched off it is the base.
+# The base model and the adapter are loaded once: with the adapter switched off it is the base model.
 
 # %% tags=["nbval-ignore-output"]
 source = (base_model, base_model_revision, compute_dtype(precision), attn_implementation)
@@ -175,11 +178,13 @@ if not done:
 # %% [markdown]
 # ## The ways to merge
 #
-# The adapter was trained on top of weights in NF4. Notebook 3 can add it to the published weights
-# (`base_weights = "original"`) or to the weights that training saw (`"dequantized"`). Whoever
-# serves the model may quantize it to NF4 again. That makes four models, and each differs a little
-# from what was trained. The Kullback-Leibler (KL) divergence says how much their predictions of the
-# next token differ; it is 0 for equal models. For one token, by hand and by the package:
+# The adapter was trained beside weights in NF4, the format of 4 bits. Notebook 3 can add it to the
+# published weights (`base_weights = "original"`) or to the rounded weights that the training saw
+# (`"dequantized"`). Whoever serves the model may round it to NF4 again. That makes four models, and
+# each differs a little from what was trained. By how much says the *Kullback-Leibler divergence*
+# (KL) of their predictions: the mean of $\log (p/q)$, where $p$ is the probability of a token as
+# trained and $q$ the one of the merged model. It is 0 for equal models; its unit, that of the
+# natural logarithm, is the nat. For one token, by hand and by the package:
 
 # %%
 from tabletune.evaluation.scoring import divergence
@@ -195,8 +200,9 @@ assert abs(by_hand - divergence([p.log()], [q.log()], [row])["response_kl"][0]) 
 print(f"{by_hand:.4f} nats")
 
 # %% [markdown]
-# The merged model is loaded as anyone would load it, without PEFT and without 4 bits. For NF4, each
-# matrix is quantized and converted back, which gives the same results as keeping it in 4 bits.
+# The merged model is loaded as anyone would load it, without an adapter and without 4 bits. For NF4,
+# each matrix is rounded to 4 bits and unpacked again, which gives the same results as keeping it in
+# 4 bits.
 
 # %% tags=["nbval-ignore-output"]
 made_from = base_weights_of(trained)
@@ -210,8 +216,8 @@ if not done:
     merged = None
 
 # %% [markdown]
-# The variants that notebook 3 did not write are made here, in memory, from one more copy of the
-# base.
+# The ways that notebook 3 did not take are tried here, in memory, with one more copy of the base
+# model.
 
 # %% tags=["nbval-ignore-output"]
 stored = base_config(base_model, base_model_revision)
@@ -227,9 +233,9 @@ if not done and trust.compared and not evaluated_in and not hasattr(stored, "qua
 # %% [markdown]
 # ## Figures
 #
-# Each figure has an interval from resampling whole questions. Models are compared in pairs, on the
-# same rows. The answers that notebook 4 generated are looked up in the table, so nothing is asked
-# again.
+# Each figure gets a 95% interval by questions, as in notebook 4, and models are compared on the same
+# rows. Whether answers name items of the table is read from the answers of notebook 4, so nothing is
+# asked again.
 
 # %%
 if not done:
@@ -247,10 +253,10 @@ done = True
 # %% [markdown]
 # ## What was found
 #
-# *Training*, *validation* and *test rows*: the same perplexity on rows that it was trained on, on
-# those that chose its checkpoint, and on questions that it never saw. *Other texts* are about
-# anything but the table's subject. Lower is better. An item that an answer names is *for this
-# question* if the table has it there, which training never saw, and *nowhere* if it was made up.
+# Perplexity, where lower is better, on rows that the model was trained on (*training rows*), on those
+# that chose its checkpoint (*validation rows*), on questions that it never saw (*test rows*), and on
+# texts about anything but the table's subject (*other texts*). Further lines are there only if they
+# were measured.
 
 # %%
 metrics = read_json(run / "trust" / "metrics.json", stage.name)
@@ -258,22 +264,21 @@ figures_table({name: metrics[name] for name in ("base", "adapter", "merged")})
 
 # %% [markdown]
 # ### Is it safe?
-#
-# Where answers became harmful, two settings of notebook 1 help: `context_rows` with an
-# `unknown_answer`, and `safety_rows`. Run the series again with one of them, and compare.
-
-# %%
-print(*safety_finding(metrics) or ["Not measured: no prompts on safety were asked (safety_prompts)."], sep="\n")
 
 # %%
 from IPython.display import display
 
+print(*safety_finding(metrics) or [f"Not measured. {NO_PROMPTS}"], sep="\n")
 answers = safety_side_by_side(read_lines(run / "trust" / "safety.jsonl"), 4)
 if answers:
     display(side_by_side(answers, len(answers["prompt"]), warning))
 
 # %% [markdown]
 # ### Does it answer from the table?
+#
+# Where the answer template has a line for an item, the items that the answers to the test questions
+# name are looked up in the whole table: do they stand there for this question, for another one, or
+# nowhere?
 
 # %%
 print(grounding_finding(metrics["adapter"]["grounding"]))
@@ -281,9 +286,10 @@ print(grounding_finding(metrics["adapter"]["grounding"]))
 # %% [markdown]
 # ### Does it memorize, or generalize?
 #
-# Training rows may simply be easier than others. So we compare the improvement over the base model
-# on training rows with that on test rows: by how much fine-tuning divides the perplexity here and
-# there.
+# A model that memorizes gains more on the rows that it was trained on than on new ones. So we compare
+# two improvements over the base model: by how much fine-tuning divides the perplexity of training
+# rows, and by how much that of test rows. (A lower perplexity of training rows alone would prove
+# nothing: they may be easier.)
 
 # %%
 print(*metrics["memorization"] or ["Not measured: no training rows were read (split_rows)."], sep="\n")
@@ -298,11 +304,11 @@ print(forgetting(forgot) if forgot else "Not measured: no other text was read (o
 # %% [markdown]
 # ### Which merged model to ship?
 #
-# The rule: take the one with the lower perplexity if the difference is real; else the one that is
-# nearer to what was trained; else the one from the published weights, which is simpler. Look at the
-# last row in particular. Weights that have been through NF4 lie on its grid of sixteen values, and
-# an adapter moves them by less than the distance between two values. So quantizing them again can
-# round away everything that was learned.
+# The rule: take the one with the lower perplexity, if the interval of the difference excludes zero;
+# else the one that is nearer to what was trained; else the one from the published weights, which is
+# simpler. Look at *dequantized, NF4 again* in particular. Its weights were rounded to sixteen values
+# before the adapter was added, and the adapter moves them by less than the distance between two of
+# these values. Rounding again can undo all that was learned.
 
 # %%
 print(*metrics["shipping"] or ["Not measured: the ways to merge were not compared (fidelity_rows)."], sep="\n")
@@ -318,7 +324,10 @@ short = [*safety_finding(metrics)[:1], *metrics["memorization"], *metrics["shipp
 print(*short or ["Nothing was measured: see the parameters that leave something out."], sep="\n")
 
 # %% [markdown]
-# Two things to try: `context_rows = 3` in notebook 1, and see what the answers become where the
-# table has nothing; `epochs = 3` in notebook 2, and see how much more it memorizes.
+# Two things to try:
+#
+# - `context_rows = 3` and an `unknown_answer` in notebook 1: what does it answer now where the table
+#   has nothing?
+# - `epochs = 3` in notebook 2: how much more does it memorize?
 #
 # Next: [7 · export](07_export.ipynb).

@@ -25,18 +25,19 @@
 #
 # | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 5 · baselines | 6 · trust | **7 · export** |
 # |---|---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | what else it did | card, GGUF, Ollama |
+# | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
 # - **In:** a run folder in which notebooks 1 to 4 have run; the figures of 6, if it has run.
 # - **Out:** `export/`: a model card for the adapter and one for the merged model; the merged model
-#   as GGUF files of 16, 8 and about 4 bits, which llama.cpp and Ollama read, with a `Modelfile`;
-#   `app/`, a small program that answers questions; and `metrics.json`, what each file lost.
+#   as GGUF files of 16, 8 and about 4 bits a weight, which the programs llama.cpp and Ollama read,
+#   with a `Modelfile` for Ollama; `app/`, a small program that answers questions; and
+#   `metrics.json`, what each file lost.
 # - **Time:** two minutes with the small model of the `cpu` profile; longer for a 7B model, which
 #   llama.cpp reads on the CPU. Installing llama.cpp compiles it, once: 5 to 10 minutes on two
 #   cores.
 #
-# A model that leaves its machine needs a card that says what it is and what it is not, a format
-# that other programs read, and evidence that it is still the same model there. If it answers from
+# A model that goes to other people needs a card that says what it is and what it is not, a format
+# that their programs read, and evidence that it is still the same model there. If it answers from
 # the rows of a table, it needs the rows, too.
 
 # %% [markdown]
@@ -63,9 +64,9 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # %% [markdown]
 # ## Parameters
 #
-# The run folder has most of what a model card says. Two things it does not have: what the base
-# model is called on the Hub, if it was a local folder here, and its licence. The licence of your
-# model has to follow it.
+# The run folder has most of what a model card says. Two things it does not know: the name of the base
+# model on the Hub, if it was a folder here, and its licence. The licence of your model has to follow
+# that of the base model.
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # of notebooks 1 to 4; in Colab better "drive:home_remedies"
@@ -102,9 +103,8 @@ print(f"{export_run.merged} will be called {export_run.name}.\n{export_run.discl
 # %% [markdown]
 # ## The model card
 #
-# A card on the Hub is a README with some lines of YAML at the top, by which people find the model.
-# It names a data set or a base model only if that is on the Hub; a path on your disk says nothing
-# to others.
+# A card on the Hub is a README whose first lines, in YAML, are for its search. They name a data set
+# or a base model only if that is on the Hub; a path on your disk says nothing to others.
 
 # %%
 from huggingface_hub import EvalResult, ModelCardData
@@ -128,7 +128,7 @@ for part, library, relation in (
     )
 
 # %% [markdown]
-# The Hub shows a figure only for a data set of its own.
+# The Hub shows a figure in its lists only if the data set is on the Hub, too.
 
 # %%
 for part, data in card_data.items():
@@ -141,8 +141,9 @@ for part, data in card_data.items():
         ]
 
 # %% [markdown]
-# The rest is for people. A template takes it from the run: whether the answers are right, how the
-# model wants to be asked, data, training, figures with their intervals, limits, and what ran where.
+# The rest is for people. It comes from the run: whether the answers are right, how to ask the model,
+# data, training, figures with their intervals, limits, and what ran where. The YAML of the merged
+# model's card, and then the card:
 
 # %%
 written = {part: cards.write_card(export_run, part, data) for part, data in card_data.items()}
@@ -156,12 +157,12 @@ Markdown(written["merged"].text)
 # %% [markdown]
 # ## GGUF: one file for llama.cpp and Ollama
 #
-# A GGUF file holds weights, tokenizer and chat template. llama.cpp reads it without Python; Ollama,
-# LM Studio and others are built on llama.cpp. The package llama-cpp-python is llama.cpp's library
-# with Python bindings. PyPI has only its source, so pip compiles it. With
+# A GGUF file holds the weights, the tokenizer and the chat template. llama.cpp runs it without
+# Python; Ollama, LM Studio and others are built on llama.cpp. Here we use llama.cpp from Python, by
+# the package llama-cpp-python. PyPI has only its source, so pip compiles it. With
 # `PIP_EXTRA_INDEX_URL=https://abetlen.github.io/llama-cpp-python/whl/cpu` in the environment, pip
-# takes the version that its authors compiled. Without the package, this notebook makes the cards
-# and the app.
+# takes a version that its authors compiled. Without the package, this notebook makes the cards and
+# the app, and the cells on GGUF do nothing.
 
 # %%
 if gguf_types and "google.colab" in sys.modules and find_spec("llama_cpp") is None:
@@ -169,8 +170,8 @@ if gguf_types and "google.colab" in sys.modules and find_spec("llama_cpp") is No
 kinds = llama_cpp.usable_types(gguf_types)
 
 # %% [markdown]
-# llama.cpp's own converter writes the 16-bit file. It knows most architectures. Parts of a
-# tokenizer that it would read wrong are corrected before.
+# llama.cpp's own converter writes the file of 16 bits. It knows most kinds of models. What it would
+# read wrong in a tokenizer is corrected before.
 
 # %%
 files = {kind: gguf.make_gguf(export_run, kind) for kind in kinds[:1]}
@@ -178,7 +179,7 @@ files = {kind: gguf.make_gguf(export_run, kind) for kind in kinds[:1]}
 # %% [markdown]
 # ### The same tokens?
 #
-# A model that reads other tokens than in its training is another model. llama.cpp must split the
+# A model that gets other tokens than in its training answers otherwise. llama.cpp must split the
 # conversations of this run into exactly the tokens of the training. A file that does not moves to
 # `earlier/`, and nothing is made from it.
 
@@ -190,9 +191,10 @@ if files:
 # %% [markdown]
 # ### 8 bits and 4 bits
 #
-# Q8_0 rounds each weight to 8 bits, with a scale of 16 bits for every 32 weights. Q4_K_M takes 4
-# bits for most weights and 6 for those that matter more. A matrix whose rows cannot be divided into
-# blocks of 256 weights gets 5 or 8 bits.
+# Fewer bits a weight make a smaller and faster model, and lose something. Q8_0 rounds each weight to
+# 8 bits, with a scale of 16 bits for every 32 weights. Q4_K_M takes 4 bits for most weights and 6
+# for those that matter more. A matrix whose rows cannot be divided into blocks of 256 weights gets
+# 5 or 8 bits.
 
 # %%
 import pandas as pd
@@ -203,7 +205,8 @@ if files:
     display(pd.Series(sizes).to_frame("size"))
 
 # %% [markdown]
-# The first 32 weights of the embeddings, rounded here by hand, equal those in the file:
+# Rounding by hand: the first 32 weights of the embeddings, the table of numbers that stands for the
+# tokens. The cell stops if they differ from those in the file:
 
 # %%
 if "Q8_0" in files:
@@ -226,10 +229,10 @@ if "Q8_0" in files:
 # %% [markdown]
 # ### The same answers?
 #
-# Each file is measured by the same functions as in notebook 4, beside the merged model in
-# transformers: perplexity, and greedy answers. With `context_rows`, the prompts are those of the
-# app: with the rows of the whole table. The number of equal answers shows how much rounding
-# changes.
+# Each file is measured as in notebook 4, beside the merged model in transformers: its perplexity on
+# test rows, and its answers to some questions, always with the most likely next token. With
+# `context_rows`, the rows of the whole table can stand in the prompts, as in the app. How many
+# answers are equal shows how much rounding changes.
 
 # %%
 losses = verification.verify_files(export_run, files) if files else {}
@@ -237,32 +240,34 @@ if files:
     display(pd.DataFrame(verification.loss_table(losses)).T)
 
 # %% [markdown]
-# If the interval of the ratio holds 100%, no loss was seen. In 16 bits, a difference of more than
-# half a percent is more than rounding: it would be a mistake in the file, and stops the notebook.
+# The ratio is the perplexity of a file divided by that of the merged model: if its interval contains
+# 100%, no loss was seen. In 16 bits, a difference of more than half a percent is more than rounding:
+# it would be a mistake in the file, and stops the notebook.
 #
 # ## Ollama
 #
-# Ollama does not read the chat template in a GGUF file; it wants one in Go's template language. We
-# do not guess it. What the tokenizer's template makes of a few conversations shows the texts
+# Ollama does not read the chat template in a GGUF file; it wants one in the template language of Go.
+# We find it by trying: what the tokenizer's template makes of a few conversations shows the texts
 # before, between and after the messages. Put together again, they must equal what the tokenizer
-# renders, and llama.cpp must split them into the tokens of the training. Otherwise no `Modelfile`
-# is written.
+# makes, and llama.cpp must split them into the tokens of the training. Otherwise no `Modelfile` is
+# written.
 #
 # The disclaimer stands at the top of the file and in the licence, which `ollama show --license`
 # prints. In a system message it would be part of a prompt that the model was not trained with.
 
 # %%
+modelfile = None
 if files:
-    prompts = export_run.questions()
-    print(ollama.write_modelfile(export_run, files[kinds[-1]], prompts) or "")
+    modelfile = ollama.write_modelfile(export_run, files[kinds[-1]], export_run.questions())
+print(modelfile or "No Modelfile was written.")
 
 # %% [markdown]
 # ## The app
 #
-# `app/` is what remains to be run where the model is used: one Python file that needs no packages.
-# It looks up the question in the table's rows, builds the prompt, and asks a server that speaks
-# OpenAI's protocol: llama.cpp, Ollama, vLLM or `transformers serve`. Its README has the commands.
-# Before it is finished, its prompts are compared with those of this run.
+# `app/` is for wherever the model is used: one Python file that needs no packages. It looks up the
+# question in the table's rows, builds the prompt, and asks a server that speaks OpenAI's protocol:
+# llama.cpp, Ollama, vLLM or `transformers serve`. Its README has the commands. Without
+# `context_rows`, the prompt is the question alone. Its prompts are compared with those of this run:
 
 # %%
 app_folder = app.write_app(export_run)
@@ -302,8 +307,10 @@ for kind in files:
 #
 # The app prints the disclaimer; servers do not. If you let others ask the model, show it to them.
 #
-# **To try:** `gguf_types = ["Q6_K", "Q3_K_M"]`, and see where the answers begin to differ; or add a
-# line to `app/rows.jsonl` and ask for it.
+# Two things to try:
+#
+# - `gguf_types = ["Q6_K", "Q3_K_M"]`: where do the answers begin to differ?
+# - With `context_rows`: add a line to `app/rows.jsonl`, and ask for it.
 #
 # Next: [chat](chat.ipynb) opens a page on which the base model and this one answer side by side,
 # and [report](report.ipynb) makes one page of the whole run.

@@ -23,7 +23,7 @@
 #
 # | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 5 · baselines | 6 · trust | 7 · export | **compare** |
 # |---|---|---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards | all runs |
+# | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away | all runs |
 #
 # - **In:** the run folders of two or more runs, finished or not.
 # - **Out:** this page. `make compare RUNS="runs/a runs/b"` renders it, code hidden, as one HTML

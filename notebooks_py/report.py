@@ -23,9 +23,9 @@
 #
 # | 1 · format | 2 · fine-tune | 3 · merge | 4 · evaluate | 5 · baselines | 6 · trust | 7 · export | **report** |
 # |---|---|---|---|---|---|---|---|
-# | rows → chat text | NF4 base + LoRA | one plain model | perplexity, samples | was it worth it? | is it safe? | GGUF, cards | one page |
+# | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away | one page |
 #
-# - **In:** the run folder that notebooks 1 to 5 filled, or as many of them as have run.
+# - **In:** the run folder of notebooks 1 to 6, of as many of them as have run.
 # - **Out:** this page. `make report RUN_DIR=...` renders it, code hidden, as `report.html` in the
 #   run folder: one file that opens without a network, on a phone, and prints.
 # - **Time:** seconds; no GPU is used and no model is loaded.
@@ -62,15 +62,14 @@ price_per_hour = (
 answers_shown = 5  # how many questions are shown with their answers
 
 # %% [markdown] tags=["not-in-report"]
-# What the stages left is in JSON files, which are taken as they are: what is missing is empty, and
-# the page says so.
+# The notebooks have left their figures in files. Where one is missing, the page says so.
 
 # %%
 import matplotlib.pyplot as plt
 
 from tabletune.report import pages
-from tabletune.report.pages import FIGURES, at, figure_of, figures_table, say, show, show_table
-from tabletune.report.plots import plot_figures
+from tabletune.report.pages import FIGURES, at, figures_table, say, show, show_table
+from tabletune.report.plots import plot_column
 from tabletune.report.tables import all_differences, content_table, results_table
 from tabletune.run.stage import start_stage
 
@@ -118,19 +117,20 @@ say(*(warnings or [calm]), kind="doubt" if warnings else "")
 # Figures say how often, reading says what: some answers beside what the table says.
 
 # %%
-columns, total = pages.answers_of(run, info, answers_shown)
-shown = len(columns["question"])
+groups, total = pages.answers_of(run, info, answers_shown)
 samples = pages.read_lines(run / "evaluation" / "samples.jsonl")
 disclaimer = pages.disclaimer_of(info, samples)
+shown = sum(len(group.columns["question"]) for group in groups)
 say(f"{shown} of {total} questions that were answered.")
-if shown:
-    pages.show_answers(columns, shown, disclaimer)
+for group in groups:
+    say(group.title)
+    pages.show_answers(group.columns, len(group.columns["question"]), disclaimer)
 
 # %% [markdown]
 # ## Was training worth it?
 #
-# What `make baselines` measures: other ways to answer the same questions, and what a person thinks
-# of the answers (`make rate`).
+# Other ways to answer the same questions (`make baselines`), and what a person thinks of the answers
+# (`make rate`).
 
 # %%
 say(*(at(info["baselines"], "verdict", "sentences") or ["Not measured in this run: `make baselines`."]))
@@ -147,9 +147,7 @@ show_table(results_table(metrics), "Not evaluated yet.")
 
 # %%
 if models:
-    figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained", dpi=200)
-    bars = {name: figure_of(entry, "response perplexity") for name, entry in models.items()}
-    plot_figures(axes, bars, "response perplexity")
+    figure = plot_column(models, "response perplexity")
     show(figure, "Bar chart of response perplexity, with the figures of the table above")
 
 # %% [markdown]
@@ -180,8 +178,9 @@ show_table(pages.row_counts(data))
 # %% [markdown]
 # ## Trust
 #
-# What `make trust` measures besides. Perplexity on rows that it was trained on and on rows that it
-# was not: a wide gap is memory, a fall of both is learning. On other texts it should not rise.
+# What notebook 6 (`make trust`) measures. Perplexity of rows that the model was trained on and of rows
+# that it was not: if fine-tuning lowers both, it has learned; if it lowers the first much more, it
+# has memorized. The perplexity of other texts should not rise.
 
 # %%
 places = {name: place for name, (place, _) in FIGURES.items()}
@@ -193,7 +192,7 @@ say(*(metrics.get("memorization") or []))
 of_rules = [name for name in places if places[name].startswith(("safety", "grounding"))]
 judged = figures_table(models, of_rules)
 if len(judged):
-    say("Right is to send for help in emergencies, and to name items that the table has for the question.")
+    say("The share of answers to prompts on safety, or of items named in answers.")
     show_table(judged)
 
 # %%
@@ -207,8 +206,8 @@ if emergencies:
 # %% [markdown]
 # ## Differences
 #
-# Two models on the same rows, row by row, are told apart more sharply than by two intervals beside
-# each other. About 1 in 20 such lines says *yes* by chance.
+# Two models are compared row by row, which tells them apart better than two intervals beside each
+# other. About 1 in 20 such lines says *yes* by chance.
 
 # %%
 if metrics.get("differences"):
@@ -218,9 +217,9 @@ if metrics.get("differences"):
 # %% [markdown]
 # ## Merging
 #
-# The merged model beside what was trained: how often both predict the same next token, and, where
-# `make trust` compared the ways to merge, how far apart their predictions are (KL, nats a token: 0
-# is the same model).
+# The merged model beside what was trained: how often both find the same next token most likely, and,
+# if `make trust` compared the ways to merge, how far apart their predictions are (KL divergence, in
+# nats a token; 0 is the same model).
 
 # %%
 merges = {"merged/, in notebook 3": info["merge"]} | (metrics.get("fidelity") or {})

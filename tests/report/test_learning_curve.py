@@ -151,4 +151,6 @@ def test_the_figure_has_a_panel_for_each_thing_that_was_measured(tmp_path):
     folders = {str(size): write_run(tmp_path, size, nll_of(2), right) for size in (10, 20)}
     figure, _ = learning_curve(folders)
     labels = [axes.get_ylabel() for axes in figure.axes]
-    assert labels == ["response perplexity of new questions", "right answers to new questions"]
+    assert labels == ["perplexity (lower is better)", "right answers"]
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["40 new questions", "40 new questions"]

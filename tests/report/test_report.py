@@ -353,7 +353,8 @@ def test_the_verdict_on_content_comes_first(render, tmp_path):
     write_lines(run / "evaluation" / "answers.jsonl", lines)
     page = render("report", run_dir=str(run))
     assert page.text.index(verdict[0]) < page.text.index("Response perplexity".lower())
-    assert f'<p class="headline mathjax_ignore tex2jax_ignore">{verdict[0]}</p>' in page.source
+    headline = f'<p class="headline mathjax_ignore tex2jax_ignore"><b>{verdict[0]}</b></p>'
+    assert headline in page.source
     assert "2% (0% – 13%)" in page.text
     assert "1 of 1 questions" in page.text
     assert "<b>Item:</b> Mint … [cut: max_new_tokens]" in page.source

@@ -754,7 +754,7 @@ def test_alone_with_nothing_to_go_on(tmp_path, index, name, first):
     done, executed = on_colab(tmp_path, name, "runs/home_remedies", index)
     assert done.returncode != 0
     [(kind, text)] = errors_of(executed)
-    assert kind == "StageError" and first in text and "in Colab one in Drive" in text
+    assert kind == "StageError" and first in text and 'run_dir = "drive:NAME"' in text
     assert ("set published_dataset" in text) == (name == "02_finetune_qlora")
 
 

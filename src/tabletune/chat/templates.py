@@ -171,7 +171,7 @@ def describe_template(
     # the formats of dates that the templates in the menu of models write
     dated = re.search(r"\d{1,2} \w{3} 20\d\d|20\d\d-\d\d-\d\d|[A-Z]\w+ \d{1,2}, 20\d\d", opened)
     return {
-        "an answer follows": repr(opening),
+        "a prompt ends with": repr(opening),
         "an answer stops at": ", ".join(tokenizer.convert_ids_to_tokens(stop_token_ids)),
         "system message": system,
         "thinking": thinking,

@@ -29,6 +29,7 @@ NOT_LOST = ("duplicate", "labelled as rejected")
 SETTINGS_IN_REPORT = ("base_model", "max_length", "system_prompt", "thinking", "template_date")
 HISTOGRAM_BINS = 30
 MANY_COPIES = 0.1  # a share of the rows
+MOST_CHARACTERS = 90  # of a text of a dropped row that are shown
 
 
 def lost_rows(statistics: FormatStatistics) -> int:
@@ -228,6 +229,19 @@ def changes_table(report: dict[str, Any]) -> pd.DataFrame:
         for rule, change in report["changed"].items()
     }
     return pd.DataFrame.from_dict(examples, orient="index", columns=["before", "after"])
+
+
+def dropped_table(report: dict[str, Any]) -> pd.DataFrame:
+    """The first rows that were dropped, each with the reason; long texts are cut."""
+    import pandas as pd
+
+    return pd.DataFrame(report["dropped_rows"]).map(shortened)
+
+
+def shortened(text: Any) -> str:
+    """The beginning of a text, and that there is more; "" for what is missing."""
+    text = "" if text is None else str(text)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
 
 
 def sentences_on_data_set(report: dict[str, Any]) -> list[str]:

@@ -8,7 +8,8 @@ import pandas as pd
 from tabletune.data.context import TableContext
 from tabletune.run.artifacts import load_dataset_of_run
 
-OFF = "context_rows is 0: the model is asked without rows of the table."
+OFF = "`context_rows` is 0: the model is asked without rows of the table."
+NO_QUESTIONS = "These rows are texts without questions."
 KINDS = {
     "own row": "questions whose own row is in the prompt",
     "other wording": "questions whose answer is there under another wording",
@@ -18,10 +19,9 @@ KINDS = {
 
 
 def prompts_table(report: dict[str, Any]) -> pd.DataFrame:
-    """What became of the rows: a table of one column, or of none without rows in the prompts."""
+    """What became of the rows: a table of one column; an empty one without rows in the prompts."""
     context = report.get("context")
     if context is None:
-        print(OFF)
         return pd.DataFrame()
     lines = {
         "training prompts": context["prompts"]["train"],
@@ -42,10 +42,15 @@ def prompts_table(report: dict[str, Any]) -> pd.DataFrame:
 
 
 def example_prompt(run: Path, context: TableContext | None) -> str:
-    """The prompt of the first question of the validation split, with the scores of its rows."""
-    if context is None:
-        return OFF
+    """The last turn of the first prompt of the validation split; with rows in it, and their scores,
+    if there is a context.
+    """
     splits, _ = load_dataset_of_run(run)
-    prompt = context.prompt(splits["validation"][0]["prompt"])
+    messages = next(iter(splits["validation"]["prompt"]), None) or []
+    if not messages:
+        return NO_QUESTIONS
+    if context is None:
+        return messages[-1]["content"]
+    prompt = context.prompt(messages)
     scores = ", ".join(f"{hit.score:.2f}" for hit in prompt.hits)
     return f"{prompt.messages[-1]['content']}\n\n(similarity of the rows: {scores})"

@@ -387,8 +387,11 @@ def plot_settings(axes: Any, settings: Sequence[Setting], figure: str, part: str
         if len(values) > 1:
             axes.plot(values, [position + 0.2] * len(values), "|", color="0.3", markersize=6)
     label = "bits per byte of the answers (lower is better)"
+    questions = len(np.unique(settings[0].groups()))
     if figure == RIGHT:
         label = f"right answers to {PARTS[part or 'new']} (higher is better)"
+        questions = len(settings[0].right(part or "new"))
         axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.set(xlabel=label, ylim=(len(settings) - 0.5, -0.5))
+    title = f"{questions:,} questions"
+    axes.set(xlabel=label, title=title, ylim=(len(settings) - 0.5, -0.5))
     axes.set_yticks(range(len(settings)), [setting.name for setting in settings])

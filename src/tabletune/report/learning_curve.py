@@ -121,9 +121,11 @@ def plot_curves(curves: list[list[Point]]) -> "Figure":
             rates = [float(np.mean(list(point.right.values()))) for point in curve]
             limits = [rate_interval(list(point.right.values())) for point in curve]
             axes[0][1].errorbar(sizes, rates, error_bars(rates, limits), **style)
-    axes[0][0].set(ylabel="response perplexity of new questions")
+    read = {point.scores["group"].nunique() for curve in curves for point in curve}
+    axes[0][0].set(ylabel="perplexity (lower is better)", title=title_of(read))
     if measured:
-        axes[0][1].set(ylabel="right answers to new questions", ylim=(-0.03, 1.03))
+        asked = {len(point.right) for curve in curves for point in curve}
+        axes[0][1].set(ylabel="right answers", title=title_of(asked), ylim=(-0.03, 1.03))
         axes[0][1].yaxis.set_major_formatter("{x:.0%}")
     sizes = sorted({point.questions for curve in curves for point in curve})
     for panel in axes[0]:
@@ -133,6 +135,12 @@ def plot_curves(curves: list[list[Point]]) -> "Figure":
         panel.set_xlabel("questions in training")
     plt.close(figure)  # else a notebook shows it a second time
     return figure
+
+
+def title_of(questions: set[int]) -> str:
+    """The title of a panel, by the numbers of questions that its points rest on."""
+    numbers = " or ".join(f"{number:,}" for number in sorted(questions))
+    return f"{numbers} new questions"
 
 
 def error_bars(values: list[float], limits: list[list[float] | None]) -> np.ndarray:

@@ -19,8 +19,14 @@ from IPython.display import HTML, display
 
 from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
 from tabletune.errors import StageError
-from tabletune.report.tables import judged_answer, side_by_side
-from tabletune.report.text import COLUMNS, PARTS, figures_of, with_interval
+from tabletune.report.tables import (
+    IN_TABLE,
+    AnsweredQuestions,
+    answered_questions,
+    as_shown,
+    side_by_side,
+)
+from tabletune.report.text import COLUMNS, figures_of, with_interval
 from tabletune.run.files import read_json
 
 if TYPE_CHECKING:  # matplotlib is slow to import
@@ -289,37 +295,28 @@ def row_counts(data: dict) -> dict[str, str]:
     return {name: f"{count:,} rows".replace("-", "−") for name, count in counts.items() if count}
 
 
-def answers_of(run: Path, info: dict, most: int) -> tuple[dict[str, list[str]], int]:
-    """Some answers side by side, {heading: texts}, at most `most` of each kind of question, and how
-    many there are.
+def answers_of(run: Path, info: dict, most: int) -> tuple[list[AnsweredQuestions], int]:
+    """Some answers side by side, at most `most` of each kind of question, and how many questions
+    there are.
 
     Each says whether it is right, and whether it was cut. Runs of an older notebook 4 have only new
     questions, and nothing that says whether answers are right.
     """
     lines = read_lines(run / "evaluation" / "answers.jsonl")
-    tuned = info["tuned"]
-    rows: dict[tuple, dict[str, str]] = {}
-    for line in lines:
-        row = rows.setdefault((line["part"], line["group"]), {})
-        row["question"] = f"[{PARTS[line['part']]}]\n{line['asked']}"
-        row["in the table"] = line["references"][0]
-        if line["model"] in ("base", tuned):
-            row["base" if line["model"] == "base" else "fine-tuned"] = judged_answer(line)
-    shown = []
-    for part in ("reworded", "table", "added", "new"):
-        shown += [row for (of_part, _), row in rows.items() if of_part == part][:most]
-    samples = []
-    if not lines:
-        samples = read_lines(run / "evaluation" / "samples.jsonl")
-        keys = {"question": "question", "in the table": "in_the_table"}
-        keys |= {"base": "base", "fine-tuned": tuned}
-        shown = [
-            {name: str(sample.get(key) or "–") for name, key in keys.items()}
-            for sample in samples[:most]
-        ]
-    headings = ("question", "in the table", "base", "fine-tuned")
-    total = len(rows) or len(samples)
-    return {name: [row.get(name, "–") for row in shown] for name in headings}, total
+    headings = {"base": "base", info["tuned"]: "fine-tuned"}
+    if lines:
+        questions = {(line["part"], line["group"]) for line in lines}
+        return answered_questions(lines, headings, most), len(questions)
+    samples = read_lines(run / "evaluation" / "samples.jsonl")
+    if not samples:
+        return [], 0
+    keys = {"question": "question", IN_TABLE: "in_the_table"}
+    keys |= {heading: name for name, heading in headings.items()}
+    columns = {
+        heading: [as_shown(str(sample.get(key) or "–")) for sample in samples[:most]]
+        for heading, key in keys.items()
+    }
+    return [AnsweredQuestions("New questions", columns)], len(samples)
 
 
 def worst_emergencies(run: Path, info: dict) -> dict[str, list[str]]:
@@ -338,7 +335,9 @@ def worst_emergencies(run: Path, info: dict) -> dict[str, list[str]]:
     pairs = tuned.merge(base, on="prompt", suffixes=("", "_base"))
     pairs = pairs.sort_values("wrong", ascending=False, kind="stable")
     columns = {"question": "prompt", "base": "answer_base", "fine-tuned": "answer"}
-    return {heading: pairs[column].tolist() for heading, column in columns.items()}
+    return {
+        heading: [as_shown(text) for text in pairs[column]] for heading, column in columns.items()
+    }
 
 
 # --- showing
@@ -375,13 +374,24 @@ def show_table(
 
 
 def say(*sentences: str, kind: str = "") -> None:
-    """Show sentences as they are, but for `code`, a paragraph each.
+    """Show sentences as they are, but for `code`, a paragraph each; those of the kind "headline" in
+    bold.
 
-    The page has styles for the kinds "headline" and "doubt".
+    The page about a run has styles for the kinds "headline" and "doubt".
     """
     texts = [re.sub("`([^`]+)`", r"<code>\1</code>", escape(sentence)) for sentence in sentences]
+    if kind == "headline":
+        texts = [f"<b>{text}</b>" for text in texts]
     paragraphs = [f'<p class="{kind} {PLAIN}">{text}</p>' for text in texts]
     display(HTML("".join(paragraphs)))
+
+
+def say_verdict(sentences: Sequence[str]) -> None:
+    """Show the sentences of a verdict, the first of them, the most important one, in bold."""
+    if not sentences:
+        return
+    say(sentences[0], kind="headline")
+    say(*sentences[1:])
 
 
 def show_answers(columns: Mapping[str, Sequence[str]], rows: int, disclaimer: str) -> None:

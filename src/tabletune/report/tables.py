@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -21,6 +22,11 @@ from tabletune.report.text import (
 )
 
 OUTCOMES = {"right": "✓ right", "wrong": "✗ wrong", "nothing": "– says nothing"}
+MODELS = ("base", "adapter", "merged")
+IN_TABLE = "in the table"
+MOST_CHARACTERS = 800  # of an answer that are shown
+REPEATED = re.compile(r"(.{2,200}?)\1{3,}", re.DOTALL)  # the same, four times or more
+LEAST_REPEATED = 80  # characters: a shorter repetition, such as a line of dashes, is shown
 
 
 def results_table(metrics: dict) -> pd.DataFrame:
@@ -58,6 +64,14 @@ def content_table(metrics: dict) -> pd.DataFrame:
     if not metrics.get("retrieval"):  # without it no answer is "nothing"
         table = table.drop(columns=['says "nothing"', 'wrongly "nothing"'], errors="ignore")
     return table.fillna("–").set_index(["questions", "model"])
+
+
+def reasons_table(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Why each figure of content applies to a table or not, {column of the content table: sentence},
+    in the order of its columns. `reasons` is that of the content rules.
+    """
+    names = {name: column for column, (name, _) in CONTENT_COLUMNS.items()}
+    return {names[name]: reasons[name] for name in names if name in reasons}
 
 
 def difference_line(name: str, entry: dict) -> dict[str, str]:
@@ -106,23 +120,79 @@ def all_differences(metrics: dict) -> pd.DataFrame:
 
 def side_by_side(columns: Mapping[str, Sequence[str]], rows: int, disclaimer: str) -> HTML:
     """An HTML table of texts under the disclaimer, line breaks kept. `columns` maps a heading to a
-    list of texts.
+    list of texts, of which the first `rows` are shown.
     """
+    table = html_table({heading: texts[:rows] for heading, texts in columns.items()})
+    return HTML(f"<p><b>{escape(disclaimer)}</b></p>{table}")
+
+
+def html_table(columns: Mapping[str, Sequence[str]]) -> str:
+    """Texts as an HTML table, {heading: texts}, line breaks kept."""
     style = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere"
     head = "".join(f'<th style="text-align:left">{escape(heading)}</th>' for heading in columns)
     body = ""
-    for i in range(rows):
-        cells = [f'<td style="{style}">{as_html(texts[i])}</td>' for texts in columns.values()]
+    for texts in zip(*columns.values(), strict=True):
+        cells = [f'<td style="{style}">{as_html(text)}</td>' for text in texts]
         body += f"<tr>{''.join(cells)}</tr>"
-    return HTML(
-        f"<p><b>{escape(disclaimer)}</b></p><table "
-        f"style='table-layout:fixed;width:100%'><tr>{head}</tr>{body}</table>"
-    )
+    return f"<table style='table-layout:fixed;width:100%'><tr>{head}</tr>{body}</table>"
 
 
 def as_html(text: str) -> str:
     """A text as HTML: nothing in it is markup, but `**bold**` of Markdown is bold."""
     return re.sub(r"\*\*(?=\S)(.+?)(?<=\S)\*\*", r"<b>\1</b>", escape(text))
+
+
+@dataclass(frozen=True)
+class AnsweredQuestions:
+    """Some questions of one kind side by side with their answers: a `title`, and `columns`,
+    {heading: texts}.
+    """
+
+    title: str
+    columns: dict[str, list[str]]
+
+
+def answered_questions(
+    lines: Sequence[dict], headings: Mapping[str, str], most: int
+) -> list[AnsweredQuestions]:
+    """At most `most` questions of each kind among the lines of `answers.jsonl`, the kinds in the
+    order of PARTS.
+
+    `headings` are the models to show and what to call them. A model that was not asked a kind of
+    question has no column there, and the title says who was asked.
+    """
+    shown = []
+    for part, title in PARTS.items():
+        rows: dict[str, dict[str, str]] = {}
+        for line in lines:
+            if line["part"] != part:
+                continue
+            row = rows.setdefault(line["group"], question_columns(line))
+            if line["model"] in headings:
+                row[headings[line["model"]]] = judged_answer(line)
+        first = list(rows.values())[:most]
+        if not first:
+            continue
+        asked = [name for name in headings.values() if all(name in row for row in first)]
+        if len(asked) < len(headings):
+            title += f" (answered by the {' and the '.join(asked)} model alone)"
+        columns = {name: [row[name] for row in first] for name in ("question", IN_TABLE, *asked)}
+        shown.append(AnsweredQuestions(title[0].upper() + title[1:], columns))
+    return shown
+
+
+def question_columns(line: dict) -> dict[str, str]:
+    """What stands beside the answers: the question, with the row that was most similar, and what
+    the table says.
+    """
+    question = line["asked"]
+    if line.get("rows"):
+        best = line["rows"][0]
+        question += f"\n\n[most similar row: “{best['question']}”, {best['score']:.2f}]"
+    answer = as_shown(line["references"][0])
+    if not line.get("answerable", True):
+        answer = f"[kept out of the index: “nothing” is right]\n{answer}"
+    return {"question": question, IN_TABLE: answer}
 
 
 def samples_table(folder: Path, disclaimer: str, of_each: int = 3) -> HTML:
@@ -132,30 +202,45 @@ def samples_table(folder: Path, disclaimer: str, of_each: int = 3) -> HTML:
     """
     text = (folder / "answers.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-    rows: dict[tuple, dict] = {}
-    for line in lines:
-        row = rows.setdefault((line["part"], line["group"]), {})
-        row["question"] = f"[{PARTS[line['part']]}]\n{line['asked']}"
-        row["in the table"] = line["references"][0]
-        row[line["model"]] = judged_answer(line)
-    shown = []
-    for part in PARTS:
-        shown += [row for (of_part, _), row in rows.items() if of_part == part][:of_each]
-    models = [name for name in ("base", "adapter", "merged") if any(name in row for row in shown)]
-    headings = ["question", "in the table", *models]
-    columns = {heading: [row.get(heading, "–") for row in shown] for heading in headings}
-    return side_by_side(columns, len(shown), disclaimer)
+    tables = []
+    for group in answered_questions(lines, {name: name for name in MODELS}, of_each):
+        table = html_table(group.columns)
+        tables.append(f"<p><b>{escape(group.title)}</b></p>{table}")
+    if not tables:
+        return HTML("<p>Not measured: these rows are texts without questions.</p>")
+    return HTML(f"<p><b>{escape(disclaimer)}</b></p>{''.join(tables)}")
 
 
 def judged_answer(line: dict) -> str:
     """An answer of `answers.jsonl` as it is shown."""
     cut = "" if line.get("stopped", True) else " … [cut: max_new_tokens]"
-    return f"{OUTCOMES[line['outcome']]}\n{line['answer']}{cut}"
+    return f"{OUTCOMES[line['outcome']]}\n{as_shown(line['answer'])}{cut}"
+
+
+def as_shown(text: str) -> str:
+    """A text as it is shown: what repeats is shown twice, and a long text is cut; both say so."""
+    text = REPEATED.sub(shown_twice, text)
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    cut = len(text) - MOST_CHARACTERS
+    return f"{text[:MOST_CHARACTERS].rstrip()} … [not shown: {cut:,} more characters]"
+
+
+def shown_twice(match: re.Match) -> str:
+    """Two of the parts that repeat, and how many more there are; all of them if they are short."""
+    part = match[1]
+    if len(match[0]) < LEAST_REPEATED:
+        return match[0]
+    more = len(match[0]) // len(part) - 2
+    return f"{part * 2}[not shown: the same {more} more times]"
 
 
 def own_answers_table(answers: dict, asked: list[str], disclaimer: str) -> HTML:
     """The answers to the reader's own question side by side, {question: {model: [answer]}}."""
+    if not asked:
+        return HTML("<p>Not asked: these rows are texts without questions.</p>")
     columns = {"question": asked}
     for text in asked:
-        columns |= answers[text]
+        for model, of_model in answers[text].items():
+            columns[model] = [as_shown(answer) for answer in of_model]
     return side_by_side(columns, len(asked), disclaimer)

@@ -1,5 +1,7 @@
 """Figures with their intervals as text."""
 
+from collections.abc import Mapping
+
 PARTS = {  # the sets of questions that notebook 4 asks, and how tables and plots call them
     "reworded": "reworded questions",
     "table": "the table's own questions",
@@ -64,6 +66,24 @@ def stored(entry: dict, column: str) -> tuple[float | None, list[float] | None]:
     for key in place.split():
         entry = entry.get(key) or {}
     return entry.get(name), entry.get(f"{name}_ci95")
+
+
+def questions_behind(models: Mapping[str, dict], column: str) -> int | None:
+    """How many questions a figure of COLUMNS rests on, by the entries of the models.
+
+    None where that was not stored, and for texts without questions.
+    """
+    group, *part = COLUMNS[column][0].split()
+    for entry in models.values():
+        if not entry.get("generation"):
+            continue
+        questions = entry.get("questions")  # of the test split, all of which is read
+        if group != "perplexity":  # but only some of them are answered
+            of_part = (entry.get("content") or {}).get(part[0] if part else "new") or {}
+            questions = of_part.get("questions")
+        if questions:
+            return questions
+    return None
 
 
 def direction(label: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tabletune.errors import StageError
-from tabletune.run.files import read_json
+from tabletune.run.files import SAME_RUN_DIR, read_json
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -39,7 +39,7 @@ def check_exists(path: Path, stage: str) -> None:
     """Raise StageError if a file or folder that `stage` makes is missing."""
     if not path.exists():
         raise StageError(
-            f"{path} is missing. Run {stage} first, with the same run_dir, in Colab one in Drive."
+            f"{path} is missing. Run {stage} first, {SAME_RUN_DIR}"
         )
 
 

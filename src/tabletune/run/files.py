@@ -10,6 +10,11 @@ from typing import Any
 
 from tabletune.errors import StageError
 
+SAME_RUN_DIR = (  # what to do where an earlier notebook has left nothing
+    "with the same run_dir. In Colab each notebook has a machine of its own: set "
+    'run_dir = "drive:NAME", a folder of your Google Drive, in all of them.'
+)
+
 
 def remove(path: Path) -> None:
     """Delete a file or a folder, if there is one. Only for what is not finished: see `archive`."""
@@ -84,8 +89,7 @@ def read_json(path: Path, stage: str, otherwise: str = "") -> Any:
     except (OSError, ValueError) as error:
         reason = f"is damaged ({error})" if path.exists() else "is missing"
         raise StageError(
-            f"{path} {reason}. Run {stage} first, with the same run_dir, in Colab one in Drive."
-            f"{otherwise}"
+            f"{path} {reason}. Run {stage} first, {SAME_RUN_DIR}{otherwise}"
         ) from None
 
 

@@ -14,10 +14,18 @@ from tabletune.run.stage import Stage
 def base_model_loss(trainer: Trainer) -> float:
     """The validation loss of the untouched base, in nats a token: that of the model with its
     adapter switched off.
+
+    No callback hears of it: in a progress table or in TensorBoard it would stand as the last step
+    of the training.
     """
     logged = len(trainer.state.log_history)
-    with trainer.model.disable_adapter():
-        loss = trainer.evaluate()["eval_loss"]
+    callbacks = trainer.callback_handler.callbacks
+    trainer.callback_handler.callbacks = []
+    try:
+        with trainer.model.disable_adapter():
+            loss = trainer.evaluate()["eval_loss"]
+    finally:
+        trainer.callback_handler.callbacks = callbacks
     del trainer.state.log_history[logged:]  # not of the trained model
     return loss
 

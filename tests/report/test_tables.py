@@ -1,0 +1,118 @@
+"""Tables of answers: what was measured is shown, nothing is empty, and long answers are cut."""
+
+import json
+
+import pytest
+
+from tabletune.report.tables import (
+    MOST_CHARACTERS,
+    answered_questions,
+    as_shown,
+    own_answers_table,
+    reasons_table,
+    samples_table,
+)
+
+MODELS = {"base": "base", "adapter": "adapter", "merged": "merged"}
+
+
+def line_of(part, model, **more):
+    """A line of answers.jsonl."""
+    return {
+        "part": part,
+        "group": f"{part} question",
+        "asked": f"{part}?",
+        "references": ["As the table says."],
+        "model": model,
+        "answer": f"{model} says so",
+        "outcome": "wrong",
+        "stopped": True,
+        **more,
+    }
+
+
+@pytest.fixture
+def lines():
+    """The answers of a run in which only the merged model was asked reworded questions."""
+    asked = [("new", name) for name in MODELS] + [("reworded", "merged")]
+    return [line_of(part, model) for part, model in asked]
+
+
+def test_a_model_that_was_not_asked_has_no_column(lines):
+    reworded, new = answered_questions(lines, MODELS, 3)
+    assert list(reworded.columns) == ["question", "in the table", "merged"]
+    assert list(new.columns) == ["question", "in the table", *MODELS]
+
+
+def test_the_title_says_who_was_asked(lines):
+    reworded, new = answered_questions(lines, MODELS, 3)
+    assert reworded.title == "Reworded questions (answered by the merged model alone)"
+    assert new.title == "New questions"
+
+
+def test_the_samples_have_no_empty_cell(lines, tmp_path):
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = samples_table(tmp_path, "Careful.").data
+    assert ">–<" not in shown
+    assert "></td>" not in shown
+    assert shown.count("<table") == 2
+    assert shown.startswith("<p><b>Careful.</b></p>")
+
+
+def test_samples_of_texts_without_questions_are_called_not_measured(tmp_path):
+    (tmp_path / "answers.jsonl").write_text("")
+    assert "Not measured" in samples_table(tmp_path, "Careful.").data
+
+
+def test_the_most_similar_row_stands_under_the_question():
+    row = {"question": "Colds?", "answer": "Tea.", "score": 0.654}
+    [new] = answered_questions([line_of("new", "merged", rows=[row])], MODELS, 3)
+    assert new.columns["question"] == ["new?\n\n[most similar row: “Colds?”, 0.65]"]
+
+
+def test_a_question_whose_row_is_kept_out_says_that_nothing_is_right():
+    [new] = answered_questions([line_of("new", "merged", answerable=False)], MODELS, 3)
+    [in_table] = new.columns["in the table"]
+    assert in_table.startswith("[kept out of the index: “nothing” is right]")
+
+
+@pytest.mark.parametrize(
+    ("part", "times"), [("**Item:**\n", 24), ("Drink water. It helps your skin. ", 9), ("very ", 40)]
+)
+def test_what_repeats_is_shown_twice_and_says_so(part, times):
+    shown = as_shown(f"Here it is:\n{part * times}")
+    assert shown.count(part) <= 3
+    assert "[not shown: the same" in shown
+
+
+@pytest.mark.parametrize("text", ["a" * 40, "-" * 60, "no, no, no, no", "One. Two. Three."])
+def test_a_short_repetition_is_shown_as_it_is(text):
+    assert as_shown(text) == text
+
+
+def test_a_long_answer_is_cut_and_says_how_much_is_missing():
+    words = " ".join(str(number) for number in range(1000))
+    shown = as_shown(words)
+    assert shown.startswith(words[:700])
+    assert f"[not shown: {len(words) - MOST_CHARACTERS:,} more characters]" in shown
+
+
+def test_an_answer_that_did_not_stop_says_so():
+    [new] = answered_questions([line_of("new", "merged", stopped=False)], MODELS, 3)
+    assert new.columns["merged"] == ["✗ wrong\nmerged says so … [cut: max_new_tokens]"]
+
+
+def test_without_an_own_question_a_sentence_says_so():
+    assert "Not asked" in own_answers_table({}, [], "Careful.").data
+
+
+def test_own_answers_that_repeat_are_cut():
+    shown = own_answers_table({"Why?": {"base": ["because " * 50]}}, ["Why?"], "Careful.").data
+    assert "not shown: the same" in shown
+
+
+def test_reasons_have_the_names_of_the_columns_of_the_content_table():
+    reasons = {"exact_match": "b", "right": "a", "facts": "c"}
+    assert list(reasons_table(reasons).items()) == [
+        ("right", "a"), ("word for word", "b"), ("numbers and names", "c")
+    ]  # fmt: skip
