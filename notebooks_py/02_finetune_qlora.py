@@ -34,8 +34,8 @@
 #   small model of `profiles/cpu.yaml`.
 #
 # A model of seven billion weights (7B) takes 13 GB, and training all of them several times that.
-# *LoRA* ([Hu et al., 2021](https://arxiv.org/abs/2106.09685)) leaves the model as it is and trains a
-# small *adapter* beside it, of a 7B about one weight in a hundred. *QLoRA* ([Dettmers et al.,
+# *LoRA* ([Hu et al., 2021](https://arxiv.org/abs/2106.09685)) leaves the model as it is and trains
+# a small *adapter* beside it, of a 7B about one weight in a hundred. *QLoRA* ([Dettmers et al.,
 # 2023](https://arxiv.org/abs/2305.14314)) also stores the frozen model with 4 bits a weight, in a
 # format called NF4. So a 7B model trains on a card of 15 GB.
 #
@@ -192,8 +192,8 @@ room.expected.round(2).to_frame()
 # %% [markdown]
 # ## The base model, in 4 bits
 #
-# With 4 bits a weight can have one of sixteen values. NF4 ("normal float") places them closely where
-# most weights of a neural network are, near zero. Every 64 weights share a scale; "double
+# With 4 bits a weight can have one of sixteen values. NF4 ("normal float") places them closely
+# where most weights of a neural network are, near zero. Every 64 weights share a scale; "double
 # quantization" stores those scales in 8 bits, too. Whenever a layer computes, its weights are
 # unpacked to 16 or 32 bits.
 

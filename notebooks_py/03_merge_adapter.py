@@ -34,9 +34,9 @@
 #   result: a minute or two for 7B on a T4, half a minute on a CPU with the small model of
 #   `profiles/cpu.yaml`.
 #
-# An adapter works only beside its base model. *Merging* adds it to the base model's weights, so that
-# one plain model remains. The usual way, PEFT's `merge_and_unload`, holds the whole base model in
-# memory: 13 GB for a 7B model, more than free Colab has. But an adapter changes each matrix for
+# An adapter works only beside its base model. *Merging* adds it to the base model's weights, so
+# that one plain model remains. The usual way, PEFT's `merge_and_unload`, holds the whole base model
+# in memory: 13 GB for a 7B model, more than free Colab has. But an adapter changes each matrix for
 # itself. So this notebook reads, merges and writes one matrix after the other.
 
 # %% [markdown]
@@ -187,12 +187,14 @@ else:
 # beginning of one.
 
 # %% tags=["nbval-ignore-output"]
+from IPython.display import display
 from transformers import AutoTokenizer, pipeline
 
 from tabletune.data.context import load_context
 from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
 from tabletune.model.devices import compute_dtype
 from tabletune.model.loading import load_model
+from tabletune.report.tables import side_by_side
 from tabletune.run.artifacts import load_dataset_of_run
 
 splits, dataset_report = load_dataset_of_run(run)
@@ -207,9 +209,11 @@ if verified:
     model = load_model(merged_folder, None, compute_dtype("auto"))
     ask = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(merged_folder))
     written = ask(start, max_new_tokens=60, do_sample=False)[0]["generated_text"]
-    turns = written if row["prompt"] else [{"role": "text", "content": written}]
-    print(*(f"{turn['role']}: {turn['content']}" for turn in turns), sep="\n\n")
-    print(f"\n{example_settings(dataset_report).get('disclaimer', NEUTRAL_DISCLAIMER)}")
+    asked = start[-1]["content"] if row["prompt"] else start
+    answer = written[-1]["content"] if row["prompt"] else written
+    warning = example_settings(dataset_report).get("disclaimer", NEUTRAL_DISCLAIMER)
+    columns = {"asked": [asked], "the merged model, at most 60 tokens": [answer]}
+    display(side_by_side(columns, 1, warning))
 else:
     print("Not asked: loading the model takes more memory than there was.")
 

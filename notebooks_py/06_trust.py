@@ -161,7 +161,8 @@ inputs = inputs_of_trust(trained, stage.entries())
 done = stage.is_done(inputs, ["trust/metrics.json"])
 
 # %% [markdown]
-# The base model and the adapter are loaded once: with the adapter switched off it is the base model.
+# The base model and the adapter are loaded once: with the adapter switched off it is the base
+# model.
 
 # %% tags=["nbval-ignore-output"]
 source = (base_model, base_model_revision, compute_dtype(precision), attn_implementation)
@@ -200,9 +201,9 @@ assert abs(by_hand - divergence([p.log()], [q.log()], [row])["response_kl"][0]) 
 print(f"{by_hand:.4f} nats")
 
 # %% [markdown]
-# The merged model is loaded as anyone would load it, without an adapter and without 4 bits. For NF4,
-# each matrix is rounded to 4 bits and unpacked again, which gives the same results as keeping it in
-# 4 bits.
+# The merged model is loaded as anyone would load it, without an adapter and without 4 bits. For
+# NF4, each matrix is rounded to 4 bits and unpacked again, which gives the same results as keeping
+# it in 4 bits.
 
 # %% tags=["nbval-ignore-output"]
 made_from = base_weights_of(trained)
@@ -233,9 +234,9 @@ if not done and trust.compared and not evaluated_in and not hasattr(stored, "qua
 # %% [markdown]
 # ## Figures
 #
-# Each figure gets a 95% interval by questions, as in notebook 4, and models are compared on the same
-# rows. Whether answers name items of the table is read from the answers of notebook 4, so nothing is
-# asked again.
+# Each figure gets a 95% interval by questions, as in notebook 4, and models are compared on the
+# same rows. Whether answers name items of the table is read from the answers of notebook 4, so
+# nothing is asked again.
 
 # %%
 if not done:
@@ -253,10 +254,10 @@ done = True
 # %% [markdown]
 # ## What was found
 #
-# Perplexity, where lower is better, on rows that the model was trained on (*training rows*), on those
-# that chose its checkpoint (*validation rows*), on questions that it never saw (*test rows*), and on
-# texts about anything but the table's subject (*other texts*). Further lines are there only if they
-# were measured.
+# Perplexity, where lower is better, on rows that the model was trained on (*training rows*), on
+# those that chose its checkpoint (*validation rows*), on questions that it never saw (*test rows*),
+# and on texts about anything but the table's subject (*other texts*). Further lines are there only
+# if they were measured.
 
 # %%
 metrics = read_json(run / "trust" / "metrics.json", stage.name)
@@ -286,10 +287,10 @@ print(grounding_finding(metrics["adapter"]["grounding"]))
 # %% [markdown]
 # ### Does it memorize, or generalize?
 #
-# A model that memorizes gains more on the rows that it was trained on than on new ones. So we compare
-# two improvements over the base model: by how much fine-tuning divides the perplexity of training
-# rows, and by how much that of test rows. (A lower perplexity of training rows alone would prove
-# nothing: they may be easier.)
+# A model that memorizes gains more on the rows that it was trained on than on new ones. So we
+# compare two improvements over the base model: by how much fine-tuning divides the perplexity of
+# training rows, and by how much that of test rows. (A lower perplexity of training rows alone would
+# prove nothing: they may be easier.)
 
 # %%
 print(*metrics["memorization"] or ["Not measured: no training rows were read (split_rows)."], sep="\n")
@@ -306,9 +307,9 @@ print(forgetting(forgot) if forgot else "Not measured: no other text was read (o
 #
 # The rule: take the one with the lower perplexity, if the interval of the difference excludes zero;
 # else the one that is nearer to what was trained; else the one from the published weights, which is
-# simpler. Look at *dequantized, NF4 again* in particular. Its weights were rounded to sixteen values
-# before the adapter was added, and the adapter moves them by less than the distance between two of
-# these values. Rounding again can undo all that was learned.
+# simpler. Look at *dequantized, NF4 again* in particular. Its weights were rounded to sixteen
+# values before the adapter was added, and the adapter moves them by less than the distance between
+# two of these values. Rounding again can undo all that was learned.
 
 # %%
 print(*metrics["shipping"] or ["Not measured: the ways to merge were not compared (fidelity_rows)."], sep="\n")
@@ -326,8 +327,8 @@ print(*short or ["Nothing was measured: see the parameters that leave something 
 # %% [markdown]
 # Two things to try:
 #
-# - `context_rows = 3` and an `unknown_answer` in notebook 1: what does it answer now where the table
-#   has nothing?
+# - `context_rows = 3` and an `unknown_answer` in notebook 1: what does it answer now where the
+#   table has nothing?
 # - `epochs = 3` in notebook 2: how much more does it memorize?
 #
 # Next: [7 · export](07_export.ipynb).

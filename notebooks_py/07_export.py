@@ -64,9 +64,9 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # %% [markdown]
 # ## Parameters
 #
-# The run folder has most of what a model card says. Two things it does not know: the name of the base
-# model on the Hub, if it was a folder here, and its licence. The licence of your model has to follow
-# that of the base model.
+# The run folder has most of what a model card says. Two things it does not know: the name of the
+# base model on the Hub, if it was a folder here, and its licence. The licence of your model has to
+# follow that of the base model.
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # of notebooks 1 to 4; in Colab better "drive:home_remedies"
@@ -141,9 +141,9 @@ for part, data in card_data.items():
         ]
 
 # %% [markdown]
-# The rest is for people. It comes from the run: whether the answers are right, how to ask the model,
-# data, training, figures with their intervals, limits, and what ran where. The YAML of the merged
-# model's card, and then the card:
+# The rest is for people. It comes from the run: whether the answers are right, how to ask the
+# model, data, training, figures with their intervals, limits, and what ran where. The YAML of the
+# merged model's card, and then the card:
 
 # %%
 written = {part: cards.write_card(export_run, part, data) for part, data in card_data.items()}
@@ -191,10 +191,10 @@ if files:
 # %% [markdown]
 # ### 8 bits and 4 bits
 #
-# Fewer bits a weight make a smaller and faster model, and lose something. Q8_0 rounds each weight to
-# 8 bits, with a scale of 16 bits for every 32 weights. Q4_K_M takes 4 bits for most weights and 6
-# for those that matter more. A matrix whose rows cannot be divided into blocks of 256 weights gets
-# 5 or 8 bits.
+# Fewer bits a weight make a smaller and faster model, and lose something. Q8_0 rounds each weight
+# to 8 bits, with a scale of 16 bits for every 32 weights. Q4_K_M takes 4 bits for most weights and
+# 6 for those that matter more. A matrix whose rows cannot be divided into blocks of 256 weights
+# gets 5 or 8 bits.
 
 # %%
 import pandas as pd
@@ -240,17 +240,17 @@ if files:
     display(pd.DataFrame(verification.loss_table(losses)).T)
 
 # %% [markdown]
-# The ratio is the perplexity of a file divided by that of the merged model: if its interval contains
-# 100%, no loss was seen. In 16 bits, a difference of more than half a percent is more than rounding:
-# it would be a mistake in the file, and stops the notebook.
+# The ratio is the perplexity of a file divided by that of the merged model: if its interval
+# contains 100%, no loss was seen. In 16 bits, a difference of more than half a percent is more than
+# rounding: it would be a mistake in the file, and stops the notebook.
 #
 # ## Ollama
 #
-# Ollama does not read the chat template in a GGUF file; it wants one in the template language of Go.
-# We find it by trying: what the tokenizer's template makes of a few conversations shows the texts
-# before, between and after the messages. Put together again, they must equal what the tokenizer
-# makes, and llama.cpp must split them into the tokens of the training. Otherwise no `Modelfile` is
-# written.
+# Ollama does not read the chat template in a GGUF file; it wants one in the template language of
+# Go. We find it by trying: what the tokenizer's template makes of a few conversations shows the
+# texts before, between and after the messages. Put together again, they must equal what the
+# tokenizer makes, and llama.cpp must split them into the tokens of the training. Otherwise no
+# `Modelfile` is written.
 #
 # The disclaimer stands at the top of the file and in the licence, which `ollama show --license`
 # prints. In a system message it would be part of a prompt that the model was not trained with.

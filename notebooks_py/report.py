@@ -129,8 +129,8 @@ for group in groups:
 # %% [markdown]
 # ## Was training worth it?
 #
-# Other ways to answer the same questions (`make baselines`), and what a person thinks of the answers
-# (`make rate`).
+# Other ways to answer the same questions (`make baselines`), and what a person thinks of the
+# answers (`make rate`).
 
 # %%
 say(*(at(info["baselines"], "verdict", "sentences") or ["Not measured in this run: `make baselines`."]))
@@ -178,9 +178,9 @@ show_table(pages.row_counts(data))
 # %% [markdown]
 # ## Trust
 #
-# What notebook 6 (`make trust`) measures. Perplexity of rows that the model was trained on and of rows
-# that it was not: if fine-tuning lowers both, it has learned; if it lowers the first much more, it
-# has memorized. The perplexity of other texts should not rise.
+# What notebook 6 (`make trust`) measures. Perplexity of rows that the model was trained on and of
+# rows that it was not: if fine-tuning lowers both, it has learned; if it lowers the first much
+# more, it has memorized. The perplexity of other texts should not rise.
 
 # %%
 places = {name: place for name, (place, _) in FIGURES.items()}
@@ -217,9 +217,9 @@ if metrics.get("differences"):
 # %% [markdown]
 # ## Merging
 #
-# The merged model beside what was trained: how often both find the same next token most likely, and,
-# if `make trust` compared the ways to merge, how far apart their predictions are (KL divergence, in
-# nats a token; 0 is the same model).
+# The merged model beside what was trained: how often both find the same next token most likely,
+# and, if `make trust` compared the ways to merge, how far apart their predictions are (KL
+# divergence, in nats a token; 0 is the same model).
 
 # %%
 merges = {"merged/, in notebook 3": info["merge"]} | (metrics.get("fidelity") or {})

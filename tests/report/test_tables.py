@@ -77,7 +77,8 @@ def test_a_question_whose_row_is_kept_out_says_that_nothing_is_right():
 
 
 @pytest.mark.parametrize(
-    ("part", "times"), [("**Item:**\n", 24), ("Drink water. It helps your skin. ", 9), ("very ", 40)]
+    ("part", "times"),
+    [("**Item:**\n", 24), ("Drink water. It helps your skin. ", 9), ("very ", 40)],
 )
 def test_what_repeats_is_shown_twice_and_says_so(part, times):
     shown = as_shown(f"Here it is:\n{part * times}")

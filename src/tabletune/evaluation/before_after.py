@@ -17,7 +17,9 @@ from tabletune.run.artifacts import load_dataset_of_run
 from tabletune.run.files import read_json, write_json
 
 FILE = "training/answers.json"
-NOT_ASKED = "<p>Not asked: the rows are texts without questions, or the model is spread over GPUs.</p>"
+NOT_ASKED = (
+    "<p>Not asked: the rows are texts without questions, or the model is spread over GPUs.</p>"
+)
 MOST_TOKENS = 64  # of an answer: enough to see what it is like
 
 

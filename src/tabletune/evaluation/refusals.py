@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+
 from tabletune.data.context import FOLDER, TableContext, threshold_table
 from tabletune.report.pages import read_lines, say, show_table
 from tabletune.run.files import read_json
 
 HAS, LACKS = "refuses what the table has", "answers what it has not"
-NO_ROWS = (
-    "Not measured: without `context_rows` the model is not taught to say that the table has nothing."
-)
+NO_ROWS = "Not measured: without `context_rows` the model is not taught to say that the table has nothing."
 NO_ANSWER = (
     "Not measured: `unknown_answer` is empty, so the model never says that the table has nothing."
 )

@@ -38,9 +38,7 @@ def adapter_digest(run: Path) -> str:
 def check_exists(path: Path, stage: str) -> None:
     """Raise StageError if a file or folder that `stage` makes is missing."""
     if not path.exists():
-        raise StageError(
-            f"{path} is missing. Run {stage} first, {SAME_RUN_DIR}"
-        )
+        raise StageError(f"{path} is missing. Run {stage} first, {SAME_RUN_DIR}")
 
 
 def same_model(one: str, other: str) -> bool:

@@ -88,9 +88,7 @@ def read_json(path: Path, stage: str, otherwise: str = "") -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = f"is damaged ({error})" if path.exists() else "is missing"
-        raise StageError(
-            f"{path} {reason}. Run {stage} first, {SAME_RUN_DIR}{otherwise}"
-        ) from None
+        raise StageError(f"{path} {reason}. Run {stage} first, {SAME_RUN_DIR}{otherwise}") from None
 
 
 def write_lines(path: Path, lines: Iterable[Any]) -> None:
