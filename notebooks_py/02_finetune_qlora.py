@@ -351,8 +351,8 @@ before_and_after(run)
 import math
 
 lower = math.exp(metrics["eval_loss_before"] - metrics["eval_loss_after"])
-weights = f"{metrics['trainable_parameters'] / 1e6:,.1f} million weights"
-print(f"{weights} were trained, {metrics['trainable_percent']:.1f}% of all.")
+weights = f"{metrics['trainable_parameters']:,} weights"
+print(f"{weights} were trained, {metrics['trainable_percent']:.1f}% as many as the base model has.")
 print(f"{metrics['steps']:,} steps over {metrics['tokens']:,} tokens, {metrics['seconds']:,.0f} s.")
 print(f"Validation rows: the right next token is {lower:,.1f} times as likely as before, on average.")
 
