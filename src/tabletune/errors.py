@@ -46,7 +46,7 @@ def hub_error(what: str, error: BaseException) -> StageError:
     reason = first_line(error)
     if "custom code" in reason:
         return StageError(
-            f"{what} wants to run code of its own, which is not done here. Take another model."
+            f"{what} needs to run code of its own, which is not allowed here. Take another model."
         )
     if "Repo id must" in reason:
         return StageError(

@@ -191,7 +191,7 @@ def test_thinking_off_is_closed_in_the_prompt_and_on_is_learned(base):
         StageError, match="thinking=true, but this model's chat template has no <think>"
     ):
         load_tokenizer(base(TEMPLATES["plain"]), thinking=True)
-    with pytest.raises(StageError, match="opens a thinking that cannot be closed"):
+    with pytest.raises(StageError, match="begins to think in a way that this notebook cannot end"):
         load_tokenizer(
             base(LOOP + "{% if add_generation_prompt %}<|assistant|><|START_THINKING|>{% endif %}")
         )
@@ -434,7 +434,7 @@ def test_a_tokenizer_that_would_read_otherwise_is_not_saved(sentencepiece, tmp_p
     tokenizer, stops = load_tokenizer(str(sentencepiece()))
     other = load_tokenizer(str(TINY))[0]
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder: other)
-    with pytest.raises(StageError, match="gives other ids than before"):
+    with pytest.raises(StageError, match="gives other token ids than in training"):
         save_tokenizer(tmp_path, tokenizer, stops)
 
 

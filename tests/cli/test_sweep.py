@@ -82,9 +82,9 @@ def test_the_folder_of_a_sweep_is_named_by_grid_and_profile():
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ("learning_rate: []", "learning_rate has no values."),
-        ("seed: [1, 2]", "seed is set in ARGS, too."),
-        ("learning_rate: 1", "no parameter has a list of values."),
+        ("learning_rate: []", "learning_rate is an empty list"),
+        ("seed: [1, 2]", "seed is set in the grid and in ARGS"),
+        ("learning_rate: 1", "no parameter has a list of values"),
         ("learning_rate: [1]\nrun_dir: a", "a sweep sets run_dir itself."),
         ("learning_rte: [1, 2]", "No notebook has a parameter 'learning_rte'. Did you mean"),
         ("packing: [true, maybe]", "packing='maybe': use true or false."),

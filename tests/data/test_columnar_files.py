@@ -20,7 +20,7 @@ def test_columns_of_other_types(tmp_path):
     assert [cells for _, cells in opened(tmp_path / "t.parquet").rows(["q", "a"])] == [
         ["1", "[1, null]"], ["", "[]"], ["3", ""]
     ]  # fmt: skip
-    with pytest.raises(StageError, match="the column 'image' holds bytes that are no text"):
+    with pytest.raises(StageError, match="the column 'image' contains bytes that are not text"):
         list(opened(tmp_path / "t.parquet").rows(["image"]))
 
 

@@ -76,7 +76,7 @@ def test_answer_that_is_no_option_is_named(tmp_path, answer, reason):
 
 def test_answer_that_is_an_option_and_a_place_is_refused(tmp_path):
     rows = [{"question": city, "choices": ["2", "1", "0"], "answer": 2} for city in CITIES]
-    with pytest.raises(StageError, match="12 an answer that may be an option or the number of one"):
+    with pytest.raises(StageError, match="12 an answer that may be an option or its number"):
         formatted(tmp_path, jsonl(tmp_path, *rows))
 
 
@@ -85,7 +85,7 @@ LISTS = [{"question": f"Where is {city}?", "answer": [f"{city} 1", f"{city} 2"]}
 
 def test_list_of_answers_is_refused_until_it_is_said_what_it_is(tmp_path):
     with pytest.raises(
-        StageError, match=r"'answer' holds lists, such as \[\"Lima 1\".*answer_lists"
+        StageError, match=r"'answer' contains lists, such as \[\"Lima 1\".*answer_lists"
     ):
         formatted(tmp_path, jsonl(tmp_path, *LISTS))
     with pytest.raises(StageError, match="answer_lists='all': use one of first, rows, lines, json"):
@@ -133,7 +133,7 @@ def test_context_without_a_question_is_dropped(tmp_path):
 
 def test_list_of_questions_is_refused(tmp_path):
     rows = [{"question": [city, "b"], "answer": city} for city in CITIES]
-    with pytest.raises(StageError, match=r"'question' holds lists.*A question is one text"):
+    with pytest.raises(StageError, match=r"'question' contains lists.*A question must be one text"):
         formatted(tmp_path, jsonl(tmp_path, *rows))
 
 

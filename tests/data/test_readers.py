@@ -152,7 +152,7 @@ BAD = {
     "magic only.parquet": (b"PAR1" + b"\0" * 20 + b"PAR1", "could not be read.*damaged"),
     "CSV.xlsx": (PLAIN, "could not be read.*damaged"),
     "cut.csv.gz": (gzip.compress(PLAIN.encode())[:-9], "could not be read"),
-    "notes.txt": (PLAIN, "no file of a kind that is read"),
+    "notes.txt": (PLAIN, "there is no file that can be read"),
 }  # fmt: skip
 
 

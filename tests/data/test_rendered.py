@@ -63,13 +63,17 @@ def test_other_texts_are_no_conversations(text):
 )
 def test_rendered_rows_that_cannot_be_read_are_refused(tmp_path, text):
     rows = [{"text": text.format(city)} for city in CITIES]
-    with pytest.raises(StageError, match="'text' holds texts that a chat template has rendered"):
+    with pytest.raises(
+        StageError, match="'text' contains texts that a chat template has already rendered"
+    ):
         formatted(tmp_path, jsonl(tmp_path, *rows), shape="text")
 
 
 def test_rendered_questions_are_refused(tmp_path):
     rows = [{"prompt": f"[INST] {city}? [/INST]", "completion": f"{city}."} for city in CITIES]
-    with pytest.raises(StageError, match="'prompt' holds texts that a chat template has rendered"):
+    with pytest.raises(
+        StageError, match="'prompt' contains texts that a chat template has already rendered"
+    ):
         formatted(tmp_path, jsonl(tmp_path, *rows))
 
 

@@ -115,13 +115,13 @@ def test_wrong_setting_is_one_line(tmp_path, settings, message):
 )
 def test_two_columns_for_one_field_are_refused(tmp_path, columns, claimed):
     rows = [{name: f"{name} {i}" for name in columns} for i in range(5)]
-    with pytest.raises(StageError, match=f"columns {claimed}: each may be the .*columns: {{"):
+    with pytest.raises(StageError, match=f"columns {claimed} could each be the .*columns: {{"):
         formatted(tmp_path, jsonl(tmp_path, *rows))
 
 
 def test_two_columns_of_conversations_are_refused(tmp_path):
     rows = [{"messages": TURNS, "dialog": TURNS} for _ in range(5)]
-    with pytest.raises(StageError, match="'messages' and 'dialog': each may be the messages"):
+    with pytest.raises(StageError, match="'messages' and 'dialog' could each be the messages"):
         formatted(tmp_path, jsonl(tmp_path, *rows))
     assert shape_of(tmp_path, *rows, columns={"messages": "dialog"}).columns == {"chat": "dialog"}
 

@@ -183,11 +183,11 @@ def test_empty_tools_are_none(tmp_path):
 @pytest.mark.parametrize(
     ("turn", "reason"),
     [
-        ({"tool_calls": [{"function": {"arguments": {}}}]}, "a call of a tool without a name"),
-        ({"tool_calls": "weather(Lima)"}, "a call of a tool that is not JSON"),
+        ({"tool_calls": [{"function": {"arguments": {}}}]}, "a tool call without a name"),
+        ({"tool_calls": "weather(Lima)"}, "a tool call that is not JSON"),
         (
             {"tool_calls": [{"name": "weather", "arguments": "Lima"}]},
-            "arguments of a call that are not JSON",
+            "tool-call arguments that are not JSON",
         ),
     ],
 )

@@ -110,7 +110,7 @@ def test_header_row_can_be_set(tmp_path):
     path = workbook(tmp_path / "t.xlsx", ["a", "b"], ["c", "d"], NAMED, *ROWS)
     assert opened(path).columns == ["a", "b"]
     assert rows_of(path, header_row=3) == ROWS
-    with pytest.raises(StageError, match=r"header_row=9.*has no row from there on"):
+    with pytest.raises(StageError, match=r"header_row=9.*has no rows from that line on"):
         opened(path, header_row=9)
 
 

@@ -49,8 +49,8 @@ def test_questions_of_files(tmp_path, name, text, expected):
         ("q.txt", " \n", "has no questions"),
         ("q.csv", "a,b\n1,2\n", "no column question. Its columns: a, b"),
         ("q.jsonl", '{"question": "Cold?"}\n{oops\n', "line 2"),
-        ("q.json", '{"question": "Cold?"}', "no list"),
-        ("q.jsonl", "3\n", "is no question"),
+        ("q.json", '{"question": "Cold?"}', "must be a list"),
+        ("q.jsonl", "3\n", "is neither a question nor a row"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path, name, text, message):

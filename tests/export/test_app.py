@@ -134,7 +134,7 @@ def test_an_app_with_another_prompt_is_not_accepted(knowledge_run, exported):
     changed = json.loads(path.read_text())
     changed["context_template"] = changed["context_template"].replace("Rows", "Lines")
     path.write_text(json.dumps(changed))
-    with pytest.raises(StageError, match="in other words than this run"):
+    with pytest.raises(StageError, match="makes another prompt for"):
         app_module.check_app(read(knowledge_run), folder)
 
 

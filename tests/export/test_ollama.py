@@ -138,5 +138,5 @@ def test_a_prompt_of_ollama_that_is_another_is_not_kept(run_dir, monkeypatch):
     monkeypatch.setattr(
         ollama, "split_template", lambda _: {("", "user"): "[INST] ", ("user", ""): " [/INST]"}
     )
-    with pytest.raises(StageError, match="is not the training's"):
+    with pytest.raises(StageError, match="would differ from that of the training"):
         ollama.write_modelfile(export_run, file, asked)

@@ -213,7 +213,7 @@ def test_packing_is_tried_on_the_model_itself(kind, leaks):
         ({"model_type": "no_such_kind"}, r"base_model=[^:]*: The checkpoint .* `no_such_kind`"),
         (
             {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}},
-            "wants to run code of its own",
+            "needs to run code of its own",
         ),
     ],
 )

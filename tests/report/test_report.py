@@ -449,7 +449,10 @@ def test_what_is_wrong_with_a_run_is_one_line(render, tmp_path):
         (lambda run: run.rmdir(), "is no run folder"),
         (lambda run: None, "is no run folder"),
         (lambda run: (run / "manifest.json").write_text('{"01'), "manifest.json is damaged"),
-        (lambda run: (run / "manifest.json").write_text("[1]"), "manifest.json holds no dict"),
+        (
+            lambda run: (run / "manifest.json").write_text("[1]"),
+            "manifest.json is damaged: it is not a JSON dict",
+        ),
     ],
     ids=["no folder", "empty", "damaged", "a list"],
 )

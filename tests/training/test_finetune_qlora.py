@@ -356,7 +356,7 @@ def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
         ),
         (
             {"training_options": {"completion_only_loss": False}},
-            "'completion_only_loss' would do nothing",
+            "'completion_only_loss' would have no effect",
         ),
         ({"lora_options": {"r": 8}}, "sets 'r' itself. Set the parameter lora_r instead"),
         (
@@ -377,7 +377,7 @@ def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
         ),
         (
             {"lora_options": {"layer_replication": [[0, 2], [1, 2]]}},
-            "which the base does not have: that has no merge",
+            "which the base model does not have",
         ),
         (
             {"training_options": {"metric_for_best_model": "accuracy"}},

@@ -201,8 +201,9 @@ def mask_earlier_answers(
         return mask
     if not tokenizer.is_fast:
         raise StageError(
-            "This model's tokenizer does not say where its tokens stand in a text, so earlier "
-            "answers cannot be trained. Use a table with one answer a row, or another model."
+            "This model's tokenizer does not report where its tokens stand in a text, so only the "
+            "last answer of a conversation could be trained. Use a table with one answer a row, "
+            "or another model."
         )
     # [tokens, 2]: the first character of each token, and the one after its last
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[

@@ -40,7 +40,8 @@ def render(
         reason = first_line(error)
         roles = ", ".join(message["role"] for message in messages)
         raise StageError(
-            f"The model's chat template refuses messages of the roles {roles}: {reason}"
+            f"The model's chat template refuses messages of the roles {roles} ({reason}). Change "
+            "the roles in the table, or take another base model."
         ) from error
 
 
@@ -54,7 +55,7 @@ def around(prompt: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[str, s
     if conversation.count(MARK) != 1:
         raise StageError(
             "The model's chat template leaves out the answer or repeats it, so it cannot be "
-            "trained."
+            "trained. Take the instruction-tuned variant of the model."
         )
     before, after = conversation.split(MARK)
     return render(prompt, tokenizer), before, after
@@ -122,8 +123,8 @@ def thinking_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
     opens_thinking = re.search(r"think|reason", only_in_prompt, re.IGNORECASE)
     if opens_thinking and not re.search(r"</|END|<\w+\|>$", only_in_prompt):
         raise StageError(
-            "The model's chat template opens a thinking that cannot be closed here: "
-            f"{only_in_prompt!r}."
+            "The model's chat template begins to think in a way that this notebook cannot end "
+            f"({only_in_prompt!r}). Take another base model."
         )
     # the prompt closes the thought itself, and the answer's turn has no other text before it
     closes_itself = only_in_prompt and "think" in only_before_answer

@@ -55,7 +55,8 @@ def load_tokenizer(
     embedding_rows = config.get_text_config().vocab_size
     if tokenizer.eos_token is None:
         raise StageError(
-            f"base_model={base_model}: its tokenizer has no EOS token, so no answer could end."
+            f"base_model={base_model}: its tokenizer has no EOS token, so no answer could end. "
+            "Take another model."
         )
     choose_pad_token(tokenizer, embedding_rows)
     tokenizer.padding_side = "right"
@@ -134,8 +135,8 @@ def save_tokenizer(
             continue
         if type(saved) is type(tokenizer) or not (Path(folder) / "config.json").exists():
             raise StageError(
-                f"The tokenizer saved in {folder} gives other ids than before, so the model would "
-                "read other tokens than in training."
+                f"The tokenizer saved in {folder} gives other token ids than in training, so the "
+                "model would read other tokens. Take another base model, and please report this."
             )
         print(
             f"AutoTokenizer reads it as {type(saved).__name__}, with other ids: use "

@@ -35,7 +35,9 @@ def notebook_values(source: Path, target: Path, words: dict[str, Any]) -> dict[s
     name = source.stem
     folder = target.parent
     if name not in PARAMETERS:
-        raise StageError(f"{source} is none of the notebooks: {', '.join(PARAMETERS)}")
+        raise StageError(
+            f"There is no notebook {source}. The notebooks are: {', '.join(PARAMETERS)}."
+        )
     needs_run = "run_dir" in PARAMETERS[name] and name not in SERIES
     if needs_run and not folder.is_dir():
         raise StageError(f"{folder} is no run folder. Make one with: make run-all RUN_DIR={folder}")
@@ -158,7 +160,9 @@ def launch(source: Path, target: Path, words: dict[str, Any], processes: int) ->
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # a checkpoint cannot be on cpu:0
     elif torch.cuda.device_count() < processes:
-        raise StageError(f"GPUS={processes}, but there are {torch.cuda.device_count()} here.")
+        raise StageError(
+            f"GPUS={processes}, but this machine has {torch.cuda.device_count()}. Lower GPUS."
+        )
     config = repository() / "profiles" / "accelerate" / "gpus.yaml"
     command = ["--config_file", str(config), "--num_processes", str(processes)]
     command += ["--module", "tabletune", "run", str(source), str(target)]

@@ -68,13 +68,18 @@ def read_grid(options: argparse.Namespace) -> dict[str, Any]:
     lists = {name: values for name, values in grid.items() if isinstance(values, list)}
     for name, values in lists.items():
         if not values:
-            raise StageError(f"{options.grid}: {name} has no values.")
+            raise StageError(f"{options.grid}: {name} is an empty list. Give it values.")
         if name in options.words:
-            raise StageError(f"{options.grid}: {name} is set in ARGS, too.")
+            raise StageError(
+                f"{options.grid}: {name} is set in the grid and in ARGS. Remove one of them."
+            )
     if not lists:
-        raise StageError(f"{options.grid}: no parameter has a list of values.")
+        raise StageError(
+            f"{options.grid}: no parameter has a list of values, so there is nothing to vary. "
+            "Write one as name: [value, value]."
+        )
     if "run_dir" in grid:
-        raise StageError(f"{options.grid}: a sweep sets run_dir itself.")
+        raise StageError(f"{options.grid}: a sweep sets run_dir itself. Remove it from the grid.")
     return grid
 
 

@@ -260,7 +260,7 @@ class ColumnMatcher:
                     f", or use both: {templates_of_both(field_name, claims, question, answer)}"
                 )
         raise StageError(
-            f"The table has the columns {names}: each may be the {field_name}. Say which is, for "
+            f"The columns {names} could each be the {field_name}. Say which one it is, for "
             f"instance {advised}."
         )
 
@@ -289,10 +289,10 @@ class ColumnMatcher:
             markers = [marker for marker in map(unread_marker, texts) if marker]
             if markers and 2 * len(markers) > len(texts):
                 raise StageError(
-                    f"The column {column!r} holds texts that a chat template has rendered already "
-                    f"({markers[0]} is one of its markers), in a form that is not read here. Give "
-                    "the conversations as questions and answers, or as messages: this notebook "
-                    "renders them."
+                    f"The column {column!r} contains texts that a chat template has already "
+                    f"rendered ({markers[0]} is one of its markers), in a form that cannot be read "
+                    "here. Provide the conversations as questions and answers, or as messages; "
+                    "this notebook renders them."
                 )
 
     @staticmethod

@@ -65,8 +65,8 @@ def check_shape(shape: Shape, table: Table) -> None:
     answer_fields = fields_of(shape.answer_template)
     if shape.answer_column not in ("", *answer_fields):
         raise StageError(
-            f"answer_column={shape.answer_column!r} is not in answer_template, which uses: "
-            f"{list(answer_fields)}"
+            f"answer_column={shape.answer_column!r} is not in answer_template. Use one of its "
+            f"columns: {list(answer_fields)}."
         )
     used = [*fields_of(shape.question_template), *answer_fields] or list(shape.columns)
     used += [name for name in FIELDS_AS_THEY_ARE if name in shape.columns]

@@ -61,7 +61,7 @@ class ConversationReader:
             if turns is None and field_name != "chat":
                 turns = [{"role": role, "content": cell}]
             if turns is None:
-                raise Dropped("no list of turns")
+                raise Dropped("not a list of turns")
             messages += messages_in(turns, self.clean, self.turn_options)
         return messages
 
@@ -109,9 +109,9 @@ class ConversationReader:
         elif self.shape.name != "columns" and field_name == "question" and isinstance(value, list):
             column = self.shape.columns[field_name]
             raise StageError(
-                f"The column {column!r} holds lists, such as {json_text(value)[:80]}. A question "
-                "is one text; with "
-                f'question_template: "{{{column}}}" and an answer_template it is learned as JSON.'
+                f"The column {column!r} contains lists, such as {json_text(value)[:80]}. A "
+                "question must be one text. To learn the lists as JSON, set question_template: "
+                f'"{{{column}}}" and an answer_template.'
             )
         return self.empty_cells(field_name, self.clean(cell_text(value)))
 
@@ -130,9 +130,9 @@ class ConversationReader:
             return json_text(answers)
         column = self.shape.columns[field_name]
         raise StageError(
-            f"The column {column!r} holds lists, such as {json_text(answers)[:80]}. Say what they "
-            "are by answer_lists: rows (each item is an answer, in a row of its own), first (only "
-            "the first item), lines (one answer of several lines) or json."
+            f"The column {column!r} contains lists, such as {json_text(answers)[:80]}. Say what "
+            "they mean with answer_lists: rows (each item is an answer, in a row of its own), "
+            "first (only the first item), lines (one answer of several lines) or json."
         )
 
     def answers_apart(self, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ class ConversationReader:
         if turns is None:
             if cell_text(cell).strip() in ("", "[]", "null", "None"):
                 return []
-            raise Dropped("a history that is no list of turns")
+            raise Dropped("a history that is not a list of turns")
         return messages_in(turns, self.clean, self.turn_options)
 
 
@@ -206,7 +206,7 @@ def _labels_and_texts(value: Any) -> tuple[list[str], list[str]]:
             return labels, [cell_text(item["text"]) for item in value]
         if not any(isinstance(item, (dict, list)) for item in value):
             return list(LETTERS[: len(value)]), [cell_text(item) for item in value]
-    raise Dropped("options that are no list")
+    raise Dropped("options that are not a list")
 
 
 def options_in(value: Any) -> list[str]:
@@ -235,7 +235,7 @@ def right_option(answer: str, value: Any, options: list[str]) -> str:
     elif answer.upper() in labels:
         places.add(labels.index(answer.upper()))
     if len(places) > 1:
-        raise Dropped("an answer that may be an option or the number of one")
+        raise Dropped("an answer that may be an option or its number")
     if not places or max(places) >= len(options):
         raise Dropped("an answer that is none of the options (numbers count from 0)")
     return options[places.pop()]
@@ -272,7 +272,8 @@ def cell_filter(shape: Shape, values: Any, patterns: Any) -> EmptyCells:
                     emptied.setdefault(name, []).append(re.compile(pattern, re.IGNORECASE))
                 except re.error as error:
                     raise StageError(
-                        f"{parameter}: {error.pattern!r} is no regular expression: {error}."
+                        f"{parameter}: {error.pattern!r} is not a valid regular expression "
+                        f"({error})."
                     ) from error
 
     def empty_cells(name: str, text: str) -> str:

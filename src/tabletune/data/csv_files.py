@@ -89,10 +89,9 @@ class CsvRecords:
             except csv.Error as error:
                 raise StageError(
                     f"{self.name}: the row that begins in line {line} has a double quote too many "
-                    "or too few "
-                    f'({error}). Write a quote inside a quoted cell twice: "". Where quotes are '
-                    "letters like any "
-                    "other, set quotes: letters."
+                    f"or too few ({error}). Inside a quoted cell, write a double quote twice: "
+                    '"". If double quotes are ordinary letters in this table, set quotes: '
+                    "letters."
                 ) from error
 
 
@@ -150,7 +149,10 @@ def find_header(records: CsvRecords, name: str, options: ReadOptions) -> Record:
         for line, record in records:
             if line >= options.header_row:
                 return line, record
-        raise StageError(f"header_row={options.header_row}: {name} has no row from there on.")
+        raise StageError(
+            f"header_row={options.header_row}: {name} has no rows from that line on. Lower "
+            "header_row."
+        )
     head = list(islice(records, HEADER_SEARCH_ROWS))
     if not head:
         return 1, []
@@ -195,8 +197,9 @@ def check_swallowed_rows(record: list[str], delimiter: str, name: str, line: int
             lines = len(cell.splitlines())
             raise StageError(
                 f"{name}, line {line}: a double quote opens a cell that ends {lines - 1} lines "
-                "later and seems to hold whole rows. Where quotes are letters like any other, set "
-                "quotes: letters; if the cell is right as it is, set quotes: cells."
+                "later and seems to contain whole rows. If double quotes are ordinary letters in "
+                "this table, set quotes: letters. If the cell is right as it is, set quotes: "
+                "cells."
             )
 
 

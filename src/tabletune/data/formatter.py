@@ -215,9 +215,9 @@ class TableFormatter:
                 and key not in self.settings["ignore_turn_keys"]
             ):
                 raise StageError(
-                    f"The turns of {message['role']} have {key!r}, which this model's chat "
-                    "template would write and this notebook does not keep. ignore_turn_keys: "
-                    f"[{key}] reads the turns without it."
+                    f"Turns of the role {message['role']} have the key {key!r}. This model's chat "
+                    "template would write it, but this notebook does not keep it. To read the "
+                    f"turns without it, set ignore_turn_keys: [{key}]."
                 )
             self.turn_options.left_out[key] += 1
         if "tool_calls" in message:

@@ -143,7 +143,7 @@ class _ValueStream:
     def damage(self, reason: str) -> StageError:
         """The error that says where a file is damaged."""
         return StageError(
-            f"{self.name}, line {self.line} is not JSON ({reason}). Mend or remove it."
+            f"{self.name}, line {self.line} is not JSON ({reason}). Correct or remove it."
         )
 
 
@@ -175,7 +175,7 @@ def _values_of_lines(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
             yield line, DECODER.decode(text.strip())
         except (ValueError, RecursionError) as error:
             raise StageError(
-                f"{name}, line {line} is not JSON ({error}). Mend or remove it."
+                f"{name}, line {line} is not JSON ({error}). Correct or remove it."
             ) from error
 
 
@@ -229,7 +229,8 @@ def rows_of_object(value: Row, name: str) -> Iterator[Row]:
         for cells in value["data"]:
             if not isinstance(cells, list) or len(cells) != len(value["columns"]):
                 raise StageError(
-                    f"{name}: under 'data' a row has other cells than there are 'columns'."
+                    f"{name}: in 'data', a row has another number of cells than there are "
+                    "'columns'. Correct the file."
                 )
             yield dict(zip(map(str, value["columns"]), cells, strict=True))
     elif len(lists) == 1 and not ROW_COLUMNS & {key.casefold() for key in set(value) - set(lists)}:

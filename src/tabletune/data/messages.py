@@ -114,8 +114,8 @@ def _content_key(turn: Turn) -> str | None:
     filled = [key for key in CONTENT_KEYS if not is_empty(turn.get(key))]
     if len(filled) > 1 and len({json_text(turn[key]) for key in filled}) > 1:
         raise StageError(
-            f"A turn has a text under {' and '.join(map(repr, filled))}. Leave one, or set "
-            "ignore_turn_keys."
+            f"A turn has a text under {' and '.join(map(repr, filled))}. Remove one of these keys, "
+            "or list it in ignore_turn_keys."
         )
     return filled[0] if filled else first_key(turn, CONTENT_KEYS)
 
@@ -154,8 +154,8 @@ def _read_extras(turn: Turn, read: set[str | None], options: TurnOptions) -> Ext
             options.left_out[key] += 1
         else:
             raise StageError(
-                f"A turn has {key!r} ({cell_text(value)[:60]!r}), which is not read here. Remove "
-                f"it, or read the turns without it: ignore_turn_keys: [{key}]."
+                f"A turn has the key {key!r} ({cell_text(value)[:60]!r}), which cannot be read "
+                f"here. Remove it, or set ignore_turn_keys: [{key}] to read the turns without it."
             )
     return extras
 
@@ -169,10 +169,7 @@ def _weight(key: str, value: Any) -> bool:
         return True
     if text in ("0", "0.0", "false", "no"):
         return False
-    raise StageError(
-        f"A turn has {key}: {cell_text(value)[:60]}. Only 0 and 1, false and true are understood "
-        "there."
-    )
+    raise StageError(f"A turn has {key}: {cell_text(value)[:60]}. Use 0 or false, 1 or true.")
 
 
 @dataclass
@@ -203,7 +200,7 @@ def read_content(content: Any) -> Content:
         elif isinstance(part, str):
             texts.append(part)
         elif not is_empty(part):
-            raise Dropped("a turn that is no text")
+            raise Dropped("a turn whose content is not text")
     result.text = "\n".join(texts)
     return result
 
@@ -231,7 +228,7 @@ def _read_part(part: dict[str, Any], texts: list[str], result: Content) -> None:
             None,
         )
         if text is None:
-            raise Dropped("a turn that is no text")
+            raise Dropped("a turn whose content is not text")
         texts.append(text)
     else:
         raise Dropped(f"a turn with a part of the type {kind!r}")

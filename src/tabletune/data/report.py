@@ -58,8 +58,8 @@ def check_lost_rows(statistics: FormatStatistics, max_dropped: float) -> None:
     share = np.ceil(100 * lost / statistics.rows_in) / 100
     raise StageError(
         f"{lost:,} of {statistics.rows_in:,} rows would be lost, more than "
-        f"max_dropped={max_dropped}: {reasons}. Change that, or go on without them: max_dropped: "
-        f"{share}."
+        f"max_dropped={max_dropped}: {reasons}. Correct that, or continue without these rows: "
+        f"max_dropped: {share}."
     )
 
 

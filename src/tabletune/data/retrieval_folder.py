@@ -53,7 +53,7 @@ def check_context_settings(settings: Mapping[str, Any], shape: str, tools: bool)
             "Set context_rows: 0."
         )
     if tools:
-        raise StageError("context_rows does not go with tools. Set context_rows: 0.")
+        raise StageError("context_rows cannot be used with tools. Set context_rows: 0.")
     template = settings["context_template"]
     for field in ("{rows}", "{question}"):
         if template.count(field) != 1:
@@ -177,7 +177,7 @@ class PromptWriter:
         self.splits["validation"] = self.examples(new, count=False)
         if not self.splits["train"] or not self.splits["validation"]:
             raise StageError(
-                f"max_length={self.settings['max_length']}: no prompt with rows in it is as short. "
+                f"max_length={self.settings['max_length']}: no prompt with rows of the table fits. "
                 "Raise max_length, or lower context_rows."
             )
 
@@ -318,7 +318,9 @@ def read_rewordings(source: str, formatter: "TableFormatter") -> dict[str, list[
         if text.strip():
             wordings.setdefault(question_id(key), []).append(text.strip())
     if not wordings:
-        raise StageError(f"rewordings={source!r} has no rewording.")
+        raise StageError(
+            f'rewordings={source!r} contains no rewording. Fill it, or set rewordings to "".'
+        )
     return wordings
 
 
@@ -374,7 +376,10 @@ def renew_index(run: Path, rows: Sequence[TableRow]) -> dict[str, int]:
     """
     folder = run / FOLDER
     if not (folder / "settings.json").exists():
-        raise StageError(f"{run} has no index: notebook 1 makes one with context_rows: 3.")
+        raise StageError(
+            f"{run} has no index of its table: notebook 1 makes one if context_rows is set. Run "
+            "`make run-all` with context_rows: 3 first."
+        )
     old = RowIndex.load(folder / "use")
     before = {row.question_id for row in old.rows}
     after = {row.question_id for row in rows}

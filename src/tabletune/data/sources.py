@@ -70,8 +70,8 @@ def find_source(dataset: str, revision: str, config: str) -> Source:
     ]
     if not files:
         raise StageError(
-            f"dataset={dataset}: no file of a kind that is read: {', '.join(READERS)}, each also "
-            ".gz."
+            f"dataset={dataset}: there is no file that can be read. These kinds can: "
+            f"{', '.join(READERS)}, each also as .gz."
         )
     return Source(root, files, commit)
 

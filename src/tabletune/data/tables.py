@@ -86,7 +86,8 @@ class Table:
         except UnicodeDecodeError as error:
             column = ".".join(path)
             raise StageError(
-                f"{part.path}: the column {column!r} holds bytes that are no text: {value[:20]!r}."
+                f"{part.path}: the column {column!r} contains bytes that are not text: "
+                f"{value[:20]!r}. Remove the column, or save it as text."
             ) from error
 
     def rows(self, wanted: list[str]) -> Iterator[tuple[str, list[str]]]:

@@ -37,7 +37,7 @@ def calls_in(value: Any) -> list[dict[str, Any]]:
         try:
             value = parse_json(value)
         except (ValueError, RecursionError) as error:
-            raise Dropped("a call of a tool that is not JSON") from error
+            raise Dropped("a tool call that is not JSON") from error
     calls = value if isinstance(value, list) else [value]
     return [call_of_function(call) for call in calls]
 
@@ -50,13 +50,13 @@ def call_of_function(call: Any) -> dict[str, Any]:
     call.
     """
     if not isinstance(call, dict):
-        raise Dropped("a call of a tool without a name")
+        raise Dropped("a tool call without a name")
     function: dict[str, Any] = call
     if isinstance(call.get("function"), dict):
         function = call["function"]
     name = function.get("name")
     if not isinstance(name, str) or not name:
-        raise Dropped("a call of a tool without a name")
+        raise Dropped("a tool call without a name")
     arguments = next(
         (function[key] for key in ("arguments", "args", "parameters") if key in function), None
     )
@@ -64,9 +64,9 @@ def call_of_function(call: Any) -> dict[str, Any]:
         try:
             arguments = parse_json(arguments or "{}")
         except (ValueError, RecursionError) as error:
-            raise Dropped("arguments of a call that are not JSON") from error
+            raise Dropped("tool-call arguments that are not JSON") from error
     if not isinstance(arguments, (dict, type(None))):
-        raise Dropped("arguments of a call that are no object")
+        raise Dropped("tool-call arguments that are not an object")
     result = {"type": "function", "function": {"name": name, "arguments": arguments or {}}}
     if isinstance(call.get("id"), str):
         result["id"] = call["id"]
@@ -91,7 +91,7 @@ def tools_text(value: Any) -> str:
         return ""
     tools = value if isinstance(value, list) else [value]
     if not all(isinstance(tool, dict) for tool in tools):
-        raise Dropped("tools that are no objects")
+        raise Dropped("tools that are not objects")
     wrapped = []
     for tool in tools:
         is_bare = "name" in tool and "function" not in tool

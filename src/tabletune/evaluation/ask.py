@@ -111,9 +111,9 @@ def rows_of_json(text: str, kind: str, path: Path) -> list[Any]:
         try:
             rows = json.loads(text)
         except ValueError as error:
-            raise StageError(f"QUESTIONS={path} is no JSON: {error}.") from None
+            raise StageError(f"QUESTIONS={path} is not JSON: {error}.") from None
         if not isinstance(rows, list):
-            raise StageError(f"QUESTIONS={path} is no list of questions.")
+            raise StageError(f"QUESTIONS={path} must be a list of questions.")
         return rows
     rows = []
     # not splitlines: a JSON text may hold U+2028 as it is
@@ -123,7 +123,7 @@ def rows_of_json(text: str, kind: str, path: Path) -> list[Any]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise StageError(f"QUESTIONS={path}, line {number}, is no JSON: {error}.") from None
+            raise StageError(f"QUESTIONS={path}, line {number}, is not JSON: {error}.") from None
     return rows
 
 
@@ -136,7 +136,9 @@ def questions_of_rows(rows: list[Any], path: Path) -> list[AskedQuestion]:
         if isinstance(row, str):
             row = {"question": row}
         if not isinstance(row, dict):
-            raise StageError(f"QUESTIONS={path}: {row!r} is no question, and no row with one.")
+            raise StageError(
+                f"QUESTIONS={path}: {row!r} is neither a question nor a row with a question."
+            )
         # columns are called Question, question or " question"
         cells = {str(name).strip().casefold(): value for name, value in row.items()}
         name = next((name for name in QUESTION_NAMES if name in cells), None)

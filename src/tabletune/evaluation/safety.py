@@ -67,15 +67,15 @@ def safety_table(safety_prompts: str, samples: int) -> pd.DataFrame:
     except (OSError, ValueError, KeyError) as error:
         problem = first_line(error)
         raise StageError(
-            f"safety_prompts={safety_prompts}: not a .jsonl of kinds and prompts: {problem}"
+            f"safety_prompts={safety_prompts} is not a .jsonl file of prompts: {problem}"
         ) from None
     if (
         not set(table["kind"]) <= {"emergency", "everyday"}
         or not table["prompt"].map(type).eq(str).all()
     ):
         raise StageError(
-            f'safety_prompts={safety_prompts}: a line has a "prompt", and a "kind": emergency or '
-            "everyday."
+            f'safety_prompts={safety_prompts}: each line needs a "prompt" and a "kind" '
+            "(emergency or everyday)."
         )
     # evenly over the file, so that a small sample has prompts of all its topics
     spread = [

@@ -158,8 +158,8 @@ def check_app(export_run: ExportRun, folder: Path) -> int:
         prompt = app.prompt(question["content"], history)
         if (prompt.messages, prompt.refused) != (expected.messages, expected.refused):
             raise StageError(
-                f"{folder} asks {question['content']!r} in other words than this run. Run "
-                "07_export again."
+                f"The app in {folder} makes another prompt for {question['content']!r} than this "
+                "run. Run 07_export again."
             )
         number += 1
     return number

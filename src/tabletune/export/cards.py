@@ -69,6 +69,7 @@ def upload(export_run: ExportRun, part: str, repository: str) -> None:
         )
     except (OSError, ValueError) as error:
         raise StageError(
-            f"{model} is here, but could not go to the Hub as {repository}: {first_line(error)}"
+            f"{model} is complete, but it could not go to the Hub as {repository}: "
+            f"{first_line(error)}"
         ) from error
     print(f"https://huggingface.co/{repository}")

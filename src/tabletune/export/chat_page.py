@@ -87,7 +87,7 @@ def load_chat(stage: Stage) -> Chat:
     """
     if find_spec("gradio") is None:
         raise StageError(
-            "Gradio is missing here, which makes the page. Run `make chat`, or pip install "
+            "Gradio is missing here, and the page needs it. Run `make chat`, or pip install "
             f"{pinned('gradio')}."
         )
     run = stage.folder

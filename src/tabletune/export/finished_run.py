@@ -219,8 +219,8 @@ def check_names_on_hub(parameters: dict[str, Any], base_model: str) -> None:
     is_local = Path(base_model).exists()
     if parameters["push_to_hub"] and is_local and not parameters["base_model_on_hub"]:
         raise StageError(
-            f"The base model was the folder {base_model}: set base_model_on_hub, for others to "
-            "find it."
+            f"The base model was the folder {base_model}, which others do not have: set "
+            "base_model_on_hub to its name on the Hub."
         )
 
 

@@ -66,7 +66,9 @@ def quantize(source: Path, file: Path, kind: str) -> None:
     # llama.cpp's C API, through ctypes: the Python package has no function for it
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     if llama_cpp.llama_model_quantize(bytes(source), bytes(file), ctypes.byref(params)):
-        raise StageError(f"llama.cpp could not quantize {source} to {kind}.")
+        raise StageError(
+            f"llama.cpp could not quantize {source} to {kind}. Leave {kind} out of gguf_types."
+        )
 
 
 def check_tokens(export_run: ExportRun, file: Path) -> int:
@@ -86,8 +88,8 @@ def check_tokens(export_run: ExportRun, file: Path) -> int:
         if model.tokenize(text, tokenizer.bos_token) != expected:
             archive_refused(export_run, file)
             raise StageError(
-                f"llama.cpp splits {text[:60]!r}… into other tokens than the training did: "
-                f"{file.name} is not used."
+                f"llama.cpp splits {text[:60]!r}… into other tokens than the training did, so "
+                f"{file.name} would be another model. It is not used."
             )
         number += 1
     return number

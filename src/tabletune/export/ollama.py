@@ -45,8 +45,8 @@ def write_modelfile(export_run: ExportRun, file: Path, prompts: list[Messages]) 
     for prompt, text in zip(prompts, rendered, strict=True):
         if model.tokenize(text) != encode_prompt(prompt, tokenizer):
             raise StageError(
-                f"Ollama's prompt for {prompt[-1]['content']!r} is not the training's: no "
-                "Modelfile."
+                f"Ollama's prompt for {prompt[-1]['content']!r} would differ from that of the "
+                "training, so no Modelfile is written."
             )
     text = modelfile(export_run, file.name, parts)
     write_text_if_changed(file.with_name("Modelfile"), text)

@@ -82,7 +82,7 @@ def rate_command(run_dir: Path, values: dict[str, Any]) -> None:
     """
     if find_spec("gradio") is None:
         raise StageError(
-            "Gradio is missing here, which makes the page. Run `make rate`, or pip install "
+            "Gradio is missing here, and the page needs it. Run `make rate`, or pip install "
             f"{pinned('gradio')}."
         )
     session = RatingSession(run_dir, values.get("seed", 42))

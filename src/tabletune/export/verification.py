@@ -71,8 +71,8 @@ def verify_files(export_run: ExportRun, files: Mapping[str, Path]) -> dict[str, 
         if kind == "F16" and not abs(ratio - 1) < LARGEST_DEVIATION:
             archive_refused(export_run, *files.values())
             raise StageError(
-                f"In 16 bits the perplexity is {ratio:.2%} of the merged model's: {file.name} "
-                "is not used."
+                f"In 16 bits the perplexity is {ratio:.2%} of the merged model's, so {file.name} "
+                "is not the same model. It is not used."
             )
 
     about = {
@@ -93,8 +93,8 @@ def check_room_for_questions(export_run: ExportRun) -> None:
     ]
     if max(lengths, default=0) + max_new_tokens > window:
         raise StageError(
-            f"window={window} has no room for the longest question, {max(lengths)} tokens, and an "
-            f"answer of max_new_tokens={max_new_tokens}."
+            f"window={window} has no room for the longest question ({max(lengths)} tokens) and an "
+            f"answer of max_new_tokens={max_new_tokens}. Raise window."
         )
 
 

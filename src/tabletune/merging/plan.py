@@ -138,11 +138,13 @@ def load_adapter(
     trained_on = config.base_model_name_or_path
     if not same_model(trained_on, base_model):
         raise StageError(
-            f"The adapter in {folder} was trained on {trained_on}, but base_model is {base_model}."
+            f"The adapter in {folder} was trained on {trained_on}, but base_model is {base_model}. "
+            "Set base_model to the one of the training."
         )
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise StageError(
-            f"The adapter in {folder} holds infinity or NaN: its training diverged. Train it again."
+            f"The adapter in {folder} holds infinity or NaN: its training diverged. Train again "
+            "with a lower learning_rate."
         )
     return config, provenance, weights
 
@@ -248,17 +250,17 @@ class MergePlan:
             if not fits:
                 raise StageError(
                     f"The adapter changes {module}, which {self.base_model} does not have in that "
-                    "shape."
+                    "shape. It belongs to another base model."
                 )
             if f"{module}.weight" in tied:
                 raise StageError(
                     f"The adapter changes {module}, which is tied to another layer: it cannot be "
-                    "merged."
+                    "merged. Leave that layer out of lora_target_modules and train again."
                 )
         if self.statistics and not self.plain:
             raise StageError(
                 f"{self.base_model} is stored in 4 bits, and only plain LoRA can be merged into "
-                "that."
+                "that. Train again without lora_options, or from the model in 16 bits."
             )
 
     def output_spec(self, name: str, stored: torch.Tensor) -> torch.Tensor:

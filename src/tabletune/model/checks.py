@@ -75,6 +75,6 @@ def check_forward(model: PreTrainedModel, ids: torch.Tensor) -> None:
     (gradient,) = torch.autograd.grad((hidden[0, 0] * weights).sum(), embedded[:1])
     if gradient[0, 1:].nan_to_num().any():  # [later tokens, hidden size]
         raise StageError(
-            "This model sees the words that are still to come, so it would learn none. Take a chat "
-            'model. If this is one, set attn_implementation to "eager".'
+            "This model sees the words that are still to come, so it would only learn to copy "
+            'them. Take a chat model. If this is one, set attn_implementation to "eager".'
         )

@@ -34,8 +34,8 @@ def base_config(base_model: str, revision: str | None = None) -> PreTrainedConfi
         if not is_nf4:
             raise StageError(
                 f"base_model={base_model} is stored in {method}, through which no adapter is "
-                "trained here. Take the same model in 16 bits, or one that bitsandbytes has stored "
-                "in 4."
+                "trained here. Take the same model in 16 bits, or stored in 4 bits by "
+                "bitsandbytes."
             )
     if config.is_encoder_decoder:
         raise StageError(

@@ -79,8 +79,8 @@ def load_merged(
         return load_base(folder, None, dtype, attn_implementation), "NF4"
     if size > available:
         raise StageError(
-            f"{sentence} GiB. To have it evaluated in 4 bits, run 03_merge_adapter where its files "
-            "can stay, or run this notebook on a larger machine."
+            f"{sentence} GiB. Keep the merged files in notebook 3 so that they can be evaluated in "
+            "4 bits, or run this notebook on a larger machine."
         )
     model = load_model(base_model, revision, dtype, attn_implementation)
     return attach_adapter(model, adapter).merge_and_unload(), None

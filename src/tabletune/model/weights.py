@@ -30,10 +30,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
     else:
         paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise StageError(f"The model in {folder} lacks weights in safetensors format.")
+        raise StageError(
+            f"The model in {folder} lacks weights in safetensors format. Get a copy that has them."
+        )
     missing = [path.name for path in paths if not path.exists()]
     if missing:
-        raise StageError(f"The model in {folder} lacks {', '.join(missing)}.")
+        raise StageError(f"The model in {folder} lacks {', '.join(missing)}. Get its files again.")
     files: dict[str, Path] = {}
     for path in paths:
         try:

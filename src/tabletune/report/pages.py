@@ -85,7 +85,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     for name, (file, kind, stage) in FILES.items():
         info[name] = read_json(folder / file, stage) if (folder / file).exists() else kind()
         if not isinstance(info[name], kind):
-            raise StageError(f"{folder / file} holds no {kind.__name__}. Run {stage} again.")
+            raise StageError(
+                f"{folder / file} is damaged: it is not a JSON {kind.__name__}. Run {stage} again."
+            )
     if not any(info.values()):
         raise StageError(
             f"{folder} is no run folder: no stage has left anything there. Run {STAGES[0]} first."

@@ -63,7 +63,8 @@ def check_run(run: Path, merged: Path | None, report: dict[str, Any], base_model
     trained_on = provenance["base_model"]
     if not same_model(trained_on, base_model):
         raise StageError(
-            f"The adapter was trained on {trained_on}, but base_model is {base_model}."
+            f"The adapter was trained on {trained_on}, but base_model is {base_model}. Set "
+            "base_model to the one of the training."
         )
     if provenance["dataset_fingerprint"] != report["fingerprint"]:
         raise StageError(

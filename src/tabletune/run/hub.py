@@ -95,5 +95,5 @@ def upload_result(run_dir: str | Path, folder: Path) -> None:
         upload_folder(repo_id=name, repo_type=kind, folder_path=folder)
     except (OSError, ValueError) as error:
         raise StageError(
-            f"{folder} is here, but could not go to the Hub as {name}: {first_line(error)}"
+            f"{folder} is complete, but it could not go to the Hub as {name}: {first_line(error)}"
         ) from None

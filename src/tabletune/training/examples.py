@@ -124,7 +124,7 @@ def encode_splits(
     if longest > max_length:
         raise StageError(
             f"max_length={max_length}, but the longest example has {longest} tokens and would lose "
-            "its end. Raise max_length, or run 01_format_dataset again with this one."
+            "its end. Raise max_length, or run 01_format_dataset again with this max_length."
         )
     encoded = encoded.remove_columns(["tokens", "in the loss"])
     by_length = sizes["validation"]["tokens"].argsort(kind="stable")

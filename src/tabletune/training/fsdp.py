@@ -34,20 +34,22 @@ def check_sharding(
     stored = (getattr(config, "quantization_config", None) or {}).get("bnb_4bit_quant_storage")
     if stored not in (None, "float32"):
         raise StageError(
-            f"{base_model} stores its 4-bit weights as {stored}, which FSDP cannot shard. Take one "
-            "in 16 bits, or in 4 bits stored as float32."
+            f"{base_model} stores its 4-bit weights as {stored}, which FSDP cannot shard. Take a "
+            "copy in 16 bits, or one in 4 bits stored as float32."
         )
     if any(name in optim for name in ("paged", "bit", "bnb")):
         raise StageError(
-            f"optim={optim}: the optimizers of bitsandbytes know no shards. Use adamw_torch_fused."
+            f"optim={optim}: the optimizers of bitsandbytes cannot be divided among GPUs. Use "
+            "adamw_torch_fused."
         )
     processes = int(os.environ["LOCAL_WORLD_SIZE"])  # on this machine
     needed_gib = 0.0 if stored else unsharded_gib * processes
     free_gib = psutil.virtual_memory().available / 2**30
     if needed_gib > free_gib:
         raise StageError(
-            f"Reading the model takes {needed_gib:.1f} GiB of RAM before it is sharded; "
-            f"{free_gib:.1f} GiB are free."
+            f"Reading the model takes {needed_gib:.1f} GiB of RAM before it is sharded, and "
+            f"{free_gib:.1f} GiB are free. Use a machine with more RAM, or a copy that is stored "
+            "in 4 bits as float32."
         )
     # `accelerate launch` leaves each process one thread, and the CPU has billions of weights to
     # quantize

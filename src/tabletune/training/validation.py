@@ -78,7 +78,7 @@ def check_choices(params: dict[str, Any], config: PreTrainedConfig, dtype: torch
     uses_dora = params["lora_options"].get("use_dora")
     if params["quantization"] == "8bit" and uses_dora and not has_gpu:
         raise StageError(
-            'PEFT has no DoRA on 8-bit weights without a GPU. Set quantization to "nf4".'
+            'PEFT cannot train DoRA on 8-bit weights without a GPU. Set quantization to "nf4".'
         )
     check_options(params)
     longest = context_length(config)
@@ -118,8 +118,8 @@ def check_options(params: dict[str, Any]) -> None:
     for logger in loggers:
         if logger not in ("none", "all", *get_available_reporting_integrations()):
             raise StageError(
-                f"report_to={logger}: there is no such package here. Install it, or take another "
-                "one."
+                f"report_to={logger}: that package is not installed here. Install it, or use "
+                "another one."
             )
     initialization = str(params["lora_options"].get("init_lora_weights"))
     if initialization.startswith(CHANGES_BASE) and params["quantization"] != "none":
@@ -143,7 +143,8 @@ def check_names_of_options(name: str, options: dict[str, Any], kind: type) -> No
             raise StageError(f"{name}: the notebook sets {option!r} itself. {advice}")
         if name == "training_options" and option in WITHOUT_EFFECT:
             raise StageError(
-                f"{name}: {option!r} would do nothing, as the rows are made here. Leave it out."
+                f"{name}: {option!r} would have no effect, because this notebook prepares the rows "
+                "itself. Leave it out."
             )
 
 
@@ -182,8 +183,8 @@ def check_training_options(params: dict[str, Any]) -> None:
         missing = "a metric_for_best_model"
     if missing:
         raise StageError(
-            f"early_stopping_patience needs {missing}, of which training_options leave none. Set "
-            "it to 0."
+            f"early_stopping_patience needs {missing}, but training_options switch that off. Set "
+            "early_stopping_patience to 0."
         )
 
 
@@ -213,18 +214,18 @@ def targets_to_adapt(params: dict[str, Any], model: PreTrainedModel) -> list[str
     is_in_4_bits = getattr(model.config, "quantization_config", None)
     if is_in_4_bits and not is_plain_lora(adapted.peft_config["default"], saved):
         raise StageError(
-            "lora_options: this base is stored in 4 bits, and only plain LoRA can be merged into "
-            "that."
+            "lora_options: this base model is stored in 4 bits, and only plain LoRA can be merged "
+            "into that. Leave them out, or take the model in 16 bits."
         )
     for module in map(base_module_name, saved):
         if f"{module}.weight" in tied:
             raise StageError(
-                f"lora_options would change {module}, which is tied to another layer: that has no "
-                "merge."
+                f"lora_options would change {module}, which is tied to another layer, so the "
+                "adapter could not be merged. Leave that option out."
             )
         if module not in layers:
             raise StageError(
-                f"lora_options would make {module}, which the base does not have: that has no "
-                "merge."
+                f"lora_options would add {module}, which the base model does not have, so the "
+                "adapter could not be merged. Leave that option out."
             )
     return targets
