@@ -5,6 +5,7 @@
 - `api/` has one page for each package, made from its docstrings.
 """
 
+import re
 from pathlib import Path
 
 import mkdocs_gen_files
@@ -13,15 +14,23 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = {"style": "cpu_run", "knowledge": "knowledge_run"}
 
 
+# a badge of Colab is a picture from the network, which a page on the disk may not have
+BADGE = re.compile(rb"!\[Open in Colab\](\[badge\]|\(https://[^)]*\))")
+
+
 def add_file(source: Path, target: str) -> None:
     """Put a file of the repository into the site under another name."""
+    content = source.read_bytes()
+    if source.suffix in (".md", ".ipynb"):
+        content = BADGE.sub(b"Open in Colab", content)
     with mkdocs_gen_files.open(target, "wb") as file:
-        file.write(source.read_bytes())
+        file.write(content)
 
 
 add_file(ROOT / "README.md", "index.md")
 add_file(ROOT / "CHANGELOG.md", "changelog.md")
 add_file(ROOT / "CONTRIBUTING.md", "contributing.md")
+add_file(ROOT / "docs" / "site" / "site.css", "assets/site.css")
 
 for name, folder in EXAMPLES.items():
     for notebook in sorted((ROOT / "examples" / folder).glob("*.ipynb")):

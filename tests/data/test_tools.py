@@ -212,7 +212,7 @@ def test_name_that_the_template_would_write_is_refused(tmp_path):
         row["messages"][2]["name"] = "add"
     assert len(texts_of(tmp_path, jsonl(tmp_path, *rows))) == 4
     with pytest.raises(
-        StageError, match="turns of tool have 'name', which this model's chat template"
+        StageError, match=r"Turns of the role tool have the key 'name'\. This model's chat template"
     ):
         texts_of(tmp_path, jsonl(tmp_path, *rows), template)
 

@@ -143,7 +143,10 @@ def find_header_row(sheet: Sheet, name: str, options: ReadOptions) -> tuple[int,
         for number, texts in sheet.rows:
             if number >= options.header_row:
                 return number, texts
-        raise StageError(f"header_row={options.header_row}: {name} has no row from there on.")
+        raise StageError(
+            f"header_row={options.header_row}: {name} has no rows from that line on. Lower "
+            "header_row."
+        )
     head = sheet.rows[:HEADER_SEARCH_ROWS]
     if options.header:
         for position, (number, texts) in enumerate(head):
