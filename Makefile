@@ -5,8 +5,9 @@ PY := "$(if $(VENV),$(VENV)/bin/python,$(PYTHON))"
 TABLETUNE := $(PY) -m tabletune
 SETTINGS := PROFILE MODEL RUN_DIR GPUS ARGS RUNS OUT GRID SWEEP_DIR QUESTIONS MODEL_PART \
 	PYTHON VENV REPO
-RUN = $(PROFILE:%=--profile %) $(MODEL:%=--model %) $(GPUS:%=--gpus %) \
+RUN = $(if $(PROFILE),--profile "$(PROFILE)") $(MODEL:%=--model %) $(GPUS:%=--gpus %) \
 	$(if $(RUN_DIR),"$(RUN_DIR)") $(if $(ARGS),--args="$$ARGS")
+SWEEP = $(if $(GRID),--grid "$(GRID)") $(if $(SWEEP_DIR),--folder "$(SWEEP_DIR)")
 SERIES := 01_format_dataset 02_finetune_qlora 03_merge_adapter 04_evaluate
 export ARGS
 export PYTHONUTF8 = 1
@@ -36,9 +37,9 @@ rate: $(call EXTRA,chat) ## let people rate answers, blind, on a page: RUN_DIR=f
 report: $(READY) ## report.html, a page about a run: RUN_DIR=folder
 	@$(TABLETUNE) report $(RUN)
 compare: $(READY) ## a page with several runs: RUNS="folder folder" OUT=file.html
-	@$(TABLETUNE) compare $(RUNS) $(OUT:%=--out %)
+	@$(TABLETUNE) compare $(RUNS) $(if $(OUT),--out "$(OUT)")
 sweep: $(READY) ## every combination of a grid of parameters: GRID=file.yaml SWEEP_DIR=folder
-	@$(TABLETUNE) sweep $(RUN) $(GRID:%=--grid %) $(SWEEP_DIR:%=--folder %)
+	@$(TABLETUNE) sweep $(RUN) $(SWEEP)
 setup: $(READY) ## install the pinned packages into .venv; VENV= uses the current environment
 base-models: $(READY) ## make the base models of the cpu and tiny profiles, in .cache
 	@$(TABLETUNE) base-models

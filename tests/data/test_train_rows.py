@@ -7,9 +7,12 @@ import random
 import base_models
 import numpy as np
 import pytest
-from table_helpers import formatted, write
+from conftest import TINY
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from table_helpers import examples, formatted, write
 
-from tabletune.data.splits import assign_splits, limit_training, split_position
+from tabletune.data.splits import assign_splits, limit_training, question_key, split_position
 from tabletune.errors import StageError
 
 FRACTIONS = 0.1, 0.15
@@ -151,3 +154,75 @@ def test_without_train_rows_nothing_is_said(tmp_path):
     report, _ = formatted(tmp_path, table_file(tmp_path))
     assert report["left_out_of_training"] == {"rows": 0, "questions": 0}
     assert not any(note.startswith("train_rows") for note in report["notes"])
+
+
+# --- the same for any table
+
+SUBJECTS = [
+    "cold",
+    "COLD",
+    "fever",
+    "a - b",
+    "a / b",
+    "C",
+    "C#",
+    "5",
+    "-5",
+    "5 %",
+    "été",
+    "ete",
+    "头痛",
+    "🤧",
+]
+ASKED = st.builds(
+    "{} {}{}".format,
+    st.sampled_from(["What helps against", "what helps  against", "Is it", "Und"]),
+    st.one_of(st.sampled_from(SUBJECTS), st.integers(0, 60).map(str)),
+    st.sampled_from(["?", "", "!", " ?"]),
+)
+TABLE_ROWS = st.lists(st.tuples(ASKED, st.integers(0, 9).map("Rest {} days.".format)), min_size=9)
+VARIANTS = st.fixed_dictionaries(
+    {"seed": st.integers(0, 99), "train_rows": st.sampled_from([0.1, 0.5, 2, 1.0])}
+)
+
+
+def asked_keys(folder, rows, base_model=TINY, **parameters):
+    """{split: what its rows ask} of these rows, as a table in a file."""
+    path = write(folder / "table.csv", ["question", "answer"], rows)
+    _, splits = formatted(folder, path, base_model, max_dropped=1, **parameters)
+    return {
+        name: {question_key([prompt[-1]["content"]]) for prompt, _ in conversations}
+        for name, conversations in splits.items()
+    }
+
+
+@given(TABLE_ROWS, st.integers(0, 9), VARIANTS, st.randoms(), st.booleans())
+@examples(25)
+def test_the_held_out_questions_hang_on_split_seed_alone(
+    tmp_path_factory, rows, split_seed, variant, random_order, other_model
+):
+    """Whatever the seed, `train_rows`, the base model and the order of the rows are."""
+    assume(len({question_key([question]) for question, _ in rows}) >= 6)
+    folder = tmp_path_factory.mktemp("table")
+    before = asked_keys(folder, rows, split_seed=split_seed)
+    shuffled = list(rows)
+    random_order.shuffle(shuffled)
+    base_model = base_models.cached("gpt2") if other_model else TINY
+    after = asked_keys(folder, shuffled, base_model, split_seed=split_seed, **variant)
+    assert after["test"] == before["test"]
+    assert after["validation"] == before["validation"]
+    assert after["train"] <= before["train"]
+
+
+@given(TABLE_ROWS, st.integers(0, 9), st.floats(0.01, 1), st.floats(0.01, 1))
+@examples(12)
+def test_of_two_training_sets_the_smaller_is_part_of_the_larger(
+    tmp_path_factory, rows, split_seed, one, other
+):
+    assume(len({question_key([question]) for question, _ in rows}) >= 6)
+    folder = tmp_path_factory.mktemp("table")
+    small, large = (
+        asked_keys(folder, rows, split_seed=split_seed, train_rows=share)["train"]
+        for share in sorted([one, other])
+    )
+    assert small <= large

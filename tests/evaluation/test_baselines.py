@@ -93,6 +93,33 @@ def test_a_table_without_questions_is_refused_in_one_line():
     assert "\n" not in str(error.value)
 
 
+# --- how long an answer may be
+
+
+def splits_of(*answers):
+    """The splits of a table with these answers."""
+    return {"train": [{"completion": [{"content": answer}]} for answer in answers], "test": []}
+
+
+def test_an_answer_may_be_twice_as_long_as_the_longest(tokenizer):
+    answer = "Rest, and drink tea. " * 20
+    tokens = len(tokenizer[0](answer, add_special_tokens=False).input_ids)
+    assert baselines.answer_limit(splits_of("Rest.", answer), tokenizer[0], 1000) == 2 * tokens
+
+
+def test_an_answer_is_never_longer_than_asked_for(tokenizer):
+    assert baselines.answer_limit(splits_of("Rest, and drink tea. " * 20), tokenizer[0], 40) == 40
+
+
+def test_a_label_leaves_room_for_a_sentence(tokenizer):
+    assert baselines.answer_limit(splits_of("yes", "no"), tokenizer[0], 1000) == 32
+
+
+def test_answers_that_begin_with_thinking_have_no_usual_length(tokenizer):
+    splits = splits_of("<think>Hm.</think>Yes.", "No.")
+    assert baselines.answer_limit(splits, tokenizer[0], 1000) == 1000
+
+
 # --- which rows
 
 

@@ -17,6 +17,7 @@ from tabletune.evaluation.baselines import (
 )
 from tabletune.evaluation.recommendation import (
     NOTHING,
+    ONLY_OF_THE_TABLE,
     TOO_FEW,
     as_good_as_best,
     choose,
@@ -100,6 +101,15 @@ def test_the_choice_is_as_good_as_the_best_in_every_part():
     assert choose(parts) == "train"
 
 
+def test_of_ways_that_are_balanced_alike_the_cheapest_is_chosen():
+    """Fixed rows and training are equally good, and copying is best for one part alone."""
+    parts = [
+        {"copy": answers(20), "fixed": answers(15), "train": answers(16)},
+        {"copy": answers(0), "fixed": answers(19), "train": answers(19)},
+    ]
+    assert choose(parts) == "fixed"
+
+
 def test_if_no_way_is_as_good_everywhere_the_worst_part_decides():
     parts = [
         {"copy": answers(20), "train": answers(16)},
@@ -113,8 +123,14 @@ def test_copying_wins_on_a_table_to_look_things_up_in():
     result = verdict(all_ways(reworded=[20, 0, 0, 6, 0], new=[0, 0, 0, 0, 1]))
     assert result["choice"] == COPY.name
     assert result["parts"] == ["reworded"]
-    assert result["sentences"][0].startswith("Do not fine-tune")
-    assert "copy" in result["sentences"][0]
+    assert result["sentences"][0].startswith("Do not fine-tune for this table: copy")
+    assert result["sentences"][0].endswith(ONLY_OF_THE_TABLE)
+
+
+def test_what_answers_new_questions_too_is_not_limited_to_those_of_the_table():
+    result = verdict(all_ways(reworded=[20, 0, 0, 6, 0], new=[16, 0, 0, 0, 1]))
+    assert result["choice"] == COPY.name
+    assert ONLY_OF_THE_TABLE not in result["sentences"][0]
 
 
 def test_rows_in_the_prompt_win_where_the_base_model_reads_them():
@@ -128,8 +144,23 @@ def test_training_wins_where_it_generalizes():
     shares = all_ways(reworded=[18, 3, 9, 12, 20], new=[11, 2, 8, 11, 19])
     result = verdict({CONSTANT: {"new": 7, "table": 7, "reworded": 7}, **shares})
     assert result["choice"] == ADAPTER.name
-    assert result["parts"] == ["reworded", "new"]
+    assert result["parts"] == ["new"]
     assert result["sentences"][0].startswith("Training was worth it")
+
+
+def test_training_wins_where_it_learns_a_form_that_no_row_has():
+    """Order lines into records: each new answer is another one."""
+    result = verdict(all_ways(reworded=[20, 0, 6, 9, 16], new=[0, 0, 7, 9, 19]))
+    assert result["choice"] == ADAPTER.name
+    assert result["parts"] == ["reworded", "new"]
+    assert result["sentences"][0].startswith("Training was worth it: ship")
+
+
+def test_training_that_may_have_won_by_chance_was_probably_worth_it():
+    shares = all_ways(reworded=[0, 0, 0, 15, 17], new=[0, 0, 0, 15, 17])
+    sentences = verdict(shares)["sentences"]
+    assert sentences[0].startswith("Training was probably worth it: ship")
+    assert any("may be chance" in line for line in sentences)
 
 
 def test_copying_does_not_win_by_the_table_alone_where_training_generalizes():
@@ -159,6 +190,51 @@ def test_nothing_works_where_one_answer_for_all_is_as_good():
     shares = all_ways(reworded=[14, 3, 12, 13, 15], new=[13, 2, 12, 13, 15])
     result = verdict({CONSTANT: {"new": 15, "table": 15, "reworded": 15}, **shares})
     assert result["choice"] is None
+
+
+def labels_by_chance():
+    """Labels that were dealt out by chance: copying is right for texts of the table, and for these
+    only.
+    """
+    shares = all_ways(reworded=[20, 3, 8, 13, 9], new=[8, 2, 9, 8, 7])
+    return verdict({CONSTANT: {"new": 9, "table": 9, "reworded": 9}, **shares})
+
+
+def test_copying_labels_of_the_table_is_no_way_to_label_new_texts():
+    result = labels_by_chance()
+    assert result["choice"] is None
+    assert result["sentences"][0] == NOTHING
+
+
+def test_sentences_say_that_one_label_for_all_is_as_good():
+    (line,) = [line for line in labels_by_chance()["sentences"] if "20 new questions" in line]
+    assert line.endswith("Always the same answer gets 9, and no way is clearly better than that.")
+
+
+def test_labels_are_decided_by_new_texts_alone():
+    shares = all_ways(reworded=[20, 3, 9, 12, 6], new=[10, 2, 8, 11, 18])
+    result = verdict({CONSTANT: {"new": 7, "table": 7, "reworded": 7}, **shares})
+    assert result["parts"] == ["new"]
+    assert result["choice"] == ADAPTER.name
+
+
+def test_labels_without_enough_new_texts_are_not_decided():
+    tables = checked({CONSTANT: {"reworded": 7}, COPY: {"reworded": 20}, ADAPTER: {"reworded": 9}})
+    assert recommend(tables, {}, 0.5)["sentences"] == [TOO_FEW]
+
+
+def test_one_way_for_old_and_another_for_new_questions_is_said_to_be_so():
+    result = verdict(all_ways(reworded=[20, 0, 0, 6, 1], new=[0, 0, 0, 2, 12]))
+    assert result["choice"] is None
+    assert result["sentences"][0] == (
+        "No way answers both kinds of questions well enough. The best ones are, for reworded "
+        "questions, copying the most similar row; for new questions, the fine-tuned model."
+    )
+
+
+def test_a_cheaper_way_just_below_the_limit_does_not_make_the_best_one_fail():
+    shares = all_ways(reworded=[9, 0, 0, 0, 10], new=[0] * 5)
+    assert verdict(shares)["choice"] == ADAPTER.name
 
 
 def test_what_is_enough_is_a_parameter():
@@ -217,7 +293,7 @@ def test_sentences_say_where_nothing_is_the_right_answer():
         lines["answerable"] = lines["part"] != "new"
     ways = {name: {"tokens_a_question": 1, "seconds_a_question": 1} for name in tables}
     sentences = recommend(tables, ways, 0.5)["sentences"]
-    about = [line for line in sentences if "To say that the table has nothing" in line]
+    about = [line for line in sentences if "The table cannot answer most of these" in line]
     assert len(about) == 1
     assert "20 new questions" in about[0]
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
+from tabletune.errors import StageError
 from tabletune.report.compare import (
     BITS,
     RIGHT,
@@ -78,6 +79,13 @@ def test_runs_are_given_as_a_text_or_as_a_list(tmp_path):
     third = a_run(tmp_path / "third")
     assert [run.name for run in open_runs(f"{one} {third} {one}")] == ["one", "third"]
     assert [run.name for run in open_runs([f"{one} {third}"])] == ["one", "third"]
+    assert [run.name for run in open_runs(f"'{other}' {third}")] == ["with space", "third"]
+    assert [run.name for run in open_runs(str(other))] == ["with space"]
+
+
+def test_a_folder_of_a_list_that_is_not_there_is_named_as_it_stands(tmp_path):
+    with pytest.raises(StageError, match="not there at all"):
+        open_runs([str(a_run(tmp_path / "one")), str(tmp_path / "not there at all")])
 
 
 def test_another_test_set_cannot_be_compared(tmp_path):
@@ -87,6 +95,24 @@ def test_another_test_set_cannot_be_compared(tmp_path):
     names = [run.name for setting in settings for run in setting.runs]
     assert sorted(names) == ["a", "b"]
     assert "c CANNOT BE COMPARED with a" in sentences[0]
+
+
+def test_a_table_in_another_order_is_the_same_test_set(tmp_path):
+    """Rows are compared with themselves, wherever they stand."""
+    runs = [a_run(tmp_path / name, noise=0) for name in ("a", "b")]
+    order = np.random.default_rng(5).permutation(QUESTIONS)
+    for run, places in zip(runs, (range(QUESTIONS), order), strict=True):
+        prompts = [[{"role": "user", "content": f"q{i}"}] for i in places]
+        rows = {
+            "prompt": prompts,
+            "completion": [[{"role": "assistant", "content": "a"}]] * QUESTIONS,
+        }
+        Dataset.from_dict(rows).save_to_disk(run / "dataset" / "test")
+    path = runs[1] / "evaluation" / "scores.parquet"
+    pd.read_parquet(path).iloc[order].reset_index(drop=True).to_parquet(path)
+    one, other = comparable_runs(open_runs([str(run) for run in runs]))[0]
+    assert list(one.scores["group"]) == list(other.scores["group"])
+    assert np.array_equal(one.scores["response_nll"], other.scores["response_nll"])
 
 
 def test_a_run_without_evaluation_is_named(tmp_path):

@@ -16,7 +16,7 @@ QUESTIONS = 40  # in the test split
 def write_run(folder, questions, nll, right=None, **parameters):
     """Leave what a learning curve reads of a run: `nll` has the mean negative log-likelihood of
     each test question."""
-    folder = folder / f"run_{questions}_{len(parameters)}"
+    folder = folder / f"run_{questions}_{len(parameters)}_{parameters.get('seed', '')}"
     rows = [{"prompt": [{"role": "user", "content": f"q{n}"}], "completion": []} for n in range(5)]
     test = datasets.Dataset.from_list(rows)
     datasets.DatasetDict({"test": test}).save_to_disk(folder / "dataset")
@@ -114,6 +114,57 @@ def test_runs_of_other_parameters_are_another_curve(tmp_path):
 
 def test_runs_of_one_size_are_no_curve(tmp_path):
     assert learning_curve({"a": write_run(tmp_path, 10, nll_of(2))}) == (None, [])
+
+
+def seeds_of(tmp_path, sizes, jump):
+    """Runs of two sizes, each with three seeds, whose likelihoods jump by `jump` from seed to seed;
+    {name: folder}.
+    """
+    folders = {}
+    for questions, mean in sizes:
+        for seed in (1, 2, 3):
+            nll = nll_of(mean + jump * (seed - 2), seed)
+            folders[f"{questions} {seed}"] = write_run(tmp_path, questions, nll, seed=seed)
+    return folders
+
+
+def test_several_seeds_of_a_size_are_one_point(tmp_path):
+    (curve,) = curves_of(seeds_of(tmp_path, [(20, 1.7), (40, 1.4)], 0.1))
+    assert [point.questions for point in curve] == [20, 40]
+    assert curve[1].perplexity == pytest.approx(np.exp(nll_of(1.4).mean()), rel=0.02)
+    assert curve[1].name.endswith("(3 seeds)")
+
+
+def test_seeds_alone_are_no_curve(tmp_path):
+    assert curves_of(seeds_of(tmp_path, [(40, 1.4)], 0.1)) == []
+
+
+def test_a_gain_of_more_than_the_seeds_do_is_one(tmp_path):
+    _, lines = learning_curve(seeds_of(tmp_path, [(20, 1.7), (40, 1.4)], 0.05))
+    assert lines[-1].startswith("The last doubling still gained")
+
+
+def test_a_gain_that_seeds_make_alone_is_none(tmp_path):
+    _, lines = learning_curve(seeds_of(tmp_path, [(20, 1.7), (40, 1.4)], 0.3))
+    assert lines[-1].startswith("The last doubling gained nothing")
+
+
+def test_right_answers_of_several_seeds_are_averaged(tmp_path):
+    folders = {}
+    for seed, right in ((1, [True, False]), (2, [True, True])):
+        folders[f"small {seed}"] = write_run(tmp_path, 20, nll_of(2), [False] * 2, seed=seed)
+        folders[f"large {seed}"] = write_run(tmp_path, 40, nll_of(2), right, seed=seed)
+    (curve,) = curves_of(folders)
+    assert curve[1].right == {"q0": 1.0, "q1": 0.5}
+
+
+@pytest.mark.parametrize("name", ["eval_batch_size", "your_question"])
+def test_what_changes_no_figure_makes_no_other_curve(tmp_path, name):
+    folders = {
+        "a": write_run(tmp_path, 10, nll_of(2)),
+        "b": write_run(tmp_path, 20, nll_of(2), **{name: 7}),
+    }
+    assert len(curves_of(folders)) == 1
 
 
 def test_the_points_are_in_the_order_of_their_size(tmp_path):

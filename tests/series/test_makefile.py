@@ -48,7 +48,7 @@ def test_a_run_is_passed_on_in_quotes():
     done = dry_run("run-all", *words)
     command = done.stdout.splitlines()[-1]
     assert command == (
-        '"python" -m tabletune run-all --profile tiny --model qwen3-4b --gpus 2 "runs/my run" '
+        '"python" -m tabletune run-all --profile "tiny" --model qwen3-4b --gpus 2 "runs/my run" '
         '--args="$ARGS"'
     )
 
@@ -56,14 +56,21 @@ def test_a_run_is_passed_on_in_quotes():
 @pytest.mark.parametrize(
     ("words", "command"),
     [
-        (["compare", "RUNS=runs/a runs/b", "OUT=x.html"], "compare runs/a runs/b --out x.html"),
-        (["sweep", "GRID=g.yaml", "SWEEP_DIR=f"], "sweep  --grid g.yaml --folder f"),
+        (["compare", "RUNS=runs/a runs/b", "OUT=x.html"], 'compare runs/a runs/b --out "x.html"'),
+        (
+            ["compare", "RUNS='runs/a b' runs/c", "OUT=my page.html"],
+            "compare 'runs/a b' runs/c --out \"my page.html\"",
+        ),
+        (
+            ["sweep", "GRID=my grid.yaml", "SWEEP_DIR=my runs"],
+            'sweep --grid "my grid.yaml" --folder "my runs"',
+        ),
         (["trust", "RUN_DIR=runs/a"], 'trust "runs/a"'),
         (
             ["ask", "RUN_DIR=r", "QUESTIONS=q.txt", "MODEL_PART=merged"],
             '--questions "q.txt" --part merged',
         ),
-        (["03_merge_adapter", "PROFILE=tiny"], "run-all --until 03_merge_adapter --profile tiny"),
+        (["03_merge_adapter", "PROFILE=tiny"], 'run-all --until 03_merge_adapter --profile "tiny"'),
     ],
 )
 def test_what_make_is_asked_for_becomes_one_command(words, command):

@@ -31,6 +31,9 @@ from tabletune.evaluation.content import (
 from tabletune.evaluation.scoring import perplexity
 from tabletune.stats import mean_difference, perplexity_interval
 
+LIMIT_OF_LONGEST = 2  # an answer may have so many times the tokens of the table's longest one
+LEAST_LIMIT = 32  # tokens that an answer may have in any case
+
 
 @dataclass(frozen=True)
 class Way:
@@ -99,6 +102,24 @@ def check_questions(questions: Sequence[dict]) -> None:
         raise StageError(
             "The rows of this table are texts without questions: there is nothing to compare."
         )
+
+
+def answer_limit(
+    splits: Mapping[str, Iterable[dict]], tokenizer: PreTrainedTokenizerBase, most: int
+) -> int:
+    """How many tokens an answer may have: LIMIT_OF_LONGEST times those of the table's longest one,
+    and `most` at most.
+
+    An untrained model rambles on. What is so much longer than any answer of the table is not right,
+    and to write it takes most of the time. Where the answers begin with the model's thinking, which
+    has no usual length, it is `most`.
+    """
+    answers = [row["completion"][0]["content"] or "" for split in splits.values() for row in split]
+    if any("</think>" in answer for answer in answers):
+        return most
+    longest = sorted(answers, key=len)[-100:]  # by characters, as tokens take time to count
+    tokens = max(len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in longest)
+    return min(most, max(LEAST_LIMIT, LIMIT_OF_LONGEST * tokens))
 
 
 def with_rows(messages: Sequence[dict], rows: Iterable[TableRow]) -> list[dict]:

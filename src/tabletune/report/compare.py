@@ -8,6 +8,7 @@ answers are right.
 
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tabletune.report.pages import digest_of_test, read_lines, read_run
+from tabletune.report.pages import digest_of_test, in_order_of_test, read_lines, read_run
 from tabletune.report.text import PARTS, with_interval
 from tabletune.run.hub import open_run
 from tabletune.stats import count_groups, mean_difference, mean_interval
@@ -73,7 +74,7 @@ class ComparedRun:
         table = pd.read_parquet(path)
         if "response_bytes" not in table:
             return None
-        return table[table["model"] == self.model].reset_index(drop=True)
+        return in_order_of_test(table[table["model"] == self.model], self.folder)
 
     @cached_property
     def answers(self) -> dict[str, dict[str, bool]]:
@@ -131,20 +132,30 @@ class Setting:
 
 
 def open_runs(runs: str | Sequence[str]) -> list[ComparedRun]:
-    """The runs of some folders, each once; a text of several has spaces between.
+    """The runs of some folders, each once; a single text may name several, with spaces between,
+    and in quotes where a name has spaces.
 
     A run is named by its path below the folder that all of them are in. Raises StageError if one of
     them is no run.
     """
-    texts = [runs] if isinstance(runs, str) else list(runs)
-    places = []
-    for text in texts:
-        places += [text] if Path(text).is_dir() else text.split()
+    places = [runs] if isinstance(runs, str) else list(runs)
+    if len(places) == 1 and not Path(places[0]).is_dir():
+        places = split_places(places[0])
     folders = list(dict.fromkeys(open_run(place).resolve() for place in places))
     common = os.path.commonpath([folder.parent for folder in folders])
     return [
         ComparedRun(os.path.relpath(folder, common), folder, read_run(folder)) for folder in folders
     ]
+
+
+def split_places(text: str) -> list[str]:
+    """The folders that a text names, split as a shell would do it, or at spaces alone where its
+    quotes do not close.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError:
+        return text.split()
 
 
 def comparable_runs(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun], list[str]]:

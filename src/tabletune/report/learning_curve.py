@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,40 +10,62 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from tabletune.report.pages import digest_of_test, read_lines
+from tabletune.report.compare import NOT_IN_SETTING
+from tabletune.report.pages import digest_of_test, in_order_of_test, read_lines
 from tabletune.run.files import read_json
-from tabletune.stats import mean_difference, perplexity_interval, rate_difference, rate_interval
+from tabletune.stats import (
+    mean_difference,
+    mean_interval,
+    perplexity_interval,
+    rate_difference,
+    rate_interval,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NOT_COMPARED = {
-    "train_rows",
-    "run_dir",
-    "seed",
-}  # parameters in which the runs of one curve may differ
+NOT_COMPARED = {*NOT_IN_SETTING, "train_rows"}  # in which the runs of one curve may differ
 TUNED = ("merged", "adapter")  # the model to look at: the first of these that was evaluated
 HALF = 0.75  # of the rows of the largest run, at most, for a smaller one to be compared with it
 
 
 @dataclass
 class Point:
-    """A run of a learning curve: its number of training questions, and its test figures.
+    """A size of a learning curve: its number of training questions, and its test figures.
 
     `scores` has a line a test row (`group`, `response_nll`, `response_tokens`), `right` says for
-    each new question whether its answer is right, {question: bool}, and is empty where that was not
-    measured.
+    each new question in which share of the runs its answer is right, and is empty where that was
+    not measured. Of several seeds both are means; `spreads` is how far the runs are then apart,
+    the largest less the smallest: (nats a token, share of right answers).
     """
 
     name: str
     questions: int
     scores: pd.DataFrame
-    right: dict[str, bool]
+    right: dict[str, float]
+    spreads: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def nats(self) -> float:
+        """The mean negative log-likelihood of a token of the test split's responses."""
+        return float(self.scores["response_nll"].sum() / self.scores["response_tokens"].sum())
 
     @property
     def perplexity(self) -> float:
         """The response perplexity of the test split."""
-        return math.exp(self.scores["response_nll"].sum() / self.scores["response_tokens"].sum())
+        return math.exp(self.nats)
+
+    @property
+    def right_rate(self) -> float:
+        """The share of new questions that are answered right."""
+        return float(np.mean(list(self.right.values())))
+
+    def right_interval(self) -> list[float] | None:
+        """The 95% interval of `right_rate`, over questions."""
+        values = list(self.right.values())
+        if set(values) <= {0.0, 1.0}:
+            return rate_interval(np.array(values, bool))
+        return mean_interval(values, np.ones(len(values)))
 
 
 def read_point(name: str, folder: Path) -> Point | None:
@@ -56,11 +78,11 @@ def read_point(name: str, folder: Path) -> Point | None:
     model = next((model for model in TUNED if model in set(scores["model"])), None)
     if model is None:
         return None
-    scores = scores[scores["model"] == model].reset_index(drop=True)
+    scores = in_order_of_test(scores[scores["model"] == model], folder)
     right = {}
     for line in read_lines(folder / "evaluation/answers.jsonl"):
         if line["part"] == "new" and line["model"] == model:
-            right[line["asked"]] = bool(line["right"])
+            right[line["asked"]] = float(line["right"])
     return Point(name, report["questions"]["train"], scores, right)
 
 
@@ -75,8 +97,35 @@ def curves_of(folders: Mapping[str, Path]) -> list[list[Point]]:
         point = read_point(name, folder)
         if point is not None:
             alike.setdefault(key_of(folder), []).append(point)
-    curves = [sorted(points, key=lambda point: point.questions) for points in alike.values()]
-    return [curve for curve in curves if curve[0].questions < curve[-1].questions]
+    curves = [merge_seeds(points) for points in alike.values()]
+    return [curve for curve in curves if len(curve) > 1]
+
+
+def merge_seeds(points: Sequence[Point]) -> list[Point]:
+    """One Point for each number of training questions, from few to many: the mean of its runs."""
+    of_size: dict[int, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.questions):
+        of_size.setdefault(point.questions, []).append(point)
+    return [mean_point(same) for same in of_size.values()]
+
+
+def mean_point(points: Sequence[Point]) -> Point:
+    """The mean of Points of one size, whose runs differ by their seeds."""
+    first = points[0]
+    if len(points) == 1:
+        return first
+    nll = np.mean([point.scores["response_nll"] for point in points], axis=0)
+    right: dict[str, float] = {}
+    spread_of_right = 0.0
+    if all(point.right and point.right.keys() == first.right.keys() for point in points):
+        for asked in first.right:
+            right[asked] = float(np.mean([point.right[asked] for point in points]))
+        rates = [point.right_rate for point in points]
+        spread_of_right = max(rates) - min(rates)
+    nats = [point.nats for point in points]
+    spreads = (max(nats) - min(nats), spread_of_right)
+    name = f"{first.name} ({len(points)} seeds)"
+    return Point(name, first.questions, first.scores.assign(response_nll=nll), right, spreads)
 
 
 def key_of(folder: Path) -> str:
@@ -118,8 +167,8 @@ def plot_curves(curves: list[list[Point]]) -> "Figure":
         ]
         axes[0][0].errorbar(sizes, values, error_bars(values, limits), **style)
         if measured:
-            rates = [float(np.mean(list(point.right.values()))) for point in curve]
-            limits = [rate_interval(list(point.right.values())) for point in curve]
+            rates = [point.right_rate for point in curve]
+            limits = [point.right_interval() for point in curve]
             axes[0][1].errorbar(sizes, rates, error_bars(rates, limits), **style)
     read = {point.scores["group"].nunique() for curve in curves for point in curve}
     axes[0][0].set(ylabel="perplexity (lower is better)", title=title_of(read))
@@ -180,8 +229,9 @@ def last_doubling(curve: list[Point]) -> list[str]:
     sentences = [likelihood_sentence(most, half, likelihood)]
     if right is not None:
         sentences.append(right_sentence(len(most.right), right))
-    more_likely = likelihood["significant"] and likelihood["difference"] < 0
-    more_right = right is not None and right["significant"] and right["difference"] > 0
+    of_seeds = np.maximum(most.spreads, half.spreads)  # what seeds alone do
+    more_likely = likelihood["significant"] and likelihood["difference"] < -of_seeds[0]
+    more_right = right is not None and right["significant"] and right["difference"] > of_seeds[1]
     if more_right or (more_likely and right is None):
         sentences.append("The last doubling still gained: more rows would probably help.")
     elif more_likely:
@@ -198,13 +248,16 @@ def last_doubling(curve: list[Point]) -> list[str]:
 
 
 def compare_right(most: Point, half: Point) -> dict | None:
-    """How many more new questions one run answers right, in pairs: a rate; None where that was not
+    """How many more new questions one size answers right, in pairs: a rate; None where that was not
     measured.
     """
     if not most.right or most.right.keys() != half.right.keys():
         return None
-    questions = list(most.right)
-    return rate_difference([most.right[q] for q in questions], [half.right[q] for q in questions])
+    one = np.array([most.right[asked] for asked in most.right])
+    other = np.array([half.right[asked] for asked in most.right])
+    if set(one) | set(other) <= {0.0, 1.0}:
+        return rate_difference(one.astype(bool), other.astype(bool))
+    return mean_difference(one, other, np.ones(len(one)))
 
 
 def likelihood_sentence(most: Point, half: Point, entry: dict) -> str:

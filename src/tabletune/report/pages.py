@@ -270,15 +270,34 @@ def losses(info: dict) -> pd.DataFrame:
     return pd.concat([before, history]).astype(float).set_index("step")
 
 
-def digest_of_test(folder: Path) -> str:
-    """SHA-256 of the questions and answers of a run's test split; without one that of nothing."""
+def rows_of_test(folder: Path) -> list[str]:
+    """The questions and answers of a run's test split, a JSON text each; [] without one."""
     from datasets import load_from_disk  # slow to import
 
     test = folder / "dataset" / "test"
-    rows = None
-    if test.exists():
-        rows = load_from_disk(str(test)).select_columns(["prompt", "completion"]).to_list()
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    if not test.exists():
+        return []
+    rows = load_from_disk(str(test)).select_columns(["prompt", "completion"]).to_list()
+    return [json.dumps(row) for row in rows]
+
+
+def digest_of_test(folder: Path) -> str:
+    """SHA-256 of the questions and answers of a run's test split, in whatever order the table had
+    them.
+    """
+    return hashlib.sha256("\n".join(sorted(rows_of_test(folder))).encode()).hexdigest()
+
+
+def in_order_of_test(scores: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """The scores of a run's test rows, a line each, in an order that is the same for every run with
+    these test rows.
+
+    Scores of other rows than all of the test split stay as they are.
+    """
+    rows = rows_of_test(folder)
+    if len(rows) == len(scores):
+        scores = scores.iloc[sorted(range(len(rows)), key=lambda place: rows[place])]
+    return scores.reset_index(drop=True)
 
 
 def row_counts(data: dict) -> dict[str, str]:
