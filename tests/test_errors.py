@@ -35,8 +35,8 @@ UNREACHABLE = (
             RepositoryNotFoundError("a", response=Response()),
             "or a private one that this token may not read",
         ),
-        (OSError("first line\nsecond line"), "not to be had from the Hub: first line"),
-        (ValueError(""), "not to be had from the Hub: ValueError"),
+        (OSError("first line\nsecond line"), "cannot be loaded from the Hub: first line"),
+        (ValueError(""), "cannot be loaded from the Hub: ValueError"),
         (
             ValueError("Repo id must be in the form"),
             "there is no such folder here, and on the Hub names are OWNER/NAME",

@@ -60,7 +60,7 @@ def hub_error(what: str, error: BaseException) -> StageError:
     if "model_type" in reason or "file named config" in reason:
         hint = " Perhaps it is an adapter, or GGUF files."
     is_local = Path(what.rpartition("=")[2]).exists()
-    where = "" if is_local else " not to be had from the Hub:"
+    where = "" if is_local else " cannot be loaded from the Hub:"
     return StageError(f"{what}:{where} {reason}{hint}")
 
 

@@ -119,7 +119,7 @@ def test_lone_text_is_all_in_the_loss(tmp_path):
     report, splits = formatted(
         tmp_path, jsonl(tmp_path, *({"text": f"Q: {i}+{i}?\nA: {2 * i}"} for i in range(12)))
     )
-    assert any("the loss is on all of it" in note for note in report["notes"])
+    assert any("the loss is on the whole text" in note for note in report["notes"])
     tokenizer, stops = tokenizer_of(TINY)
     prompt, text = splits["train"][0]
     encoded = encode(

@@ -480,7 +480,7 @@ def test_activations_are_kept_where_a_model_cannot_recompute_them(stage, monkeyp
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
     room = room_for_training({**stage.stage.parameters, "gradient_checkpointing": True}, stage.config, torch.float32,
                              "auto", 40, stage.processes)  # fmt: skip
-    assert "LlamaForCausalLM knows no gradient_checkpointing" in capsys.readouterr().out
+    assert "LlamaForCausalLM does not support gradient checkpointing" in capsys.readouterr().out
     settings = planning.trainer_settings(
         stage.stage, False, torch.float32, room, 2, 10, packed=True
     )

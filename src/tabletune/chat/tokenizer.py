@@ -139,8 +139,8 @@ def save_tokenizer(
                 "model would read other tokens. Take another base model, and please report this."
             )
         print(
-            f"AutoTokenizer reads it as {type(saved).__name__}, with other ids: use "
-            "PreTrainedTokenizerFast with it."
+            f"AutoTokenizer reads this folder as {type(saved).__name__}, which gives other token "
+            "ids. Load it with PreTrainedTokenizerFast."
         )
 
 

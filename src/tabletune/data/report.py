@@ -184,7 +184,7 @@ def notes_of(
             "make more of them."
         )
     if formatter.shape.name == "text":
-        notes.append("A lone text has no question: the loss is on all of it.")
+        notes.append("These rows are texts without questions: the loss is on the whole text.")
     if statistics.system_messages and not takes_system(formatter.tokenizer):
         notes.append(
             "The template has no system role: the system text goes in front of the first question."

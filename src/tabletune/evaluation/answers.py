@@ -94,7 +94,7 @@ def sampling_processors(
         return processors
     unknown = set(sampling) - {"do_sample", *WARPERS}
     if unknown:
-        raise ValueError(f"Sampling here knows {', '.join(WARPERS)}, not {', '.join(unknown)}.")
+        raise ValueError(f"Sampling here supports {', '.join(WARPERS)}, not {', '.join(unknown)}.")
     for name, warper in WARPERS.items():
         if name in sampling:
             processors.append(warper(sampling[name]))

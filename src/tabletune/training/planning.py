@@ -215,7 +215,10 @@ def room_for_training(
     model = skeleton(config)
     recomputes = chosen["gradient_checkpointing"] and model.supports_gradient_checkpointing
     if recomputes != chosen["gradient_checkpointing"]:
-        print(f"{type(model).__name__} knows no gradient_checkpointing: all activations are kept")
+        print(
+            f"{type(model).__name__} does not support gradient checkpointing: all activations are "
+            "kept"
+        )
     names = ("lora_r", "lora_dropout", "optim", "use_liger_kernel", "quantization", "max_length")
     options = {name: chosen[name] for name in names}
     options["lora_options"] = chosen["lora_options"]
