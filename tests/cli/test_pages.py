@@ -49,6 +49,24 @@ def test_make_sweep_ends_with_a_comparison_and_says_which_point_failed(tmp_path)
     assert "01_format_dataset  (" not in again.stdout, "what is done is not done again"
 
 
+@pytest.mark.slow
+def test_make_sweep_over_rows_ends_with_the_learning_curve(tmp_path):
+    """Two seeds of a tenth of the rows and of all, in a folder with spaces; two seeds of one
+    setting are one, and a tenth of the rows is told apart.
+    """
+    folder = tmp_path / "my sweep"
+    folder.mkdir()
+    grid = folder / "my grid.yaml"
+    grid.write_text("train_rows: [0.1, 1.0]\nseed: [1, 2]\nsamples: 8\nmax_new_tokens: 8")
+    done = make("sweep", "PROFILE=tiny", f"GRID={grid}", f"SWEEP_DIR={folder / 'all runs'}")
+    assert done.returncode == 0, done.stderr
+    page = (folder / "all runs" / "compare.html").read_text(encoding="utf-8")
+    assert re.search(r"From \d+ to \d+ questions in training, the perplexity of new", page)
+    assert "Whether the last doubling still did is not measured" in page
+    assert page.count("(2 seeds)</th>") >= 2
+    assert "Not told apart from it: none of the others." in page
+
+
 def test_write_page_escapes_what_a_notebook_printed(tmp_path):
     import nbformat
 

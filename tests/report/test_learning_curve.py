@@ -83,6 +83,11 @@ def test_only_the_last_doubling_counts(tmp_path):
     assert sentences(tmp_path, runs)[-1].startswith("The last doubling gained nothing")
 
 
+def test_a_tenth_of_the_rows_is_no_half(tmp_path):
+    lines = sentences(tmp_path, [(10, nll_of(2.4, 1)), (100, nll_of(1.4, 3))])
+    assert lines[-1].startswith("10 times as many questions gained. Whether the last doubling")
+
+
 def test_a_run_that_got_worse_is_no_gain(tmp_path):
     runs = [(20, nll_of(1.4, 2)), (40, nll_of(1.8, 3))]
     assert sentences(tmp_path, runs)[-1].startswith("The last doubling gained nothing")

@@ -29,6 +29,7 @@ CHOSEN = {
     "gradient_accumulation_steps": 1,
     "base_model": "b",
     "ignore_memory": False,
+    "training_options": {},
 }
 LAYERS = 24
 
@@ -58,6 +59,7 @@ def room_of(gib, recomputes=True):
         (40, {"batch_size": 16, "min_steps": 300}, (16, 1, 3)),  # a number is taken as it is
         (40, {"batch_size": "auto", "min_steps": 300}, (1, 1, 40)),
         (40, {"batch_size": "auto", "min_steps": 20}, (2, 1, 20)),
+        (40, {"training_options": {"max_steps": 60}, "epochs": 3}, (8, 1, 60)),
         (400, {"batch_size": "auto", "min_steps": 20}, (16, 1, 25)),
         (400, {"batch_size": 8, "gradient_accumulation_steps": 2, "processes": 2}, (8, 2, 13)),
         (

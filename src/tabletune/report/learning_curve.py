@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 NOT_COMPARED = {*NOT_IN_SETTING, "train_rows"}  # in which the runs of one curve may differ
 TUNED = ("merged", "adapter")  # the model to look at: the first of these that was evaluated
 HALF = 0.75  # of the rows of the largest run, at most, for a smaller one to be compared with it
+LEAST_HALF = 0.3  # of them, at least, for that to be the last doubling
 
 
 @dataclass
@@ -232,7 +233,14 @@ def last_doubling(curve: list[Point]) -> list[str]:
     of_seeds = np.maximum(most.spreads, half.spreads)  # what seeds alone do
     more_likely = likelihood["significant"] and likelihood["difference"] < -of_seeds[0]
     more_right = right is not None and right["significant"] and right["difference"] > of_seeds[1]
-    if more_right or (more_likely and right is None):
+    if half.questions < LEAST_HALF * most.questions:
+        gained = "gained" if more_right or more_likely else "gained nothing that can be told"
+        times = most.questions / half.questions
+        sentences.append(
+            f"{times:.0f} times as many questions {gained}. Whether the last doubling still did is "
+            "not measured: run one with half as many (`train_rows`)."
+        )
+    elif more_right or (more_likely and right is None):
         sentences.append("The last doubling still gained: more rows would probably help.")
     elif more_likely:
         sentences.append(

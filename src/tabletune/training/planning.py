@@ -153,7 +153,11 @@ def divide_steps(
     at_once = room.rows_at_once(step_rows) if chosen["batch_size"] == "auto" else step_rows
     accumulated = chosen["gradient_accumulation_steps"] * (step_rows // at_once)
     batches = math.ceil(rows / (at_once * processes))
-    return at_once, accumulated, math.ceil(math.ceil(batches / accumulated) * chosen["epochs"])
+    steps = math.ceil(math.ceil(batches / accumulated) * chosen["epochs"])
+    max_steps = chosen["training_options"].get("max_steps", -1)
+    if max_steps > 0:  # then it counts, and not the epochs
+        steps = max_steps
+    return at_once, accumulated, steps
 
 
 def plan_steps(
