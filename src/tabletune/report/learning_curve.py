@@ -234,7 +234,9 @@ def last_doubling(curve: list[Point]) -> list[str]:
     more_likely = likelihood["significant"] and likelihood["difference"] < -of_seeds[0]
     more_right = right is not None and right["significant"] and right["difference"] > of_seeds[1]
     if half.questions < LEAST_HALF * most.questions:
-        gained = "gained" if more_right or more_likely else "gained nothing that can be told"
+        gained = (
+            "gained" if more_right or more_likely else "gained nothing that can be told from chance"
+        )
         times = most.questions / half.questions
         sentences.append(
             f"{times:.0f} times as many questions {gained}. Whether the last doubling still did is "
