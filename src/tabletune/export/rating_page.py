@@ -17,8 +17,8 @@ from tabletune.run.files import read_json
 from tabletune.run.machine import pinned
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page sends nothing anywhere
-CHOICES = [("The left one", "left"), ("The right one", "right"), ("No difference", "equal")]
-RIGHT = [("right", True), ("wrong", False)]
+CHOICES = [("A is better", "left"), ("B is better", "right"), ("No difference", "equal")]
+RIGHT = [("correct", True), ("wrong", False)]
 
 
 def page_texts(session: RatingSession, pair: Pair | None) -> list[Any]:
@@ -42,16 +42,17 @@ def rating_page(session: RatingSession, disclaimer: str) -> Any:
         pair = gr.State(None)
         progress = gr.Textbox(label="Progress", interactive=False)
         question = gr.Textbox(label="Question", interactive=False, lines=2)
-        with gr.Row():
-            left = gr.Textbox(label="Left", interactive=False, lines=8)
-            right = gr.Textbox(label="Right", interactive=False, lines=8)
-        with gr.Row():
-            left_is_right = gr.Radio(RIGHT, label="Is the left one right? (may stay open)")
-            right_is_right = gr.Radio(RIGHT, label="Is the right one right? (may stay open)")
-        with gr.Accordion("What the table says", open=False):
-            references = gr.Textbox(show_label=False, interactive=False, lines=4)
-        better = gr.Radio(CHOICES, label="Which one is better?")
-        save = gr.Button("Save, and show the next", variant="primary")
+        with gr.Column() as form:  # all that is there to rate; gone when everything is rated
+            with gr.Row():
+                left = gr.Textbox(label="Answer A", interactive=False, lines=8)
+                right = gr.Textbox(label="Answer B", interactive=False, lines=8)
+            better = gr.Radio(CHOICES, label="Which answer is better?")
+            with gr.Row():
+                left_is_right = gr.Radio(RIGHT, label="Is A correct? (optional)")
+                right_is_right = gr.Radio(RIGHT, label="Is B correct? (optional)")
+            save = gr.Button("Save, and show the next", variant="primary")
+            with gr.Accordion("What the table says", open=False):
+                references = gr.Textbox(show_label=False, interactive=False, lines=4)
         texts = [progress, question, left, right, references]
         answers = [better, left_is_right, right_is_right]
 
@@ -59,20 +60,23 @@ def rating_page(session: RatingSession, disclaimer: str) -> Any:
             """Save what was said of a pair, and show the next one with nothing chosen."""
             if rated is not None and said[0] is None:
                 gr.Warning("Please say which one is better.")
-                return [rated, *page_texts(session, rated), *said]
+                return [rated, *page_texts(session, rated), *said, gr.update(visible=True)]
             if rated is not None:
                 session.rate(rated, *said)
             following = session.next_pair()
-            return [following, *page_texts(session, following), None, None, None]
+            shown = gr.update(visible=following is not None)
+            return [following, *page_texts(session, following), None, None, None, shown]
 
-        save.click(next_pair, [pair, *answers], [pair, *texts, *answers], concurrency_limit=1)
+        outputs = [pair, *texts, *answers, form]
+        save.click(next_pair, [pair, *answers], outputs, concurrency_limit=1)
 
         def first_pair() -> list[Any]:
             """The first pair that is not rated, also when the page is loaded again."""
             first = session.next_pair()
-            return [first, *page_texts(session, first)]
+            shown = gr.update(visible=first is not None)
+            return [first, *page_texts(session, first), shown]
 
-        page.load(first_pair, None, [pair, *texts])
+        page.load(first_pair, None, [pair, *texts, form])
     return page
 
 
