@@ -5,6 +5,7 @@
 - `api/` has one page for each package, made from its docstrings.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -18,9 +19,27 @@ EXAMPLES = {"style": "cpu_run", "knowledge": "knowledge_run"}
 BADGE = re.compile(rb"!\[Open in Colab\](\[badge\]|\(https://[^)]*\))")
 
 
+def with_folded_cells(content: bytes) -> bytes:
+    """A notebook in which the cells that JupyterLab folds are folded, too: their title is shown."""
+    notebook = json.loads(content)
+    for cell in notebook["cells"]:
+        is_folded = cell["metadata"].get("jupyter", {}).get("source_hidden")
+        if not is_folded or cell.get("outputs"):
+            continue
+        code = "".join(cell["source"])
+        title = code.partition("\n")[0].removeprefix("# @title").strip()
+        text = f"<details><summary>{title}</summary>\n\n```python\n{code}\n```\n\n</details>"
+        cell.update(cell_type="markdown", source=text)
+        for name in ("outputs", "execution_count"):
+            cell.pop(name, None)
+    return json.dumps(notebook).encode()
+
+
 def add_file(source: Path, target: str) -> None:
     """Put a file of the repository into the site under another name."""
     content = source.read_bytes()
+    if source.suffix == ".ipynb":
+        content = with_folded_cells(content)
     if source.suffix in (".md", ".ipynb"):
         content = BADGE.sub(b"Open in Colab", content)
     with mkdocs_gen_files.open(target, "wb") as file:
