@@ -215,8 +215,7 @@ def ask_model(way):
 
 # %% tags=["nbval-ignore-output"]
 if not done:
-    results = [baselines.without_model(way, prompts, questions) for way in possible_ways if not way.model]
-    results += [ask_model(way) for way in possible_ways if way.model]
+    results = [ask_model(way) if way.model else baselines.without_model(way, prompts, questions) for way in possible_ways]
     adapted = None
 
 # %% [markdown]
@@ -278,11 +277,14 @@ differences_table(right)
 
 # %% [markdown]
 # ### Read them
+#
+# Two of the reworded questions, and what each way answers. The last line has the table's own answer.
 
 # %%
 answered = pd.DataFrame(read_lines(folder / "answers.jsonl")).query("part == 'reworded'")
-some = answered.pivot_table("answer", "question", "way", "first", sort=False)[:3].reset_index()
-side_by_side(some.to_dict("list"), len(some), trained.disclaimer(disclaimer))
+some = answered.pivot_table("answer", "way", "question", "first", sort=False).iloc[:, :2]
+some.loc["the table"] = answered.groupby("question")["references"].first().str[0]
+side_by_side(some.reset_index().to_dict("list"), len(some), trained.disclaimer(disclaimer))
 
 # %% [markdown]
 # Two things to try: `baseline_samples = 50`, for narrower intervals; `context_rows = 3` in notebook

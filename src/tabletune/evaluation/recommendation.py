@@ -51,8 +51,8 @@ NAMES = {"table": "questions of the table as they stand"}  # after a number
 NOTHING = "Nothing works for this table yet: ship none of these."
 MIXED = "No way answers both kinds of questions well enough"
 TOO_FEW = (
-    "There are too few questions to say what to ship: more rows, or a larger `test_fraction` in "
-    "notebook 1, would tell."
+    "There are too few questions to say what to ship. Ask more of them (`baseline_samples`), or "
+    "keep more for the test in notebook 1 (`test_fraction`)."
 )
 HELP = "What may help: context_rows in notebook 1, more rows, more epochs, a larger base model."
 
@@ -184,7 +184,7 @@ def recommend(checked: Mapping[str, pd.DataFrame], ways: Mapping[str, dict], lea
     decision = decide(rights, least_right)
     sentences = [what_to_do(decision)]
     if decision.best is not None:
-        for part in ORDER:
+        for part in sorted(ORDER, key=lambda part: part not in decision.parts):
             if part in rights:
                 line = evidence(decision, part, rights[part])
                 if must_be_refused(checked, part):
@@ -276,7 +276,9 @@ def against(decision: Decision) -> list[str]:
     subject, rival = decision.subject, rival_of(decision)
     entry = difference_to_rival(decision)
     points = [f"{100 * value:+.0f}" for value in (entry["difference"], *entry["ci95"])]
-    kinds = "the same questions" if len(decision.parts) == 1 else "both kinds together"
+    kinds = f"the {PARTS[decision.parts[0]]}"
+    if len(decision.parts) > 1:
+        kinds = "the reworded and the new questions together"
     sentences = [
         f"Of {kinds}, {IN_WORDS[rival]} gets {rights[rival].sum()} of {len(rights[rival])} right, "
         f"where {IN_WORDS[subject]} gets {rights[subject].sum()}: "
@@ -297,5 +299,6 @@ def costs(decision: Decision, ways: Mapping[str, dict]) -> str:
     parts = []
     for name in names:
         tokens, seconds = ways[name]["tokens_a_question"], ways[name]["seconds_a_question"]
-        parts.append(f"{IN_WORDS[name]}, {tokens:,.0f} tokens and {seconds:.2g} seconds")
+        time = f"{seconds:.2g} seconds" if seconds >= 0.01 else "less than 0.01 seconds"
+        parts.append(f"{IN_WORDS[name]}, {tokens:,.0f} tokens and {time}")
     return "What a question costs on this machine: " + "; ".join(parts) + "."
