@@ -35,7 +35,7 @@ environment:
 		{ echo "This environment lacks a package: $(PY) -m pip install -r requirements.txt" >&2; exit 1; }
 
 # --- tests
-test test-slow test-peers reference: export CUDA_VISIBLE_DEVICES =
+test test-slow test-peers test-newest test-colab reference: export CUDA_VISIBLE_DEVICES =
 test: $(READY) ## the tests that a change must pass, in some minutes
 	@$(TABLETUNE) base-models tiny
 	@$(PYTEST) -n 2 -m "not (slow or gpu or browser or export or peers)" tests
@@ -51,21 +51,21 @@ test-browser: base-models $(call EXTRA,browser) ## press Run All in JupyterLab; 
 test-peers: base-models $(call EXTRA,peers) ## perplexity beside lm-evaluation-harness
 	@HF_HUB_OFFLINE=1 $(PYTEST) -m peers -vv tests
 test-newest: .venv-newest/.ready ## the tests with the newest releases of the libraries, in .venv-newest
-	@PYTHONPATH=src .venv-newest/bin/python -m tabletune base-models tiny
-	@PYTHONPATH=src .venv-newest/bin/python -m pytest -n 2 \
-		-m "not (slow or gpu or browser or export or peers or pins)" $(ARGS) tests
-# The libraries under test, and those that they bring along in other versions; all else is pinned as usual.
-NEWEST := transformers peft trl bitsandbytes datasets accelerate liger-kernel safetensors tokenizers \
-	huggingface_hub hf-xet fsspec pyarrow dill multiprocess numpy pandas scipy scikit-learn gguf
-empty :=
-space := $(empty) $(empty)
-.venv-newest/.ready: requirements.txt
-	@echo "installing the newest releases into $(@D)"
+	@$(call TEST_IN,.venv-newest)
+test-colab: .venv-colab/.ready ## the tests with the versions of Colab's newest runtime, in .venv-colab
+	@$(call TEST_IN,.venv-colab)
+define TEST_IN
+$1/bin/python -m tabletune base-models tiny
+$1/bin/python -m pytest -n 2 -m "not (slow or gpu or browser or export or peers or pins)" $(ARGS) tests
+endef
+.venv-newest/.ready .venv-colab/.ready: .venv-%/.ready: requirements.txt tests/library_sets.py
+	@echo "installing other versions of the libraries into $(@D)"
 	@$(PYTHON) -m venv $(@D)
-	@grep -v -E '^(-e|($(subst $(space),|,$(strip $(NEWEST))))==)' requirements.txt > $(@D)/pins.txt
-	@$(@D)/bin/python -m pip install --quiet -r $(@D)/pins.txt $(NEWEST)
-	@$(@D)/bin/python -m pip install --quiet --no-deps -e .
+	@$(PYTHON) tests/library_sets.py $* > $(@D)/requirements.txt
+	@$(PIP_IN) -r $(@D)/requirements.txt
+	@$(PIP_IN) --no-deps -e .
 	@touch $@
+PIP_IN = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # --- what is generated
 OWN_TABLES := $(patsubst examples/own_tables/%.yaml,example-%,$(wildcard examples/own_tables/*.yaml))

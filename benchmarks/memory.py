@@ -63,9 +63,8 @@ def make_model(config, dtype, quantization):
     from tabletune.model.loading import model_class
 
     torch.manual_seed(0)
-    config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model = model_class(config)._from_config(config, dtype=dtype)
+        model = model_class(config)(config).to(dtype)
     for name, layer in linear_layers(model).items():
         parent, _, last = name.rpartition(".")
         weight = torch.randn(layer.weight.shape, device="cuda", dtype=dtype) * 0.02
@@ -119,6 +118,7 @@ def make_trainer(row, model, adapter, clock):
     from peft import get_peft_model
     from trl import SFTConfig
 
+    from tabletune.model.compat import checkpointing_arguments
     from tabletune.training.collator import Collator
     from tabletune.training.trainer import TokenTrainer, training_callbacks
 
@@ -133,11 +133,10 @@ def make_trainer(row, model, adapter, clock):
         learning_rate=3e-4,
         optim=row["optim"],
         max_length=row["max_length"],
-        gradient_checkpointing=row["recomputed_layers"] > 0,
-        gradient_checkpointing_kwargs={
-            "use_reentrant": False,
-            "preserve_rng_state": row["lora_dropout"] > 0,
-        },
+        **checkpointing_arguments(
+            row["recomputed_layers"] > 0,
+            {"use_reentrant": False, "preserve_rng_state": row["lora_dropout"] > 0},
+        ),
         use_liger_kernel=True,
         bf16=row["dtype"] == "bfloat16",
         fp16=row["dtype"] == "float16",

@@ -22,6 +22,15 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / ".cache" / "tiny-llama"
 TABLE = ROOT / "data" / "home_remedies.csv"
 STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate"]
+pytest_plugins = ["deprecations"]  # a test in which our own code uses what is deprecated fails
+
+
+def enable_checkpointing(model, **options):
+    """Have a model recompute its activations, under the name that this transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):  # newer than 5.15
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
 
 
 def hostile(home):
@@ -77,8 +86,13 @@ def locked(path):
 
 
 def what_a_run_depends_on():
-    """A digest of all that the tiny profile's run is made from."""
+    """A digest of all that the tiny profile's run is made from, the libraries included."""
+    from tabletune.run.machine import installed
+    from tabletune.run.stage import PACKAGES
+
     digest = hashlib.sha256()
+    for package in PACKAGES:
+        digest.update(f"{package}=={installed(package)}\n".encode())
     files = [ROOT / "requirements.txt"]
     for name in ("src/tabletune", "notebooks", "profiles", "data"):
         files += sorted((ROOT / name).rglob("*"))

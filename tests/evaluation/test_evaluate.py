@@ -32,6 +32,7 @@ from tabletune.evaluation.scoring import divergence, perplexity, response_logits
 from tabletune.evaluation.structure import has_structure
 from tabletune.model import dequantize, run_models
 from tabletune.model import memory as memory_module
+from tabletune.model.compat import CACHE
 from tabletune.model.cuda_graphs import cuda_graph
 from tabletune.model.dequantize import dequantize_layers
 from tabletune.model.generation import decode_loop, static_cache
@@ -222,7 +223,7 @@ def test_answers_of_the_own_loop_are_those_of_generate(model, sampling, stops):
     settings = GenerationConfig(**sampling, max_new_tokens=20, eos_token_id=stops, pad_token_id=0)
     cache = Cache(layers=[StaticLayer(32) for _ in model.model.layers])
     made = []
-    for loop in ({}, {"custom_generate": decode_loop, "past_key_values": cache}):
+    for loop in ({}, {"custom_generate": decode_loop, CACHE: cache}):
         torch.manual_seed(0)
         made.append(
             model.generate(input_ids=ids, attention_mask=seen, generation_config=settings, **loop)

@@ -6,6 +6,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+from conftest import enable_checkpointing
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
@@ -139,7 +140,7 @@ def test_partly_recomputed_layers_change_nothing(count, dropout):
     fuse_adapters(model)
     recompute_cheap_parts(model, torch.float32)
     expected = loss_and_gradients(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model, use_reentrant=False)
     recompute_first_layers(model, count)
     flags = [layer.gradient_checkpointing for layer in decoder_layers(model)]
     assert flags == [True] * count + [False] * (3 - count)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import enable_checkpointing
 from test_fused_lora import adapted
 
 from tabletune.model.cuda_graphs import graph_layers
@@ -81,8 +82,7 @@ def test_a_graph_with_recomputed_layers_has_the_same_gradients(count):
     recompute_cheap_parts(model, dtype)
     expected = gradients(model, dtype)
     if count:
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        model.gradient_checkpointing_enable(options)
+        enable_checkpointing(model, use_reentrant=False, preserve_rng_state=False)
         recompute_first_layers(model, count)
     assert sum(layer.gradient_checkpointing for layer in decoder_layers(model)) == count
     decoder = text_part(model.get_base_model())

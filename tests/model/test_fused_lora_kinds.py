@@ -6,6 +6,7 @@ unusual layer shows there.
 
 import pytest
 import torch
+from conftest import enable_checkpointing
 from peft import LoraConfig, get_peft_model
 from test_loading import KINDS
 from transformers import (
@@ -78,7 +79,7 @@ IDS = (torch.arange(48) % 100 + 2).reshape(2, 24)
 def adapted(config):
     """A model of this config with adapters on all linear layers, whose B is not zero."""
     torch.manual_seed(0)
-    model = model_class(config)._from_config(config)
+    model = model_class(config)(config)
     for parameter in model.parameters():
         if not parameter.isfinite().all():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -118,7 +119,7 @@ def test_every_architecture_trains_as_with_pefts_layers(kind):
     if not model.supports_gradient_checkpointing:
         return
     preserve = uses_dropout(model)  # GPT-2's config has some
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": preserve})
+    enable_checkpointing(model, use_reentrant=False, preserve_rng_state=preserve)
     recompute_first_layers(model, 1)
     flags = [layer.gradient_checkpointing for layer in decoder_layers(model)]
     assert flags == [True, *[False] * (len(flags) - 1)]

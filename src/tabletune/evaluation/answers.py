@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from tabletune.chat.encoding import answer_text, encode_prompt
+from tabletune.model.compat import CACHE
 from tabletune.model.generation import decode_loop, static_cache
 from tabletune.model.memory import max_batch_size
 
@@ -156,7 +157,7 @@ def generate(
             prompt_tokens = padded["input_ids"].shape[1]
             # None on a CPU, where `generate` keeps its own cache
             cache = static_cache(model, prompt_tokens + max_new_tokens)
-            loop = {"custom_generate": decode_loop, "past_key_values": cache} if cache else {}
+            loop = {"custom_generate": decode_loop, CACHE: cache} if cache else {}
             output = model.generate(
                 **padded,
                 generation_config=settings,

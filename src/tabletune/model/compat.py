@@ -1,139 +1,266 @@
-"""What the package uses of the insides of libraries, in one place.
+"""What the package uses of the insides of libraries, and what has other names in other versions.
 
 `INTERNALS` lists each name that a library does not promise: one with an underscore, or one that its
-documentation does not mention. Each has the reason for its use and the place upstream where it is
-defined. tests/model/test_compat.py has a canary for each, which fails when the name is gone or
-means something else, and when a workaround is no longer needed. The functions below are the only
-users of these names, but for those that the last entries name.
+documentation does not mention. Each has the module that uses it, the reason, and the place upstream
+where it is defined. tests/model/test_compat.py has a canary for each: it fails, and says which,
+when the name is gone or means something else. Other tests there fail when a workaround is no longer
+needed.
 """
 
-import importlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments, core_model_loading
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers import (
+    Cache,
+    PreTrainedModel,
+    TrainingArguments,
+    conversion_mapping,
+    core_model_loading,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 @dataclass(frozen=True)
 class Internal:
-    """A name that a library does not promise, why it is used, and where it is defined upstream."""
+    """A name that a library does not promise, who uses it and why, and where upstream has it."""
 
-    path: str  # module, class and attribute, with dots
+    path: str  # module, class and attribute, with dots; or what a file or an argument is called
+    used_in: str  # the module of the package
     reason: str
     upstream: str
 
 
 TRANSFORMERS = "https://github.com/huggingface/transformers/blob/main/src/transformers"
+TORCH = "https://github.com/pytorch/pytorch/blob/main/torch"
+PEFT = "https://github.com/huggingface/peft/blob/main/src/peft"
+BITSANDBYTES = "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes"
+ACCELERATE = "https://github.com/huggingface/accelerate/blob/main/src/accelerate"
+PAPERMILL = "https://github.com/nteract/papermill/blob/main/papermill"
 MERGING = "merging one tensor at a time needs the name that each stored tensor gets in the model"
+LAUNCHING = "one process a GPU, and the error of the process that failed first"
+FUSING = "whether a layer is plain LoRA, whose product is computed here"
 INTERNALS = (
+    # --- transformers
     Internal(
         "transformers.core_model_loading.rename_source_key",
+        "model/compat.py",
         MERGING,
         f"{TRANSFORMERS}/core_model_loading.py",
     ),
     Internal(
         "transformers.core_model_loading.WeightRenaming",
+        "model/compat.py",
         MERGING,
         f"{TRANSFORMERS}/core_model_loading.py",
     ),
     Internal(
         "transformers.core_model_loading.WeightConverter",
+        "model/compat.py",
         MERGING,
         f"{TRANSFORMERS}/core_model_loading.py",
     ),
     Internal(
         "transformers.conversion_mapping.get_model_conversion_mapping",
+        "model/compat.py",
         MERGING,
         f"{TRANSFORMERS}/conversion_mapping.py",
     ),
     Internal(
         "transformers.core_model_loading.revert_weight_conversion",
+        "model/compat.py",
         "what PEFT has merged in memory is written under the names that the base's files have",
         f"{TRANSFORMERS}/core_model_loading.py",
     ),
     Internal(
         "transformers.core_model_loading.dot_natural_key",
+        "model/compat.py",
         "the order in which transformers asks for tensors, so that the next ones are read ahead",
         f"{TRANSFORMERS}/core_model_loading.py",
     ),
     Internal(
-        "transformers.PreTrainedConfig._attn_implementation",
-        "no public attribute says which attention a model has got",
-        f"{TRANSFORMERS}/configuration_utils.py",
+        "transformers.PreTrainedModel.from_pretrained(state_dict)",
+        "model/loading.py",
+        "its values may be read when they are asked for with [...]: a model is read one tensor at "
+        "a time, not mapped as a whole",
+        f"{TRANSFORMERS}/modeling_utils.py",
     ),
     Internal(
         "transformers.PreTrainedModel._can_compile_fullgraph",
+        "model/compat.py",
         "only transformers knows which models never wait for the GPU; others have no CUDA graph",
         f"{TRANSFORMERS}/modeling_utils.py",
     ),
     Internal(
         "transformers.PreTrainedModel.supports_gradient_checkpointing",
+        "model/compat.py",
         "some models cannot recompute activations; undocumented, though without an underscore",
         f"{TRANSFORMERS}/modeling_utils.py",
     ),
     Internal(
+        "transformers.modeling_layers.GradientCheckpointingLayer.gradient_checkpointing",
+        "model/recompute.py",
+        "only as many layers are recomputed as memory needs; transformers knows all or every nth",
+        f"{TRANSFORMERS}/modeling_layers.py",
+    ),
+    Internal(
         "transformers.TrainingArguments._n_gpu",
+        "model/compat.py",
         "Trainer takes all GPUs that a process sees, and multiplies batch and loss by their number",
         f"{TRANSFORMERS}/training_args.py",
     ),
     Internal(
+        "transformers.Trainer: model.load_adapter",
+        "training/trainer.py",
+        "Trainer puts the best checkpoint's adapter on the model with it; here that is refused if "
+        "it does not fit",
+        f"{TRANSFORMERS}/trainer.py",
+    ),
+    Internal(
+        "transformers.TrainerState.stateful_callbacks",
+        "training/checkpoints.py",
+        "a checkpoint says there whether the training had ended with it",
+        f"{TRANSFORMERS}/trainer_callback.py",
+    ),
+    # --- torch
+    Internal(
         "torch.distributed.fsdp.FSDPModule._set_unshard_async_op",
+        "model/compat.py",
         "gathered layers are allocated in the stream that computes, so memory is used again",
-        "https://github.com/pytorch/pytorch/blob/main/torch/distributed/fsdp/_fully_shard/"
-        "_fully_shard.py",
-    ),
-    Internal(
-        "bitsandbytes.nn.Linear4bit.support_avx512bf16_for_cpu",
-        "on some CPUs a layer that was evaluated once is repacked without a gradient: it would "
-        "never learn again",
-        "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/nn/"
-        "modules.py",
-    ),
-    Internal(
-        "bitsandbytes.functional.QuantState.as_dict",
-        "a base stored in 4 bits is recognized by the names of its statistics, quant_state.*",
-        "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/"
-        "functional.py",
-    ),
-    Internal(
-        "accelerate.commands.launch.launch_command",
-        "cli/notebooks.py starts one process a GPU, in the kernel's own environment",
-        "https://github.com/huggingface/accelerate/blob/main/src/accelerate/commands/launch.py",
-    ),
-    Internal(
-        "accelerate.commands.launch.launch_command_parser",
-        "cli/notebooks.py starts one process a GPU, in the kernel's own environment",
-        "https://github.com/huggingface/accelerate/blob/main/src/accelerate/commands/launch.py",
+        f"{TORCH}/distributed/fsdp/_fully_shard/_fully_shard.py",
     ),
     Internal(
         "torch.Tensor._version",
+        "model/compat.py",
         "model/recompute.py notices a tensor that was changed in place since it was kept",
-        "https://github.com/pytorch/pytorch/blob/main/torch/_C/_VariableFunctions.pyi.in",
+        f"{TORCH}/_C/_VariableFunctions.pyi.in",
     ),
     Internal(
-        "trl.SFTTrainer.compute_loss",
-        "training/trainer.py calls Trainer's past it: it gathers metrics from the GPU at each step",
-        "https://github.com/huggingface/trl/blob/main/trl/trainer/sft_trainer.py",
+        "torch.Generator.set_offset",
+        "model/fused_lora.py",
+        "the same dropout is drawn again in the backward pass; the whole state is slow to set",
+        f"{TORCH}/_C/__init__.pyi.in",
+    ),
+    # --- peft
+    Internal(
+        "peft.tuners.lora.LoraLayer.lora_variant",
+        "model/fused_lora.py",
+        FUSING,
+        f"{PEFT}/tuners/lora/layer.py",
+    ),
+    Internal(
+        "peft.tuners.lora.LoraLayer.lora_bias",
+        "model/fused_lora.py",
+        FUSING,
+        f"{PEFT}/tuners/lora/layer.py",
+    ),
+    Internal(
+        "peft: base_model.model.NAME.lora_A.weight",
+        "merging/plan.py",
+        "the names of an adapter's tensors say which layer of the base they belong to",
+        f"{PEFT}/utils/save_and_load.py",
+    ),
+    # --- bitsandbytes
+    Internal(
+        "bitsandbytes.nn.Linear4bit.support_avx512bf16_for_cpu",
+        "model/compat.py",
+        "on some CPUs a layer that was evaluated once is repacked without a gradient: it would "
+        "never learn again",
+        f"{BITSANDBYTES}/nn/modules.py",
+    ),
+    Internal(
+        "bitsandbytes.nn.Linear4bit.compute_dtype",
+        "model/quantization.py",
+        "a base stored in 4 bits computes in the dtype of the training, not of whoever stored it",
+        f"{BITSANDBYTES}/nn/modules.py",
+    ),
+    Internal(
+        "bitsandbytes.nn.Params4bit.quant_state",
+        "model/fused_lora.py",
+        "the statistics of a weight in 4 bits: its shape, and what it takes to dequantize it",
+        f"{BITSANDBYTES}/nn/modules.py",
+    ),
+    Internal(
+        "bitsandbytes: NAME.quant_state.bitsandbytes__nf4",
+        "model/compat.py",
+        "a base stored in 4 bits is recognized by the names of its statistics, quant_state.*",
+        f"{BITSANDBYTES}/functional.py",
+    ),
+    # --- accelerate, liger-kernel
+    Internal(
+        "accelerate.commands.launch.launch_command",
+        "cli/notebooks.py",
+        LAUNCHING,
+        f"{ACCELERATE}/commands/launch.py",
+    ),
+    Internal(
+        "accelerate.commands.launch.launch_command_parser",
+        "cli/notebooks.py",
+        LAUNCHING,
+        f"{ACCELERATE}/commands/launch.py",
+    ),
+    Internal(
+        "accelerate.FullyShardedDataParallelPlugin.ignored_modules",
+        "training/fsdp.py",
+        "the output layer stays whole: Liger's loss takes its weights without calling it",
+        f"{ACCELERATE}/utils/dataclasses.py",
+    ),
+    Internal(
+        "accelerate.FullyShardedDataParallelPlugin.mixed_precision_policy",
+        "training/fsdp.py",
+        "a cast would change 4-bit numbers that are stored as floats",
+        f"{ACCELERATE}/utils/dataclasses.py",
+    ),
+    Internal(
+        "accelerate.state.AcceleratorState.fsdp_plugin",
+        "training/fsdp.py",
+        "Trainer makes the plugin itself, and has no argument for these two",
+        f"{ACCELERATE}/state.py",
+    ),
+    Internal(
+        "liger_kernel.transformers.model.llama.lce_forward(skip_logits)",
+        "training/trainer.py",
+        "logits are left out of the validation, too: they take more memory than the training",
+        "https://github.com/linkedin/Liger-Kernel/blob/main/src/liger_kernel/transformers/model/"
+        "llama.py",
+    ),
+    # --- notebooks
+    Internal(
+        "IPython: In",
+        "run/stage.py",
+        "the cells that ran: a misspelt parameter that papermill has set is refused",
+        "https://github.com/ipython/ipython/blob/main/IPython/core/interactiveshell.py",
+    ),
+    Internal(
+        "papermill: # Parameters",
+        "run/parameters.py",
+        "the first line of the cell that papermill puts into a notebook",
+        f"{PAPERMILL}/translators.py",
+    ),
+    Internal(
+        "papermill: metadata.papermill.status",
+        "cli/progress.py",
+        "which cell is running now",
+        f"{PAPERMILL}/engines.py",
+    ),
+    Internal(
+        "jupyter_client: died before replying",
+        "cli/notebooks.py",
+        "two kernels that start at one moment can pick the same port: then it is tried again",
+        "https://github.com/jupyter/jupyter_client/blob/main/jupyter_client/client.py",
+    ),
+    # --- export
+    Internal(
+        "llama_cpp.llama_cpp.llama_model_default_params",
+        "export/llama_cpp.py",
+        "`Llama` has no argument for the layout of weights, with which it crashes on some Xeons",
+        "https://github.com/abetlen/llama-cpp-python/blob/main/llama_cpp/llama_cpp.py",
     ),
 )
 
 
-def resolve(path: str) -> Any:
-    """The object of an INTERNALS path. Raises AttributeError or ImportError if there is none."""
-    parts = path.split(".")
-    # the longest part of the path that is a module; the rest are attributes
-    for length in range(len(parts), 0, -1):
-        try:
-            target = importlib.import_module(".".join(parts[:length]))
-        except ModuleNotFoundError:
-            continue
-        for name in parts[length:]:
-            target = getattr(target, name)
-        return target
-    raise ImportError(path)
+# --- merging
 
 
 def model_names(stored: Iterable[str], model: PreTrainedModel) -> dict[str, list[str]]:
@@ -143,7 +270,7 @@ def model_names(stored: Iterable[str], model: PreTrainedModel) -> dict[str, list
     when transformers reads them. Names that the model does not know are left out. This follows
     `convert_and_load_state_dict_in_model` in transformers 5.13.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = conversion_mapping.get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, core_model_loading.WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, core_model_loading.WeightConverter)]
     targets = {}
@@ -175,9 +302,7 @@ def stored_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return core_model_loading.revert_weight_conversion(model, model.state_dict())
 
 
-def attention_in_use(model: PreTrainedModel) -> str:
-    """The name of the attention implementation that a model has: "sdpa", "eager", …"""
-    return model.config._attn_implementation
+# --- what a model can
 
 
 def never_waits_for_gpu(model: PreTrainedModel) -> bool:
@@ -190,14 +315,9 @@ def can_recompute_activations(model: PreTrainedModel) -> bool:
     return model.supports_gradient_checkpointing
 
 
-def use_one_gpu(arguments: TrainingArguments) -> None:
-    """Have a Trainer take one GPU only, however many this process sees."""
-    arguments._n_gpu = 1
-
-
-def gather_in_compute_stream(model: torch.nn.Module) -> None:
-    """Have FSDP allocate gathered layers in the stream that computes."""
-    model._set_unshard_async_op(True)
+def changes_in_place(tensor: torch.Tensor) -> int:
+    """How often a tensor has been changed in place so far."""
+    return tensor._version
 
 
 def keep_gradients_on_cpu(layer: torch.nn.Module) -> None:
@@ -209,3 +329,55 @@ def tensors_in_4_bits(names: Iterable[str] | Mapping[str, Any]) -> list[str]:
     """Those of the names of stored tensors that are weights which bitsandbytes has put into NF4."""
     names = set(names)
     return [name for name in sorted(names) if f"{name}.quant_state.bitsandbytes__nf4" in names]
+
+
+# --- training
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """Have a Trainer take one GPU only, however many this process sees."""
+    arguments._n_gpu = 1
+
+
+def gather_in_compute_stream(model: torch.nn.Module) -> None:
+    """Have FSDP allocate gathered layers in the stream that computes."""
+    model._set_unshard_async_op(True)
+
+
+# --- names that changed: transformers 5.24 warns of the older ones, and 5.15 knows no others
+
+OUTPUT_FIELDS = {field.name for field in fields(BaseModelOutputWithPast)}
+ARGUMENT_FIELDS = {field.name for field in fields(TrainingArguments)}
+# what a model returns its cache as, and what `generate` takes it as
+CACHE = "cache" if "cache" in OUTPUT_FIELDS else "past_key_values"
+# what the arguments of a Trainer are called that say which activations are recomputed
+CHECKPOINTING = "gradient_checkpointing"
+if "activation_checkpointing" in ARGUMENT_FIELDS:
+    CHECKPOINTING = "activation_checkpointing"
+
+
+def cache_of(output: Mapping[str, Any]) -> Cache | None:
+    """The cache in the output of a model; None if the model has none."""
+    return output.get(CACHE)
+
+
+def checkpointing_arguments(
+    enabled: bool, options: dict[str, Any] | None, given: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Arguments of a Trainer: whether activations are recomputed, and how.
+
+    Those that are among the names in `given`, under their old or their new name, are left out.
+    """
+    values = {"": enabled, "_kwargs": options}
+    arguments = {}
+    for ending, value in values.items():
+        names = {f"gradient_checkpointing{ending}", f"activation_checkpointing{ending}"}
+        if not names & set(given):
+            arguments[f"{CHECKPOINTING}{ending}"] = value
+    return arguments
+
+
+def checkpointing_of(arguments: TrainingArguments) -> tuple[bool, dict[str, Any]]:
+    """Whether a Trainer with these arguments recomputes activations, and the options for that."""
+    enabled = getattr(arguments, CHECKPOINTING)
+    return enabled, getattr(arguments, f"{CHECKPOINTING}_kwargs") or {}

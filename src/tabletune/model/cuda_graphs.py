@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tabletune.errors import first_line
-from tabletune.model.compat import never_waits_for_gpu
+from tabletune.model.compat import checkpointing_of, never_waits_for_gpu
 from tabletune.model.inspection import text_part
 
 MOST_TOKENS = 4096  # of a batch: with more, the GPU is the slower one, even an H200
@@ -117,8 +117,8 @@ class CudaGraphCallback(TrainerCallback):
         """Record the layers of the decoder, if batches always have one shape."""
         shape = (args.per_device_train_batch_size, args.max_length)  # [rows, tokens]
         packed = "seq_lengths" in getattr(train_dataloader.dataset, "column_names", [])
-        options = args.gradient_checkpointing_kwargs or {}
-        restores = args.gradient_checkpointing and options.get("preserve_rng_state", True)
+        recomputes, options = checkpointing_of(args)
+        restores = recomputes and options.get("preserve_rng_state", True)
         if not packed or uses_dropout(model) or restores:
             return
         small = is_small_batch(*shape, args.world_size)

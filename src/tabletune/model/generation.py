@@ -7,6 +7,7 @@ import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from tabletune.model.compat import cache_of
 from tabletune.model.cuda_graphs import cuda_graph, supports_cuda_graph
 
 
@@ -22,7 +23,7 @@ def static_cache(model: PreTrainedModel, length: int) -> Cache | None:
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.no_grad():
         output = model(input_ids=ids, use_cache=True)
-    layers = getattr(output.get("past_key_values"), "layers", [])
+    layers = getattr(cache_of(output), "layers", [])
     kinds = {type(layer) for layer in layers}
     if not layers or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return None

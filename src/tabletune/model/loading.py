@@ -25,7 +25,6 @@ from transformers import (
 )
 
 from tabletune.errors import StageError, hub_error
-from tabletune.model.compat import attention_in_use
 from tabletune.model.weights import OnDisk, read_ahead, weight_files
 
 # transformers' classes that generate text, by the class of a config
@@ -119,7 +118,7 @@ def attention_implementation(config: PreTrainedConfig, wanted: str = "auto") -> 
     has. Raises StageError if `wanted` is none that the model has, or cannot work here.
     """
     if wanted == "auto":
-        return attention_in_use(skeleton(config))
+        return "sdpa" if has_attention(config, "sdpa") else "eager"
     if wanted not in ATTENTIONS or not has_attention(config, wanted):
         available = ", ".join(name for name in ATTENTIONS if has_attention(config, name))
         raise StageError(
@@ -191,7 +190,7 @@ def load_model(
     if quantization_config:  # without quantization, transformers reads ahead itself
         weights = read_ahead(weights)
     # `None` with a config and a state dict is documented; that its values may be read when they are
-    # needed is not: see tests/model/test_compat.py
+    # needed is not: see model/compat.py
     loaded, report = model_class(config).from_pretrained(
         None, config=config, state_dict=weights, quantization_config=quantization_config, **options
     )

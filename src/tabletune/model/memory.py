@@ -4,6 +4,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
+from tabletune.model.compat import cache_of
 from tabletune.model.devices import available_memory_gib
 
 
@@ -19,7 +20,7 @@ def bytes_per_token(model: PreTrainedModel, with_logits: bool = True) -> int:
         ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
         output = model(input_ids=ids, use_cache=True)
         size = 0
-        for layer in getattr(output.get("past_key_values"), "layers", []):
+        for layer in getattr(cache_of(output), "layers", []):
             tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
             size += sum(tensor.nbytes for tensor in tensors)
         return size, output.logits

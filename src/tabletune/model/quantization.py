@@ -1,5 +1,6 @@
 """Base models in 4 or 8 bits, as training has them."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -57,8 +58,8 @@ def load_base(
     # FSDP moves each share to its GPU itself
     device = "cpu" if sharded else None
     model = load_model(base_model, revision, dtype, attn_implementation, config, device)
-    if getattr(model, "is_loaded_in_4bit", False):
-        from tabletune.model.bnb import bnb  # it takes seconds, where no layer is in 4 bits
+    if "bitsandbytes" in sys.modules:  # else no layer is in 4 bits, and the import takes seconds
+        from tabletune.model.bnb import bnb
 
         for layer in model.modules():
             if isinstance(layer, bnb.nn.Linear4bit):

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tabletune.model.compat import changes_in_place
 from tabletune.model.inspection import text_part
 
 
@@ -85,7 +86,7 @@ class Recipes:
             with torch.no_grad(), torch.autocast(kind, dtype, enabled, cache_enabled=False):
                 return function(*inputs)
 
-        self.outputs[output.data_ptr()] = (output, output._version, Recipe(compute))
+        self.outputs[output.data_ptr()] = (output, changes_in_place(output), Recipe(compute))
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """What autograd keeps instead of a tensor: its recipe and shape, or the tensor itself.
@@ -93,7 +94,7 @@ class Recipes:
         A tensor that was changed in place after its recipe was noted is kept.
         """
         output, version, recipe = self.outputs.get(tensor.data_ptr(), (None, 0, None))
-        if output is None or recipe is None or output._version != version:
+        if output is None or recipe is None or changes_in_place(output) != version:
             return tensor
         if tensor.dtype != output.dtype or tensor.numel() != output.numel():
             return tensor

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tabletune.chat.templates import describe_template
 from tabletune.errors import StageError
 from tabletune.model.checks import check_forward, packing_leak
+from tabletune.model.compat import can_recompute_activations, checkpointing_arguments
 from tabletune.model.cuda_graphs import (
     is_small_batch,
     layers_support_cuda_graph,
@@ -217,7 +218,7 @@ def room_for_training(
     """
     gpu = torch.cuda.is_available()
     model = skeleton(config)
-    recomputes = chosen["gradient_checkpointing"] and model.supports_gradient_checkpointing
+    recomputes = chosen["gradient_checkpointing"] and can_recompute_activations(model)
     if recomputes != chosen["gradient_checkpointing"]:
         print(
             f"{type(model).__name__} does not support gradient checkpointing: all activations are "
@@ -365,6 +366,10 @@ def trainer_settings(
     settings |= when_to_evaluate(
         parameters["training_options"], math.ceil(steps / parameters["evaluations"])
     )
+    recomputes = room.recomputed_layers(batch_size) > 0
+    # Without dropout nothing random is recomputed, and a CUDA graph could not restore it.
+    options = {"use_reentrant": False, "preserve_rng_state": room.draws}
+    settings |= checkpointing_arguments(recomputes, options, chosen["training_options"])
     return settings | {
         "output_dir": str(stage.folder / "checkpoints"),
         "warmup_steps": parameters["warmup"],
@@ -374,12 +379,6 @@ def trainer_settings(
         "fp16": dtype == torch.float16,
         "per_device_eval_batch_size": evaluation_rows(room, batch_size),
         "train_sampling_strategy": "random" if packed else "group_by_length",
-        "gradient_checkpointing": room.recomputed_layers(batch_size) > 0,
-        # Without dropout nothing random is recomputed, and a CUDA graph could not restore it.
-        "gradient_checkpointing_kwargs": {
-            "use_reentrant": False,
-            "preserve_rng_state": room.draws,
-        },
         "fsdp": room.sharded,
         "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
         "ddp_find_unused_parameters": False,

@@ -13,6 +13,7 @@ from trl import SFTConfig
 
 from tabletune.errors import StageError, first_line, suggestion
 from tabletune.merging.plan import CHANGES_BASE, base_module_name, is_plain_lora
+from tabletune.model.compat import checkpointing_arguments
 from tabletune.model.inspection import context_length, tied_weight_names
 from tabletune.training.lora_targets import lora_targets, shortest_target_names
 
@@ -167,6 +168,7 @@ def check_training_options(params: dict[str, Any]) -> None:
         "report_to": "none",
         "lr_scheduler_type": params["lr_scheduler_type"],
         **when_to_evaluate(options, 1),
+        **checkpointing_arguments(False, None, options),
     }
     try:
         arguments = SFTConfig(**settings | options)

@@ -1,0 +1,102 @@
+"""A plugin of pytest: a test fails in which our own code uses what a library has deprecated.
+
+A filter of pytest goes by the line that warns, and that is a line of the library: a warning of
+transformers about an argument of ours counts as transformers' own. transformers also logs some
+deprecations, and a notebook mutes its log. So what is watched here is the calls of
+`warnings.warn` and of `Logger.warning`. The code that caused one is the nearest on the stack that
+is neither the library itself nor one that only passes calls on.
+"""
+
+import logging
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = {path.stem for path in (ROOT / "notebooks_py").glob("*.py")}
+CATEGORIES = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
+# they hand the arguments of a call of ours to another library
+PASS_ON = {"torch", "accelerate", "peft", "functools", "contextlib", "typing_extensions", "logging"}
+CONSTRUCTORS = {"__init__", "__post_init__"}  # TRL's hand their arguments to transformers'
+
+
+def is_ours(frame):
+    """Whether a frame runs code of the package or of a notebook."""
+    module = frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] == "tabletune" or module in NOTEBOOKS
+
+
+def cause(frame):
+    """The place in our own code that a warning raised in `frame` is due to; None if it is due to a
+    library.
+    """
+    warning_library = frame.f_globals.get("__name__", "").partition(".")[0]
+    while frame is not None:
+        if is_ours(frame):
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        library = frame.f_globals.get("__name__", "").partition(".")[0]
+        passes_on = library in PASS_ON or frame.f_code.co_name in CONSTRUCTORS
+        if library != warning_library and not passes_on:
+            return None
+        frame = frame.f_back
+    return None
+
+
+@contextmanager
+def own_deprecations():
+    """A list that fills, while the block runs, with the deprecations that our own code causes."""
+    found = []
+    warn = warnings.warn
+    log_warning = logging.Logger.warning
+
+    def note(text, frame):
+        place = cause(frame)
+        if place is not None:
+            found.append(f"{place}: {text}")
+
+    def watched_warn(message, category=None, stacklevel=1, *args, **kwargs):
+        kind = type(message) if isinstance(message, Warning) else category
+        if isinstance(kind, type) and issubclass(kind, CATEGORIES):
+            note(message, sys._getframe(1))
+        # one more frame lies between the caller and the warning
+        return warn(message, category, stacklevel + 1, *args, **kwargs)
+
+    def watched_log(self, message, *args, **kwargs):
+        if "deprecated" in str(message):
+            note(message, sys._getframe(1))
+        # the log says where it was called from
+        kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
+        return log_warning(self, message, *args, **kwargs)
+
+    warnings.warn = watched_warn
+    logging.Logger.warning = watched_log
+    try:
+        yield found
+    finally:
+        warnings.warn = warn
+        logging.Logger.warning = log_warning
+
+
+FOUND = pytest.StashKey()
+
+
+def pytest_configure(config):
+    """Watch from before the tests are imported until the end."""
+    watch = own_deprecations()
+    config.stash[FOUND] = watch.__enter__()
+    config.add_cleanup(lambda: watch.__exit__(None, None, None))
+
+
+@pytest.fixture(autouse=True)
+def no_own_deprecations(request):
+    """Fail a test in which our own code uses what a library has deprecated."""
+    yield
+    found = list(request.config.stash[FOUND])
+    request.config.stash[FOUND].clear()
+    transformers_log = sys.modules.get("transformers.utils.logging")
+    if transformers_log is not None:
+        transformers_log.warning_once.cache_clear()  # for the next test, it has said nothing yet
+    assert found == [], "our own code uses what is deprecated"

@@ -1,0 +1,117 @@
+"""The plugin deprecations.py notices what our own code causes, and blames it for nothing else."""
+
+import logging
+import sys
+import types
+import warnings
+
+import pytest
+from conftest import ROOT
+from deprecations import own_deprecations
+
+pytest_plugins = ["pytester"]
+LIBRARY = """
+import functools
+import logging
+import warnings
+
+@functools.lru_cache
+def log_once(text):
+    logging.getLogger("transformers").warning(text)
+
+class Arguments:
+    def __init__(self, old=None):
+        if old is not None:
+            warnings.warn("`old` is deprecated", FutureWarning)
+
+def warn():
+    warnings.warn("`warn` is deprecated", DeprecationWarning, stacklevel=2)
+
+def log():
+    log_once("`log` is deprecated")
+
+def other():
+    warnings.warn("this number is odd", UserWarning)
+"""
+BETWEEN = """
+import library
+
+class More(library.Arguments):
+    def __init__(self, old=None):
+        super().__init__(old)
+
+def outdated():
+    library.warn()
+"""
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A function that makes a module of a name and a source."""
+
+    def make(name, source):
+        made = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, made)
+        exec(compile(source, f"{name}.py", "exec"), vars(made))
+        return made
+
+    make("library", LIBRARY)
+    make("trl", BETWEEN)
+    return make
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("library.warn()", "`warn` is deprecated"),
+        ("library.log()", "`log` is deprecated"),
+        ("library.Arguments(old=1)", "`old` is deprecated"),
+        ("trl.More(old=1)", "`old` is deprecated"),
+    ],
+)
+@pytest.mark.parametrize("name", ["tabletune.some.module", "02_finetune_qlora"])
+@pytest.mark.filterwarnings("ignore")
+def test_what_our_code_causes_is_noticed(module, name, source, expected):
+    with own_deprecations() as found:
+        module(name, f"import library, trl\n{source}")
+    assert found == [f"{name}.py:2: {expected}"]
+
+
+@pytest.mark.parametrize(
+    "source", ["trl.outdated()", "library.other()", "library.Arguments()", "trl.More()"]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_library_causes_is_not_ours(module, source):
+    with own_deprecations() as found:
+        module("tabletune.some.module", f"import library, trl\n{source}")
+    assert found == []
+
+
+def test_a_warning_names_the_same_line_while_it_is_watched():
+    def outdated():
+        warnings.warn("old", DeprecationWarning, stacklevel=2)
+
+    with own_deprecations(), pytest.warns(DeprecationWarning, match="old") as caught:
+        outdated()
+    assert caught[0].filename == __file__
+
+
+def test_a_log_entry_names_the_same_line_while_it_is_watched(caplog):
+    with own_deprecations():
+        logging.getLogger("some").warning("deprecated")
+    assert caplog.records[0].pathname == __file__
+
+
+def test_a_test_in_which_our_code_causes_one_fails(pytester):
+    pytester.makeconftest(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        'pytest_plugins = ["deprecations"]'
+    )
+    pytester.makepyfile(
+        """
+        def test_own():
+            source = "import warnings\\nwarnings.warn('old', FutureWarning)"
+            exec(source, {"__name__": "tabletune.module"})
+        """
+    )
+    pytester.runpytest_subprocess().assert_outcomes(passed=1, errors=1)
