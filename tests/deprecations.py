@@ -53,6 +53,8 @@ def own_deprecations():
     log_warning = logging.Logger.warning
 
     def note(text, frame):
+        if frame.f_globals.get("__name__") == __name__:  # it was noted there already
+            return
         place = cause(frame)
         if place is not None:
             found.append(f"{place}: {text}")

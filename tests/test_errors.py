@@ -1,15 +1,20 @@
 """Errors: one line each, and the right one."""
 
-import httpx
+import importlib
+
 import pytest
 from huggingface_hub.errors import (
     GatedRepoError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 
 from tabletune.errors import StageError, first_line, hub_error, suggestion
+
+# httpx in huggingface_hub 1, httpx2 in 2
+httpx = importlib.import_module(HTTPError.__module__.partition(".")[0])
 
 
 class Response:

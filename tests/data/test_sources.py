@@ -1,6 +1,7 @@
 """data.sources."""
 
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -160,12 +161,10 @@ class Hub:
     def snapshot_download(self, name, repo_type, revision, allow_patterns):
         self.asked.append(revision)
         if name != "someone/table":
-            from httpx import Request, Response
             from huggingface_hub.errors import RepositoryNotFoundError
 
-            raise RepositoryNotFoundError(
-                "404", response=Response(404, request=Request("GET", "https://hub.example"))
-            )
+            response = SimpleNamespace(headers={}, request=None, status_code=404)
+            raise RepositoryNotFoundError("404", response=response)
         target = self.folder.parent / ("c" * 40 if revision == "main" else revision)
         for path in self.folder.rglob("*"):
             wanted = any(path.relative_to(self.folder).match(pattern) for pattern in allow_patterns)

@@ -20,6 +20,7 @@ from unittest import mock
 
 import accelerate
 import bitsandbytes
+import huggingface_hub
 import nbformat
 import papermill.engines
 import papermill.parameterize
@@ -36,6 +37,7 @@ from traitlets.config import Config
 from transformers import AutoConfig, TrainerControl, TrainerState, TrainingArguments
 
 from tabletune.cli.progress import running_cell
+from tabletune.errors import is_unreachable
 from tabletune.merging.plan import base_module_name
 from tabletune.model import compat
 from tabletune.model.compat import INTERNALS
@@ -62,14 +64,14 @@ def source(thing):
 
 def tiny_skeleton(kind="llama", **sizes):
     """A model of a kind on `meta`, of two layers."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 32, **sizes}
-    return skeleton(AutoConfig.for_model(kind, **sizes))
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 32}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return skeleton(AutoConfig.for_model(kind, **small, **sizes))
 
 
 def mixture():
     """A mixture of experts, whose experts are stored one by one."""
-    sizes = {"intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return tiny_skeleton("mixtral", num_local_experts=2, **sizes)
+    return tiny_skeleton("mixtral", num_local_experts=2, intermediate_size=16)
 
 
 def names_are_mapped(folder):
@@ -318,6 +320,13 @@ def kernels_die_with_this_message(folder):
     assert "died before replying" in source("jupyter_client.client")
 
 
+def unreachable_hub_is_recognized(folder):
+    """It is the error of the library that the Hub's client uses: httpx or httpx2."""
+    kind = huggingface_hub.errors.HTTPError
+    network = importlib.import_module(kind.__module__.partition(".")[0])
+    assert is_unreachable(network.ConnectError("Name or service not known"))
+
+
 def llama_takes_its_settings_from_it(folder):
     low_level = pytest.importorskip("llama_cpp.llama_cpp")
     assert low_level.llama_model_default_params
@@ -546,6 +555,7 @@ CANARIES = {
     "jupyter_client: died before replying": Canary(
         kernels_die_with_this_message, rename_in_source("died before replying")
     ),
+    "huggingface_hub.errors.HTTPError": Canary(unreachable_hub_is_recognized),
     "llama_cpp.llama_cpp.llama_model_default_params": Canary(llama_takes_its_settings_from_it),
 }
 
@@ -675,7 +685,7 @@ def private_names(tree):
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Attribute):
-            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "os")
             names = [] if own else [node.attr]
         elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("tabletune"):
             names = [alias.name for alias in node.names] + (node.module or "").split(".")

@@ -250,6 +250,13 @@ INTERNALS = (
         "two kernels that start at one moment can pick the same port: then it is tried again",
         "https://github.com/jupyter/jupyter_client/blob/main/jupyter_client/client.py",
     ),
+    # --- the Hub
+    Internal(
+        "huggingface_hub.errors.HTTPError",
+        "errors.py",
+        "the error of a network: it is httpx's in huggingface_hub 1, and httpx2's in 2",
+        "https://github.com/huggingface/huggingface_hub/blob/main/src/huggingface_hub/errors.py",
+    ),
     # --- export
     Internal(
         "llama_cpp.llama_cpp.llama_model_default_params",
@@ -362,17 +369,17 @@ def cache_of(output: Mapping[str, Any]) -> Cache | None:
 
 
 def checkpointing_arguments(
-    enabled: bool, options: dict[str, Any] | None, given: Iterable[str] = ()
+    enabled: bool, options: dict[str, Any] | None, set_by_reader: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Arguments of a Trainer: whether activations are recomputed, and how.
 
-    Those that are among the names in `given`, under their old or their new name, are left out.
+    Those that the reader sets, under their old or their new name, are left out.
     """
     values = {"": enabled, "_kwargs": options}
     arguments = {}
     for ending, value in values.items():
         names = {f"gradient_checkpointing{ending}", f"activation_checkpointing{ending}"}
-        if not names & set(given):
+        if not names & set(set_by_reader):
             arguments[f"{CHECKPOINTING}{ending}"] = value
     return arguments
 

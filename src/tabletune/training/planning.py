@@ -369,7 +369,7 @@ def trainer_settings(
     recomputes = room.recomputed_layers(batch_size) > 0
     # Without dropout nothing random is recomputed, and a CUDA graph could not restore it.
     options = {"use_reentrant": False, "preserve_rng_state": room.draws}
-    settings |= checkpointing_arguments(recomputes, options, chosen["training_options"])
+    settings |= checkpointing_arguments(recomputes, options, parameters["training_options"])
     return settings | {
         "output_dir": str(stage.folder / "checkpoints"),
         "warmup_steps": parameters["warmup"],
