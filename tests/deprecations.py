@@ -18,9 +18,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {path.stem for path in (ROOT / "notebooks_py").glob("*.py")}
 CATEGORIES = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
-# they hand the arguments of a call of ours to another library
-PASS_ON = {"torch", "accelerate", "peft", "functools", "contextlib", "typing_extensions", "logging"}
-CONSTRUCTORS = {"__init__", "__post_init__"}  # TRL's hand their arguments to transformers'
+# they only hand the arguments of a call of ours to another library
+PASS_ON = {"torch", "accelerate", "functools", "contextlib", "typing_extensions", "logging"}
+# and so do these functions of others
+PASSING_FUNCTIONS = {
+    "peft": {"forward", "generate"},
+    "trl": {"__init__", "__post_init__"},  # of its arguments, to transformers' arguments
+}
 
 
 def is_ours(frame):
@@ -38,8 +42,8 @@ def cause(frame):
         if is_ours(frame):
             return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         library = frame.f_globals.get("__name__", "").partition(".")[0]
-        passes_on = library in PASS_ON or frame.f_code.co_name in CONSTRUCTORS
-        if library != warning_library and not passes_on:
+        passes_on = frame.f_code.co_name in PASSING_FUNCTIONS.get(library, ())
+        if library != warning_library and library not in PASS_ON and not passes_on:
             return None
         frame = frame.f_back
     return None

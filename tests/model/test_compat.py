@@ -35,6 +35,7 @@ from packaging.version import Version
 from safetensors import safe_open
 from traitlets.config import Config
 from transformers import AutoConfig, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTConfig
 
 from tabletune.cli.progress import running_cell
 from tabletune.errors import is_unreachable
@@ -606,6 +607,51 @@ def test_an_internal_is_used_where_it_says(internal):
 
 def test_every_internal_has_a_canary_and_no_other():
     assert [internal.path for internal in INTERNALS] == list(CANARIES)
+
+
+# --- names that differ between versions
+
+
+@pytest.mark.parametrize(
+    ("set_by_reader", "left_out"),
+    [
+        ([], set()),
+        (["gradient_checkpointing"], {compat.CHECKPOINTING}),
+        (["activation_checkpointing_kwargs"], {f"{compat.CHECKPOINTING}_kwargs"}),
+    ],
+)
+def test_what_the_reader_sets_of_recomputing_is_not_set_again(set_by_reader, left_out):
+    """Under either name: a newer transformers would take ours, without a word."""
+    arguments = compat.checkpointing_arguments(True, {"use_reentrant": False}, set_by_reader)
+    expected = {compat.CHECKPOINTING: True}
+    expected[f"{compat.CHECKPOINTING}_kwargs"] = {"use_reentrant": False}
+    assert arguments.keys() == expected.keys() - left_out
+    assert arguments.items() <= expected.items()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_trainer_is_told_whether_activations_are_recomputed(enabled, tmp_path):
+    options = {"use_reentrant": False}
+    arguments = SFTConfig(
+        tmp_path, report_to="none", use_cpu=True, bf16=False,
+        **compat.checkpointing_arguments(enabled, options),
+    )  # fmt: skip
+    assert compat.checkpointing_of(arguments) == (enabled, options)
+
+
+def test_options_of_recomputing_are_empty_where_there_are_none(tmp_path):
+    arguments = SFTConfig(
+        tmp_path, report_to="none", use_cpu=True, bf16=False,
+        **compat.checkpointing_arguments(False, None),
+    )  # fmt: skip
+    assert compat.checkpointing_of(arguments) == (False, {})
+
+
+def test_the_cache_of_an_output_is_found():
+    model = transformers.LlamaForCausalLM(AutoConfig.from_pretrained(TINY))
+    output = model(input_ids=torch.tensor([[5, 6]]), use_cache=True)
+    assert compat.cache_of(output).get_seq_length() == 2
+    assert compat.cache_of(model(input_ids=torch.tensor([[5, 6]]), use_cache=False)) is None
 
 
 # --- workarounds that are still needed
