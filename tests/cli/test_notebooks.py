@@ -139,7 +139,8 @@ def test_a_notebook_that_needs_a_run_says_so(tmp_path, name):
 
 def test_what_is_no_notebook_is_refused(tmp_path):
     with pytest.raises(
-        StageError, match=r"mine\.ipynb is none of the notebooks: 01_format_dataset"
+        StageError,
+        match=r"There is no notebook .*mine\.ipynb\. The notebooks are: 01_format_dataset",
     ):
         notebook_values(Path("mine.ipynb"), tmp_path / "mine.ipynb", {})
 
