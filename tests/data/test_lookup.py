@@ -11,10 +11,13 @@ from tabletune.data.lookup import (
     char_ngrams,
     choose_rows,
     context_message,
+    familiarity,
     final_answer,
     is_refused,
     is_unknown,
+    known_words,
     lookup_text,
+    source_row,
 )
 from tabletune.data.retrieval import RowIndex, TableRow, new_vectorizer
 
@@ -41,6 +44,41 @@ def test_plain_index_has_the_rows_and_scores_of_the_fast_one(questions, question
     assert all(abs(scores[str(i)] - expected[i]) < 1e-6 for i in range(len(rows)))
     found = [row["answer"] for row, _ in plain.search(question, 3)]
     assert found == [hit.row.answer for hit in fast.search(question, 3)]
+
+
+@pytest.mark.parametrize("question", ["How do I cook rice?", "a b c", "Tell me a story of owls"])
+def test_plain_index_knows_the_words_that_the_fast_one_knows(question):
+    rows = [{"question": f"How do I cook {name}?", "answer": name} for name in NAMES]
+    fast = RowIndex.build([TableRow(**row, question_id="") for row in rows])
+    plain = PlainIndex(rows, fast.analyzer, sorted(fast.function_words))
+    assert plain.words == fast.words
+    hits = [(hit.row.answer, round(hit.score, 6)) for hit in fast.search(question, 3)]
+    assert [(row["answer"], round(score, 6)) for row, score in plain.search(question, 3)] == hits
+
+
+def test_words_that_the_table_does_not_know_lower_the_scores():
+    words = known_words(["How long is the guarantee?"], ["my", "is"])
+    assert familiarity("guarantee?", words) == 1
+    assert familiarity("My unhappy old purple guarantee", words) == 1  # three of them are free
+    assert familiarity("My unhappy old purple dog ate the guarantee", words) == 1 / 1.5
+    assert familiarity("My unhappy old purple dog ate the guarantee", None) == 1
+
+
+def test_a_long_story_is_less_similar_than_the_short_question_in_it():
+    rows = [TableRow(f"How do I treat a {name}?", name, name) for name in [*NAMES, "headache"]]
+    index = RowIndex.build(rows)
+    short = index.search("treat a headache", 1)[0]
+    story = "Yesterday grandmother collapsed beside our garden fence, vomits, mumbles, headache"
+    long = index.search(story, 1)[0]
+    assert long.row == short.row
+    assert long.score < 0.7 * short.score
+
+
+def test_questions_in_a_language_whose_words_are_not_known_keep_their_scores():
+    rows = [TableRow(f"Wie kocht man {name}?", name, name) for name in NAMES]
+    index = RowIndex.build(rows)
+    assert index.words is None
+    assert index.function_words is None
 
 
 def test_words_that_most_questions_share_do_not_count():
@@ -92,9 +130,27 @@ def test_the_lookup_refuses_below_its_threshold():
 
 def test_a_certain_row_answers_where_the_model_refuses():
     rows = [{"question": "q", "answer": "a", "score": 0.9}]
-    assert final_answer(NOTHING, rows, NOTHING, 0.8) == ("a", False)
-    assert final_answer(NOTHING, rows, NOTHING, 0.95) == (NOTHING, True)
-    assert final_answer("b", rows, NOTHING, 0.8) == ("b", False)
+    assert final_answer(NOTHING, rows, NOTHING, 0.3, 0.8) == ("a", False)
+    assert final_answer(NOTHING, rows, NOTHING, 0.3, 0.95) == (NOTHING, True)
+    assert final_answer("b", rows, NOTHING, 0.3, 0.8) == ("b", False)
+
+
+ROWS_OF_TWO_SCORES = [
+    {"question": "q", "answer": "Eat two fresh figs.", "score": 0.6},
+    {"question": "other", "answer": "Drink warm green tea.", "score": 0.2},
+]
+
+
+def test_an_answer_from_a_row_below_the_threshold_is_not_given():
+    answer = "Drink warm green tea."
+    assert final_answer(answer, ROWS_OF_TWO_SCORES, NOTHING, 0.3, 0.9) == (NOTHING, True)
+    assert final_answer(answer, ROWS_OF_TWO_SCORES, NOTHING, 0.2, 0.9) == (answer, False)
+    assert final_answer(answer, ROWS_OF_TWO_SCORES, "", 0.3, 0.9) == (answer, False)
+
+
+def test_the_row_of_an_answer_is_the_one_with_most_of_its_words():
+    assert source_row("drink green tea", ROWS_OF_TWO_SCORES) == ROWS_OF_TWO_SCORES[1]
+    assert source_row("something else", ROWS_OF_TWO_SCORES) == ROWS_OF_TWO_SCORES[0]
 
 
 def test_an_answer_is_shown_once_and_short_rows_fill_up():

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tabletune.data.calibration import calibrate
 from tabletune.data.context import ContextSettings, TableContext
+from tabletune.data.english import FUNCTION_WORDS
 from tabletune.data.lookup import CONTEXT_TEMPLATE, lookup_text
 from tabletune.data.retrieval import RowIndex, TableRow
-from tabletune.data.rewording import FUNCTION_WORDS
 from tabletune.data.splits import SPLITS, assign_splits, question_id, question_key, split_position
 from tabletune.data.training_prompts import (
     PromptMaker,

@@ -14,7 +14,13 @@ CALIBRATION = {"answerable": [0.25, 0.65, 0.85, 0.95], "others": [0.05, 0.15, 0.
 def line_of(score, unknown, answerable, model="merged"):
     """A line of answers.jsonl on a question that was looked up."""
     rows = [] if score is None else [{"question": "q", "answer": "a", "score": score}]
-    return {"model": model, "rows": rows, "unknown": unknown, "answerable": answerable}
+    return {
+        "model": model,
+        "rows": rows,
+        "answer": "a",
+        "unknown": unknown,
+        "answerable": answerable,
+    }
 
 
 LINES = [
@@ -60,6 +66,15 @@ def test_the_model_refuses_some_of_what_the_lookup_lets_through():
     at = refusals_table(LINES, CALIBRATION, 0.4).loc["0.4 (in use)"]
     assert at[f"with the model: {HAS}"] == "0%"
     assert at[f"with the model: {LACKS}"] == "33%"
+
+
+def test_an_answer_counts_with_the_row_that_it_was_taken_from():
+    line = line_of(0.9, False, False)
+    line["rows"].append({"question": "q", "answer": "green tea", "score": 0.45})
+    line["answer"] = "Green tea."
+    table = refusals_table([line], CALIBRATION, 0.4)
+    assert table.loc["0.4 (in use)", f"with the model: {LACKS}"] == "100%"
+    assert table.loc["0.5", f"with the model: {LACKS}"] == "0%"
 
 
 def test_below_the_threshold_in_use_nothing_is_known_of_the_model():

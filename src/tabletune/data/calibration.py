@@ -1,9 +1,10 @@
 """When the lookup alone decides: two thresholds for its score, from questions that training does
 not ask.
 
-Questions with an answer are rewordings that are held back (rules of training, other seeds) and,
-where an answer has several wordings, each of them looked up without its own rows. Questions without
-an answer are the table's own, looked up without their rows and without rows of the same answer.
+Questions with an answer are rewordings that are held back (rules of training, other seeds).
+Questions without an answer are the table's own, looked up without their rows and without rows of
+the same answer. Paraphrases that share no word with their row score no better than questions
+without an answer, so they do not move the threshold: to refuse them is better than to guess.
 """
 
 import random
@@ -14,11 +15,12 @@ import numpy as np
 
 from tabletune.data.lookup import lookup_text
 from tabletune.data.retrieval import RowIndex
-from tabletune.data.rewording import Rewording, same_answer
+from tabletune.data.rewording import Rewording
 
 MOST_QUESTIONS = 1000  # that are looked up
 REFUSED_SHARE = 0.02  # of the held-back rewordings score lower than the quantile that is taken
-MARGIN = 0.75  # people reword more freely than rules: the threshold is lower than that quantile
+MARGIN = 0.65  # people reword more freely than rules: the threshold is lower than that quantile
+MOST_THRESHOLD = 0.35  # where the rules change little, as in languages that they do not know
 CERTAIN_SHARE = 0.99  # of the questions without an answer score lower than what counts as certain
 LEAST_CERTAIN = 0.7
 NEVER_CERTAIN = 1.01  # no score is as high
@@ -41,7 +43,6 @@ def calibrate(index: RowIndex, seed: int) -> Calibration:
     if len(places) > MOST_QUESTIONS:
         places = sorted(generator.sample(places, MOST_QUESTIONS))
     reword = Rewording([row.question for row in index.rows], "training")
-    paraphrases = same_answer(index.rows)
     answers = np.array([lookup_text(row.answer) for row in index.rows])  # [rows]
     answerable = []
     unanswerable = []
@@ -50,10 +51,8 @@ def calibrate(index: RowIndex, seed: int) -> Calibration:
         answerable.append(best_score(index, reword(row.question, generator)))
         own_question = index.ids == row.question_id
         same = answers == answers[place]
-        if answers[place] in paraphrases and (same & ~own_question).any():
-            answerable.append(score_of(index, row.question, ~(same & ~own_question)))
         unanswerable.append(score_of(index, row.question, own_question | same))
-    low = MARGIN * float(np.quantile(answerable, REFUSED_SHARE))
+    low = min(MOST_THRESHOLD, MARGIN * float(np.quantile(answerable, REFUSED_SHARE)))
     certain = max(LEAST_CERTAIN, float(np.quantile(unanswerable, CERTAIN_SHARE)))
     if certain >= 1:
         certain = NEVER_CERTAIN

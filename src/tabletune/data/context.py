@@ -37,9 +37,9 @@ Message = dict[str, str]
 class ContextSettings:
     """How rows get into a prompt, and when the lookup alone decides.
 
-    A question whose best score is below `unknown_threshold` is refused without asking the model. If
-    the model refuses although the best score is at least `certain_threshold`, the answer is that of
-    the best row.
+    A question whose best score is below `unknown_threshold` is refused without asking the model,
+    and an answer that rests on a row below it is not given. If the model refuses although the best
+    score is at least `certain_threshold`, the answer is that of the best row.
     """
 
     context_rows: int
@@ -125,7 +125,11 @@ class TableContext:
         """What is said in the end of a model's answer to a prompt, and whether it is "nothing"."""
         settings = self.settings
         return final_answer(
-            answer, prompt.rows, settings.unknown_answer, settings.certain_threshold
+            answer,
+            prompt.rows,
+            settings.unknown_answer,
+            settings.unknown_threshold,
+            settings.certain_threshold,
         )
 
     def has_answer(self, references: Sequence[str]) -> bool:
@@ -199,7 +203,7 @@ def answer_with_context(
         line["unknown"] = True
         if not prompt.refused:
             line["answer"], line["unknown"] = context.final_answer(model_answer, prompt)
-        line["copied"] = line["answer"] != model_answer
+        line["copied"] = not line["unknown"] and line["answer"] != model_answer
     columns = ["answer", "stopped", "new_tokens", "refused", "unknown", "copied", "rows"]
     return pd.DataFrame(lines, columns=columns), seconds
 

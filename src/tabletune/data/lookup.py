@@ -8,10 +8,12 @@ of scikit-learn's `TfidfVectorizer`; a test compares the two.
 import math
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 
 SHORTEST, LONGEST = 2, 5  # characters in an n-gram
 MOST_CONTEXT_ROWS = 40  # that are looked at for one prompt
+FREE_WORDS = 3  # words that no question of the table has, before they lower the scores
+PENALTY = 0.25  # of each such word after them
 PUNCTUATION = {i: " " for i in range(0x20000) if unicodedata.category(chr(i)).startswith("P")}
 CONTEXT_TEMPLATE = (
     "Rows of the table:\n\n{rows}\n\nAnswer this, from the rows if they have it:\n{question}"
@@ -49,13 +51,44 @@ def most_rows(rows: int) -> int:
     return max(10, rows // 2)
 
 
+def known_words(questions: Iterable[str], function_words: Iterable[str]) -> frozenset[str]:
+    """The words of a table's questions, and those that say nothing about a subject."""
+    words = set(function_words)
+    for question in questions:
+        words.update(lookup_text(question).split())
+    return frozenset(words)
+
+
+def familiarity(question: str, words: Container[str] | None) -> float:
+    """A factor from 0 to 1 for the scores of a question; `words` are those that the table knows.
+
+    N-grams that no row has do not count in a cosine, so a long story that shares two words with a
+    row would look as similar as a short question with these words. Each unknown word after
+    FREE_WORDS therefore lowers the scores. Without `words` the factor is 1.
+    """
+    if words is None:
+        return 1.0
+    unknown = sum(word not in words for word in lookup_text(question).split())
+    return 1 / (1 + PENALTY * max(0, unknown - FREE_WORDS))
+
+
 class PlainIndex:
     """An index over the questions of rows, dicts with `question` and `answer`: TF-IDF of
-    n-grams, cosine similarity.
+    n-grams, cosine similarity times `familiarity`.
+
+    `function_words` are those of the table's language; None where they are not known.
     """
 
-    def __init__(self, rows: Sequence[dict], analyzer: str = "char_wb"):
+    def __init__(
+        self,
+        rows: Sequence[dict],
+        analyzer: str = "char_wb",
+        function_words: Sequence[str] | None = None,
+    ):
         self.rows, self.analyzer = list(rows), analyzer
+        self.words: frozenset[str] | None = None
+        if function_words is not None:
+            self.words = known_words((row["question"] for row in self.rows), function_words)
         counts = [Counter(char_ngrams(lookup_text(row["question"]), analyzer)) for row in self.rows]
         in_rows = Counter(ngram for count in counts for ngram in count)
         self.idf = {
@@ -89,7 +122,8 @@ class PlainIndex:
             for number, other in self.postings[ngram]:
                 scores[number] += weight * other
         best = sorted(range(len(scores)), key=lambda number: -round(scores[number], 6))[:k]
-        return [(self.rows[number], scores[number]) for number in best]
+        factor = familiarity(question, self.words)
+        return [(self.rows[number], factor * scores[number]) for number in best]
 
 
 def context_message(template: str, rows: Sequence[dict], question: str) -> str:
@@ -141,15 +175,35 @@ def choose_rows(rows: Sequence[dict], context_rows: int, context_characters: int
 
 
 def final_answer(
-    answer: str, rows: Sequence[dict], unknown_answer: str, certain_threshold: float
+    answer: str,
+    rows: Sequence[dict],
+    unknown_answer: str,
+    unknown_threshold: float,
+    certain_threshold: float,
 ) -> tuple[str, bool]:
     """What is said in the end, and whether that is "the table has nothing": (answer, unknown).
 
     `rows` were in the prompt, best first, each with its `score`. If the model refuses a question
-    that the best row has nearly word for word, the answer is that row's.
+    that the best row has nearly word for word, the answer is that row's. If the model answers from
+    a row that is less similar to the question than `unknown_threshold`, the table has nothing.
     """
-    if not is_unknown(answer, unknown_answer):
-        return answer, False
-    if rows and rows[0]["score"] >= certain_threshold:
-        return rows[0]["answer"], False
-    return answer, True
+    if is_unknown(answer, unknown_answer):
+        if rows and rows[0]["score"] >= certain_threshold:
+            return rows[0]["answer"], False
+        return answer, True
+    if rows and is_refused([source_row(answer, rows)["score"]], unknown_answer, unknown_threshold):
+        return unknown_answer, True
+    return answer, False
+
+
+def source_row(answer: str, rows: Sequence[dict]) -> dict:
+    """The row that an answer was taken from: the one whose answer has most words in common with
+    it, of equal ones the first.
+    """
+    words = set(lookup_text(answer).split())
+
+    def common_share(row: dict) -> float:
+        others = set(lookup_text(row["answer"]).split())
+        return len(words & others) / max(1, len(words | others))
+
+    return max(rows, key=common_share)

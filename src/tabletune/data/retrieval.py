@@ -11,7 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tabletune.data.lookup import LONGEST, SHORTEST, lookup_text, most_rows
+from tabletune.data.english import FUNCTION_WORDS, looks_english
+from tabletune.data.lookup import (
+    LONGEST,
+    SHORTEST,
+    familiarity,
+    known_words,
+    lookup_text,
+    most_rows,
+)
 
 # Thai, Lao, Myanmar and Khmer; Chinese and Japanese: written without spaces between words
 WITHOUT_SPACES = (
@@ -37,7 +45,9 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Hit:
-    """A row that was found, and how similar its question is: the cosine of the two, from 0 to 1."""
+    """A row that was found, and how similar its question is: the cosine of the two times the
+    question's `familiarity`, from 0 to 1.
+    """
 
     row: TableRow
     score: float
@@ -70,13 +80,20 @@ class RowIndex:
     """An index over the questions of rows.
 
     `vectors` is a sparse matrix [n-grams, rows], one row of it an n-gram, so that a search reads
-    only the n-grams of its question.
+    only the n-grams of its question. `function_words` are those of the questions' language: English
+    or, as None, one that is not known here.
     """
 
     def __init__(self, rows: Sequence[TableRow], analyzer: str, vectorizer, vectors):
         self.rows, self.analyzer = list(rows), analyzer
         self.vectorizer, self.vectors = vectorizer, vectors
         self.ids = np.array([row.question_id for row in self.rows])
+        questions = [row.question for row in self.rows]
+        self.function_words: frozenset[str] | None = None
+        self.words: frozenset[str] | None = None
+        if analyzer == "char_wb" and looks_english(questions):
+            self.function_words = FUNCTION_WORDS
+            self.words = known_words(questions, FUNCTION_WORDS)
 
     @classmethod
     def build(cls, rows: Sequence[TableRow], analyzer: str = "auto") -> "RowIndex":
@@ -99,7 +116,7 @@ class RowIndex:
         result = self.vectorizer.transform([question]) @ self.vectors  # [1, rows]
         scores = np.zeros(len(self.rows))
         scores[result.indices] = result.data
-        return scores
+        return scores * familiarity(question, self.words)
 
     def search(self, question: str, k: int, exclude_question_id: str | None = None) -> list[Hit]:
         """The k rows with the most similar questions, best first; none of `exclude_question_id`."""

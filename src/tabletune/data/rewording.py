@@ -8,8 +8,8 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
-from importlib import resources
 
+from tabletune.data.english import FUNCTION_WORDS, looks_english
 from tabletune.data.lookup import lookup_text
 from tabletune.data.retrieval import TableRow
 
@@ -49,21 +49,10 @@ ABOUT = {  # English words around the subject of a question
         "what do I do in case of {subject}",
     ),
 }
-_LINES = (resources.files("tabletune") / "resources/texts/english_words.txt").read_text("utf-8")
-COMMON_ENGLISH = frozenset(_LINES.splitlines()[0].split())  # by which English is recognized
-FUNCTION_WORDS = frozenset(_LINES.split())  # say nothing about the subject of a question
 LEAST_SHARE = 0.6  # of the questions that begin, or end, with the words of a template
 MOST_WORDINGS = (
     12  # questions of one answer; an answer to more is a label, such as "yes" or "positive"
 )
-
-
-def looks_english(questions: Sequence[str]) -> bool:
-    """Whether most of the questions have one of the commonest English words."""
-    english = sum(
-        bool(COMMON_ENGLISH & set(lookup_text(question).split())) for question in questions
-    )
-    return english > len(questions) / 2
 
 
 def template_words(questions: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -5,6 +5,7 @@ included. Where the file has expected answers, it is said which answers are righ
 """
 
 import csv
+import io
 import json
 import shutil
 import textwrap
@@ -100,7 +101,7 @@ def rows_of_csv(text: str, kind: str) -> list[dict]:
     """
     header = text.lstrip().partition("\n")[0]
     delimiter = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
-    return list(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter))
+    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
 
 
 def rows_of_json(text: str, kind: str, path: Path) -> list[Any]:

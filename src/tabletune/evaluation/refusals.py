@@ -1,17 +1,19 @@
 """Both errors of saying "the table has nothing on that", and how the threshold moves them.
 
 A run with `context_rows` and an `unknown_answer` says it in two ways: the lookup refuses a question
-whose most similar row scores below `unknown_threshold`, and the model refuses one that its rows do
-not answer. A higher threshold refuses more: fewer questions get an answer that the table does not
+whose most similar row scores below `unknown_threshold`, and an answer that was taken from a row
+below it; and the model refuses a question that its rows do not answer. A higher threshold refuses more: fewer questions get an answer that the table does not
 have, and more are refused although it has one.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from tabletune.data.context import FOLDER, TableContext, threshold_table
+from tabletune.data.lookup import source_row
 from tabletune.report.pages import read_lines, say, show_table
 from tabletune.run.files import read_json
 
@@ -61,7 +63,7 @@ def refusals_table(
         thresholds,
     )
     model = threshold_table(
-        [line["rows"][0]["score"] if line["rows"] else 0.0 for line in lines],
+        [decisive_score(line) for line in lines],
         [bool(line["unknown"]) for line in lines],
         [bool(line["answerable"]) for line in lines],
         thresholds,
@@ -72,6 +74,16 @@ def refusals_table(
         table[f"{name}: {HAS}"] = list(map(percent, errors["false nothing"]))
         table[f"{name}: {LACKS}"] = list(map(percent, errors["not refused"]))
     return table
+
+
+def decisive_score(line: Mapping[str, Any]) -> float:
+    """The score that the threshold is compared with: that of the row which the answer was taken
+    from, or of the best row where the model refused.
+    """
+    if not line["rows"]:
+        return 0.0
+    row = line["rows"][0] if line["unknown"] else source_row(line["answer"], line["rows"])
+    return float(row["score"])
 
 
 def threshold_name(value: float, in_use: float) -> str:

@@ -105,6 +105,8 @@ def app_settings(export_run: ExportRun) -> dict[str, Any]:
     if context is not None:
         settings |= asdict(context.settings)
         settings["analyzer"] = context.index.analyzer
+        words = context.index.function_words
+        settings["function_words"] = sorted(words) if words is not None else None
     return settings
 
 

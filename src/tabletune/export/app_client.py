@@ -52,7 +52,9 @@ class App:
         if self.settings["context_rows"]:
             lines = (folder / "rows.jsonl").read_text(encoding="utf-8").split("\n")
             rows = [json.loads(line) for line in lines if line.strip()]
-            self.index = PlainIndex(rows, self.settings["analyzer"])
+            self.index = PlainIndex(
+                rows, self.settings["analyzer"], self.settings["function_words"]
+            )
 
     def prompt(self, question: str, history: list[dict] | None = None) -> Prompt:
         """The prompt of a question, after the messages of `history`."""
@@ -102,7 +104,11 @@ class App:
         else:
             answer = self.complete(prompt.messages)
             answer, unknown = final_answer(
-                answer, prompt.rows, unknown_answer, self.settings["certain_threshold"]
+                answer,
+                prompt.rows,
+                unknown_answer,
+                self.settings["unknown_threshold"],
+                self.settings["certain_threshold"],
             )
         return {"question": question, "answer": answer, "unknown": unknown, "rows": prompt.rows}
 
