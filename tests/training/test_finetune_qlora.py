@@ -346,10 +346,10 @@ def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
             {"attn_implementation": "flex_attention"},
             'attn_implementation="flex_attention" needs a GPU',
         ),
-        ({"report_to": "wandb"}, "report_to=wandb: there is no such package here"),
+        ({"report_to": "wandb"}, "report_to=wandb: that package is not installed here"),
         (
             {"training_options": {"report_to": ["trackio"]}},
-            "report_to=trackio: there is no such package here",
+            "report_to=trackio: that package is not installed here",
         ),
         (
             {"training_options": {"weight_decai": 1}},
@@ -621,7 +621,7 @@ def test_a_sharded_training_asks_for_each_layer_ahead_of_time():
             None,
             "paged_adamw_32bit",
             "2",
-            "optim=paged_adamw_32bit: the optimizers of bitsandbytes know no shards",
+            "optim=paged_adamw_32bit: the optimizers of bitsandbytes cannot be divided among GPUs",
         ),
         ("uint8", "adamw_torch", "2", "stores its 4-bit weights as uint8, which FSDP cannot shard"),
         (
