@@ -30,8 +30,8 @@
 # - **In:** `dataset/` in the run folder, from notebook 1.
 # - **Out:** `adapter/`, what was learned, some hundred megabytes or less; `training/metrics.json`
 #   and the loss curves.
-# - **Time:** minutes for a table of some hundred rows on a GPU; four minutes on a CPU with the
-#   small model of `profiles/cpu.yaml`.
+# - **Time:** minutes for a table of some hundred rows on a GPU; about three minutes on two CPU
+#   cores with the small model of the `cpu` profile.
 #
 # A model of seven billion weights (7B) takes 13 GB, and training all of them several times that.
 # *LoRA* ([Hu et al., 2021](https://arxiv.org/abs/2106.09685)) leaves the model as it is and trains

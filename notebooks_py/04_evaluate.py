@@ -30,8 +30,8 @@
 # - **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
 # - **Out:** `evaluation/metrics.json`, `answers.jsonl`, `samples.jsonl`, `scores.parquet` and
 #   `results.png`.
-# - **Time:** some minutes on a T4; about five minutes on two CPU cores with the small model of the
-#   `cpu` profile.
+# - **Time:** some minutes on a T4; one to two minutes on two CPU cores with the small model of the
+#   `cpu` profile, longer with `context_rows`.
 #
 # Are the model's answers right? And how probable are the table's own answers to it? Three models
 # answer the same questions: the base model, the base model with the adapter, and the merged model.
@@ -79,7 +79,7 @@ temperature = 0.7
 top_p = 0.9
 bootstrap_samples = 2000
 item_field = ""  # the field of the answer template that names what is recommended; "" for the example's, "none"
-unknown_threshold = "auto"  # with context_rows: below this look-up score, 0 to 1, the answer is "nothing"
+unknown_threshold = "auto"  # with context_rows: below this lookup score, 0 to 1, the answer is "nothing"
 disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 your_question = ""  # one more question, of your own; "" for the example's, or the first of the test split
 
@@ -99,9 +99,9 @@ from tabletune.report.plots import plot_results
 from tabletune.report.tables import (
     all_differences,
     content_table,
+    form_table,
     own_answers_table,
     reasons_table,
-    results_table,
     samples_table,
 )
 from tabletune.report.text import stored, with_interval
@@ -260,7 +260,8 @@ say_verdict(metrics["verdict"])
 
 # %% [markdown]
 # In brackets are 95% intervals: other questions would have given other figures, most likely within
-# them. A line is one kind of question and one model that was asked.
+# them. A line is one kind of question and one model that was asked. A dash stands where there is
+# nothing to measure.
 
 # %%
 content_table(metrics)
@@ -281,21 +282,28 @@ samples_table(folder, warning)
 # ### When it says that the table has nothing
 #
 # With `context_rows` and an `unknown_answer` there are two errors: to refuse a question that the
-# table has an answer to, and to answer one that it has none for. `unknown_threshold` trades one for
-# the other. The look-up scores how similar the best row's question is, from 0 to 1; below the
-# threshold the model is not even asked. The model can still refuse by itself.
+# table has an answer to (*wrongly "nothing"* above), and to answer one that it has none for.
+# `unknown_threshold` trades one for the other. The lookup scores how similar the best row's
+# question is, from 0 to 1; below the threshold the model is not even asked. Above it the model can
+# still refuse. (*Copied from a row*: the model refused, but a row has nearly the same question, so
+# its answer was given.)
 
 # %%
 show_refusals(run, examination.context)
 
 # %% [markdown]
 # ## Form and perplexity
+#
+# *Response perplexity* is that of the answers of the test split, *full-text* perplexity counts the
+# words of the questions, too. *Bits per byte* says the same as a perplexity, in a form that can be
+# compared between models with different tokens. For all three lower is better. *New tokens* are the
+# length of an answer.
 
 # %%
 if metrics["base"]["too_small"]:
     questions = metrics["base"]["questions"]
     print(f"The test split has {questions} questions: too few to say how sure these figures are.")
-results_table(metrics)
+form_table(metrics)
 
 # %% [markdown]
 # ### How sure is a number?

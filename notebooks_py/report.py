@@ -70,7 +70,7 @@ import matplotlib.pyplot as plt
 from tabletune.report import pages
 from tabletune.report.pages import FIGURES, at, figures_table, say, show, show_table
 from tabletune.report.plots import plot_column
-from tabletune.report.tables import all_differences, content_table, results_table
+from tabletune.report.tables import all_differences, content_table, form_table
 from tabletune.run.stage import start_stage
 
 run = start_stage("report", globals()).folder
@@ -143,7 +143,7 @@ say(*(info["rating"].get("sentences") or ["No person has rated the answers: `mak
 # so many equally likely tokens: lower is better. It does not say whether its own answers are right.
 
 # %%
-show_table(results_table(metrics), "Not evaluated yet.")
+show_table(form_table(metrics), "Not evaluated yet.")
 
 # %%
 if models:

@@ -42,7 +42,9 @@ def plot_figures(
             below_and_above = [[value - ci95[0]], [ci95[1] - value]]
             axes.errorbar(position, value, below_and_above, color="black", capsize=6)
     axes.set_ylabel(direction(label))
-    axes.set_xlim(-0.8, len(figures) - 0.2)  # a lone bar is no wall
+    middle = (len(figures) - 1) / 2
+    width = max(len(figures), len(GREYS)) + 0.2  # bars are equally wide in all panels
+    axes.set_xlim(middle - width / 2, middle + width / 2)
     if form.endswith("%"):
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter("{x:.0%}")
@@ -65,8 +67,9 @@ def plot_results(metrics: dict) -> "Figure":
     rows = (len(columns) + 2) // 3
     across = min(3, len(columns))
     figure, panels = plt.subplots(
-        rows, across, figsize=(4 * across, 3.5 * rows), layout="constrained", squeeze=False
+        rows, across, figsize=(4 * across, 3.6 * rows), layout="constrained", squeeze=False
     )
+    figure.get_layout_engine().set(h_pad=0.12)  # between the rows of panels, in inches
     for axes, column in zip(panels.flat, columns, strict=False):
         plot_panel(axes, models, column)
     for axes in panels.flat[len(columns) :]:

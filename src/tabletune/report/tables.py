@@ -42,6 +42,17 @@ def results_table(metrics: dict) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def form_table(metrics: dict) -> pd.DataFrame:
+    """Perplexity and form with their intervals, as texts: a line a figure, a column a model.
+
+    What was measured for one model alone says so for the others.
+    """
+    names = [name for name, (group, _, _) in COLUMNS.items() if not group.startswith("content")]
+    table = results_table(metrics)
+    table = table[[name for name in names if name in table]]
+    return table.replace("–", "not measured").T
+
+
 def content_table(metrics: dict) -> pd.DataFrame:
     """How right the answers are, as texts: a line a set of questions and model, with its 95%
     intervals.
@@ -52,6 +63,8 @@ def content_table(metrics: dict) -> pd.DataFrame:
             content = (entry.get("content") or {}).get(part) or {}
             if not content.get("questions"):
                 continue
+            if part == "new" and metrics.get("retrieval"):
+                title = "new questions, their rows kept out"
             line = {"questions": f"{title} ({content['questions']})", "model": model}
             for column, (name, form) in CONTENT_COLUMNS.items():
                 if content.get(name) is not None:
@@ -83,7 +96,7 @@ def difference_line(name: str, entry: dict) -> dict[str, str]:
         # the ratio of two perplexities is easier to read than the difference of their logarithms
         value, form = math.exp(value), ".4f"
         ci95 = None if ci95 is None else np.exp(ci95)
-    elif name.endswith("chrf"):
+    elif name.casefold().endswith("chrf"):
         name = f"{name[:-4]}chrF"
     elif name != "mean_new_tokens":
         name = f"{name}, points"
@@ -107,13 +120,14 @@ def differences_table(differences: dict) -> pd.DataFrame:
 
 def all_differences(metrics: dict) -> pd.DataFrame:
     """The differences of content and of form between the models, the content first, as texts."""
+    names = {name: column for column, (name, _) in CONTENT_COLUMNS.items()}
     differences = {}
     for pair, entries in metrics["differences"].items():
         content = (metrics.get("content_differences") or {}).get(pair, {})
         of_pair = {}
         for part, figures in content.items():
             for name, entry in figures.items():
-                of_pair[f"{PARTS[part]}: {name}"] = entry
+                of_pair[f"{PARTS[part]}: {names.get(name, name)}"] = entry
         differences[pair] = of_pair | entries
     return differences_table(differences)
 
@@ -190,6 +204,9 @@ def question_columns(line: dict) -> dict[str, str]:
         best = line["rows"][0]
         question += f"\n\n[most similar row: “{best['question']}”, {best['score']:.2f}]"
     answer = as_shown(line["references"][0])
+    others = len(line["references"]) - 1
+    if others:
+        answer += f"\n\n[or {others} other answer{'s' if others > 1 else ''} of the table]"
     if not line.get("answerable", True):
         answer = f"[kept out of the index: “nothing” is right]\n{answer}"
     return {"question": question, IN_TABLE: answer}
