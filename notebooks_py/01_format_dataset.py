@@ -160,7 +160,8 @@ run = stage.folder
 # A model does not read letters but *tokens*: words or parts of words, each with a number. The
 # *tokenizer* turns text into tokens. Every chat model was also trained on conversations in a text
 # format of its own, its *chat template*. We use that template as it is, so that the rows look like
-# the conversations that the model knows. For this model:
+# the conversations that the model knows. The format of this model (*thinking* is what some models
+# write before they answer):
 
 # %%
 from tabletune.chat.templates import describe_template
@@ -244,7 +245,7 @@ print(*(f"{turn['role'].upper()}\n{turn['content'][:500]}" for turn in messages)
 # **Rendered** by the model's own template:
 
 # %%
-rendered = messages[0]["content"]  # of a lone text
+rendered = messages[0]["content"]  # if the row is a text without a question
 if first["prompt"]:
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
 print(rendered[:2000])
@@ -317,7 +318,8 @@ from tabletune.data.report import changes_table, dropped_table, rows_table, sent
 rows_table(report)
 
 # %% [markdown]
-# One example of each change, with the text around it:
+# One example of each change, with the text around it. Characters that cannot be seen are written as
+# codes, such as `\xa0`:
 
 # %%
 show_table(changes_table(report), "Nothing was changed.")

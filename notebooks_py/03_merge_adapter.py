@@ -127,8 +127,8 @@ by_package = add_lora(weight.clone(), plan.adapter, plan.config, module)
 assert torch.allclose(merged, by_package, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
-# How much is that? Three things may change a matrix: the adapter; the rounding of the sum to the 16
-# bits in which it is stored; and the rounding to NF4 that the training saw. Each is shown as a
+# How much is that? Three things may change a matrix: the adapter; the rounding of the sum to the
+# number format of the files; and the rounding to NF4 that the training saw. Each is shown as a
 # share of the size of $W$. Size here is the Frobenius norm: the root of the sum of all squared
 # numbers.
 

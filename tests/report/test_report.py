@@ -558,7 +558,10 @@ def test_a_table_shows_texts_whole_and_as_they_are(shown):
     pages_module.show_table({"a name": long})
     pages_module.show_table(pd.DataFrame({"<i>": [long, None]}))
     facts, rows = (" ".join(table.data.split()) for table in shown)
-    whole = "<td>" + "word " * 30 + "&lt;b&gt;&amp;$1$ next</td>"
-    assert f"<th>a name</th> {whole}" in facts and "<thead>" not in facts
-    assert f"<tr> {whole} </tr> <tr> <td>–</td> </tr>" in rows and "<th>&lt;i&gt;</th>" in rows
+    cell, heading = (f'<{tag} style="text-align:left">' for tag in ("td", "th"))
+    whole = f"{cell}{'word ' * 30}&lt;b&gt;&amp;$1$ next</td>"
+    assert f"{heading}a name</th> {whole}" in facts
+    assert "<thead>" not in facts
+    assert f"<tr> {whole} </tr> <tr> {cell}–</td> </tr>" in rows
+    assert f"{heading}&lt;i&gt;</th>" in rows
     assert all(f'class="dataframe {pages_module.PLAIN}"' in table for table in (facts, rows))

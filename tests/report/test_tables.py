@@ -94,7 +94,7 @@ def test_a_short_repetition_is_shown_as_it_is(text):
 def test_a_long_answer_is_cut_and_says_how_much_is_missing():
     words = " ".join(str(number) for number in range(1000))
     shown = as_shown(words)
-    assert shown.startswith(words[:700])
+    assert shown.startswith(words[:500])
     assert f"[not shown: {len(words) - MOST_CHARACTERS:,} more characters]" in shown
 
 

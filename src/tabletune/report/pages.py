@@ -391,7 +391,10 @@ def show_table(
         "formatters": dict.fromkeys(frame, str),
     }
     with pd.option_context("display.max_colwidth", None):
-        display(HTML(frame.to_html(classes=PLAIN, border=0, **options)))
+        html = frame.to_html(classes=PLAIN, border=0, **options)
+    for tag in ("<th>", "<td>"):  # notebooks and nbconvert align them to the right, as numbers
+        html = html.replace(tag, f'{tag[:-1]} style="text-align:left">')
+    display(HTML(html))
 
 
 def say(*sentences: str, kind: str = "") -> None:

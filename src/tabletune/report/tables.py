@@ -24,7 +24,7 @@ from tabletune.report.text import (
 OUTCOMES = {"right": "✓ right", "wrong": "✗ wrong", "nothing": "– says nothing"}
 MODELS = ("base", "adapter", "merged")
 IN_TABLE = "in the table"
-MOST_CHARACTERS = 800  # of an answer that are shown
+MOST_CHARACTERS = 600  # of an answer that are shown
 REPEATED = re.compile(r"(.{2,200}?)\1{3,}", re.DOTALL)  # the same, four times or more
 LEAST_REPEATED = 80  # characters: a shorter repetition, such as a line of dashes, is shown
 
@@ -249,7 +249,7 @@ def shown_twice(match: re.Match) -> str:
     if len(match[0]) < LEAST_REPEATED:
         return match[0]
     more = len(match[0]) // len(part) - 2
-    return f"{part * 2}[not shown: the same {more} more times]"
+    return f"{part * 2} [not shown: the same {more} more times]"
 
 
 def own_answers_table(answers: dict, asked: list[str], disclaimer: str) -> HTML:
