@@ -174,6 +174,14 @@ def test_pairs_are_sharper_than_two_intervals(tmp_path):
     assert entry["difference"] == pytest.approx(0.1 * 20 / 60 / math.log(2), rel=0.2)
 
 
+def test_a_difference_that_nobody_would_notice_is_none(tmp_path):
+    settings, part, _ = compared(
+        a_run(tmp_path / "a", nats=2.0, noise=0),
+        a_run(tmp_path / "b", nats=2.005, noise=0, learning_rate=1),
+    )
+    assert pairs_table(settings, part).loc["b", "told apart?"] == "no"
+
+
 def test_right_answers_decide_before_bits(tmp_path):
     settings, part, _ = compared(
         a_run(tmp_path / "form", nats=1.0, right=0.1),

@@ -88,6 +88,13 @@ def test_a_tenth_of_the_rows_is_no_half(tmp_path):
     assert lines[-1].startswith("10 times as many questions gained. Whether the last doubling")
 
 
+def test_a_gain_of_less_than_a_hundredth_is_none(tmp_path):
+    """It is sure, as the test rows differ alike in both runs, and nobody would notice it."""
+    small = nll_of(1.4, 1)
+    lines = sentences(tmp_path, [(20, small), (40, small - 0.005)])
+    assert lines[-1].startswith("The last doubling gained nothing")
+
+
 def test_a_run_that_got_worse_is_no_gain(tmp_path):
     runs = [(20, nll_of(1.4, 2)), (40, nll_of(1.8, 3))]
     assert sentences(tmp_path, runs)[-1].startswith("The last doubling gained nothing")

@@ -1,9 +1,6 @@
-"""Which way to answer should be shipped: the decision of notebook 5, in words that need no
-statistics.
-"""
+"""The recommendation of notebook 5: what to ship, in words that need no statistics."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -17,11 +14,19 @@ from tabletune.evaluation.baselines import (
     CONSTANT,
     COPY,
 )
+from tabletune.evaluation.decision import (
+    TRAINED,
+    Decision,
+    as_good_as_best,
+    best_of,
+    decide,
+    enough,
+    rights_of,
+)
 from tabletune.report.baselines import ORDER
 from tabletune.report.text import PARTS, with_interval
-from tabletune.stats import FEWEST_GROUPS, rate_difference, rate_interval
+from tabletune.stats import rate_interval
 
-TRAINED = (ADAPTER_CONTEXT.name, ADAPTER.name)
 ADVICE = {
     COPY.name: "Do not fine-tune for this table: copy the answer of the most similar row.",
     BASE.name: "Do not fine-tune for this table: the base model answers these questions as it is.",
@@ -33,7 +38,8 @@ ADVICE = {
     ADAPTER_CONTEXT.name: "Training was worth it: "
     "ship the fine-tuned model, with the most similar rows in its prompt.",
 }
-WORTH_IT, PROBABLY_WORTH_IT = "Training was worth it", "Training was probably worth it"
+WORTH_IT = "Training was worth it"
+PROBABLY_WORTH_IT = "Training was probably worth it"
 ONLY_OF_THE_TABLE = (
     "That is for questions that the table has, in whatever words: "
     "of new ones, no way answers enough right."
@@ -54,124 +60,15 @@ TOO_FEW = (
     "There are too few questions to say what to ship. Ask more of them (`baseline_samples`), or "
     "keep more for the test in notebook 1 (`test_fraction`)."
 )
-HELP = "What may help: context_rows in notebook 1, more rows, more epochs, a larger base model."
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What to ship: `choice` is the name of a way, or None if nothing works; `best` comes nearest.
-
-    The decision rests on `parts` of the questions. `rights` has for each way whether its answers to
-    these are right, [questions]. `unanswered` are the parts that count, too, but that no way
-    answers well enough. `best_of_parts` has the best way for each of `parts`, if no way is good
-    enough for all of them.
-    """
-
-    choice: str | None
-    best: str | None
-    parts: list[str]
-    rights: dict[str, np.ndarray]
-    unanswered: list[str] = field(default_factory=list)
-    best_of_parts: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def subject(self) -> str:
-        """The way that the sentences are about: the choice, or what comes nearest."""
-        return self.choice or self.best or ""
-
-
-def standard_error(one: np.ndarray, other: np.ndarray) -> float:
-    """The standard error of the difference of two rates on the same questions, in pairs."""
-    differences = np.asarray(one, float) - np.asarray(other, float)
-    return float(differences.std(ddof=1) / np.sqrt(len(differences)))
-
-
-def best_of(rights: Mapping[str, np.ndarray]) -> str:
-    """The way with most right answers; of equal ones the first, which is the cheapest."""
-    return max(rights, key=lambda name: np.mean(rights[name]))
-
-
-def is_as_good(right: np.ndarray, best: np.ndarray) -> bool:
-    """Whether a way is as good as the best one, by which answers of both are right, [questions].
-
-    "As good" is within one standard error of their difference, which is the usual rule to choose
-    among simpler and more complex models (Breiman et al., Classification and Regression Trees,
-    1984). A single wrong answer more is within it.
-    """
-    missing = np.mean(best) - np.mean(right)
-    return bool(missing <= standard_error(best, right) + 1e-9)  # rounding
-
-
-def as_good_as_best(rights: Mapping[str, np.ndarray]) -> list[str]:
-    """The ways that are as good as the best one, the cheapest first."""
-    best = rights[best_of(rights)]
-    # rights are in the order of what a question costs, so the first that is good enough is the
-    # cheapest
-    return [name for name, right in rights.items() if is_as_good(right, best)]
-
-
-def works(rights: Mapping[str, np.ndarray], least_right: float) -> bool:
-    """Whether some way answers the share `least_right` right, and one answer for all does not."""
-    best = np.mean(rights[best_of(rights)])
-    return bool(best >= least_right and CONSTANT.name not in as_good_as_best(rights))
-
-
-def choose(parts: Sequence[Mapping[str, np.ndarray]]) -> str:
-    """The cheapest way that is as good as the best in every part of the questions.
-
-    If there is none, as one is good here and another one there, the best is the way whose worst
-    part is best, and the choice is the cheapest way that is as good as that one in every part.
-    """
-    as_good = [as_good_as_best(rights) for rights in parts]
-    for name in as_good[0]:
-        if all(name in names for names in as_good):
-            return name
-    balanced = max(parts[0], key=lambda name: min(np.mean(rights[name]) for rights in parts))
-    for name in parts[0]:
-        if all(is_as_good(rights[name], rights[balanced]) for rights in parts):
-            return name
-    return balanced
-
-
-def enough(rights: Mapping[str, np.ndarray]) -> bool:
-    """Whether a part has enough questions to decide anything."""
-    return any(len(right) >= FEWEST_GROUPS for right in rights.values())
-
-
-def decide(rights: Mapping[str, Mapping[str, np.ndarray]], least_right: float) -> Decision:
-    """What to ship, by `rights`: {part of the questions: {way: whether its answers are right}}.
-
-    The decision rests on reworded and on new questions, as nobody asks quite as the table does, and
-    of these on the parts that some way can answer at all: what the table does not have, none can
-    know. Of labels only the new ones count: nobody needs the label of a text that has one. A part
-    of fewer than FEWEST_GROUPS questions decides nothing.
-    """
-    has_labels = any(CONSTANT.name in of_part for of_part in rights.values())
-    deciding = ["new"] if has_labels else ["reworded", "new"]
-    parts = [part for part in deciding if enough(rights.get(part, {}))]
-    answered = [part for part in parts if works(rights[part], least_right)]
-    used = answered or parts
-    if not used:
-        return Decision(None, None, [], {})
-    names = list(rights[used[0]])
-    pooled = {name: np.concatenate([rights[part][name] for part in used]) for name in names}
-    best = choose([rights[part] for part in used])
-    if len(answered) == 1 and np.mean(pooled[best]) < least_right:
-        best = best_of(pooled)  # a cheaper way, as good as this one, is just below the limit
-    unanswered = [part for part in parts if part not in answered]
-    if answered and np.mean(pooled[best]) >= least_right:
-        return Decision(best, best, used, pooled, unanswered)
-    best_of_parts = {part: choose([rights[part]]) for part in answered}
-    return Decision(None, best, used, pooled, unanswered, best_of_parts)
-
-
-def rights_of(checked: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, np.ndarray]]:
-    """{part: {way: whether its answers are right}} of what `baselines.check_results` returns."""
-    rights: dict[str, dict[str, np.ndarray]] = {}
-    for name, lines in checked.items():
-        for part, some in lines.groupby("part", sort=False):
-            rights.setdefault(part, {})[name] = some["right"].to_numpy(bool)
-    return rights
+MAY_HELP = "What may help: context_rows in notebook 1, more rows, more epochs, a larger base model."
+MAY_HELP_LABELS = (
+    "What may help: more rows, more epochs, a larger base model. Or the labels do not follow from "
+    "the texts: let two people label the same fifty, and see how often they agree."
+)
+MORE_WOULD_TELL = (
+    "More questions would tell (`baseline_samples`, or `test_fraction` in notebook 1). Of ways "
+    "that are equally good, the cheapest is named."
+)
 
 
 def recommend(checked: Mapping[str, pd.DataFrame], ways: Mapping[str, dict], least_right: float):
@@ -190,10 +87,10 @@ def recommend(checked: Mapping[str, pd.DataFrame], ways: Mapping[str, dict], lea
                 if must_be_refused(checked, part):
                     line += " The table cannot answer most of these: to say so counts as right."
                 sentences.append(line)
-        sentences += against(decision)
+        sentences += comparisons(decision)
         sentences.append(costs(decision, ways))
         if decision.choice is None:
-            sentences.append(HELP)
+            sentences.append(MAY_HELP_LABELS if CONSTANT.name in ways else MAY_HELP)
     return {
         "choice": decision.choice,
         "best": decision.best,
@@ -216,7 +113,7 @@ def what_to_do(decision: Decision) -> str:
         return TOO_FEW
     if decision.choice is not None:
         advice = ADVICE[decision.choice]
-        if decision.choice in TRAINED and not difference_to_rival(decision)["significant"]:
+        if decision.choice in TRAINED and not decision.is_sure:
             advice = advice.replace(WORTH_IT, PROBABLY_WORTH_IT)
         if "new" in decision.unanswered:
             advice += f" {ONLY_OF_THE_TABLE}"
@@ -235,13 +132,17 @@ def evidence(decision: Decision, part: str, rights: Mapping[str, np.ndarray]) ->
     """
     too_few = not enough(rights)
     hopeless = part in decision.unanswered
-    name = best_of(rights) if hopeless else decision.subject
+    name = decision.best_of_parts.get(part, decision.subject)
+    if hopeless:
+        name = best_of(rights)
     right = rights[name]
     share = with_interval(float(right.mean()), rate_interval(right), ".0%")
     kind = NAMES.get(part, PARTS[part])
     line = f"Of {len(right)} {kind}, {IN_WORDS[name]} gets {right.sum()} right: {share}."
     if too_few:
         line += " Too few to decide anything."
+    elif hopeless and name == CONSTANT.name:
+        line += " No way is clearly better."
     elif hopeless and CONSTANT.name in as_good_as_best(rights):
         same = rights[CONSTANT.name].sum()
         line += f" Always the same answer gets {same}, and no way is clearly better than that."
@@ -250,51 +151,42 @@ def evidence(decision: Decision, part: str, rights: Mapping[str, np.ndarray]) ->
     return line
 
 
-def rival_of(decision: Decision) -> str:
-    """The way that the choice is compared with: the better trained one, or if the choice was
-    trained, the best one without training.
+def comparisons(decision: Decision) -> list[str]:
+    """How the subject compares with training, or if it was trained, with the best way without it:
+    a sentence for each part of the questions.
     """
-    rivals = [name for name in TRAINED if name in decision.rights]
-    if decision.subject in TRAINED:
-        rivals = [name for name in decision.rights if name not in TRAINED]
-    return max(rivals, key=lambda name: decision.rights[name].mean())
-
-
-def difference_to_rival(decision: Decision) -> dict:
-    """How much more often the choice is right than `rival_of`, in pairs of questions: an entry of
-    `stats.difference`.
-    """
-    rights = decision.rights
-    return rate_difference(rights[decision.subject], rights[rival_of(decision)])
-
-
-def against(decision: Decision) -> list[str]:
-    """How the choice compares with training, or with the best way without it, and whether that is
-    sure.
-    """
-    rights = decision.rights
-    subject, rival = decision.subject, rival_of(decision)
-    entry = difference_to_rival(decision)
-    points = [f"{100 * value:+.0f}" for value in (entry["difference"], *entry["ci95"])]
-    kinds = f"the {PARTS[decision.parts[0]]}"
-    if len(decision.parts) > 1:
-        kinds = "the reworded and the new questions together"
-    sentences = [
-        f"Of {kinds}, {IN_WORDS[rival]} gets {rights[rival].sum()} of {len(rights[rival])} right, "
-        f"where {IN_WORDS[subject]} gets {rights[subject].sum()}: "
-        f"a difference of {points[0]} percentage points ({points[1]} – {points[2]})."
-    ]
-    if decision.choice is not None and not entry["significant"]:
-        sentences.append(
-            "That may be chance; more questions (`baseline_samples`, or `test_fraction` in "
-            "notebook 1) would tell. Of ways that are equally good, the cheapest is named."
-        )
+    if decision.best_of_parts:
+        return []
+    sentences = [comparison(decision, part) for part in decision.parts]
+    if decision.choice is not None and not decision.is_sure:
+        sentences.append(MORE_WOULD_TELL)
     return sentences
 
 
+def comparison(decision: Decision, part: str) -> str:
+    """How the subject compares with its best rival for a part of the questions."""
+    rights = decision.rights[part]
+    rival = best_of({name: rights[name] for name in decision.rivals})
+    entry = decision.difference(part, rival)
+    count = f"{rights[rival].sum()} of {len(rights[rival])}"
+    line = f"For {PARTS[part]}, {IN_WORDS[rival]} gets {count} right"
+    if decision.subject in TRAINED:
+        line = f"For {PARTS[part]}, the best way without training is {IN_WORDS[rival]}, {count}"
+    if entry["difference"] == 0:
+        return f"{line}: that is as many."
+    points = [100 * value for value in (entry["difference"], *entry["ci95"])]
+    place = "ahead"
+    if entry["difference"] < 0:
+        place = "behind"
+        points = [-points[0], -points[2], -points[1]]
+    line += f": {IN_WORDS[decision.subject]} is {points[0]:.0f} percentage points {place} "
+    line += f"({points[1]:.0f} – {points[2]:.0f})"
+    return line + ("." if entry["significant"] else ", which may be chance.")
+
+
 def costs(decision: Decision, ways: Mapping[str, dict]) -> str:
-    """What a question costs with the choice, and with the trained model."""
-    names = [decision.subject]
+    """What a question costs with what is recommended, and with the trained model."""
+    names = list(dict.fromkeys(decision.best_of_parts.values())) or [decision.subject]
     names += [name for name in TRAINED if name in ways and name not in names]
     parts = []
     for name in names:

@@ -34,6 +34,7 @@ NOT_IN_SETTING = {  # parameters in which the runs of one setting may differ
 }
 EVALUATED_WITH = ("window", "stride", "samples", "max_new_tokens", "do_sample")
 RIGHT, BITS = "right", "bits"
+LEAST_BITS = 0.004  # per byte, some 1% of a perplexity: less is no difference, however sure it is
 
 
 @dataclass
@@ -260,7 +261,7 @@ def pair_difference(one: Setting, other: Setting, figure: str, part: str | None)
     it.
 
     It is `significant` only if it is also larger than what seeds alone do, where one of the
-    settings has several. None if they have no right answers to compare.
+    settings has several, and, of bits, than LEAST_BITS. None if they have no right answers to compare.
     """
     if figure == RIGHT:
         first, second = one.right(part or ""), other.right(part or "")
@@ -275,8 +276,10 @@ def pair_difference(one: Setting, other: Setting, figure: str, part: str | None)
     else:
         bits, sizes = one.bits()
         entry = mean_difference(bits, other.bits()[0], sizes, one.groups())
-    spread = max(setting.spread(figure, part or "") for setting in (one, other))
-    entry["significant"] = entry["significant"] and abs(entry["difference"]) > spread
+    least = max(setting.spread(figure, part or "") for setting in (one, other))
+    if figure == BITS:
+        least = max(least, LEAST_BITS)
+    entry["significant"] = entry["significant"] and abs(entry["difference"]) > least
     return entry
 
 

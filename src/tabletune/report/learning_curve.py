@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 NOT_COMPARED = {*NOT_IN_SETTING, "train_rows"}  # in which the runs of one curve may differ
 TUNED = ("merged", "adapter")  # the model to look at: the first of these that was evaluated
 HALF = 0.75  # of the rows of the largest run, at most, for a smaller one to be compared with it
+LEAST_GAIN = 0.01  # nats a token, 1% of the perplexity: less is no gain, however sure it is
 LEAST_HALF = 0.3  # of them, at least, for that to be the last doubling
 
 
@@ -231,7 +232,8 @@ def last_doubling(curve: list[Point]) -> list[str]:
     if right is not None:
         sentences.append(right_sentence(len(most.right), right))
     of_seeds = np.maximum(most.spreads, half.spreads)  # what seeds alone do
-    more_likely = likelihood["significant"] and likelihood["difference"] < -of_seeds[0]
+    least_gain = max(LEAST_GAIN, of_seeds[0])
+    more_likely = likelihood["significant"] and likelihood["difference"] < -least_gain
     more_right = right is not None and right["significant"] and right["difference"] > of_seeds[1]
     if half.questions < LEAST_HALF * most.questions:
         gained = (
