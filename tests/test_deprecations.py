@@ -115,3 +115,19 @@ def test_a_test_in_which_our_code_causes_one_fails(pytester):
         """
     )
     pytester.runpytest_subprocess().assert_outcomes(passed=1, errors=1)
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_a_warning_at_a_line_of_ours_is_an_error(category):
+    """By the filters of pyproject.toml; those of libraries are not."""
+    with pytest.raises(category):
+        warnings.warn_explicit("old", category, "some.py", 1, module="tabletune.model.loading")
+    warnings.warn_explicit("old", category, "some.py", 1, module="transformers.trainer")
+
+
+@pytest.mark.parametrize("folder", ["src", "notebooks_py", "tests", "benchmarks"])
+@pytest.mark.filterwarnings("error")
+def test_sources_compile_without_a_warning(folder):
+    """Python warns of invalid escapes and the like only where it compiles a file anew."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        compile(path.read_text(encoding="utf-8"), str(path), "exec")
