@@ -83,8 +83,7 @@ class App:
     def find(self, index: PlainIndex, question: str) -> list[tuple[dict, float]]:
         """The rows for a question's prompt, each with its similarity, the most similar first."""
         hits = index.search(question, MOST_CONTEXT_ROWS)
-        # the same choice as in training: no question twice, and no more text than the prompt has
-        # room for
+        # the same choice as in training: no answer twice, and not too many characters
         places = choose_rows(
             [row for row, _ in hits],
             self.settings["context_rows"],

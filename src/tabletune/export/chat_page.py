@@ -157,10 +157,7 @@ def two_answers(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_token_ids
     )
     settings.pad_token_id = tokenizer.pad_token_id
-    answers: list[list[int]] = [
-        [],
-        [],
-    ]  # ids of the base model's and of the fine-tuned model's answer
+    answers: list[list[int]] = [[], []]  # ids: of the base model, of the fine-tuned one
     for batch in batch_passes(model):
         with batch.adapter:
             steps = stream(model, [prompt] * len(batch.rows), settings, **batch.options)
