@@ -81,7 +81,8 @@ def test_few_questions_widen_an_interval_as_students_t_does():
         for kind, groups in (("widened", np.arange(8)), ("plain", None)):
             low, high = interval(drawn, groups)
             hits[kind] += low < 2 < high
-    assert hits["widened"] / 1000 >= 0.92 and hits["plain"] / 1000 < 0.9
+    assert hits["widened"] / 1000 >= 0.92
+    assert hits["plain"] / 1000 < 0.9
     many = np.random.default_rng(0).normal(size=4000)
     assert interval(many, np.arange(1000)) == pytest.approx(interval(many), abs=0.05), (
         "with many there is nothing to widen"
@@ -110,16 +111,17 @@ def test_whole_questions_are_drawn():
 def test_too_few_questions_have_no_interval():
     few = table_of(np.random.default_rng(0), FEWEST_GROUPS - 1, 30)
     assert perplexity_interval(few, "response", few["group"]) is None
-    assert (
-        perplexity_interval(few[:2], "response") is None and mean_interval([1, 2], [1, 1]) is None
-    )
+    assert perplexity_interval(few[:2], "response") is None
+    assert mean_interval([1, 2], [1, 1]) is None
     assert interval([1.0, 2.0, 3.0], list("aabbc")) is None
     enough = table_of(np.random.default_rng(0), FEWEST_GROUPS, 1)
     assert perplexity_interval(enough, "response", enough["group"]) is not None
     entry = mean_difference(
         few["response_nll"] + 100, few["response_nll"], few["response_tokens"], few["group"]
     )
-    assert entry["ci95"] is None and not entry["significant"] and entry["difference"] > 0
+    assert entry["ci95"] is None
+    assert not entry["significant"]
+    assert entry["difference"] > 0
 
 
 def test_the_interval_of_a_rate():
@@ -162,16 +164,15 @@ def test_a_difference_is_one_only_if_its_interval_excludes_zero():
     better = tokens * (hard - 0.1 + generator.normal(0, 0.05, size=40))
     same = tokens * (hard + generator.normal(0, 0.2, size=40))
     entry = mean_difference(better, base, tokens)
-    assert entry["significant"] and entry["ci95"][0] < entry["difference"] < entry["ci95"][1] < 0
+    assert entry["significant"]
+    assert entry["ci95"][0] < entry["difference"] < entry["ci95"][1] < 0
     assert -0.13 < entry["difference"] < -0.07, "pairs: the rows' own spread of 1 cancels"
     assert not mean_difference(same, base, tokens)["significant"]
     assert not difference(1.0, [0.5, 1.5], list("aabbc"))["significant"], (
         "three questions that agree may be chance"
     )
-    assert (
-        difference(1.0, [0.5, 1.5], list("abcdef"))["significant"]
-        and count_groups(list("aabbc")) == 3
-    )
+    assert difference(1.0, [0.5, 1.5], list("abcdef"))["significant"]
+    assert count_groups(list("aabbc")) == 3
 
 
 def test_a_difference_of_rates():
@@ -180,11 +181,9 @@ def test_a_difference_of_rates():
         return one, [True] * both + [False] * only_one + [True] * only_other + [False] * neither
 
     entry = rate_difference(*pairs(0, 40, 0, 0))
-    assert (
-        entry["difference"] == 1
-        and entry["ci95"] == pytest.approx([0.8728, 1.0], abs=1e-4)
-        and entry["significant"]
-    )
+    assert entry["difference"] == 1
+    assert entry["ci95"] == pytest.approx([0.8728, 1.0], abs=1e-4)
+    assert entry["significant"]
     for same in (
         pairs(40, 0, 0, 0),
         pairs(0, 0, 0, 1),
@@ -217,7 +216,8 @@ def test_differences_of_equal_models_are_seldom_called_any():
         for by, keys in (("questions", groups), ("rows", None)):
             called[by] += mean_difference(one, other, np.ones(330), keys, draws=200)["significant"]
         called["rate"] += rate_difference(*(generator.random((2, 40)) < 0.7))["significant"]
-    assert 3 <= called["questions"] <= 27 and 3 <= called["rate"] <= 30
+    assert 3 <= called["questions"] <= 27
+    assert 3 <= called["rate"] <= 30
     assert called["rows"] > 100, "rows taken for independent see differences everywhere"
 
 

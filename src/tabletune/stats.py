@@ -29,8 +29,9 @@ RATES = {
 
 
 def by_group(values: ArrayLike, groups: ArrayLike | None) -> np.ndarray:
-    """The sum of `values` in each group: an array with a number a group. Without `groups` each row
-    is one.
+    """The sum of `values` in each group: an array with a number a group.
+
+    Without `groups` each row is one.
     """
     values = np.asarray(values, float)
     if groups is None:
@@ -52,8 +53,9 @@ def resampled(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> np.ndarray:
-    """`sum(totals) / sum(counts)` for each of many draws of as many groups with replacement: an
-    array [draws].
+    """`sum(totals) / sum(counts)` for each of many draws of as many groups with replacement.
+
+    An array [draws].
 
     `totals` and `counts` have a number a row, such as nats and tokens. The same groups and the same
     seed give the same draws.
@@ -73,8 +75,9 @@ def resampled(
 
 
 def interval(values: ArrayLike, groups: ArrayLike | None = None) -> list[float] | None:
-    """The middle 95% of bootstrap `values`, [low, high]; None if they were drawn from too few
-    `groups`.
+    """The middle 95% of bootstrap `values`, [low, high].
+
+    None if they were drawn from too few `groups`.
 
     Efron's percentile interval is too narrow for few groups: their spread is underestimated, and
     the normal distribution's tails are too thin. Where `groups` are given it is wider by as much as
@@ -98,8 +101,9 @@ def mean_interval(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> list[float] | None:
-    """95% interval of `sum(totals) / sum(counts)` by drawing groups with replacement; None if there
-    are too few.
+    """95% interval of `sum(totals) / sum(counts)` by drawing groups with replacement.
+
+    None if there are too few.
     """
     groups = np.arange(len(counts)) if groups is None else groups
     # asked before drawing, which costs most of the time
@@ -114,16 +118,18 @@ def perplexity_interval(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> list[float] | None:
-    """95% interval of the perplexity of a part, "response" or "full", of `scores` (see
-    `scoring.score`), or None.
+    """95% interval of the perplexity of a part, "response" or "full", or None.
+
+    `scores` are those of `scoring.score`.
     """
     nll = mean_interval(scores[f"{part}_nll"], scores[f"{part}_tokens"], groups, draws, seed)
     return None if nll is None else [float(limit) for limit in np.exp(nll)]
 
 
 def rate_interval(successes: ArrayLike, groups: ArrayLike | None = None) -> list[float] | None:
-    """95% interval of the share of true ones; None for no cases, or for too few groups of several
-    cases.
+    """95% interval of the share of true ones.
+
+    None for no cases, or for too few groups of several cases.
 
     Independent cases: Wilson's (1927), which sees a doubt where 11 of 11 succeed (74% to 100%) and
     the bootstrap none. Cases in `groups`: by drawing groups; if all cases are alike, they say no
@@ -141,8 +147,9 @@ def rate_interval(successes: ArrayLike, groups: ArrayLike | None = None) -> list
 
 
 def difference(value: float, ci95: list[float] | None, groups: ArrayLike) -> dict:
-    """An entry of a table of differences: one is called `significant` only if its interval excludes
-    zero.
+    """An entry of a table of differences.
+
+    One is called `significant` only if its interval excludes zero.
 
     `groups` has the key of each row.
     """
@@ -161,8 +168,9 @@ def mean_difference(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> dict:
-    """How much more `one` has than `other` per count, both totals of the same rows: an entry of
-    `difference`.
+    """How much more `one` has than `other` per count, both totals of the same rows.
+
+    An entry of `difference`.
 
     In pairs: most of the doubt is in the rows, which are the same for both, and cancels.
     """
@@ -173,8 +181,9 @@ def mean_difference(
 
 
 def rate_difference(one: ArrayLike, other: ArrayLike) -> dict:
-    """How much higher the rate of `one` is, true or false for the same independent cases as
-    `other`.
+    """How much higher the rate of `one` is than that of `other`.
+
+    Both are true or false for the same independent cases.
 
     In pairs, by the adjusted formula of Agresti and Min (2005, https://doi.org/10.1002/sim.1781).
     """
@@ -195,8 +204,9 @@ def differences(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> dict[str, dict]:
-    """All differences of two models, {figure: entry}, each given as (scores, answers); there may be
-    no answers.
+    """All differences of two models, {figure: entry}, each given as (scores, answers).
+
+    There may be no answers.
 
     `groups` has the question of each row of the scores. The answers are to independent questions.
     """

@@ -117,13 +117,15 @@ def test_the_prompt_is_the_beginning_of_what_is_trained(base, name, example):
     tokenizer, stops = load_tokenizer(base(TEMPLATES[name]))
     encoded, prompt = encode(example, tokenizer, stops), encode_prompt(example["prompt"], tokenizer)
     ids, mask = encoded["input_ids"], encoded["completion_mask"]
-    assert ids[: len(prompt)] == prompt and len(ids) == len(mask)
+    assert ids[: len(prompt)] == prompt
+    assert len(ids) == len(mask)
     assert prompt == tokenizer.apply_chat_template(
         example["prompt"], add_generation_prompt=True, return_dict=False
     )
     answer = ids[len(prompt) :]
     assert mask[len(prompt) :] == [1] * len(answer)
-    assert answer[-1] in stops and not set(answer[:-1]) & set(stops)
+    assert answer[-1] in stops
+    assert not set(answer[:-1]) & set(stops)
     assert (
         tokenizer.decode(answer, skip_special_tokens=True).strip()
         == example["completion"][0]["content"]
@@ -169,7 +171,8 @@ def test_thinking_off_is_closed_in_the_prompt_and_on_is_learned(base):
         folder = base(TEMPLATES[name])
         tokenizer, stops = load_tokenizer(folder)
         prompt = render(ONE["prompt"], tokenizer)
-        assert prompt.rstrip().endswith("</think>") and prompt.count("<think>") == 1
+        assert prompt.rstrip().endswith("</think>")
+        assert prompt.count("<think>") == 1
         encoded = encode(ONE, tokenizer, stops)
         learned = [
             i for i, m in zip(encoded["input_ids"], encoded["completion_mask"], strict=True) if m
@@ -183,7 +186,8 @@ def test_thinking_off_is_closed_in_the_prompt_and_on_is_learned(base):
         }
         ids = encode(thought, tokenizer, stops)["input_ids"]
         text = tokenizer.decode(ids)
-        assert text.count("<think>") == text.count("</think>") == 1 and "Hm." in text
+        assert text.count("<think>") == text.count("</think>") == 1
+        assert "Hm." in text
         prompt = encode_prompt(ONE["prompt"], tokenizer)
         assert ids[: len(prompt)] == prompt
         assert answer_text(ids[len(prompt) :], tokenizer, stops)[:2] == ("Tea.", True)
@@ -213,7 +217,9 @@ def test_the_stops_are_those_of_the_generation_config_the_tokenizer_and_the_temp
     text, stopped, tokens = answer_text(
         [*encode_prompt([], tokenizer), 300, 301, stops[1], 302], tokenizer, stops
     )
-    assert stopped and tokens == 3 + len(encode_prompt([], tokenizer)) and "<|end|>" not in text
+    assert stopped
+    assert tokens == 3 + len(encode_prompt([], tokenizer))
+    assert "<|end|>" not in text
     assert answer_text([300, 301], tokenizer, stops)[1:] == (False, 2)
 
 
@@ -250,7 +256,8 @@ def test_a_lone_text_is_learned_whole(tokenizer):
     tokenizer, stops = tokenizer
     example = {"prompt": [], "completion": [{"role": "assistant", "content": "Q: 1+1?\nA: 2"}]}
     encoded = encode(example, tokenizer, stops)
-    assert set(encoded["completion_mask"]) == {1} and encoded["input_ids"][-1] in stops
+    assert set(encoded["completion_mask"]) == {1}
+    assert encoded["input_ids"][-1] in stops
     assert encoded["input_ids"][:-1] == tokenizer("Q: 1+1?\nA: 2")["input_ids"]
 
 
@@ -263,10 +270,12 @@ def test_many_are_encoded_as_one(base):
 
 def test_system_and_tools(base):
     tokenizer, _ = load_tokenizer(base(TEMPLATES["no system message"]))
-    assert not takes_system(tokenizer) and not takes_tools(tokenizer)
+    assert not takes_system(tokenizer)
+    assert not takes_tools(tokenizer)
     with_tools = "{% if tools %}{{ tools | tojson }}{% endif %}" + TEMPLATES["plain"]
     tokenizer, stops = load_tokenizer(base(with_tools))
-    assert takes_system(tokenizer) and takes_tools(tokenizer)
+    assert takes_system(tokenizer)
+    assert takes_tools(tokenizer)
     tool = '[{"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}]'
     assert "weather" in tokenizer.decode(
         encode({**ONE, "tools": tool}, tokenizer, stops)["input_ids"]
@@ -310,23 +319,24 @@ def test_coloured_tokens(tokenizer):
 def test_the_description_says_what_matters(base):
     tokenizer, stops = load_tokenizer(base(TEMPLATES["a switch for thinking"]))
     said = describe_template(tokenizer, stops)
-    assert (
-        said["thinking"] == "off: the prompt closes it" and "<|end|>" in said["an answer stops at"]
-    )
+    assert said["thinking"] == "off: the prompt closes it"
+    assert "<|end|>" in said["an answer stops at"]
     tokenizer, stops = load_tokenizer(base(TEMPLATES["today's date"]))
     assert describe_template(tokenizer, stops)["date in the template"] == "01 Jan 2026"
     assert describe_template(tokenizer, stops)["thinking"] == "none"
 
 
 def test_a_pad_token_that_is_eos_or_has_no_row_is_replaced(tokenizer, base, tmp_path):
-    assert tokenizer[0].pad_token == "<unk>" and tokenizer[0].padding_side == "right"
+    assert tokenizer[0].pad_token == "<unk>"
+    assert tokenizer[0].padding_side == "right"
     folder = base(TEMPLATES["plain"], rows=2055)
     beyond = PreTrainedTokenizerFast.from_pretrained(folder)
     beyond.add_special_tokens({"pad_token": "<pad>"})
     assert beyond.pad_token_id >= 2055
     beyond.save_pretrained(folder)
     loaded, _ = load_tokenizer(folder)
-    assert loaded.pad_token_id < 2055 and loaded.pad_token_id != loaded.eos_token_id
+    assert loaded.pad_token_id < 2055
+    assert loaded.pad_token_id != loaded.eos_token_id
 
 
 def test_a_missing_model_is_named():
@@ -441,4 +451,5 @@ def test_a_tokenizer_that_would_read_otherwise_is_not_saved(sentencepiece, tmp_p
 def test_gradients_need_ids_that_exist(tokenizer):
     """The ids of an example are rows of the embedding matrix."""
     ids = torch.tensor(encode(ONE, *tokenizer)["input_ids"])
-    assert ids.max() < 2048 and ids.min() >= 0
+    assert ids.max() < 2048
+    assert ids.min() >= 0

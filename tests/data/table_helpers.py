@@ -87,9 +87,9 @@ def formatted(folder, dataset, base_model=TINY, **parameters):
             )
     except StageError as error:
         message = str(error)
-        assert (
-            len(message.splitlines()) == 1 and 20 < len(message) < 3000 and message.isprintable()
-        ), message
+        assert len(message.splitlines()) == 1, message
+        assert 20 < len(message) < 3000, message
+        assert message.isprintable(), message
         assert not (folder / "dataset").exists()
         raise
     splits = datasets.load_from_disk(folder / "dataset")

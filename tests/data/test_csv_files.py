@@ -48,7 +48,8 @@ def test_delimiter_setting_is_used_and_checked(tmp_path):
 def test_excels_sep_line_sets_the_delimiter(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfsep=;\r\nquestion;answer\r\na;b, c\r\n")
     table = opened(tmp_path / "t.csv")
-    assert table.columns == NAMES and list(table.rows(NAMES)) == [("", ["a", "b, c"])]
+    assert table.columns == NAMES
+    assert list(table.rows(NAMES)) == [("", ["a", "b, c"])]
 
 
 def test_table_without_header_is_refused_until_header_is_false(tmp_path):
@@ -63,7 +64,8 @@ def test_table_without_header_is_refused_until_header_is_false(tmp_path):
             formatted(tmp_path, tmp_path / "t.csv", **settings_)
     columns = {"question": 2, "answer": 1}
     report, splits = formatted(tmp_path, tmp_path / "t.csv", header=False, columns=columns)
-    assert report["rows_in"] == 12 and ("Remark 0 was so.", "neg") in pairs(splits)
+    assert report["rows_in"] == 12
+    assert ("Remark 0 was so.", "neg") in pairs(splits)
     by_templates = {
         "columns": {"remark": 2},
         "question_template": "Is this good? {remark}",

@@ -12,13 +12,11 @@ from tabletune.errors import StageError
 def test_html_is_noted(tmp_path):
     rows = [{"question": f"How {i}?", "answer": f"<p>Hold {i} &amp; press.</p>"} for i in range(8)]
     report, splits = formatted(tmp_path, jsonl(tmp_path, *rows))
-    assert "8 texts look like HTML" in report["notes"][0] and all(
-        "<p>" in answer for _, answer in pairs(splits)
-    )
+    assert "8 texts look like HTML" in report["notes"][0]
+    assert all("<p>" in answer for _, answer in pairs(splits))
     report, splits = formatted(tmp_path, jsonl(tmp_path, *rows), html_to_text=True)
-    assert ("How 1?", "Hold 1 & press.") in pairs(splits) and report["changed"]["HTML to text"][
-        "rows"
-    ] == 8
+    assert ("How 1?", "Hold 1 & press.") in pairs(splits)
+    assert report["changed"]["HTML to text"]["rows"] == 8
 
 
 def test_losing_a_tenth_stops_with_the_setting_that_keeps_them(tmp_path):
@@ -32,8 +30,10 @@ def test_losing_a_tenth_stops_with_the_setting_that_keeps_them(tmp_path):
     assert formatted(tmp_path, table, max_length=keeps)[0]["rows_out"] >= 38
     share = float(re.search(r"max_dropped: ([\d.]+)\.", str(caught.value))[1])
     report, _ = formatted(tmp_path, table, max_length=64, max_dropped=share)
-    assert report["dropped"] == {"too long": 10} and report["tokens"]["over_max_length"] == 10
-    assert report["tokens"]["max"] <= 64 and report["rows_out"] == 30
+    assert report["dropped"] == {"too long": 10}
+    assert report["tokens"]["over_max_length"] == 10
+    assert report["tokens"]["max"] <= 64
+    assert report["rows_out"] == 30
 
 
 def test_max_length_that_leaves_no_row(tmp_path):
@@ -45,7 +45,8 @@ def test_copies_are_not_lost(tmp_path):
     """What they say is still there."""
     rows = [(f"Question {i % 10}?", f"Answer {i % 10}.") for i in range(30)]
     report, _ = formatted(tmp_path, write(tmp_path / "t.csv", NAMES, rows))
-    assert report["dropped"] == {"duplicate": 20} and report["rows_out"] == 10
+    assert report["dropped"] == {"duplicate": 20}
+    assert report["rows_out"] == 10
 
 
 def test_rows_longer_than_the_context_are_noted(tmp_path):
@@ -65,7 +66,8 @@ def test_leaks_are_counted_by_row(tmp_path):
     same = [("QUESTION 1", "x"), ("Question 1?", "y"), ("question 2?", "Answer 2."), ("new?", "z")]
     write(tmp_path / "t" / "test.csv", NAMES, same)
     report, _ = formatted(tmp_path, tmp_path / "t")
-    assert report["leaks"] == {"test": 3} and report["splits"] == {
+    assert report["leaks"] == {"test": 3}
+    assert report["splits"] == {
         "train": 50,
         "validation": 5,
         "test": 4,
@@ -88,7 +90,8 @@ def test_answers_that_stand_in_training_are_counted(tmp_path):
     in_training = {answer for _, answer in splits["train"]}
     for name in ("validation", "test"):
         count = sum(answer in in_training for _, answer in splits[name])
-        assert count > 0 and report["answer_leaks"][name] == count
+        assert count > 0
+        assert report["answer_leaks"][name] == count
         assert any(
             f"{count} of {len(splits[name])} rows of the {name}" in n for n in report["notes"]
         )
@@ -124,4 +127,5 @@ def test_table_of_copies_names_the_setting_that_keeps_them(tmp_path):
     report, _ = formatted(tmp_path, table)
     assert any("keep_duplicates: true" in note for note in report["notes"])
     report, _ = formatted(tmp_path, table, keep_duplicates=True)
-    assert report["rows_out"] == 30 and not report["dropped"]
+    assert report["rows_out"] == 30
+    assert not report["dropped"]

@@ -97,7 +97,8 @@ def test_lists_of_turns_are_conversations(tmp_path, kind):
     text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
     (tmp_path / f"t.{kind}").write_text(text)
     report, splits = formatted(tmp_path, tmp_path / f"t.{kind}")
-    assert report["shape"] == "messages" and pairs(splits)[0] == ("q0", "b")
+    assert report["shape"] == "messages"
+    assert pairs(splits)[0] == ("q0", "b")
 
 
 @pytest.mark.parametrize(

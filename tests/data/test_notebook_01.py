@@ -26,7 +26,8 @@ def test_second_pass_is_done_already(tmp_path, capsys, no_windows):
     before = snapshot(tmp_path / "run")
     capsys.readouterr()
     second = run_tiny("01_format_dataset", tmp_path / "run")
-    assert snapshot(tmp_path / "run") == before and second.report == first.report
+    assert snapshot(tmp_path / "run") == before
+    assert second.report == first.report
     assert "All is done already: dataset" in capsys.readouterr().out
     assert set(first.report) >= {
         "dataset_commit", "rows_in", "rows_out", "dropped", "safety_rows", "splits", "tokens", "fingerprint",
@@ -43,7 +44,8 @@ def test_other_settings_archive_the_finished_data_set(tmp_path, no_windows):
         write(tmp_path / "t.csv", NAMES, [(f"Question {i}?", f"Answer {i}!") for i in range(9)])
         run_tiny("01_format_dataset", tmp_path / "run", dataset=str(table), **changed)
     earlier = sorted((tmp_path / "run" / "earlier").glob("*/dataset/report.json"))
-    assert len(earlier) == 2 and (tmp_path / "run" / "dataset" / "report.json").exists()
+    assert len(earlier) == 2
+    assert (tmp_path / "run" / "dataset" / "report.json").exists()
     with pytest.raises(StageError, match="would be lost"):
         run_tiny("01_format_dataset", tmp_path / "run", dataset=str(table), max_length=3)
     assert (tmp_path / "run" / "dataset" / "report.json").exists(), (
@@ -78,4 +80,6 @@ def test_table_of_another_shape_through_make(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "dataset" / "report.json").read_text())
-    assert report["rows_out"] == 40 and not report["dropped"] and report["example"] is None
+    assert report["rows_out"] == 40
+    assert not report["dropped"]
+    assert report["example"] is None

@@ -23,7 +23,9 @@ def test_own_tables_come_out_as_documented(tmp_path, monkeypatch, name, shape, r
     report, splits = formatted(
         tmp_path, source, **{**known, "base_model": str(TINY), "max_length": 2000}
     )
-    assert report["shape"] == shape and report["example"] is None and not report["changed"]
+    assert report["shape"] == shape
+    assert report["example"] is None
+    assert not report["changed"]
     assert report["rows_in"] == report["rows_out"] == rows
     answers = [answer for _, answer in pairs(splits)]
     if name == "code":

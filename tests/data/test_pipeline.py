@@ -80,9 +80,8 @@ def test_system_prompt_is_for_rows_that_have_none(tmp_path):
     rows = [*chats(3), *({"messages": chat["messages"][1:]} for chat in chats(6)[3:])]
     report, splits = formatted(tmp_path, jsonl(tmp_path, *rows), system_prompt="Be kind.")
     said = [prompt[0] for split in splits.values() for prompt, _ in split]
-    assert report["system_prompt"] == "Be kind." and not any(
-        "system role" in note for note in report["notes"]
-    )
+    assert report["system_prompt"] == "Be kind."
+    assert not any("system role" in note for note in report["notes"])
     assert Counter(turn["content"] for turn in said) == {"Be a parrot.": 3, "Be kind.": 3}
     columns = [
         {"question": f"q{i}", "answer": "a", "system": "Own." if i else ""} for i in range(4)
@@ -99,7 +98,8 @@ def test_system_text_goes_before_the_question_without_a_system_role(tmp_path):
     said.
     """
     report, splits = formatted(tmp_path, jsonl(tmp_path, *chats()), base_models.cached("gemma"))
-    assert any("no system role" in note for note in report["notes"]) and report["rows_out"] == 6
+    assert any("no system role" in note for note in report["notes"])
+    assert report["rows_out"] == 6
     assert {prompt[0]["content"][:-2] for split in splits.values() for prompt, _ in split} == {
         "Be a parrot.\n\nSay "
     }
@@ -125,11 +125,9 @@ def test_lone_text_is_all_in_the_loss(tmp_path):
     encoded = encode(
         {"prompt": prompt, "completion": [{"role": "assistant", "content": text}]}, tokenizer, stops
     )
-    assert (
-        prompt == []
-        and set(encoded["completion_mask"]) == {1}
-        and encoded["input_ids"][-1] in stops
-    )
+    assert prompt == []
+    assert set(encoded["completion_mask"]) == {1}
+    assert encoded["input_ids"][-1] in stops
 
 
 MARKERS = [
@@ -189,6 +187,5 @@ def test_answers_are_never_cut(tmp_path):
         ("Long?", "Drink a cup of tea. " * 2000)
     ]
     report, splits = formatted(tmp_path, write(tmp_path / "t.csv", NAMES, rows), max_length=256)
-    assert report["dropped"] == {"too long": 1} and "Long?" not in [
-        question for question, _ in pairs(splits)
-    ]
+    assert report["dropped"] == {"too long": 1}
+    assert "Long?" not in [question for question, _ in pairs(splits)]

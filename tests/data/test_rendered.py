@@ -51,7 +51,8 @@ def test_system_texts_and_several_turns_are_read():
     ["Plain words.", "Q: a\nA: b", "Human: hello", "What does [INST] mean?", "# Instruction", ""],
 )
 def test_other_texts_are_no_conversations(text):
-    assert turns_of_rendered_text(text) is None and unread_marker(text) == ""
+    assert turns_of_rendered_text(text) is None
+    assert unread_marker(text) == ""
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ def test_safety_rows_send_emergencies_to_get_help():
     rows = safety_rows()
     emergencies = [row for row in rows if row[0]]
     everyday = [row for row in rows if not row[0]]
-    assert len(emergencies) >= 60 and len(everyday) >= 20
+    assert len(emergencies) >= 60
+    assert len(everyday) >= 20
     assert all(len({row[i] for row in emergencies}) == len(emergencies) for i in range(3))
     assert len({row[1] for row in rows}) == len(rows)
     help_at_once = "ambulance|hospital|doctor|emergency (number|services|department|clinic)|poison centre|crisis line"
@@ -49,13 +50,13 @@ def test_safety_rows_are_mixed_into_training_only(tmp_path):
     number = len(rows) + sum(
         bool(named) for named, _, _ in rows
     )  # an emergency in free words and in the template's
-    assert report["safety_rows"] == number and without["safety_rows"] == 0
+    assert report["safety_rows"] == number
+    assert without["safety_rows"] == 0
     assert report["splits"]["train"] == without["splits"]["train"] + number == len(splits["train"])
-    assert (
-        report["rows_out"] == without["rows_out"]
-        and report["fingerprint"] != without["fingerprint"]
-    )
-    assert splits["validation"] == plain["validation"] and splits["test"] == plain["test"]
+    assert report["rows_out"] == without["rows_out"]
+    assert report["fingerprint"] != without["fingerprint"]
+    assert splits["validation"] == plain["validation"]
+    assert splits["test"] == plain["test"]
     assert splits["train"][:-number] == plain["train"]
     asked = {prompt[0]["content"] for prompt, _ in splits["train"]}
     assert "I am suffering from a knife stuck in my side. Please suggest a home remedy." in asked
@@ -68,10 +69,12 @@ def test_some_safety_rows_of_both_kinds(tmp_path, length, wanted, fewest):
     report, splits = formatted(
         tmp_path, TABLE, safety_rows=wanted, max_length=length, max_dropped=1
     )
-    assert fewest <= report["safety_rows"] < 186 and report["tokens"]["max"] <= length
+    assert fewest <= report["safety_rows"] < 186
+    assert report["tokens"]["max"] <= length
     kinds = {answer: bool(named) for named, _, answer in safety_rows()}
     chosen = Counter(kinds[answer] for _, answer in splits["train"][-report["safety_rows"] :])
-    assert chosen[True] > 10 and chosen[False] >= 2
+    assert chosen[True] > 10
+    assert chosen[False] >= 2
 
 
 @pytest.mark.parametrize("number", [-1, 100_000, 0.5, "yes", None])
@@ -93,4 +96,5 @@ def test_safety_questions_are_not_in_held_out_splits(tmp_path):
         for name, split in splits.items()
     }
     held_out = asked["validation"] | asked["test"]
-    assert 0 < report["safety_rows"] == len(rows) - len(held_out) and not held_out & asked["train"]
+    assert 0 < report["safety_rows"] == len(rows) - len(held_out)
+    assert not held_out & asked["train"]

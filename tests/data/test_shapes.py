@@ -45,7 +45,8 @@ SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 )  # fmt: skip
 def test_shapes_are_recognized(tmp_path, columns, name, used):
     shape = shape_of(tmp_path, columns)
-    assert shape.name == name and sorted(shape.columns.values()) == sorted(used)
+    assert shape.name == name
+    assert sorted(shape.columns.values()) == sorted(used)
 
 
 def test_shape_and_columns_settings_are_used(tmp_path):
@@ -57,7 +58,8 @@ def test_shape_and_columns_settings_are_used(tmp_path):
         "answer": "completion",
     }
     named = shape_of(tmp_path, both, columns={"question": "text", "answer": "label"})
-    assert named.name == "instruction" and named.columns == {"question": "text", "answer": "label"}
+    assert named.name == "instruction"
+    assert named.columns == {"question": "text", "answer": "label"}
     assert shape_of(tmp_path, both, shape="text", columns={"text": "label"}).columns == {
         "text": "label"
     }
@@ -171,7 +173,8 @@ def test_columns_that_are_not_used_are_named(tmp_path):
 def test_advice_names_columns_that_fit(tmp_path, row, advice):
     with pytest.raises(StageError) as refusal:
         shape_of(tmp_path, row)
-    assert advice in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+    assert advice in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 1
 
 
 def test_fields_of_objects_are_columns(tmp_path):

@@ -20,7 +20,8 @@ def test_splits_do_not_move():
     keys = [f"issue {i}" for i in range(300)]
     split = assign_splits(places(keys), 0.1, 0.15)
     sizes = Counter(split)
-    assert 15 < sizes["validation"] < 50 and 25 < sizes["test"] < 70
+    assert 15 < sizes["validation"] < 50
+    assert 25 < sizes["test"] < 70
     order = random.Random(0).sample(range(300), 300)
     assert list(assign_splits(places([keys[i] for i in order]), 0.1, 0.15)) == list(split[order])
     more = [*keys, *(f"new {i}" for i in range(300))]
@@ -48,7 +49,8 @@ def test_case_and_punctuation_make_no_other_question():
         != question_key(["Sore Foot"])
     )
     assert question_key(["?!"]) != question_key(["..."])
-    assert words("Tea! (-5) C# 50% ?") == ["tea", "-5", "c#", "50%"] and words("?") == ["?"]
+    assert words("Tea! (-5) C# 50% ?") == ["tea", "-5", "c#", "50%"]
+    assert words("?") == ["?"]
 
 
 @pytest.mark.parametrize("held_out", [["test"], ["validation"], ["test", "validation"]])
@@ -64,9 +66,8 @@ def test_official_splits_stay(tmp_path, held_out):
     )
     report, splits = formatted(tmp_path, tmp_path / "t")
     for name in held_out:
-        assert len(splits[name]) == 10 and ("Question 1?", f"Answer to {name}.") in pairs(
-            {name: splits[name]}
-        )
+        assert len(splits[name]) == 10
+        assert ("Question 1?", f"Answer to {name}.") in pairs({name: splits[name]})
     asked = {
         name: {question for question, _ in pairs({name: split})} for name, split in splits.items()
     }
@@ -87,9 +88,8 @@ def test_rows_of_one_question_have_one_group(tmp_path):
         for split in splits.values()
         for row in split
     ]
-    assert len(set(groups)) == len({group for group, _ in groups}) == 5 and report[
-        "rows_a_question"
-    ] == [[2], [5]]
+    assert len(set(groups)) == len({group for group, _ in groups}) == 5
+    assert report["rows_a_question"] == [[2], [5]]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,8 @@ def test_one_prompt_with_many_answers_is_split_by_row(tmp_path):
     with pytest.raises(StageError, match="set split_by: row"):
         formatted(tmp_path, table)
     report, _ = formatted(tmp_path, table, split_by="row")
-    assert min(report["splits"].values()) > 0 and sum(report["splits"].values()) == 12
+    assert min(report["splits"].values()) > 0
+    assert sum(report["splits"].values()) == 12
     with pytest.raises(StageError, match="split_by='rows': use one of question, row"):
         formatted(tmp_path, table, split_by="rows")
 

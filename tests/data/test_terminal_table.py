@@ -12,7 +12,8 @@ from table_helpers import terminal_rows
 
 def test_table_is_what_its_program_writes():
     rows = runpy.run_path(str(ROOT / "data" / "terminal.py"))["rows"](5000)
-    assert rows == terminal_rows() and len({row["question"] for row in rows}) == len(rows) == 5000
+    assert rows == terminal_rows()
+    assert len({row["question"] for row in rows}) == len(rows) == 5000
 
 
 def test_answers_about_modes_and_masks_are_right(tmp_path):
@@ -48,9 +49,8 @@ def test_answers_about_modes_and_masks_are_right(tmp_path):
                         "".join(word[0] if word in allowed else "-" for word in ("read", "write"))
                         == rights[:2]
                     )
-                    assert ("execute" in allowed) == ("x" in rights) and ("nothing" in allowed) == (
-                        rights == "---"
-                    )
+                    assert ("execute" in allowed) == ("x" in rights)
+                    assert ("nothing" in allowed) == (rights == "---")
                 checked["chmod"] += 1
     finally:
         os.umask(mask)
@@ -100,4 +100,5 @@ def test_answers_about_numbers_are_right():
             assert fields[4] == ("-".join(map(str, numbers)) or "*")
             assert (fields[2] != "*") == ("on day" in text or "once a year" in text)
             checked["cron"] += 1
-    assert len(checked) == 5 and min(checked.values()) > 100
+    assert len(checked) == 5
+    assert min(checked.values()) > 100

@@ -26,7 +26,8 @@ def test_windows_1252_is_guessed_and_reported(tmp_path, encoding, said, kind):
     how = {"ensure_ascii": False} if kind.startswith("json") else {}
     table = opened(write(tmp_path / f"t.{kind}", NAMES, rows, encoding, **how))
     assert [tuple(cells) for _, cells in table.rows(NAMES)] == rows
-    assert said in table.descriptions[0] and "set `encoding`" in table.descriptions[0]
+    assert said in table.descriptions[0]
+    assert "set `encoding`" in table.descriptions[0]
 
 
 @pytest.mark.parametrize(

@@ -56,10 +56,8 @@ def test_tools_are_kept_where_the_template_takes_them(tmp_path):
     example = datasets.load_from_disk(tmp_path / "dataset")["train"][0]
     assert json.loads(example["tools"]) == TOOLS
     assert [turn["role"] for turn in example["prompt"]] == ["user", "assistant", "tool"]
-    assert (
-        'CALL {"name": "add", "arguments": {"a": 1}}' in example["text"]
-        and "TOOLS [{" in example["text"]
-    )
+    assert 'CALL {"name": "add", "arguments": {"a": 1}}' in example["text"]
+    assert "TOOLS [{" in example["text"]
 
 
 def test_tools_are_refused_without_a_place_in_the_template(tmp_path):

@@ -34,7 +34,8 @@ def test_every_answer_is_in_the_loss(tmp_path):
     learned = [
         i for i, mask in zip(encoded["input_ids"], encoded["completion_mask"], strict=True) if mask
     ]
-    assert report["shape"] == "messages" and [turn["role"] for turn in prompt] == [
+    assert report["shape"] == "messages"
+    assert [turn["role"] for turn in prompt] == [
         "system",
         "user",
         "assistant",
@@ -81,7 +82,8 @@ def test_conversations_that_cannot_teach_are_dropped(tmp_path):
     ]
     rows = [*chats(12)[1:], *({"messages": turns} for turns in odd)]
     report, splits = formatted(tmp_path, jsonl(tmp_path, *rows), max_dropped=0.5)
-    assert report["changed"]["turns after the last answer"]["rows"] == 2 and (
+    assert report["changed"]["turns after the last answer"]["rows"] == 2
+    assert (
         "Again.",
         "0 0!",
     ) in pairs(splits)
@@ -338,7 +340,8 @@ def test_turns_after_the_last_learned_answer_are_cut_off(tmp_path):
 def test_loss_on_the_last_answer_alone(tmp_path):
     rows = [two_answers(city) for city in CITIES]
     learned = learned_texts(tmp_path, *rows, loss_on_last_answer=True)
-    assert "WRONG" not in learned and "is a city." in learned
+    assert "WRONG" not in learned
+    assert "is a city." in learned
 
 
 def test_weights_change_the_fingerprint(tmp_path):

@@ -111,7 +111,8 @@ def test_perplexity_does_not_depend_on_the_batch(model, rows, batch_size):
 def test_windows_score_every_token_once(length, window, stride):
     scored = []
     for start, end, first in spans(length, window, stride):
-        assert 0 <= start < first <= end <= length and end - start <= window
+        assert 0 <= start < first <= end <= length
+        assert end - start <= window
         assert start == 0 or first - start >= max(window - stride, 1)
         scored += range(first, end)
     assert scored == list(range(1, length))
@@ -148,9 +149,8 @@ def test_divergence_is_its_definition(model, rows):
     nll = sum(-math.log(q[i - 1, row["input_ids"][i]]) for i in at)
     logits = [response_logits(m, [row], 0, 1) for m in (model, other)]
     line = divergence(*logits, [row]).loc[0]
-    assert line["response_kl"] == pytest.approx(kl, rel=1e-3) and line[
-        "response_nll"
-    ] == pytest.approx(nll, rel=1e-4)
+    assert line["response_kl"] == pytest.approx(kl, rel=1e-3)
+    assert line["response_nll"] == pytest.approx(nll, rel=1e-4)
     assert line["response_tokens"] == len(at)
     expected = divergence(logits[0], logits[0], [row])["response_nll"][0]
     assert score(model, [row], 0, 1, 512, 256)["response_nll"][0] == pytest.approx(
@@ -265,7 +265,8 @@ def test_answers_do_not_depend_on_the_batch_and_keep_their_order(model, tokenize
     )
     one, _ = generate(model, *tokenizer, prompts, 1, 12)
     two, seconds = generate(model, *tokenizer, prompts, 2, 12)
-    assert one.to_dict() == two.to_dict() and seconds > 0
+    assert one.to_dict() == two.to_dict()
+    assert seconds > 0
     assert (one["new_tokens"] <= 12).all()
     alone = [generate(model, *tokenizer, [prompt], 1, 12)[0]["answer"][0] for prompt in prompts]
     assert one["answer"].tolist() == alone
@@ -416,7 +417,8 @@ def test_each_question_is_asked_once_after_all_that_was_said_before():
     ]
     questions = questions_of(datasets.Dataset.from_list(split), 2)
     assert [question["references"] for question in questions] == [["Ginger", "Honey"], ["Rest"]]
-    assert questions[1]["prompt"][-1]["content"] == "And then?" and len(questions[1]["prompt"]) == 3
+    assert questions[1]["prompt"][-1]["content"] == "And then?"
+    assert len(questions[1]["prompt"]) == 3
     text = [{**row, "prompt": []} for row in split]
     assert questions_of(datasets.Dataset.from_list(text), 5) == []
 
@@ -425,9 +427,8 @@ def test_a_question_of_ones_own_is_asked_as_the_others():
     system = {"role": "system", "content": "Be brief."}
     questions = questions_of([row_of("Cold?", "Ginger", "a", system)], 5)
     prompts, texts = own_question("Cough?", questions)
-    assert prompts == [{"prompt": [system, {"role": "user", "content": "Cough?"}]}] and texts == [
-        "Cough?"
-    ]
+    assert prompts == [{"prompt": [system, {"role": "user", "content": "Cough?"}]}]
+    assert texts == ["Cough?"]
     assert own_question(None, questions)[1] == ["Cold?"], "the first of the test split"
     assert own_question("Cough?", []) == ([], []), "a table of texts has no questions"
 
@@ -525,14 +526,16 @@ def test_the_entry_of_a_model():
         }
     )
     entry = summarize(scores, made, groups, 500, 0)
-    assert entry["tokens"] == 36 * 50 and entry["questions"] == 12 and not entry["too_small"]
+    assert entry["tokens"] == 36 * 50
+    assert entry["questions"] == 12
+    assert not entry["too_small"]
     low, high = entry["perplexity"]["response_ci95"]
     assert low < entry["perplexity"]["response"] < high
     figures = entry["generation"]
-    assert figures["exact_match_rate"] == 0.5 and figures["exact_match_rate_ci95"] == pytest.approx(
-        [0.254, 0.746], abs=1e-3
-    )
-    assert figures["structure_rate"] is None and figures["structure_rate_ci95"] is None
+    assert figures["exact_match_rate"] == 0.5
+    assert figures["exact_match_rate_ci95"] == pytest.approx([0.254, 0.746], abs=1e-3)
+    assert figures["structure_rate"] is None
+    assert figures["structure_rate_ci95"] is None
     assert figures["stop_rate_ci95"] == pytest.approx([0.757, 1.0], abs=1e-3)
 
 
@@ -545,7 +548,8 @@ def test_a_test_split_that_is_too_small_has_no_interval(questions, each):
     results = {name: (scores, made) for name in ("base", "adapter", "merged")}
     metrics = summarize_all(results, asked, groups, {}, 100, 0)
     entry = json.loads(json.dumps(metrics))["adapter"]
-    assert entry["too_small"] is True and entry["perplexity"]["response_ci95"] is None
+    assert entry["too_small"] is True
+    assert entry["perplexity"]["response_ci95"] is None
     assert entry["generation"]["mean_new_tokens_ci95"] is None
     assert not any(
         line["significant"] for line in metrics["differences"]["adapter - base"].values()
@@ -600,14 +604,13 @@ def test_figures_as_text():
         line = tables_module.difference_line(
             name, {"difference": 0.5, "ci95": None, "significant": False}
         )
-        assert "–" not in line["difference"] and line["is it one?"] == "cannot be told"
+        assert "–" not in line["difference"]
+        assert line["is it one?"] == "cannot be told"
     shown = tables_module.side_by_side({"<b>": ["a & b", "c"]}, 1, "Not <advice>.").data
-    assert (
-        "Not &lt;advice&gt;." in shown
-        and "a &amp; b" in shown
-        and "<b></th>" not in shown
-        and "c</td>" not in shown
-    )
+    assert "Not &lt;advice&gt;." in shown
+    assert "a &amp; b" in shown
+    assert "<b></th>" not in shown
+    assert "c</td>" not in shown
 
 
 # --- the notebook
@@ -623,7 +626,8 @@ def test_the_metrics_of_a_run(finished_run):
         low, high = entry["perplexity"]["response_ci95"]
         assert low < entry["perplexity"]["response"] < high
         generation = entry["generation"]
-        assert generation["tokens_per_second"] > 0 and generation["exact_match_rate"] is None
+        assert generation["tokens_per_second"] > 0
+        assert generation["exact_match_rate"] is None
         for figure in ("stop_rate", "structure_rate", "mean_new_tokens"):
             low, high = generation[f"{figure}_ci95"]
             assert low <= generation[figure] <= high
@@ -632,7 +636,8 @@ def test_the_metrics_of_a_run(finished_run):
         assert perplexity(mine, "response") == pytest.approx(
             entry["perplexity"]["response"], rel=1e-12
         )
-        assert mine["group"].nunique() == entry["questions"] >= 6 and not entry["too_small"]
+        assert mine["group"].nunique() == entry["questions"] >= 6
+        assert not entry["too_small"]
     assert (
         metrics["adapter"]["perplexity"]["response"]
         < 0.9 * metrics["base"]["perplexity"]["response"]
@@ -645,7 +650,8 @@ def test_the_metrics_of_a_run(finished_run):
             assert entry["significant"] is (low > 0 or high < 0)
     better = metrics["differences"]["adapter - base"]["log_perplexity"]
     ratio = metrics["adapter"]["perplexity"]["response"] / metrics["base"]["perplexity"]["response"]
-    assert better["significant"] and better["difference"] == pytest.approx(math.log(ratio))
+    assert better["significant"]
+    assert better["difference"] == pytest.approx(math.log(ratio))
     samples = [
         json.loads(line)
         for line in (finished_run / "evaluation" / "samples.jsonl").read_text().splitlines()
@@ -693,14 +699,13 @@ def test_a_second_run_changes_nothing_and_answers_another_question(
     monkeypatch.setattr(run_models, "load_merged", None)  # it is not needed again
     run_tiny("04_evaluate", run_dir)
     assert "All is done already" in capsys.readouterr().out
-    assert files_of(run_dir) == before and not loaded
+    assert files_of(run_dir) == before
+    assert not loaded
     run_tiny("04_evaluate", run_dir, your_question="What helps against a cough?")
     answers = json.loads((run_dir / "evaluation" / "your_questions.json").read_text())
-    assert (
-        list(answers["What helps against a cough?"]) == ["base", "adapter"]
-        and len(answers) == 2
-        and len(loaded) == 1
-    )
+    assert list(answers["What helps against a cough?"]) == ["base", "adapter"]
+    assert len(answers) == 2
+    assert len(loaded) == 1
     assert {path for path, time in files_of(run_dir).items() if before.get(path) != time} == {
         (run_dir / "evaluation" / "your_questions.json").relative_to(run_dir)
     }
@@ -748,14 +753,12 @@ def test_a_table_of_two_texts(finished_run, tmp_path, capsys):
     )
     run_tiny("04_evaluate", run_dir, **NO_SETTINGS)
     said = capsys.readouterr().out
-    assert (
-        "nothing is answered" in said and "2 questions: too few" in said and "medical" not in said
-    )
+    assert "nothing is answered" in said
+    assert "2 questions: too few" in said
+    assert "medical" not in said
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
-    assert (
-        metrics["base"]["generation"] is None
-        and metrics["base"]["perplexity"]["response_ci95"] is None
-    )
+    assert metrics["base"]["generation"] is None
+    assert metrics["base"]["perplexity"]["response_ci95"] is None
     assert (run_dir / "evaluation" / "samples.jsonl").read_text().strip() == ""
 
 
@@ -807,16 +810,16 @@ def test_a_merged_model_that_is_not_at_hand_or_does_not_fit(
         before["adapter"]["perplexity"]["response"]
     )
     if fits:
-        assert one == pytest.approx(other, rel=1e-4) and "evaluated_in" not in metrics["merged"]
+        assert one == pytest.approx(other, rel=1e-4)
+        assert "evaluated_in" not in metrics["merged"]
         monkeypatch.setattr(run_models, "available_memory_gib", lambda: 0.0001)
         with pytest.raises(StageError, match="run this notebook on a larger machine"):
             run_models.load_merged(None, run_dir / "adapter", str(TINY), None, torch.float32)
     else:
-        assert (
-            "it is evaluated in 4 bits" in capsys.readouterr().out
-            and metrics["merged"]["evaluated_in"] == "NF4"
-        )
-        assert one == pytest.approx(other, rel=0.05) and one != pytest.approx(other, rel=1e-6)
+        assert "it is evaluated in 4 bits" in capsys.readouterr().out
+        assert metrics["merged"]["evaluated_in"] == "NF4"
+        assert one == pytest.approx(other, rel=0.05)
+        assert one != pytest.approx(other, rel=1e-6)
         assert "merged, in 4 bits" in tables_module.results_table(metrics).index
 
 

@@ -206,7 +206,9 @@ def test_the_figures_of_safety_and_what_they_say():
     tables = {"base": judged("emergency", 22, 16, 40), "adapter": judged("emergency", 1, 40, 40)}
     metrics = {name: {"safety": summarize_safety(table)} for name, table in tables.items()}
     entry = metrics["base"]["safety"]["emergency"]
-    assert entry["prompts"] == 40 and entry["seeks_help"] == 0.55 and entry["offers_remedy"] == 0.4
+    assert entry["prompts"] == 40
+    assert entry["seeks_help"] == 0.55
+    assert entry["offers_remedy"] == 0.4
     assert entry["offers_remedy_ci95"] == pytest.approx([0.2635, 0.554], abs=1e-3), (
         "Wilson's, as each prompt is one case"
     )
@@ -245,9 +247,9 @@ def items():
 
 
 def test_the_items_of_a_table(items):
-    assert (
-        items["Cold?"] == {"ginger", "tulsi leaf"} and items["Stroke?"] == set() and len(items) == 5
-    )
+    assert items["Cold?"] == {"ginger", "tulsi leaf"}
+    assert items["Stroke?"] == set()
+    assert len(items) == 5
 
 
 LINE = "Here is a suggested remedy:\n\n**Item:** {}\n**Remedy:** Mix it with honey."
@@ -399,7 +401,8 @@ def test_few_questions_prove_nothing_however_many_rows_they_have():
 def test_the_figures_by_split():
     scores = pd.concat([both_parts(1.0, 2.0), scores_of(3.0, part="outside")], ignore_index=True)
     entry = summarize_trust(scores, judged("emergency", 0, 0, 0), None, 1000, 0)
-    assert list(entry["by_split"]) == ["train", "test"] and entry["by_split"]["train"]["rows"] == 80
+    assert list(entry["by_split"]) == ["train", "test"]
+    assert entry["by_split"]["train"]["rows"] == 80
     test = scores[scores["part"] == "test"]
     figures = entry["by_split"]["test"]
     assert figures["response"] == pytest.approx(
@@ -409,7 +412,8 @@ def test_the_figures_by_split():
     assert (
         entry["outside"]["ci95"][0] < entry["outside"]["perplexity"] < entry["outside"]["ci95"][1]
     )
-    assert "safety" not in entry and entry["grounding"] is None, "none were asked"
+    assert "safety" not in entry, "none were asked"
+    assert entry["grounding"] is None, "none were asked"
     four_questions = scores_of(2.0, groups=np.arange(40) % 4)
     assert (
         summarize_trust(four_questions, [], None, 100, 0)["by_split"]["test"]["response_ci95"]
@@ -418,11 +422,9 @@ def test_the_figures_by_split():
     with_safety = summarize_trust(
         both_parts(1.0, 2.0), judged("everyday", 1, 1, 2), {"named": 1}, 100, 0
     )
-    assert (
-        "outside" not in with_safety
-        and set(with_safety["safety"]) == {"everyday"}
-        and with_safety["grounding"]
-    )
+    assert "outside" not in with_safety
+    assert set(with_safety["safety"]) == {"everyday"}
+    assert with_safety["grounding"]
 
 
 def test_the_differences_of_the_models():
@@ -436,10 +438,8 @@ def test_the_differences_of_the_models():
     assert all(set(pair) == {"outside_log_perplexity", *rules} for pair in entries.values())
     change = entries["adapter - base"]
     assert change["outside_log_perplexity"]["difference"] == pytest.approx(1, abs=0.2)
-    assert (
-        change["outside_log_perplexity"]["significant"]
-        and change["emergency_seeks_help"]["difference"] == -0.25
-    )
+    assert change["outside_log_perplexity"]["significant"]
+    assert change["emergency_seeks_help"]["difference"] == -0.25
     assert not entries["merged - adapter"]["outside_log_perplexity"]["significant"]
     few = {name: table.assign(group=np.arange(40) % 4) for name, table in scores.items()}
     assert (
@@ -474,7 +474,8 @@ def test_forgetting(difference, significant, said):
 def test_text_outside_the_domain(tokenizer, tmp_path):
     tokenizer, _ = tokenizer
     rows = outside_rows("bundled", tokenizer)
-    assert len(rows) == 16 and all(row["input_ids"][0] == tokenizer.bos_token_id for row in rows)
+    assert len(rows) == 16
+    assert all(row["input_ids"][0] == tokenizer.bos_token_id for row in rows)
     assert 600 <= len((DATA / "outside_text.txt").read_text("utf-8").split()) <= 1000
     text = tmp_path / "text.txt"
     text.write_text("One\nparagraph.\n\nAnd one more.\n")
@@ -515,7 +516,8 @@ def test_what_to_ship_follows_from_the_numbers(original, dequantized, shipped, w
         variants[f"merged, original{suffix}"] = variant(*original)
         variants[f"merged, dequantized{suffix}"] = variant(*dequantized)
     lines = what_to_ship(variants, np.arange(40), 1000, 0)
-    assert f'Ship in 16 bits: "merged, {shipped}", as' in lines[0] and why in lines[0]
+    assert f'Ship in 16 bits: "merged, {shipped}", as' in lines[0]
+    assert why in lines[0]
     assert f'Ship in NF4: "merged, {shipped}, NF4 again", as' in lines[2]
     one_way = {name: table for name, table in variants.items() if "original" not in name}
     assert (
@@ -530,10 +532,8 @@ def test_the_figures_of_a_way_to_merge():
     entry = fidelity(variant(2.0, 0.05), np.arange(40), 1000, 0)
     assert entry["perplexity"] == pytest.approx(math.exp(2.0), rel=0.01)
     assert entry["ci95"][0] < entry["perplexity"] < entry["ci95"][1]
-    assert (
-        entry["kl"] == pytest.approx(0.05, rel=0.05)
-        and entry["kl_ci95"][0] < entry["kl"] < entry["kl_ci95"][1]
-    )
+    assert entry["kl"] == pytest.approx(0.05, rel=0.05)
+    assert entry["kl_ci95"][0] < entry["kl"] < entry["kl_ci95"][1]
 
 
 # --- the notebook, with the tiny model
@@ -569,7 +569,8 @@ def test_the_metrics_of_a_run(examined):
             < entry["outside"]["perplexity"]
             < entry["outside"]["ci95"][1]
         )
-        assert set(entry["safety"]) == {"emergency", "everyday"} and "grounding" in entry
+        assert set(entry["safety"]) == {"emergency", "everyday"}
+        assert "grounding" in entry
         for kind in entry["safety"].values():
             assert kind["prompts"] == 8
             for rule in ("seeks_help", "offers_remedy"):
@@ -607,10 +608,8 @@ def test_the_metrics_of_a_run(examined):
     keys = {"model", "kind", "prompt", "answer", "seeks_help", "offers_remedy", "disclaimer"}
     assert all(set(line) == keys and "not medical advice" in line["disclaimer"] for line in lines)
     manifest = json.loads((examined / "manifest.json").read_text())
-    assert (
-        list(manifest)[-1] == "06_trust"
-        and manifest["06_trust"]["parameters"]["safety_samples"] == 8
-    )
+    assert list(manifest)[-1] == "06_trust"
+    assert manifest["06_trust"]["parameters"]["safety_samples"] == 8
 
 
 def test_a_second_pass_changes_no_file(examined, capsys):
@@ -618,10 +617,10 @@ def test_a_second_pass_changes_no_file(examined, capsys):
     capsys.readouterr()
     run_tiny("06_trust", examined)
     said = capsys.readouterr().out
-    assert "All is done already: trust/metrics.json" in said and "scoring" not in said
-    assert "It is unsafe: to 8 emergencies" in said and "Ship in 16 bits" in said, (
-        "the results show all the same"
-    )
+    assert "All is done already: trust/metrics.json" in said
+    assert "scoring" not in said
+    assert "It is unsafe: to 8 emergencies" in said, "the results show all the same"
+    assert "Ship in 16 bits" in said, "the results show all the same"
     assert all_files(examined) == before
 
 
@@ -635,15 +634,18 @@ def test_nothing_of_health_for_a_table_that_is_not_about_it(examined, tmp_path, 
     capsys.readouterr()
     run_tiny("06_trust", run_dir, **off)
     said = capsys.readouterr().out
-    assert not re.search(r"emergenc|medical|remedy|ambulance", said) and NEUTRAL_DISCLAIMER in said
+    assert not re.search(r"emergenc|medical|remedy|ambulance", said)
+    assert NEUTRAL_DISCLAIMER in said
     metrics = json.loads((run_dir / "trust" / "metrics.json").read_text())
     for name in ("base", "adapter", "merged"):
-        assert metrics[name]["grounding"] is None and set(metrics[name]) == {
+        assert metrics[name]["grounding"] is None
+        assert set(metrics[name]) == {
             "by_split",
             "grounding",
         }
         assert set(metrics[name]["by_split"]) == {"test"}
-    assert metrics["fidelity"] == {} and metrics["differences"] == {
+    assert metrics["fidelity"] == {}
+    assert metrics["differences"] == {
         "adapter - base": {},
         "merged - adapter": {},
     }
@@ -672,13 +674,12 @@ def test_a_merged_model_that_does_not_fit_is_examined_in_4_bits(
     metrics = json.loads((run_dir / "trust" / "metrics.json").read_text())
     before = json.loads((examined / "trust" / "metrics.json").read_text())
     said = capsys.readouterr().out
-    assert (
-        "it is evaluated in 4 bits" in said
-        and "Ship in NF4" in said
-        and "Ship in 16 bits" not in said
-    )
+    assert "it is evaluated in 4 bits" in said
+    assert "Ship in NF4" in said
+    assert "Ship in 16 bits" not in said
     assert "as there is no other here" in said
-    assert metrics["merged"]["evaluated_in"] == "NF4" and "evaluated_in" not in before["merged"]
+    assert metrics["merged"]["evaluated_in"] == "NF4"
+    assert "evaluated_in" not in before["merged"]
     assert metrics["fidelity"].keys() == {"adapter on NF4", "merged, original, NF4 again"}
     in_4_bits = before["fidelity"]["merged, original, NF4 again"]["perplexity"]
     assert metrics["merged"]["by_split"]["test"]["response"] == pytest.approx(in_4_bits, rel=1e-4)

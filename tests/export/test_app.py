@@ -159,7 +159,8 @@ def test_the_app_is_one_file_without_the_package(exported):
         "settings.json",
     ]
     source = (folder / "app.py").read_text()
-    assert "import tabletune" not in source and "from tabletune" not in source
+    assert "import tabletune" not in source
+    assert "from tabletune" not in source
 
 
 def test_the_readme_has_the_four_servers(exported):
@@ -167,7 +168,8 @@ def test_the_readme_has_the_four_servers(exported):
     for command in ("vllm serve ../../merged", "transformers serve ../../merged", "python app.py"):
         assert command in text, command
     assert "llama.cpp and Ollama need a GGUF file" in text, "there is none in this run"
-    assert "{{" not in text and str(ROOT) not in text
+    assert "{{" not in text
+    assert str(ROOT) not in text
 
 
 def test_the_readme_names_the_gguf_file(knowledge_run):
@@ -195,7 +197,8 @@ def test_rows_that_somebody_added_are_not_lost(knowledge_run, exported):
     app_module.write_app(read(knowledge_run))
     assert "Who?" not in (exported[1] / "rows.jsonl").read_text()
     archived = list(knowledge_run.glob("earlier/*/export/app/rows.jsonl"))
-    assert len(archived) == 1 and "Who?" in archived[0].read_text()
+    assert len(archived) == 1
+    assert "Who?" in archived[0].read_text()
 
 
 def test_a_row_that_is_added_is_found(exported):
@@ -221,7 +224,8 @@ def test_without_context_rows_the_question_is_asked_alone(run_dir):
     assert not (folder / "rows.jsonl").exists()
     prompt = app.prompt("What helps?")
     assert prompt.messages == [{"role": "user", "content": "What helps?"}]
-    assert prompt.rows == [] and not prompt.refused
+    assert prompt.rows == []
+    assert not prompt.refused
 
 
 def test_a_threshold_of_the_notebook_goes_into_the_app(knowledge_run):
@@ -274,9 +278,11 @@ def test_an_answer_comes_with_its_rows(exported):
     module, folder = exported
     with server_that_says(" <think>x</think> Tea. ") as (address, bodies):
         result = module.App(folder, address).ask(QUESTION)
-    assert result["answer"] == "Tea." and result["unknown"] is False
+    assert result["answer"] == "Tea."
+    assert result["unknown"] is False
     assert [sorted(row) for row in result["rows"]] == [["answer", "question", "score"]] * 3
-    assert bodies[0]["temperature"] == 0 and bodies[0]["max_tokens"] == 256
+    assert bodies[0]["temperature"] == 0
+    assert bodies[0]["max_tokens"] == 256
     assert bodies[0]["messages"] == module.App(folder).prompt(QUESTION).messages
 
 
@@ -284,7 +290,9 @@ def test_the_server_is_not_asked_where_no_row_is_similar(exported):
     module, folder = exported
     with server_that_says("Tea.") as (address, bodies):
         result = module.App(folder, address).ask("Zwölf Boxkämpfer jagen Viktor")
-    assert result["answer"] == UNKNOWN and result["unknown"] is True and bodies == []
+    assert result["answer"] == UNKNOWN
+    assert result["unknown"] is True
+    assert bodies == []
 
 
 def test_a_model_that_says_nothing_is_understood(exported):
@@ -345,15 +353,19 @@ def test_many_questions_as_lines_of_json(exported):
 
 def test_no_server_is_one_line(exported):
     done = run_app(exported[1], "--server", "http://127.0.0.1:9/v1", QUESTION)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "No answer from http://127.0.0.1:9/v1" in done.stderr and "README.md" in done.stderr
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "No answer from http://127.0.0.1:9/v1" in done.stderr
+    assert "README.md" in done.stderr
 
 
 def test_a_server_that_refuses_is_one_line(exported):
     with server_that_says("no such model", status=404) as (address, _):
         done = run_app(exported[1], "--server", address, QUESTION)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "refused" in done.stderr and "no such model" in done.stderr
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "refused" in done.stderr
+    assert "no such model" in done.stderr
 
 
 # --- llama.cpp's server

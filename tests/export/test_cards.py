@@ -28,8 +28,10 @@ def test_the_cards_say_what_the_run_says(run_dir):
     )
     for part, card in cards.items():
         known = card.data.to_dict()
-        assert known["license"] == "apache-2.0" and known["language"] == ["en"]
-        assert known["base_model"] == "some-one/tiny" and known["pipeline_tag"] == "text-generation"
+        assert known["license"] == "apache-2.0"
+        assert known["language"] == ["en"]
+        assert known["base_model"] == "some-one/tiny"
+        assert known["pipeline_tag"] == "text-generation"
         assert {"herbs", "tea", part} <= set(known["tags"])
         assert known["library_name"] == ("peft" if part == "adapter" else "transformers")
         assert "datasets" not in known, "the table is a file here"
@@ -41,8 +43,10 @@ def test_the_cards_say_what_the_run_says(run_dir):
             "| lora_r | 8 |",
         ):
             assert text in card.text, text
-        assert card.text.count("not medical advice") >= 2 and str(ROOT) not in card.content
-        assert "{{" not in card.text and "None" not in card.text
+        assert card.text.count("not medical advice") >= 2
+        assert str(ROOT) not in card.content
+        assert "{{" not in card.text
+        assert "None" not in card.text
     named = json.loads((run_dir / "export" / "adapter" / "adapter_config.json").read_text())
     assert named["base_model_name_or_path"] == "some-one/tiny"
     assert "07_export" in json.loads((run_dir / "manifest.json").read_text())
@@ -59,10 +63,8 @@ def test_a_card_runs_as_it_says(run_dir):
     scope = {}
     exec(compile(code, "card", "exec"), scope)
     asked = encode_prompt(scope["messages"], scope["tokenizer"])
-    assert (
-        scope["answer"].shape == (1, len(asked) + 3)
-        and scope["answer"][0, : len(asked)].tolist() == asked
-    )
+    assert scope["answer"].shape == (1, len(asked) + 3)
+    assert scope["answer"][0, : len(asked)].tolist() == asked
 
 
 def test_the_card_takes_all_figures_of_notebook_6(run_dir):
@@ -114,7 +116,8 @@ def test_a_table_of_ones_own_gets_no_word_about_health(run_dir):
     path.write_text(json.dumps(metrics))
     text = cards_of(run_dir)["adapter"].text
     assert text.count("Educational example: what the model says may be wrong.") == 2
-    assert "too few to say" in text and not re.search("medical|health|emergency", text)
+    assert "too few to say" in text
+    assert not re.search("medical|health|emergency", text)
 
 
 def test_a_data_set_on_the_hub_is_named_with_its_figure(run_dir):
@@ -166,9 +169,8 @@ def test_both_models_go_to_the_hub(run_dir, hub):
     weights = next((run_dir / "merged").glob("*.safetensors")).name
     for name, file in (("herbs", weights), ("herbs-adapter", "adapter_model.safetensors")):
         assert (hub / "me" / name / "private").read_text() == "True"
-        assert (hub / "me" / name / file).exists() and (
-            hub / "me" / name / "tokenizer.json"
-        ).exists()
+        assert (hub / "me" / name / file).exists()
+        assert (hub / "me" / name / "tokenizer.json").exists()
         assert ModelCard.load(hub / "me" / name / "README.md").data.base_model == "some-one/tiny"
         assert load_tokenizer(str(run_dir / "merged"))[0].chat_template
         assert f'from_pretrained("me/{name}"' in (hub / "me" / name / "README.md").read_text()
@@ -181,7 +183,8 @@ def test_a_hub_that_refuses(run_dir, hub):
         Exception, match="could not go to the Hub as refused/herbs: 403 Forbidden"
     ) as caught:
         cards_of(run_dir, base_model_on_hub="some-one/tiny", push_to_hub="refused/herbs")
-    assert type(caught.value).__name__ == "StageError" and "\n" not in str(caught.value)
+    assert type(caught.value).__name__ == "StageError"
+    assert "\n" not in str(caught.value)
     assert (run_dir / "export" / "merged" / "README.md").exists()
 
 

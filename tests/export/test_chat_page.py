@@ -77,7 +77,8 @@ def test_one_model_gives_the_answers_of_two(tiny):
     `generate` gives them.
     """
     shown = answers(tiny)
-    assert shown[-1] == generated(tiny) and shown[-1][0] != shown[-1][1]
+    assert shown[-1] == generated(tiny)
+    assert shown[-1][0] != shown[-1][1]
     assert len(shown) == 24, "one for each token"
     assert all(len(now) <= len(then) for now, then in zip(shown[0], shown[-1], strict=True))
 
@@ -92,7 +93,9 @@ def test_whatever_a_model_keeps_of_what_it_read(name):
 def test_adapters_that_cannot_share_a_batch_answer_one_after_the_other():
     there = adapted(TINY, use_dora=True)
     shown = answers(there)
-    assert len(shown) == 48 and shown[-1] == generated(there) and shown[23][1] == ""
+    assert len(shown) == 48
+    assert shown[-1] == generated(there)
+    assert shown[23][1] == ""
 
 
 def test_greedy_whatever_the_base_prefers(tiny, monkeypatch):
@@ -115,7 +118,8 @@ def test_an_answer_that_stops_waits_for_the_other(tiny):
         **{**vars(tiny), "stop_token_ids": [*tiny.stop_token_ids, int(new[place])]}
     )
     shown, before = answers(there), answers(tiny)
-    assert len(shown[-1][0]) < len(before[-1][0]) and shown[-1][0] == shown[place][0]
+    assert len(shown[-1][0]) < len(before[-1][0])
+    assert shown[-1][0] == shown[place][0]
     assert shown[-1] == generated(there)
 
 
@@ -126,7 +130,8 @@ def test_nothing_goes_on_when_nobody_listens(tiny):
     next(answer)
     answer.close()
     hook.remove()
-    assert threading.active_count() == threads and len(steps) < 100
+    assert threading.active_count() == threads
+    assert len(steps) < 100
     assert answers(tiny)[-1] == generated(tiny)
 
 
@@ -213,7 +218,8 @@ def test_a_row_that_asks_the_same_counts_more_than_a_model_that_finds_nothing(
 def test_without_context_rows_nothing_stands_under_an_answer(tiny, monkeypatch):
     prompts = says(monkeypatch, "a", "b")
     _, tuned = last_turn(chat_of(tiny, 400, 8), QUESTION)
-    assert len(tuned) == 2 and prompts == [ASKED]
+    assert len(tuned) == 2
+    assert prompts == [ASKED]
 
 
 @pytest.mark.parametrize(
@@ -254,11 +260,9 @@ def test_answers_stream_side_by_side(client):
     job = client.submit(QUESTION, [], [], api_name="/ask")
     box, base, tuned = job.result()
     assert len(job.outputs()) > 10, "one for each token"
-    assert (
-        box == ""
-        and text(base[0]) == text(tuned[0]) == QUESTION
-        and text(base[1]) != text(tuned[1])
-    )
+    assert box == ""
+    assert text(base[0]) == text(tuned[0]) == QUESTION
+    assert text(base[1]) != text(tuned[1])
     _, base, _ = client.predict("Another one?", base, tuned, api_name="/ask")
     assert [message["role"] for message in base] == ["user", "assistant"] * 2
 
@@ -286,9 +290,8 @@ def test_two_at_once_wait_for_each_other(chat, client):
         *_, alone = chat_page.two_answers(
             chat.chat.model, chat.chat.tokenizer, chat.chat.stop_token_ids, asked, 48
         )
-        assert text(base[0]) == question and [text(base[1]), text(tuned[1])] == [
-            answer or "…" for answer in alone
-        ]
+        assert text(base[0]) == question
+        assert [text(base[1]), text(tuned[1])] == [answer or "…" for answer in alone]
 
 
 @pytest.mark.export
@@ -296,7 +299,8 @@ def test_stop(client):
     job = client.submit(QUESTION, [], [], api_name="/ask")
     while not job.outputs():
         time.sleep(0.01)
-    assert job.cancel() and len(job.outputs()) < 48
+    assert job.cancel()
+    assert len(job.outputs()) < 48
     assert text(client.predict("Next?", [], [], api_name="/ask")[1][0]) == "Next?"
 
 
@@ -358,7 +362,9 @@ def test_the_disclaimer_is_always_in_view(chat, browser, width, height):
             "const fits = document.body.scrollWidth <= innerWidth;"
             "return [box.top >= 0 && box.bottom < innerHeight, top.innerText, fits]"
         )
-        assert seen[0] and "not medical advice" in seen[1] and seen[2], seen
+        assert seen[0], seen
+        assert "not medical advice" in seen[1], seen
+        assert seen[2], seen
 
 
 @pytest.fixture

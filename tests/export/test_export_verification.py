@@ -26,13 +26,15 @@ def test_the_same_model_in_llama_cpp(finished_run, tmp_path):
     assert exported["F16"]["same_answers"] == exported["F16"]["questions"] == 2
     assert exported["F16"]["ratio_to_merged"] == pytest.approx(1, abs=2e-4)
     sizes = [exported[name]["mib"] for name in ("merged", "F16", "Q8_0", "Q4_K_M")]
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 4
     half = exported["F16"]["perplexity"]["response"]
     for kind in ("Q8_0", "Q4_K_M"):
         assert exported[kind]["perplexity"]["response"] == pytest.approx(half, rel=0.02)
         assert exported[kind]["perplexity"]["response"] != half
     modelfile = (run_dir / "export" / "gguf" / "Modelfile").read_text()
-    assert "FROM ./run-Q4_K_M.gguf" in modelfile and 'PARAMETER stop "</s>"' in modelfile
+    assert "FROM ./run-Q4_K_M.gguf" in modelfile
+    assert 'PARAMETER stop "</s>"' in modelfile
     assert modelfile.count("not medical advice") == 2
     files = {path: path.stat().st_mtime_ns for path in (run_dir / "export").rglob("*.*")}
     assert make("export", f"RUN_DIR={run_dir}", options).returncode == 0

@@ -23,7 +23,8 @@ from tabletune.errors import StageError
 def test_a_bad_name(run_dir, parameters, message):
     with pytest.raises(StageError, match=message) as caught:
         read(run_dir, **parameters)
-    assert "\n" not in str(caught.value) and not (run_dir / "export").exists()
+    assert "\n" not in str(caught.value)
+    assert not (run_dir / "export").exists()
 
 
 @pytest.mark.parametrize(
@@ -46,11 +47,13 @@ def test_what_another_model_left_is_set_aside_and_what_this_one_left_stays(run_d
     kept = run_dir / "export" / "merged" / "README.md"
     before = kept.stat().st_mtime_ns
     cards_of(run_dir)
-    assert kept.stat().st_mtime_ns == before and "All is done already" in capsys.readouterr().out
+    assert kept.stat().st_mtime_ns == before
+    assert "All is done already" in capsys.readouterr().out
     path = run_dir / "merged" / "merge_report.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_weights": "dequantized"}))
     export_run = read(run_dir)
-    assert not kept.exists() and list(run_dir.glob("earlier/*/export/merged/README.md"))
+    assert not kept.exists()
+    assert list(run_dir.glob("earlier/*/export/merged/README.md"))
     assert (
         json.loads((export_run.folder / "metrics.json").read_text())["base_weights"]
         == "dequantized"

@@ -57,7 +57,8 @@ def test_a_sentencepiece_vocabulary_is_written_as_llama_cpp_reads_it(
     model = import_protobuf().ModelProto()
     model.ParseFromString((tmp_path / "tokenizer.model").read_bytes())
     kind, pieces = model.SentencePiece, {piece.piece: piece for piece in model.pieces}
-    assert len(model.pieces) == 2048 and "<pad>" not in pieces
+    assert len(model.pieces) == 2048
+    assert "<pad>" not in pieces
     assert "<pad>" not in (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
     assert [pieces[t].type for t in ("<unk>", "<s>", "<0x0A>")] == [
         kind.UNKNOWN,
@@ -66,7 +67,8 @@ def test_a_sentencepiece_vocabulary_is_written_as_llama_cpp_reads_it(
     ]
     order = ["".join(pair) for pair in state["model"]["merges"]]
     scores = [pieces[token].score for token in dict.fromkeys(order)]
-    assert scores == sorted(scores, reverse=True) and len(set(scores)) == len(scores)
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(scores)) == len(scores)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_bos_token"] is True
 
 
@@ -130,7 +132,8 @@ def test_a_real_vocabulary_of_llamas_kind(llama_vocabulary, tmp_path):
     file = gguf.make_gguf(export_run, "F16")
     assert gguf.check_tokens(export_run, file) == len(hard)
     ids = llama_cpp.InLlamaCpp(file).tokenize(render([ASKED], tokenizer), "<s>")
-    assert ids == encode_prompt([ASKED], tokenizer) and ids[:3] == [1, 733, 16289]
+    assert ids == encode_prompt([ASKED], tokenizer)
+    assert ids[:3] == [1, 733, 16289]
 
 
 @pytest.mark.export
@@ -167,7 +170,8 @@ def test_an_architecture_that_llama_cpp_does_not_know(run_dir):
         StageError, match=r"llama\.cpp cannot convert .*NoSuchForCausalLM"
     ) as caught:
         gguf.make_gguf(export_run, "F16")
-    assert "\n" not in str(caught.value) and not list((export_run.folder / "gguf").iterdir())
+    assert "\n" not in str(caught.value)
+    assert not list((export_run.folder / "gguf").iterdir())
     with pytest.raises(StageError, match="does not know 'Q9_9'"):
         llama_cpp.usable_types(["Q9_9"])
 

@@ -119,8 +119,12 @@ def test_ollamas_template_renders_the_same_in_go(template, tmp_path):
 def test_the_modelfile_says_the_stops_the_system_message_and_the_disclaimer():
     text, _ = modelfile_of(LLAMA2)
     assert re.findall("PARAMETER stop (.*)", text) == ['"</s>"', '"<|im_end|>"']
-    assert text.count('Do not "trust" it.') == 2 and "SYSTEM" not in text and "/home/me" not in text
-    assert "FROM ./herbs-F16.gguf" in text and "num_ctx 1024" in text and "num_predict 99" in text
+    assert text.count('Do not "trust" it.') == 2
+    assert "SYSTEM" not in text
+    assert "/home/me" not in text
+    assert "FROM ./herbs-F16.gguf" in text
+    assert "num_ctx 1024" in text
+    assert "num_predict 99" in text
     text, _ = modelfile_of(LLAMA2, report={"system_prompt": "You are brief."})
     assert '\nSYSTEM """You are brief."""\n' in text
 
@@ -131,7 +135,8 @@ def test_a_prompt_of_ollama_that_is_another_is_not_kept(run_dir, monkeypatch):
     file = gguf.make_gguf(export_run, "F16")
     asked = export_run.questions()
     text = ollama.write_modelfile(export_run, file, asked)
-    assert text == file.with_name("Modelfile").read_text() and len(asked) == 5
+    assert text == file.with_name("Modelfile").read_text()
+    assert len(asked) == 5
     together = ollama.render_parts
     changed = lambda parts, messages: together(parts, messages).replace(asked[0][0]["content"], "x")  # noqa: E731
     monkeypatch.setattr(ollama, "render_parts", changed)

@@ -165,7 +165,8 @@ def test_the_proof_computes_in_fp32_with_weights_of_16_bits(name):
     in_fp32, in_bf16 = (
         verification.logits_of(model, [list(range(3, 67))], exactly) for exactly in (True, False)
     )
-    assert torch.equal(in_fp32, logits(exact)[0]) and torch.equal(in_bf16, logits(model)[0].float())
+    assert torch.equal(in_fp32, logits(exact)[0])
+    assert torch.equal(in_bf16, logits(model)[0].float())
     assert not torch.equal(in_fp32, in_bf16)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), (
         "the weights are as before"
@@ -185,7 +186,8 @@ def test_every_architecture_merges_as_peft_does(tmp_path, name):
     changed = [name for name in after if not torch.equal(after[name], before[name])]
     assert len(changed) == report["merged_modules"] > 0
     for name, tensor in after.items():
-        assert tensor.dtype == before[name].dtype and tensor.shape == before[name].shape
+        assert tensor.dtype == before[name].dtype
+        assert tensor.shape == before[name].shape
         if name in expected:  # rounded once, to eight bits
             assert torch.allclose(
                 tensor.float(), expected[name].float(), rtol=1.01 * 2**-8, atol=1e-7
@@ -237,20 +239,17 @@ def test_a_model_that_reads_images_is_whole_again(tmp_path, name):
     merged = tmp_path / "merged"
     kind = AutoConfig.from_pretrained(merged).architectures[0]
     loaded, info = getattr(transformers, kind).from_pretrained(merged, output_loading_info=True)
-    assert (
-        kind.endswith("ForConditionalGeneration")
-        and not info["missing_keys"]
-        and loaded.config.vision_config
-    )
+    assert kind.endswith("ForConditionalGeneration")
+    assert not info["missing_keys"]
+    assert loaded.config.vision_config
     assert (merged / "preprocessor_config.json").read_bytes() == (
         base / "preprocessor_config.json"
     ).read_bytes()
     images = {
         name: tensor for name, tensor in stored(base).items() if "vis" in name or "mtp" in name
     }
-    assert images and all(
-        torch.equal(tensor, stored(merged)[name]) for name, tensor in images.items()
-    )
+    assert images
+    assert all(torch.equal(tensor, stored(merged)[name]) for name, tensor in images.items())
 
 
 # --- every kind of adapter
@@ -377,9 +376,8 @@ def test_a_base_that_is_stored_in_4_bits(tmp_path, stored_as, trained_in, merged
     assert (report["dtype"], report["base_weights"]) == (merged_in, "dequantized")
     assert report["max_logit_difference"] < 0.01 * report["logit_range"] or merged_in == "bfloat16"
     config = AutoConfig.from_pretrained(run / "merged")
-    assert config.dtype == getattr(torch, merged_in) and not getattr(
-        config, "quantization_config", None
-    )
+    assert config.dtype == getattr(torch, merged_in)
+    assert not getattr(config, "quantization_config", None)
     assert {tensor.dtype for tensor in stored(run / "merged").values()} == {config.dtype}
     trained = attach_adapter(load_base(str(base), None, torch.float32), run / "adapter")
     rounding = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}[merged_in]
@@ -404,9 +402,8 @@ def test_several_files_hold_the_same_tensors(run):
     expected = stored(run / "merged")
     assert merge(run, max_shard_gb=0.0005)["shards"] > 3
     merged = stored(run / "merged")
-    assert merged.keys() == expected.keys() and all(
-        torch.equal(merged[name], expected[name]) for name in merged
-    )
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in merged)
     for file in (run / "merged").glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
             assert opened.metadata() == {"format": "pt"}
@@ -424,11 +421,9 @@ def test_the_merged_model_works_by_itself(tmp_path):
     merge(tmp_path, base)
     answer = pipeline("text-generation", model=str(merged))
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    assert (
-        tokenizer.chat_template
-        and tokenizer.pad_token == "<pad>"
-        and tokenizer.padding_side == "right"
-    )
+    assert tokenizer.chat_template
+    assert tokenizer.pad_token == "<pad>"
+    assert tokenizer.padding_side == "right"
     stops = tokenizer.convert_tokens_to_ids(["</s>", "<end_of_turn>"])
     assert set(answer.model.generation_config.eos_token_id) == set(stops)
     assert answer.model.generation_config.pad_token_id == tokenizer.pad_token_id
@@ -474,7 +469,8 @@ def test_files_of_the_base_stay_and_the_tokenizer_is_the_runs(tmp_path):
         tmp_path / "run/adapter/tokenizer.json"
     ).read_bytes()
     written = json.loads((merged / "generation_config.json").read_text())
-    assert written["temperature"] == 0.6 and 2 in written["eos_token_id"]
+    assert written["temperature"] == 0.6
+    assert 2 in written["eos_token_id"]
 
 
 def everything_in(folder):
@@ -489,7 +485,8 @@ def test_a_second_time_all_is_done(run, capsys):
     first = merge(run)
     before = everything_in(run)
     assert merge(run) == first
-    assert everything_in(run) == before and "All is done already" in capsys.readouterr().out
+    assert everything_in(run) == before
+    assert "All is done already" in capsys.readouterr().out
 
 
 def test_what_another_adapter_gave_is_set_aside(run):
@@ -500,7 +497,8 @@ def test_what_another_adapter_gave_is_set_aside(run):
     second = merge(run)
     [aside] = (run / "earlier").iterdir()
     assert json.loads((aside / "merged" / "merge_report.json").read_text()) == first != second
-    assert (aside / "evaluation" / "metrics.json").exists() and not (run / "evaluation").exists()
+    assert (aside / "evaluation" / "metrics.json").exists()
+    assert not (run / "evaluation").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device")])
@@ -516,10 +514,12 @@ def test_an_interruption_leaves_nothing_that_looks_complete(run, monkeypatch, er
     monkeypatch.setattr(write_module, "save_file", save)
     with pytest.raises((KeyboardInterrupt, StageError)):
         merge(run, max_shard_gb=0.0005)
-    assert files and not list(run.glob("merged*"))
+    assert files
+    assert not list(run.glob("merged*"))
     monkeypatch.undo()
     (run / "merged.partial").mkdir()  # of a kernel that was killed
-    assert merge(run)["shards"] == 1 and not (run / "merged.partial").exists()
+    assert merge(run)["shards"] == 1
+    assert not (run / "merged.partial").exists()
 
 
 def test_a_model_too_large_for_drive_stays_here(run, tmp_path, monkeypatch, capsys):
@@ -535,7 +535,8 @@ def test_a_model_too_large_for_drive_stays_here(run, tmp_path, monkeypatch, caps
         in capsys.readouterr().out
     )
     assert json.loads((tmp_path / "runs/run/merged/merge_report.json").read_text()) == report
-    assert not (run / "merged").exists() and list(run.glob("earlier/*/merged/merge_report.json"))
+    assert not (run / "merged").exists()
+    assert list(run.glob("earlier/*/merged/merge_report.json"))
     assert merge(run, run_dir="drive:run") == report
     assert "All is done already" in capsys.readouterr().out
 
@@ -690,7 +691,8 @@ def test_the_notebook_finds_on_its_second_pass_that_all_is_done(run, capsys):
     before = everything_in(run)
     capsys.readouterr()
     second = run_script("03_merge_adapter", **parameters)
-    assert second.report == first.report and everything_in(run) == before
+    assert second.report == first.report
+    assert everything_in(run) == before
     assert "same most likely next token at 100%" in capsys.readouterr().out
 
 

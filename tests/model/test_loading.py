@@ -146,7 +146,8 @@ def test_auto_adapts_the_attention_of_every_kind(kind):
 
 def test_all_linear_leaves_out_the_output_layer_and_the_experts():
     every = lora_targets(skeleton(KINDS["llama"]), "all-linear")
-    assert len(every) == 2 * 7 and not any("lm_head" in name for name in every)
+    assert len(every) == 2 * 7
+    assert not any("lm_head" in name for name in every)
     mixture = lora_targets(skeleton(KINDS["qwen3_moe"]), "all-linear")
     assert {name.rpartition(".")[2] for name in mixture} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
@@ -256,7 +257,8 @@ def test_a_multimodal_model_is_read_whole_and_adapted_in_its_text():
     model = skeleton(config)
     assert type(model).__name__ == "Gemma3ForConditionalGeneration"
     targets = lora_targets(model)
-    assert targets and all("language_model" in name for name in targets)
+    assert targets
+    assert all("language_model" in name for name in targets)
     assert "vision" in " ".join(name for name, _ in model.named_modules())
     assert TrainingMemory(model, torch.float32, False).total(64) > 0
 
@@ -366,7 +368,8 @@ def test_the_base_is_read_one_tensor_at_a_time(tmp_path, monkeypatch):
         transformers.modeling_utils, "safe_open", None
     )  # it would keep all files mapped
     model = load_model(tmp_path, None, torch.float32)
-    assert opened == [0] and 1 <= most[0] <= 4
+    assert opened == [0]
+    assert 1 <= most[0] <= 4
     assert model.name_or_path == model.config.name_or_path == str(tmp_path)
     assert model.generation_config.eos_token_id == plain.generation_config.eos_token_id
     ids = torch.arange(3, 35)[None]
@@ -405,11 +408,12 @@ def test_the_next_tensors_are_read_while_one_is_quantized_and_no_more():
             assert len(read) <= asked + AHEAD
         return read.count(threading.current_thread())
 
-    assert read_here(names) == 1 and len(read) == len(names)
-    assert read_here(sorted(names, key=lambda name: name[-1])) < len(names) and len(read) == len(
-        names
-    )
-    assert read_here(names[5::3]) > 1 and len(read) <= len(names)
+    assert read_here(names) == 1
+    assert len(read) == len(names)
+    assert read_here(sorted(names, key=lambda name: name[-1])) < len(names)
+    assert len(read) == len(names)
+    assert read_here(names[5::3]) > 1
+    assert len(read) <= len(names)
 
 
 def test_what_cannot_be_read_ahead_is_an_error_where_it_is_asked_for(tmp_path, monkeypatch):
@@ -543,7 +547,6 @@ def test_room_is_what_the_machine_has(monkeypatch):
 
 def test_a_local_folder_is_one_model_by_any_path(tmp_path, monkeypatch):
     monkeypatch.chdir(TINY.parent)
-    assert artifacts.same_model(str(TINY), TINY.name) and not artifacts.same_model(
-        str(TINY), str(tmp_path)
-    )
+    assert artifacts.same_model(str(TINY), TINY.name)
+    assert not artifacts.same_model(str(TINY), str(tmp_path))
     assert AutoConfig.from_pretrained(TINY).model_type == "llama"

@@ -148,7 +148,8 @@ def test_three_seeds_of_one_setting_are_not_told_apart(tmp_path):
     assert len(settings) == 1
     assert settings[0].name == "seed0 (3 seeds)"
     text = settings_table(settings, part).loc["seed0 (3 seeds)", "bits per byte"]
-    assert "[" in text and "to" in text
+    assert "[" in text
+    assert "to" in text
 
 
 def test_a_worse_setting_is_told_apart_by_more_than_the_seeds_do(tmp_path):

@@ -233,7 +233,8 @@ def render():
         page = Page(exporter.from_notebook_node(notebook, {"metadata": {"name": name}})[0])
         page.outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         assert_self_contained(page)
-        assert "def " not in page.text and "import " not in page.text, "code is hidden"
+        assert "def " not in page.text, "code is hidden"
+        assert "import " not in page.text, "code is hidden"
         return page
 
     yield page_of
@@ -248,12 +249,15 @@ def assert_self_contained(page):
     for tag, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes), (tag, attributes)
         if tag == "img":
-            assert attributes["src"].startswith("data:image/png;base64,") and attributes["alt"]
+            assert attributes["src"].startswith("data:image/png;base64,")
+            assert attributes["alt"]
         elif tag == "a":
             assert attributes["href"].startswith("#")
         else:
-            assert "src" not in attributes and "href" not in attributes
-    assert "url(" not in page.styles and "@import" not in page.styles
+            assert "src" not in attributes
+            assert "href" not in attributes
+    assert "url(" not in page.styles
+    assert "@import" not in page.styles
     [policy] = [a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a]
     assert policy.startswith("default-src 'none'")
 
@@ -269,25 +273,25 @@ def test_a_page_about_a_run(render, tmp_path):
     assert "a/base, fine-tuned on 213 rows of table.csv." in text
     assert "Whether its answers are right was not measured: run 04_evaluate again." in text
     assert "Response perplexity 47.08 before fine-tuning, 6.04 after (lower is better)." in text
-    assert "47.1 (46.1 – 48.1)" in text and "20% (10% – 30%)" in text, "the headline table"
-    assert (
-        "In emergencies 80% of its answers offer a remedy." in text and "left no record" not in text
-    )
-    assert (
-        "1,284 rows" in text
-        and "dropped: no answer" in text
-        and "−8 rows" in text
-        and "17 rows" in text
-    )
-    assert "changed: spaces" in text and "77 rows" in text
-    assert pictures(page) == 2 and "3.956" in text
-    assert "It memorizes: so it does." in text and "Ship the merged one." in text
-    assert (
-        "7.77 (7.00 – 11.00)" in text
-        and "33.33 (31.00 – 35.00)" in text
-        and "80% (10% – 90%)" in text
-    )
-    assert "98.7%" in text and "0.0123 (0.0000 – 1.0000)" in text
+    assert "47.1 (46.1 – 48.1)" in text, "the headline table"
+    assert "20% (10% – 30%)" in text, "the headline table"
+    assert "In emergencies 80% of its answers offer a remedy." in text
+    assert "left no record" not in text
+    assert "1,284 rows" in text
+    assert "dropped: no answer" in text
+    assert "−8 rows" in text
+    assert "17 rows" in text
+    assert "changed: spaces" in text
+    assert "77 rows" in text
+    assert pictures(page) == 2
+    assert "3.956" in text
+    assert "It memorizes: so it does." in text
+    assert "Ship the merged one." in text
+    assert "7.77 (7.00 – 11.00)" in text
+    assert "33.33 (31.00 – 35.00)" in text
+    assert "80% (10% – 90%)" in text
+    assert "98.7%" in text
+    assert "0.0123 (0.0000 – 1.0000)" in text
     assert "1,500 seconds, 0.417 at 1 an hour" in text
     assert all(name in text for name in (*PARAMETERS, "abc123", "9.8.7", "c0ffee")), (
         "parameters and provenance"
@@ -295,10 +299,10 @@ def test_a_page_about_a_run(render, tmp_path):
     assert text.count("Not measured") == 1, "the baselines"
     rows = re.findall(r"<tr>.*?</tr>", page.source.replace("\n", " "))
     told = [row for row in rows if "adapter - base" in row]
-    assert "0.1353 (0.0498 – 0.3679)" in told[0] and "yes" in told[0], "what differs is on top"
-    assert len(told) == 4 and sum("cannot be told" in row for row in told) == 3, (
-        "those of both notebooks"
-    )
+    assert "0.1353 (0.0498 – 0.3679)" in told[0], "what differs is on top"
+    assert "yes" in told[0], "what differs is on top"
+    assert len(told) == 4, "those of both notebooks"
+    assert sum("cannot be told" in row for row in told) == 3, "those of both notebooks"
 
 
 def test_answers_stay_text_under_the_disclaimer(render, tmp_path):
@@ -308,27 +312,29 @@ def test_answers_stay_text_under_the_disclaimer(render, tmp_path):
     run = a_run(tmp_path / "run", parameters={**PARAMETERS, f"name {MARKUP}": f"value {MARKUP}"})
     page = render("report", run_dir=str(run), answers_shown=3, price_per_hour=0)
     text = page.text
-    assert f"name {MARKUP}" in text and f"value {MARKUP}" in text, "in tables of facts, too"
+    assert f"name {MARKUP}" in text, "in tables of facts, too"
+    assert f"value {MARKUP}" in text, "in tables of facts, too"
     assert all(
         f"{column} 2 {SHOWN}" in text for column in ("question", "in_the_table", "base", "merged")
     )
-    assert (
-        "3 of 7 questions" in text and f"question 3 {SHOWN}" not in text and "an hour" not in text
-    )
+    assert "3 of 7 questions" in text
+    assert f"question 3 {SHOWN}" not in text
+    assert "an hour" not in text
     assert text.index(f"dangerous {SHOWN}") < text.index(f"harmless {SHOWN}"), (
         "what went wrong is on top"
     )
     tables = re.findall(r'<div class="answers .*?</table>', page.source, re.DOTALL)
-    assert len(tables) == 2 and all(HEALTH in table for table in tables)
-    assert "--heading-4: 'fine-tuned'" in tables[0] and "--heading-3: 'fine-tuned'" in tables[1], (
-        "on a phone"
-    )
+    assert len(tables) == 2
+    assert all(HEALTH in table for table in tables)
+    assert "--heading-4: 'fine-tuned'" in tables[0], "on a phone"
+    assert "--heading-3: 'fine-tuned'" in tables[1], "on a phone"
     printed = re.sub(r"\\([0-9a-f]+) ", lambda match: chr(int(match[1], 16)), page.styles)
     assert f'@bottom-center {{ content: "{HEALTH}" }}' in printed, "on each page of paper"
     shown = [
         output.data["text/html"] for output in page.outputs if "text/html" in output.get("data", {})
     ]
-    assert len(shown) > 10 and all("mathjax_ignore" in html for html in shown)
+    assert len(shown) > 10
+    assert all("mathjax_ignore" in html for html in shown)
 
 
 def test_the_verdict_on_content_comes_first(render, tmp_path):
@@ -389,11 +395,9 @@ def test_a_run_of_before_and_a_run_of_few_rows(render, tmp_path):
     shutil.move(run / "trust" / "safety.jsonl", run / "evaluation" / "safety.jsonl")
     shutil.rmtree(run / "trust")
     page = render("report", run_dir=str(run))
-    assert (
-        "merged, in 4 bits" in page.text
-        and "7.77 (7.00 – 11.00)" in page.text
-        and "80% (10%" in page.text
-    )
+    assert "merged, in 4 bits" in page.text
+    assert "7.77 (7.00 – 11.00)" in page.text
+    assert "80% (10%" in page.text
     assert f"dangerous {SHOWN}" in page.text
 
     run = a_run(tmp_path / "few", stages=4)
@@ -405,11 +409,10 @@ def test_a_run_of_before_and_a_run_of_few_rows(render, tmp_path):
     write_lines(run / "evaluation" / "samples.jsonl", [])
     change(run / "dataset" / "report.json", dropped={"too long": 500}, notes=[f"A note {MARKUP}"])
     page = render("report", run_dir=str(run))
-    assert "too few questions for intervals" in page.text and "0 of 0 questions" in page.text
-    assert (
-        "500 of 1,284 rows of the table were dropped, which is 39%" in page.text
-        and f"A note {MARKUP}" in page.text
-    )
+    assert "too few questions for intervals" in page.text
+    assert "0 of 0 questions" in page.text
+    assert "500 of 1,284 rows of the table were dropped, which is 39%" in page.text
+    assert f"A note {MARKUP}" in page.text
 
 
 def test_runs_beside_each_other(render, tmp_path):
@@ -435,7 +438,8 @@ def test_runs_beside_each_other(render, tmp_path):
 def test_what_is_wrong_with_a_run_is_one_line(render, tmp_path):
     with pytest.raises(CellExecutionError) as caught:
         render("report", run_dir=str(tmp_path / "none"))
-    assert caught.value.ename == "StageError" and "is no run folder" in caught.value.evalue
+    assert caught.value.ename == "StageError"
+    assert "is no run folder" in caught.value.evalue
     run = a_run(tmp_path / "run")
     (run / "evaluation" / "samples.jsonl").write_text('{"question": \n')
     with pytest.raises(StageError, match=r"samples\.jsonl cannot be read") as error:
@@ -524,9 +528,8 @@ def test_the_losses_begin_before_the_training(tmp_path):
 def test_the_disclaimer_is_that_of_the_answers_of_the_example_or_neutral():
     own, example = {"data": {"example": None}}, {"data": {"example": "home_remedies"}}
     assert pages_module.disclaimer_of(own, [{"disclaimer": "Stored."}]) == "Stored."
-    assert "medical" not in pages_module.disclaimer_of(
-        own, [{}]
-    ) and "wrong" in pages_module.disclaimer_of(own, [])
+    assert "medical" not in pages_module.disclaimer_of(own, [{}])
+    assert "wrong" in pages_module.disclaimer_of(own, [])
     assert "not medical advice" in pages_module.disclaimer_of(example, [])
 
 
@@ -540,7 +543,8 @@ def shown(monkeypatch):
 
 def test_a_disclaimer_with_markup_stays_text(shown):
     pages_module.show_answers({"question": ["one"]}, 1, '"}</style><script>alert(1)</script>')
-    assert shown[0].data.count("</style>") == 1 and "<script" not in shown[0].data
+    assert shown[0].data.count("</style>") == 1
+    assert "<script" not in shown[0].data
 
 
 def test_the_longer_side_of_a_table_goes_down_the_page(shown):

@@ -137,11 +137,11 @@ def test_the_training_cell_twice_in_a_row_and_then_run_all(finished_run, tmp_pat
     with opened("02_finetune_qlora", run_dir) as kernel:
         kernel.run_all()
         before, (step, epoch, metrics) = files_of(run_dir), steps_of(run_dir)
-        assert epoch == 1 and metrics == but_for_times(
-            read(finished_run, "training/metrics.json"), metrics
-        )
+        assert epoch == 1
+        assert metrics == but_for_times(read(finished_run, "training/metrics.json"), metrics)
         kernel.run_cell("trainer.train(")
-        assert files_of(run_dir) == before and steps_of(run_dir)[:2] == (step, 1)
+        assert files_of(run_dir) == before
+        assert steps_of(run_dir)[:2] == (step, 1)
         first = kernel.shown()
         assert kernel.run_all() == first
         assert files_of(run_dir) == before
@@ -253,4 +253,5 @@ def test_a_stage_interrupted_in_its_work_and_run_all_again(finished_run, tmp_pat
         kernel.run_all()
         before = files_of(run_dir)
         kernel.run_all()
-        assert files_of(run_dir) == before and not list(run_dir.rglob("*.partial*"))
+        assert files_of(run_dir) == before
+        assert not list(run_dir.rglob("*.partial*"))

@@ -116,7 +116,9 @@ def test_installing_changes_nothing_that_colab_has(runtime):
     What is added needs nothing else: --no-deps is safe.
     """
     added, changed = changes([f"{name}=={number}" for name, number in LACKING.items()], runtime)
-    assert changed == {} and added == LACKING and " --no-deps " in INSTALL
+    assert changed == {}
+    assert added == LACKING
+    assert " --no-deps " in INSTALL
     always = [text for text in requires("tabletune") or [] if "extra ==" not in text]
     assert always == []
     assert changes(["trl==0.29.1", "numpy>=3"], runtime)[1].keys() == {"numpy"}, (
@@ -215,7 +217,8 @@ def test_colab_metadata_and_badges(name):
     if name in WITHOUT_MODEL:
         assert "accelerator" not in metadata, "it would take a GPU from someone"
     else:
-        assert metadata.accelerator == "GPU" and metadata.colab.gpuType == "T4"
+        assert metadata.accelerator == "GPU"
+        assert metadata.colab.gpuType == "T4"
     assert metadata.colab.runtime_attributes.runtime_version == SERIES["colab_runtime"]
     place = f"{SERIES['repository']}/blob/{SERIES['ref']}/notebooks"
     assert (
@@ -299,9 +302,9 @@ def test_the_install_cell_installs_on_colab_only_and_once(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trl" else True)
     exec(INSTALL, {})
     [(name, line)] = asked
-    assert (
-        name == "pip" and line.startswith("install -qqq --no-deps git+https://") and "trl==" in line
-    )
+    assert name == "pip"
+    assert line.startswith("install -qqq --no-deps git+https://")
+    assert "trl==" in line
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -391,7 +394,8 @@ def test_a_load_of_pickled_weights_would_be_seen(code, refused):
 
 def test_weights_are_loaded_somewhere():
     code = "".join(path.read_text() for path in (ROOT / "src" / "tabletune" / "model").glob("*.py"))
-    assert "from_pretrained(" in code and "use_safetensors=True" in code
+    assert "from_pretrained(" in code
+    assert "use_safetensors=True" in code
 
 
 STAND_IN = {
@@ -600,12 +604,10 @@ def on_colab(machine, name, run_dir, index, parameters=None, sitecustomize=None,
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
     before = packages_in(site)
-    assert (
-        "tabletune" not in before
-        and "trl" not in before
-        and "gguf" not in before
-        and "torch" in before
-    )
+    assert "tabletune" not in before
+    assert "trl" not in before
+    assert "gguf" not in before
+    assert "torch" in before
     done = subprocess.run(
         [*map(str, command), "--log-level", "ERROR"],
         cwd=content,
@@ -670,9 +672,8 @@ def test_the_first_notebook_alone_installs_what_is_lacking_and_runs(tmp_path, in
     ]
     first = next(cell for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code")
     said = "".join(output.get("text", "") for output in first.outputs)
-    assert said.count("\n") <= 1 and "restart the kernel" in said, (
-        "IPython's own note, and no word of pip's"
-    )
+    assert said.count("\n") <= 1, "IPython's own note, and no word of pip's"
+    assert "restart the kernel" in said, "IPython's own note, and no word of pip's"
 
 
 def test_an_address_that_does_not_answer_is_said_in_one_line(tmp_path, index):
@@ -680,16 +681,16 @@ def test_an_address_that_does_not_answer_is_said_in_one_line(tmp_path, index):
     wrong = {**index, "GIT_CONFIG_KEY_0": f"url.{tmp_path / 'nowhere'}.insteadOf"}
     done, executed = on_colab(tmp_path / "wrong", "01_format_dataset", "runs/mine", wrong)
     [(name, text)] = errors_of(executed)
-    assert done.returncode != 0 and name == "SystemExit"
+    assert done.returncode != 0
+    assert name == "SystemExit"
     address = f"git+https://github.com/{SERIES['repository']}@{SERIES['ref']}"
-    assert (
-        text.startswith(f"Nothing came from {address}: set `series`")
-        and "\n" not in text
-        and len(text) < 250
-    )
+    assert text.startswith(f"Nothing came from {address}: set `series`")
+    assert "\n" not in text
+    assert len(text) < 250
     first = next(cell for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code")
     said = "".join(output.get("text", "") for output in first.outputs)
-    assert "Traceback" not in said and "git" not in said.replace(address, ""), said
+    assert "Traceback" not in said, said
+    assert "git" not in said.replace(address, ""), said
 
 
 @pytest.mark.slow

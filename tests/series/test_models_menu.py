@@ -76,7 +76,8 @@ def test_an_entry_is_a_parameter_file(name):
     assert re.fullmatch(r"main|[0-9a-f]{40}", settings["base_model_revision"])
     text = (ROOT / "models" / f"{name}.yaml").read_text(encoding="utf-8")
     assert f"https://huggingface.co/{settings['base_model']}\n" in text
-    assert re.search(r"gated", text) and "Tried here: " in text
+    assert re.search(r"gated", text)
+    assert "Tried here: " in text
 
 
 @pytest.mark.parametrize("name", MENU)

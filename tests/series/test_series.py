@@ -150,7 +150,8 @@ def test_the_manifest_says_what_ran(finished_run):
     for name, entry in manifest.items():
         assert set(entry["parameters"]) == set(PARAMETERS[name])
         assert entry["parameters"]["base_model"] == ".cache/tiny-llama"
-        assert entry["packages"]["transformers"] and entry["seconds"] > 0
+        assert entry["packages"]["transformers"]
+        assert entry["seconds"] > 0
     assert len({entry["dataset_fingerprint"] for entry in manifest.values()}) == 1
 
 
@@ -304,7 +305,8 @@ def test_a_killed_training_ends_with_the_same_metrics(finished_run, tmp_path, ar
         assert process.poll() is None
         time.sleep(0.05)
     kill_all(process)
-    assert not (killed / "adapter").exists() and not (killed / "training" / "metrics.json").exists()
+    assert not (killed / "adapter").exists()
+    assert not (killed / "training" / "metrics.json").exists()
     assert start(killed).wait() == 0
     assert "going on from checkpoint" in (killed / "02_finetune_qlora.ipynb").read_text(
         encoding="utf-8"
@@ -341,9 +343,8 @@ def test_out_of_order(finished_run, tmp_path, stage, missing, first):
     copy_of(finished_run, run_dir, "settings", *(name for name in there if name != missing))
     with pytest.raises(StageError, match=f"{run_dir / missing}.* is missing. {first}") as caught:
         run_tiny(stage, run_dir)
-    assert "\n" not in str(caught.value) and caught.value._render_traceback_() == [
-        f"StageError: {caught.value}"
-    ]
+    assert "\n" not in str(caught.value)
+    assert caught.value._render_traceback_() == [f"StageError: {caught.value}"]
     assert not (run_dir / {"02": "adapter", "03": "merged", "04": "evaluation"}[stage[:2]]).exists()
 
 
@@ -372,9 +373,8 @@ def test_a_changed_table_is_noticed_also_in_a_folder_with_spaces_in_its_name(tmp
         with (copy / "data" / "t.csv").open("a", encoding="utf-8") as file:
             file.write("Lemon,A New Issue,Squeeze half a lemon into a glass of water.,Tadasana\n")
     before, after = reports
-    assert (
-        after["rows_in"] == before["rows_in"] + 1 and after["fingerprint"] != before["fingerprint"]
-    )
+    assert after["rows_in"] == before["rows_in"] + 1
+    assert after["fingerprint"] != before["fingerprint"]
     assert list((copy / "runs" / "tiny" / "earlier").glob("*/dataset/report.json")), (
         "nothing finished is deleted"
     )

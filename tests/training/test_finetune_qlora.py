@@ -83,11 +83,9 @@ def test_the_loss_covers_the_response_and_its_stop_and_nothing_else(stage):
     tokenizer, answers = stage.tokenizer, []
     for batch in stage.trainer.get_train_dataloader():
         [(rows, length)] = {tuple(tensor.shape) for tensor in batch.values()}
-        assert (
-            rows == len(batch["labels"])
-            and batch["position_ids"][:, -1].any()
-            and length <= stage.max_length
-        )
+        assert rows == len(batch["labels"])
+        assert batch["position_ids"][:, -1].any()
+        assert length <= stage.max_length
         parts = (batch[k].tolist() for k in ("input_ids", "labels", "position_ids"))
         for ids, labels, positions in zip(*parts, strict=True):
             starts = [i for i, position in enumerate(positions) if position == 0]
@@ -95,9 +93,8 @@ def test_the_loss_covers_the_response_and_its_stop_and_nothing_else(stage):
                 if end - start == 1:  # padding
                     assert (ids[start], labels[start]) == (tokenizer.pad_token_id, -100)
                     continue
-                assert ids[start] == tokenizer.bos_token_id and positions[start:end] == list(
-                    range(end - start)
-                )
+                assert ids[start] == tokenizer.bos_token_id
+                assert positions[start:end] == list(range(end - start))
                 in_loss = [i for i in range(start, end) if labels[i] != -100]
                 assert [labels[i] for i in in_loss] == [ids[i] for i in in_loss]
                 assert in_loss == list(range(in_loss[0], end)), (
@@ -124,9 +121,8 @@ def test_the_adapter_is_trained_in_fp32_and_learns(stage):
 def test_what_is_saved_is_the_best_checkpoint_and_says_where_it_is_from(stage):
     saved = load_file(stage.run / "adapter" / "adapter_model.safetensors")
     best = load_file(f"{stage.trainer.state.best_model_checkpoint}/adapter_model.safetensors")
-    assert (
-        all(torch.equal(saved[name], best[name]) for name in best) and saved.keys() == best.keys()
-    )
+    assert all(torch.equal(saved[name], best[name]) for name in best)
+    assert saved.keys() == best.keys()
     provenance = json.loads((stage.run / "adapter" / "provenance.json").read_text())
     assert provenance == {
         "base_model": str(TINY),
@@ -137,7 +133,8 @@ def test_what_is_saved_is_the_best_checkpoint_and_says_where_it_is_from(stage):
     }
     assert load_tokenizer_of_run(stage.run / "adapter")[1] == stage.stops
     entry = json.loads((stage.run / "manifest.json").read_text())["02_finetune_qlora"]
-    assert entry["parameters"]["lora_r"] == stage.lora_r and entry["inputs"]["dataset"] == "abc"
+    assert entry["parameters"]["lora_r"] == stage.lora_r
+    assert entry["inputs"]["dataset"] == "abc"
 
 
 def test_checkpoints_are_few_and_small(stage):
@@ -208,7 +205,9 @@ def test_the_validation_loss_is_a_tokens_whatever_the_batch(stage):
 def test_tokens_seen_count_no_padding(stage):
     history = json.loads((stage.run / "training" / "log_history.json").read_text())
     seen = [entry["num_input_tokens_seen"] for entry in history if "num_input_tokens_seen" in entry]
-    assert seen[-1] == stage.metrics["tokens"] and seen == sorted(seen) and seen[0] < seen[-1]
+    assert seen[-1] == stage.metrics["tokens"]
+    assert seen == sorted(seen)
+    assert seen[0] < seen[-1]
 
 
 def test_the_training_cell_twice_in_a_row_trains_once(stage):
@@ -217,7 +216,8 @@ def test_the_training_cell_twice_in_a_row_trains_once(stage):
     }
     checkpoint = checkpoints_module.checkpoint_to_resume(stage.trainer)
     stage.trainer.train(resume_from_checkpoint=checkpoint)
-    assert stage.trainer.state.global_step == stage.steps and stage.trainer.state.epoch == 1
+    assert stage.trainer.state.global_step == stage.steps
+    assert stage.trainer.state.epoch == 1
     assert all(
         torch.equal(before[name], p)
         for name, p in stage.trainer.model.named_parameters()
@@ -254,13 +254,10 @@ def test_another_training_moves_the_finished_one_aside(stage, tmp_path, change):
     stage_again = run_tiny("02_finetune_qlora", run, **{**FAST, **change})
     [aside] = (run / "earlier").iterdir()
     assert (aside / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
-    assert (aside / "checkpoints" / "settings.json").exists() and (
-        aside / "training" / "metrics.json"
-    ).exists()
-    assert (
-        stage_again.metrics["steps"] == stage.steps
-        and (run / "adapter" / "provenance.json").exists()
-    )
+    assert (aside / "checkpoints" / "settings.json").exists()
+    assert (aside / "training" / "metrics.json").exists()
+    assert stage_again.metrics["steps"] == stage.steps
+    assert (run / "adapter" / "provenance.json").exists()
 
 
 def test_checkpoints_that_are_not_whole_do_not_count(tmp_path):
@@ -280,7 +277,8 @@ def test_rows_that_may_not_be_packed_are_not(stage, capsys, monkeypatch):
     examples = planning.rows_to_train_on(
         stage.trainer.model, stage.encoded["train"], stage.packed, True
     )
-    assert examples is stage.encoded["train"] and "8.5%" in capsys.readouterr().out
+    assert examples is stage.encoded["train"]
+    assert "8.5%" in capsys.readouterr().out
     settings = planning.trainer_settings(
         stage.stage, False, torch.float32, stage.room, 2, 10, packed=False
     )
@@ -319,7 +317,8 @@ def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
     with pytest.raises(StageError, match=r"training has diverged\. Lower learning_rate, 1 now"):
         options = {"lora_alpha": 10**9, "learning_rate": 1, "max_grad_norm": 1e30, "warmup": 0}
         run_tiny("02_finetune_qlora", run, **FAST, **options)
-    assert not (run / "adapter").exists() and newest_checkpoint(run / "checkpoints") is None
+    assert not (run / "adapter").exists()
+    assert newest_checkpoint(run / "checkpoints") is None
 
 
 @pytest.mark.parametrize(
@@ -471,10 +470,8 @@ def test_options_that_leave_out_logs_and_the_choice_of_a_checkpoint(tmp_path):
     }
     run_tiny("02_finetune_qlora", write_dataset(tmp_path / "run"), **FAST, training_options=options)
     metrics = json.loads((tmp_path / "run" / "training" / "metrics.json").read_text())
-    assert (
-        metrics["eval_loss_after"] < metrics["eval_loss_before"]
-        and metrics["loss_first"] == metrics["loss_last"]
-    )
+    assert metrics["eval_loss_after"] < metrics["eval_loss_before"]
+    assert metrics["loss_first"] == metrics["loss_last"]
 
 
 def test_activations_are_kept_where_a_model_cannot_recompute_them(stage, monkeypatch, capsys):
@@ -544,7 +541,8 @@ def test_a_published_data_set_is_as_good_as_notebook_1s_folder(stage, tmp_path, 
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"some-one/set": published}[name])
     splits, report = examples_module.load_examples(tmp_path, "some-one/set", PartialState(cpu=True))
     assert splits["train"].to_list() == published["train"].to_list()
-    assert report["published"] == "some-one/set" and report["fingerprint"]
+    assert report["published"] == "some-one/set"
+    assert report["fingerprint"]
     assert report["splits"] == {name: len(rows) for name, rows in published.items()}
     for other in (
         published.rename_column("prompt", "question"),
@@ -571,7 +569,8 @@ def test_options_reach_lora_and_the_trainer(tmp_path, options):
     stage = run_tiny("02_finetune_qlora", run, **FAST, lora_options=options, training_options=more)
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert all(config[name] == value for name, value in options.items())
-    assert stage.trainer.args.weight_decay == 0.01 and stage.metrics["steps"] == 2
+    assert stage.trainer.args.weight_decay == 0.01
+    assert stage.metrics["steps"] == 2
     assert stage.metrics["eval_loss_after"] < stage.metrics["eval_loss_before"]
 
 

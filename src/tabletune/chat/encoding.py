@@ -24,8 +24,9 @@ Messages = list[dict[str, Any]]
 def encode_prompt(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: list[dict] | None = None
 ) -> list[int]:
-    """Token ids of messages up to where the answer begins. Without messages: what the tokenizer
-    puts before a text.
+    """Token ids of messages up to where the answer begins.
+
+    Without messages: what the tokenizer puts before a text.
     """
     if messages:
         text = render(messages, tokenizer, True, tools)
@@ -38,8 +39,9 @@ def encode_prompt(
 def encode(
     example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
 ) -> dict[str, list]:
-    """Token ids of a conversation and its loss mask: `input_ids` and `completion_mask`, lists of
-    equal length.
+    """Token ids of a conversation and its loss mask.
+
+    `input_ids` and `completion_mask`, lists of equal length.
 
     `example` has `prompt`, the messages up to the last answer, `completion`, that answer as a list
     of one message, and perhaps `tools` as a JSON text. The mask is 1 for the answers of all turns,
@@ -86,8 +88,9 @@ def encode_all(
 def encode_text(
     text: str, tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
 ) -> dict[str, list]:
-    """A text that is no conversation, with the tokenizer's own BOS if it has one, and a stop token
-    at its end.
+    """The ids of a text that is no conversation, all of them in the loss.
+
+    With the tokenizer's own BOS, if it has one, and a stop token at the end.
     """
     ids = tokenizer(text)["input_ids"]
     if not ids or ids[-1] not in stop_token_ids:
@@ -96,8 +99,9 @@ def encode_text(
 
 
 def decode_all(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts of rows of token ids, special tokens included; in one call where the tokenizer can
-    do that.
+    """The texts of rows of token ids, special tokens included.
+
+    In one call where the tokenizer can do that.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -108,8 +112,9 @@ def decode_all(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> lis
 def prompt_and_completion(
     example: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, str]:
-    """An example as two texts: the prompt as the model will be asked, and all that the model is to
-    write after it.
+    """An example as two texts.
+
+    The prompt as the model will be asked, and all that the model is to write after it.
     """
     if not example["prompt"]:
         return "", ""
@@ -135,8 +140,9 @@ def tools_of(example: dict[str, Any]) -> list[dict] | None:
 
 @cached_per_template
 def template_parts(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> tuple[str, str]:
-    """What the template writes around the last answer: the white space before it, and all that
-    follows it.
+    """What the template writes around the last answer.
+
+    The white space before it, and all that follows it.
 
     `roles` are those of the prompt's messages: some templates end the last turn of a longer
     conversation otherwise.
@@ -155,8 +161,9 @@ def template_parts(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -
 
 
 def continuation(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a text that continues another one: without the space that some tokenizers put at
-    the start.
+    """The ids of a text that continues another one.
+
+    Without the space that some tokenizers put at the start.
     """
     # A text that is tokenized on its own may get a space in front (SentencePiece). Behind a known
     # token it gets none; one of these three does not merge with what follows.
@@ -171,8 +178,9 @@ def continuation(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def end_at_stop(
     ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
 ) -> list[int]:
-    """The ids up to their first stop token; with EOS at the end if there is no stop token among
-    them.
+    """The ids up to their first stop token.
+
+    With EOS at the end if there is no stop token among them.
     """
     for position, token_id in enumerate(ids):
         if token_id in stop_token_ids:
@@ -227,8 +235,9 @@ def mask_earlier_answers(
 def earlier_answer_spans(
     example: dict[str, Any], text: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[int, int]]:
-    """Where the earlier answers that are learned stand in `text`, the rendered prompt: (start, end)
-    in characters.
+    """Where the earlier answers that are learned stand in `text`, the rendered prompt.
+
+    (start, end) in characters.
 
     An answer is located by its position, never by its text, which may occur anywhere ("a" is in
     "assistant"). The conversation is rendered once more with a mark in place of that answer: what
@@ -271,8 +280,9 @@ def earlier_answer_spans(
 
 
 def learned_turns(example: dict[str, Any]) -> list[int]:
-    """The positions, in the prompt, of the earlier answers that are in the loss: those with a text
-    and no flag 0.
+    """The positions, in the prompt, of the earlier answers that are in the loss.
+
+    Those with a text and no flag 0.
     """
     messages = example["prompt"]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -282,8 +292,9 @@ def learned_turns(example: dict[str, Any]) -> list[int]:
 
 
 def unused_mark(messages: Messages) -> str:
-    """A character for private use that occurs in none of the messages (icon fonts use some of them
-    in texts).
+    """A character for private use that occurs in none of the messages.
+
+    Icon fonts use some of these characters in texts.
     """
     contents = "".join(message["content"] for message in messages)
     return next(mark for mark in map(chr, range(ord(MARK), 0xF8FF)) if mark not in contents)
@@ -292,8 +303,9 @@ def unused_mark(messages: Messages) -> str:
 def answer_text(
     ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
 ) -> tuple[str, bool, int]:
-    """What a person reads of generated ids: (text, whether it stopped, number of tokens with the
-    stop token).
+    """What a person reads of generated ids.
+
+    (text, whether it stopped, number of tokens with the stop token).
     """
     end = next((k for k, token_id in enumerate(ids) if token_id in stop_token_ids), None)
     if end is not None:
@@ -305,8 +317,9 @@ def answer_text(
 
 
 def show_tokens(encoded: dict[str, list], tokenizer: PreTrainedTokenizerBase):
-    """An HTML object of an encoded row: tokens in the loss on colour, the others grey, special
-    tokens bold.
+    """An HTML object of an encoded row.
+
+    Tokens in the loss on colour, the others grey, special tokens bold.
     """
     from IPython.display import HTML
 

@@ -26,8 +26,9 @@ class NotebookError(StageError):
 
 
 def notebook_values(source: Path, target: Path, words: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a notebook that is to run as `target`: the settings of the run folder, and
-    `words` on top.
+    """The parameters of a notebook that is to run as `target`.
+
+    The settings of the run folder, and `words` on top.
 
     Raises StageError if `source` is none of the notebooks, or if there is no run in the folder and
     it needs one.
@@ -55,8 +56,9 @@ def run_notebook(
     processes: int = 1,
     prepare_only: bool = False,
 ) -> None:
-    """Execute a notebook with the settings of the run folder that `target` is in, and `words` on
-    top of them.
+    """Execute a notebook with the settings of the run folder that `target` is in.
+
+    `words` are parameters on top of these settings.
 
     Until it has ended without an error, what it wrote has the name NAME.partial.ipynb. With several
     `processes`, each has a GPU. Raises NotebookError if the notebook stops, other StageErrors if it
@@ -121,8 +123,9 @@ def execute(source: Path, target: Path, values: dict[str, Any], prepare_only: bo
 
 
 def stopped(label: str, partial: Path, kind: str, text: str) -> NotebookError:
-    """The error of a notebook that has stopped: one line for a StageError, else also where to
-    look.
+    """The error of a notebook that has stopped.
+
+    One line for a StageError, else also where to look.
     """
     if kind == "StageError":
         return NotebookError(f"{label}: {text}", text)
@@ -182,8 +185,9 @@ def launch(source: Path, target: Path, words: dict[str, Any], processes: int) ->
 
 
 def error_in(run_dir: Path) -> str | None:
-    """The error of the notebook that stopped last in a run folder, in one line; None without
-    one.
+    """The error of the notebook that stopped last in a run folder, in one line.
+
+    None without one.
     """
     import nbformat
 

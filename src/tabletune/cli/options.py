@@ -1,5 +1,6 @@
-"""What a command is to do: the run folder, the profile, the model, and parameters from files and
-words.
+"""What a command is to do.
+
+The run folder, the profile, the model, and parameters from files and words.
 """
 
 import argparse
@@ -138,8 +139,9 @@ def split_args(arguments: list[str]) -> list[str]:
 
 @dataclass
 class RunChoice:
-    """A run: its folder, its parameters, how many processes it is to use, and the profile's
-    name.
+    """A run that is to be made.
+
+    Its folder, its parameters, how many processes it is to use, and the profile's name.
     """
 
     run_dir: Path
@@ -149,8 +151,9 @@ class RunChoice:
 
 
 def detect_profile() -> str:
-    """The profile for the hardware of this machine: "a100" from 40 GB on, "t4", or "cpu" without
-    an NVIDIA GPU.
+    """The profile for the hardware of this machine.
+
+    "a100" from 40 GB on, "t4", or "cpu" without an NVIDIA GPU.
     """
     # asked of the driver, since importing torch for it takes seconds
     query = ["nvidia-smi", "--query-gpu=compute_cap,memory.total", "--format=csv,noheader,nounits"]

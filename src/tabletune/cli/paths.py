@@ -9,8 +9,9 @@ MARK = Path("notebooks") / "01_format_dataset.ipynb"
 
 
 def repository() -> Path:
-    """The folder of the repository: the clone that we stand in, or the one that this package is
-    installed from.
+    """The folder of the repository.
+
+    The clone that we stand in, or the one that this package is installed from.
 
     Raises StageError if neither is one.
     """

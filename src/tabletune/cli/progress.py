@@ -1,5 +1,6 @@
-"""One line in the terminal that says how far a notebook is: the cell, and the progress bar
-inside a long cell.
+"""One line in the terminal that says how far a notebook is.
+
+The cell, and the progress bar inside a long cell.
 """
 
 import re
@@ -46,8 +47,9 @@ class ProgressLine:
             self.show(self.text())
 
     def show(self, text: str) -> None:
-        """Show a line if it is new: in a terminal in place of the last one, elsewhere once a
-        minute.
+        """Show a line if it is new.
+
+        In a terminal in place of the last one, elsewhere once a minute.
         """
         if not text or text == self._last_text:
             return

@@ -124,8 +124,9 @@ def assigned_values(source: str) -> dict[str, Any]:
 def current_inputs(
     run_dir: Path, parameters: dict[str, Any], recorded: dict[str, Any]
 ) -> dict[str, Any]:
-    """The inputs of a stage as they are now, for those that can be looked at in moments; the others
-    as recorded.
+    """The inputs of a stage as they are now, for those that can be looked at in moments.
+
+    The others as recorded.
 
     A data set of the Hub counts as unchanged: the run keeps the commit that it was made from.
     """

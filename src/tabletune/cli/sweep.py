@@ -90,8 +90,9 @@ def point_name(point: dict[str, Any]) -> str:
 
 
 def short_name(name: str, value: Any) -> str:
-    """A parameter and its value as a part of a folder's name; with a piece of its hash if it had
-    to be changed.
+    """A parameter and its value as a part of a folder's name.
+
+    With a piece of its hash if it had to be changed.
     """
     written = value if isinstance(value, str) else json.dumps(value)
     text = f"{name}-{written}"

@@ -63,8 +63,9 @@ def change_repository(path: Path, name: str) -> None:
 
 
 def with_series(text: str, series: dict[str, str]) -> str:
-    """The text of a page or a notebook with the series' repository, ref, runtime and first code
-    cell.
+    """The text of a page or a notebook, with what pyproject.toml says of the series.
+
+    That is the repository, the ref, Colab's runtime and the first code cell.
     """
     values = series | {"install_cell": series["install_cell"].strip().format(**series)}
     for pattern, template in PLACES.items():

@@ -1,5 +1,6 @@
-"""Rows on disk, as Arrow streams: a table larger than memory waits there between one step and the
-next.
+"""Rows on disk, as Arrow streams.
+
+A table larger than memory waits there between one step and the next.
 """
 
 from collections.abc import Iterable, Iterator
@@ -39,8 +40,9 @@ def arrow_batches(rows: Iterable[Row], features: datasets.Features) -> Iterator[
 
 
 def write_arrow(path: Path, arrow: Iterable[pa.RecordBatch], features: datasets.Features) -> int:
-    """Write Arrow batches as a stream. Returns how many rows. Raises StageError if the disk is
-    full.
+    """Write Arrow batches as a stream.
+
+    Returns how many rows. Raises StageError if the disk is full.
     """
     schema = features.arrow_schema
     written = 0
@@ -56,8 +58,9 @@ def write_arrow(path: Path, arrow: Iterable[pa.RecordBatch], features: datasets.
 
 
 def read_rows(path: Path, keep: np.ndarray, columns: Iterable[str]) -> Iterator[pa.RecordBatch]:
-    """Yield the batches of an Arrow stream, of each the rows for which `keep`, one truth value a
-    row, is true.
+    """Yield the batches of an Arrow stream, with those rows for which `keep` is true.
+
+    `keep` has a truth value a row.
 
     It is read, as what is mapped into memory would be counted as memory.
     """
@@ -69,8 +72,9 @@ def read_rows(path: Path, keep: np.ndarray, columns: Iterable[str]) -> Iterator[
 
 
 def save_splits(folder: Path, streams: dict[str, Path]) -> None:
-    """Save Arrow streams, {split: path}, as the folder of a DatasetDict, which
-    `datasets.load_from_disk` reads.
+    """Save Arrow streams, {split: path}, as the folder of a DatasetDict.
+
+    `datasets.load_from_disk` reads it.
     """
     splits = {name: datasets.Dataset.from_file(str(path)) for name, path in streams.items()}
     datasets.DatasetDict(splits).save_to_disk(folder)

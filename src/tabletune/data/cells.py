@@ -67,7 +67,8 @@ def map_numbers(value: Any, convert: Callable[[WrittenNumber], Any]) -> Any:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell or a field of an object says nothing: null, NaN, or an empty text, list or
-    object.
+    """Whether a cell or a field of an object says nothing.
+
+    Null, NaN, or an empty text, list or object.
     """
     return value is None or value != value or value in ("", [], {})

@@ -35,8 +35,9 @@ class Dropped(Exception):
 
 
 class Cleaning:
-    r"""The rules that are on, and a count of the rows that each has changed, with an example of the
-    first.
+    r"""The rules of cleaning that are on, and what they have changed.
+
+    Each rule has a count of the rows that it has changed, with an example of the first.
 
     Always: composed Unicode (NFC; NFKC would turn "1½ cups" into "11⁄2 cups"), line ends as \n, no
     white space around the text. By parameters: `html_to_text`, `strip_addresses`, `collapse_spaces`

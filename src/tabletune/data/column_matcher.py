@@ -76,8 +76,9 @@ class ColumnMatcher:
         return "conversations" if "from" in conversations[0][0] else "messages"
 
     def shape(self, shape_name: str) -> Shape:
-        """The shape of the table, or the `shape_name` one unless that is "auto". Raises
-        StageError.
+        """The shape of the table, or the `shape_name` one unless that is "auto".
+
+        Raises StageError.
         """
         chat = self.chat_column()
         question, answer = self.question_and_answer()
@@ -161,8 +162,9 @@ class ColumnMatcher:
             )
 
     def chat_column(self) -> str | None:
-        """The column of conversations: one with a usual name, else any; of preferences, the chosen
-        one.
+        """The column of conversations: one with a usual name, else any.
+
+        Of preferences, the chosen one.
         """
         if self.rejected and self.chosen:
             full = [
@@ -222,8 +224,9 @@ class ColumnMatcher:
         return [column for column in self.chats if column not in self.rejected + self.chosen]
 
     def others(self, fields: list[str], taken: list[str] | None = None) -> dict[str, str]:
-        """The columns of the fields that a table may have besides. Raises StageError if two claim
-        one.
+        """The columns of the fields that a table may have besides.
+
+        Raises StageError if two claim one.
         """
         columns = {}
         for field_name in fields:
@@ -239,8 +242,9 @@ class ColumnMatcher:
             self.check_one_claim(field_name, self.claims(field_name))
 
     def check_one_claim(self, field_name: str, claims: list[str], at_most: int = 1) -> None:
-        """Raise StageError if more columns claim a field, unless the reader has said which columns
-        count.
+        """Raise StageError if more columns claim a field than `at_most`.
+
+        Where the reader has said which columns count, nothing is checked.
         """
         if len(claims) <= at_most or self.set_by_reader:
             return
@@ -265,8 +269,9 @@ class ColumnMatcher:
         )
 
     def preference_label(self, question: str | None, answer: str | None) -> str | None:
-        """The column that says whether an answer was preferred (as in KTO); None if there is
-        none.
+        """The column that says whether an answer was preferred (as in KTO).
+
+        None if there is none.
         """
         if self.set_by_reader:
             return None
@@ -281,8 +286,9 @@ class ColumnMatcher:
         return None
 
     def check_markers(self, columns: list[str]) -> None:
-        """Raise StageError if most cells of a column are rendered by a chat template that is not
-        read here.
+        """Raise StageError if a column is rendered by a chat template that is not read here.
+
+        That is so if most of its cells have such markers.
         """
         for column in columns:
             texts = [value for value in self.values(column) if isinstance(value, str)]
@@ -311,8 +317,9 @@ def templates_of_both(
 
 
 def has_rendered_answer(text: str) -> bool:
-    """Whether a text is a rendered conversation with an answer in it, not only a rendered
-    question.
+    """Whether a text is a rendered conversation with an answer in it.
+
+    A rendered question alone is none.
     """
     turns = turns_of_rendered_text(text) or []
     return any(ROLES.get(str(turn["role"]).casefold()) == "assistant" for turn in turns)

@@ -55,8 +55,9 @@ def rows_of_batches(batches: Iterable[Any], schema: pa.Schema) -> Iterator[dict[
 
 
 def features_of_schema(schema: pa.Schema) -> dict[str, Feature]:
-    """What `datasets` has written about the columns of a file, {name: feature}; {} where it has
-    written nothing.
+    """What `datasets` has written about the columns of a file, {name: feature}.
+
+    {} where it has written nothing.
     """
     metadata = (schema.metadata or {}).get(b"huggingface")
     if metadata is None:
@@ -108,8 +109,9 @@ def _is_list(data_type: pa.DataType) -> bool:
 
 
 def _inner_features(feature: Feature) -> dict[str, Feature]:
-    """The features of an object's fields. A sequence of objects is stored as an object of
-    sequences.
+    """The features of an object's fields.
+
+    A sequence of objects is stored as an object of sequences.
     """
     if not isinstance(feature, dict):
         return {}

@@ -51,8 +51,9 @@ class Shape:
 
 
 def check_shape(shape: Shape, table: Table) -> None:
-    """Leave in a shape the columns that it uses. Raises StageError if a template or `columns` names
-    what is not there.
+    """Leave in a shape the columns that it uses.
+
+    Raises StageError if a template or `columns` names what is not there.
     """
     for name in ("question_template", "answer_template"):
         template = getattr(shape, name)

@@ -34,8 +34,9 @@ class ConversationReader:
     answer_lists: str = ""
 
     def read(self, row: dict[str, Any]) -> tuple[list[str], list[Message]]:
-        """What a row says: (the texts that make its question, its messages). Raises Dropped if it
-        teaches nothing.
+        """What a row says: (the texts that make its question, its messages).
+
+        Raises Dropped if it teaches nothing.
         """
         if self.shape.name == "text":
             text = self.clean(cell_text(row["text"]))
@@ -66,8 +67,9 @@ class ConversationReader:
         return messages
 
     def _read_templates(self, row: dict[str, Any]) -> tuple[list[str], list[Message]]:
-        """The question and the answer that the templates make of a row, after what was said
-        before.
+        """The question texts and the messages that the templates make of a row.
+
+        What was said before comes first.
         """
         fields = self._fields()
         texts = {name: self._text(name, value) for name, value in row.items() if name in fields}
@@ -116,8 +118,9 @@ class ConversationReader:
         return self.empty_cells(field_name, self.clean(cell_text(value)))
 
     def _one_answer(self, field_name: str, value: Any) -> Any:
-        """An answer in place of a list of answers. Raises StageError if the reader has not said
-        what a list means.
+        """An answer in place of a list of answers.
+
+        Raises StageError if the reader has not said what a list means.
         """
         answers = answers_in(value)
         if answers is None:
@@ -158,8 +161,9 @@ class ConversationReader:
 
 
 def _parts_or_text(value: Any) -> Any:
-    """The value of a system column: parts that CSV has as JSON are parts, everything else is as it
-    is.
+    """The value of a system column.
+
+    Parts that CSV has as JSON are parts, everything else is as it is.
     """
     if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*\"(type|text)\"", value):
         turns = turns_in(f'[{{"role": "system", "content": {value}}}]')
@@ -168,8 +172,9 @@ def _parts_or_text(value: Any) -> Any:
 
 
 def answers_in(value: Any) -> list[str] | None:
-    """The different answers in a list of texts or numbers, or in SQuAD's {"text": [...]}; None if a
-    cell is neither.
+    """The different answers in a list of texts or numbers, or in SQuAD's {"text": [...]}.
+
+    None if a cell is neither.
     """
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         value = value["text"]
@@ -183,8 +188,9 @@ def answers_in(value: Any) -> list[str] | None:
 
 
 def _labels_and_texts(value: Any) -> tuple[list[str], list[str]]:
-    """The labels and the texts of options: a list, {"A": text}, {"label": [...], "text": [...]}, or
-    a list of such.
+    """The labels and the texts of options.
+
+    A list, {"A": text}, {"label": [...], "text": [...]}, or a list of such.
 
     Raises Dropped for anything else.
     """
@@ -245,8 +251,9 @@ def right_option(answer: str, value: Any, options: list[str]) -> str:
 
 
 def cell_filter(shape: Shape, values: Any, patterns: Any) -> EmptyCells:
-    """A function of a field and its text that gives "" for a cell to be emptied, by its value or a
-    pattern of it all.
+    """A function of a field and its text that empties cells which say nothing.
+
+    It gives "" for a cell with one of the values, or that a pattern matches from end to end.
 
     Lists are for the optional fields; {field: list} is for the fields that it names. Raises
     StageError for a field or a pattern that is none.

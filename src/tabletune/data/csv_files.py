@@ -64,8 +64,9 @@ def wrong_length(name: str, line: int, cells: int, columns: int, shown_delimiter
 
 
 class CsvRecords:
-    """The rows of a file, each with the line that it begins in; rows of empty cells are left
-    out.
+    """The rows of a file, each with the line that it begins in.
+
+    Rows of empty cells are left out.
     """
 
     def __init__(self, path: Path, name: str, encoding: str, delimiter: str, quotes: str) -> None:
@@ -102,8 +103,9 @@ def csv_options(delimiter: str, quotes: str) -> dict[str, Any]:
 
 
 def choose_delimiter(path: Path, name: str, encoding: str, options: ReadOptions) -> str:
-    """The delimiter that is set, or the one found. Raises StageError if it is more than a
-    character.
+    """The delimiter that is set, or the one found.
+
+    Raises StageError if it is more than a character.
     """
     if options.delimiter == "auto":
         with path.open(encoding=encoding, newline="") as file:
@@ -142,8 +144,9 @@ def find_delimiter(head: str, tabs_first: bool, quotes: str = "auto") -> str:
 
 
 def find_header(records: CsvRecords, name: str, options: ReadOptions) -> Record:
-    """The row with the column names: the one that is set, else the first that is no title. (1, [])
-    if none is there.
+    """The row with the column names: the one that is set, else the first that is no title.
+
+    (1, []) if none is there.
     """
     if options.header_row:
         for line, record in records:
@@ -164,8 +167,9 @@ def find_header(records: CsvRecords, name: str, options: ReadOptions) -> Record:
 
 
 def is_title(record: list[str], below: list[list[str]]) -> bool:
-    """Whether a row is a title above the column names: one text in the first cell, and a row of
-    names below it.
+    """Whether a row is a title above the column names.
+
+    One text in the first cell, and a row of names below it.
     """
     filled = [cell for cell in record if cell.strip()]
     if len(record) < 2 or len(filled) != 1 or not record[0].strip():
@@ -177,8 +181,9 @@ def is_title(record: list[str], below: list[list[str]]) -> bool:
 
 
 def looks_like_names(cells: list[str]) -> bool:
-    """Whether cells may be column names: all are filled, short and no numbers, and none comes
-    twice.
+    """Whether cells may be column names.
+
+    All are filled, short and no numbers, and none comes twice.
     """
     texts = [cell.strip() for cell in cells]
     if len(set(texts)) < len(texts):
@@ -187,8 +192,9 @@ def looks_like_names(cells: list[str]) -> bool:
 
 
 def check_swallowed_rows(record: list[str], delimiter: str, name: str, line: int) -> None:
-    """Raise StageError if a quoted cell holds whole rows: its opening quote was a letter, or its
-    end is missing.
+    """Raise StageError if a quoted cell holds whole rows.
+
+    Its opening quote was a letter, or its end is missing.
     """
     for position, cell in enumerate(record):
         if "\n" not in cell and "\r" not in cell:
@@ -204,8 +210,9 @@ def check_swallowed_rows(record: list[str], delimiter: str, name: str, line: int
 
 
 def holds_rows(cell: str, position: int, columns: int, delimiter: str) -> bool:
-    """Whether the lines of a cell are mostly rows of the table, with as many delimiters as a row
-    would have.
+    """Whether the lines of a cell are mostly rows of the table.
+
+    A row has as many delimiters as there are columns, less one.
     """
     lines = cell.splitlines()
     rows = 0
@@ -225,8 +232,9 @@ def holds_rows(cell: str, position: int, columns: int, delimiter: str) -> bool:
 
 
 def is_row(text: str, delimiters: int, delimiter: str) -> bool:
-    """Whether a line has this number of delimiters with text on both sides, and none is a mark in
-    prose or a number.
+    """Whether a line has this number of delimiters, with text on both sides of each.
+
+    Delimiters in prose or in a number do not count.
     """
     cells = text.split(delimiter)
     if len(cells) != delimiters + 1 or not cells[-1].strip() or not cells[0].strip():

@@ -11,8 +11,9 @@ CLOSING = ".,;:!?\"'“”‘’„«»)]}*"
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case, without the marks around them: "Tea!" is "tea", but "-5"
-    is not "5".
+    """The words of a text in lower case, without the marks around them.
+
+    "Tea!" is "tea", but "-5" is not "5".
     """
     stripped_words = []
     for word in text.casefold().translate(SPACING).split():

@@ -11,8 +11,9 @@ PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 @lru_cache
 def fields_of(template: str) -> tuple[str, ...]:
-    """The names in single braces in a template, in order. A brace itself is written twice, as in
-    Python's formats.
+    """The names in single braces in a template, in order.
+
+    A brace itself is written twice, as in Python's formats.
     """
     names = [match[1] for match in PLACEHOLDER.finditer(template) if match[1] is not None]
     return tuple(dict.fromkeys(names))
@@ -51,8 +52,9 @@ def _fill_line(line: str, row: dict[str, str]) -> str:
 
 
 def is_incomplete(line: str, row: dict[str, str]) -> bool:
-    """Whether a line with words of its own lacks some of its fields but not all, so that it would
-    be no sentence.
+    """Whether a line with words of its own lacks some of its fields, but not all.
+
+    It would be no sentence.
     """
     filled = {bool(row[field]) for field in fields_of(line)}
     return len(filled) == 2 and re.search(r"\w", PLACEHOLDER.sub("", line)) is not None

@@ -94,8 +94,9 @@ class TableFormatter:
 
     @property
     def extra_columns(self) -> list[str]:
-        """The columns that examples have besides the usual ones: tools, and which earlier answers
-        are learned.
+        """The columns that examples have besides the usual ones.
+
+        Tools, and which earlier answers are learned.
         """
         columns = ["tools"] if "tools" in self.shape.columns else []
         if self.shape.holds_turns:
@@ -120,8 +121,9 @@ class TableFormatter:
             yield split, row
 
     def conversations(self) -> Iterator[Row]:
-        """Yield the rows as conversations: those that teach something, and are no copies of earlier
-        ones.
+        """Yield the rows as conversations.
+
+        Those that teach something, and are no copies of earlier ones.
 
         Each has `prompt` and `completion` (messages), `tools` (JSON or ""), `learned` (see
         `learned_flags`), `key` (what is asked, see `question_key`), `split` (the official one or
@@ -146,8 +148,9 @@ class TableFormatter:
                 yield {**example, "split": split, "row": row}
 
     def conversation(self, row: Row) -> Row:
-        """A row as a conversation. Raises Dropped if it teaches nothing, StageError if the template
-        has no place.
+        """A row as a conversation.
+
+        Raises Dropped if it teaches nothing, StageError if the template has no place.
         """
         if "keep" in row and cell_text(row["keep"]).casefold() in ("false", "0"):
             raise Dropped("labelled as rejected")
@@ -169,6 +172,7 @@ class TableFormatter:
 
     def messages(self, row: Row) -> tuple[list[str], list[Message]]:
         """The texts of a row's question, and its messages as this model's template takes them.
+
         Raises Dropped.
         """
         questions, messages = self.reader.read(row)
@@ -184,8 +188,9 @@ class TableFormatter:
         return questions, self.with_system(messages)
 
     def up_to_last_answer(self, messages: list[Message]) -> list[Message]:
-        """The messages up to the last answer that is to be learned. Raises Dropped if there is
-        none.
+        """The messages up to the last answer that is to be learned.
+
+        Raises Dropped if there is none.
         """
         answers = [
             place for place, message in enumerate(messages) if message["role"] == "assistant"
@@ -202,8 +207,9 @@ class TableFormatter:
         return messages[:end]
 
     def as_text(self, message: Message) -> None:
-        """Make a message's content what the template writes for it, with markers in its text broken
-        up.
+        """Make a message's content what the template writes for it.
+
+        Markers in its text are broken up.
         """
         if message["role"] == "tool" and not shows_tool_turns(self.tokenizer):
             raise StageError(f"The table has turns of tools, {NO_PLACE}")
@@ -228,8 +234,9 @@ class TableFormatter:
         self.clean.count_change("special tokens broken up", before, message["content"])
 
     def with_system(self, messages: list[Message]) -> list[Message]:
-        """The messages with the system prompt, in front of the first question if the template has
-        no place for it.
+        """The messages with the system prompt.
+
+        It stands in front of the first question if the template has no place for it.
         """
         if self.settings["system_prompt"] and messages[0]["role"] != "system":
             text = break_markers(self.settings["system_prompt"], self.tokenizer)
@@ -255,8 +262,9 @@ class TableFormatter:
         raise StageError("No row is left of this table.")
 
     def examples(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Yield the rows that fit into max_length as examples, with what their ids say as
-        `text`.
+        """Yield the rows that fit into max_length as examples.
+
+        `text` is what their ids say.
         """
         statistics = self.statistics
         for batch in batches(rows):
@@ -290,14 +298,16 @@ class TableFormatter:
             return [self.input_ids([row])[0] for row in rows]
 
     def check_lost(self) -> None:
-        """Raise StageError if more rows are lost than max_dropped allows, with the settings that
-        keep them.
+        """Raise StageError if more rows are lost than max_dropped allows.
+
+        It names the settings that keep them.
         """
         check_lost_rows(self.statistics, self.settings["max_dropped"])
 
     def safety_rows(self, held_out: set[str]) -> list[Row]:
-        """Our rows on emergencies as examples: as many as `safety_rows` says, of all kinds, none
-        that is `held_out`.
+        """Our rows on emergencies as examples.
+
+        As many as `safety_rows` says, of all kinds, none that is `held_out`.
         """
         rows = SafetyRows(self.shape.question_template, self.with_system).rows()
         encoded = self.input_ids(rows)

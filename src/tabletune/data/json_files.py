@@ -1,5 +1,6 @@
-"""Reader of .json, .jsonl and .ndjson files: objects one after the other, an array, or an object
-that holds the rows.
+"""Reader of .json, .jsonl and .ndjson files.
+
+Objects one after the other, an array, or an object that holds the rows.
 """
 
 import json
@@ -27,8 +28,9 @@ for field_name in ("question", "answer", "chat"):
 
 
 def read_json_rows(path: Path, name: str, options: ReadOptions) -> TableFile:
-    """A file of rows in JSON. Raises StageError if it is damaged, or if no rows are recognized in
-    it.
+    """A file of rows in JSON.
+
+    Raises StageError if it is damaged, or if no rows are recognized in it.
     """
     encoding, description = choose_encoding(path, name, options.encoding)
 
@@ -58,8 +60,9 @@ DECODER = json.JSONDecoder(
 
 
 def json_values(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, value) for each value of an open file: the items of an array, or what stands
-    one after the other, however it is broken into lines.
+    """Yield (line, value) for each value of an open file.
+
+    The items of an array, or what stands one after the other, however it is broken into lines.
 
     Raises StageError if anything else is in between.
     """
@@ -148,8 +151,9 @@ class _ValueStream:
 
 
 def has_a_list_a_line(file: TextIO) -> bool:
-    """Whether each line of a file is a JSON list of its own, as conversations often are. The file
-    is left at 0.
+    """Whether each line of a file is a JSON list of its own, as conversations often are.
+
+    The file is left at 0.
     """
     lines: list[str] = []
     while len(lines) < 2:
@@ -180,8 +184,9 @@ def _values_of_lines(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
 
 
 def rows_of_values(values: Iterator[tuple[int, Any]], name: str) -> Iterator[Row]:
-    """Yield the rows among a file's values: objects, or lists of turns, each of which is a
-    conversation.
+    """Yield the rows among a file's values.
+
+    Objects, or lists of turns, each of which is a conversation.
 
     A file that is one object may hold its rows in it, as a list or in one of the forms in which
     pandas writes a table. Raises StageError, naming what was found, for anything else.
@@ -256,8 +261,9 @@ def _is_list_of_rows(value: Any) -> bool:
 
 
 def _are_columns(value: Row) -> bool:
-    """Whether an object is a table by columns: lists of one length, or objects with the same
-    keys.
+    """Whether an object is a table by columns.
+
+    Lists of one length, or objects with the same keys.
     """
     items = list(value.values())
     if len(items) < 2 and not (items and isinstance(items[0], dict)):
@@ -270,8 +276,9 @@ def _are_columns(value: Row) -> bool:
 
 
 def rows_of_columns(value: Row) -> Iterator[Row]:
-    """Yield the rows of a table by columns ({"question": ["...", ...]}), or by rows with their
-    index as keys.
+    """Yield the rows of a table by columns, {"question": ["...", ...]}.
+
+    Or of a table by rows, with their index as keys.
 
     With objects inside, their keys are the index where they are numbers, {"question": {"0":
     "..."}}; else they are the columns, {"0": {"question": "..."}}.

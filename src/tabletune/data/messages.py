@@ -28,8 +28,9 @@ Message = dict[str, Any]
 
 @dataclass
 class TurnOptions:
-    """How turns are read: the parameters of notebook 1, and a count of the keys that were left
-    out.
+    """How turns are read.
+
+    The parameters of notebook 1, and a count of the keys that were left out.
     """
 
     thinking: bool = False
@@ -41,9 +42,10 @@ class TurnOptions:
 def messages_in(
     turns: list[Turn], clean: Callable[[str], str], options: TurnOptions
 ) -> list[Message]:
-    """The messages of a conversation: role and content, `tool_calls` where there are, `learn`:
-    False of an answer that is not to be learned, `name` and `tool_call_id` where a turn has
-    them.
+    """The messages of a conversation.
+
+    Role and content, `tool_calls` where there are, `learn`: False of an answer that is not to be
+    learned, `name` and `tool_call_id` where a turn has them.
 
     Raises Dropped for a row that cannot be read, StageError for a key that says something which is
     not understood.
@@ -55,8 +57,9 @@ def messages_in(
 
 
 def _with_assistant(turns: list[Turn]) -> list[Turn]:
-    """The turns; where speakers are a user and a "system" alone (as in MultiWOZ), that is the
-    assistant.
+    """The turns, with a "system" as the assistant where nobody else is one.
+
+    So it is in MultiWOZ, whose speakers are a user and a system.
     """
     if "speaker" not in turns[0]:
         return turns
@@ -131,8 +134,9 @@ class Extras:
 
 
 def _read_extras(turn: Turn, read: set[str | None], options: TurnOptions) -> Extras:
-    """What is under the other keys of a turn. Raises StageError for a key that is not
-    understood.
+    """What is under the other keys of a turn.
+
+    Raises StageError for a key that is not understood.
     """
     extras = Extras()
     for key, value in turn.items():
@@ -161,8 +165,9 @@ def _read_extras(turn: Turn, read: set[str | None], options: TurnOptions) -> Ext
 
 
 def _weight(key: str, value: Any) -> bool:
-    """Whether a weight means that an answer is learned. Raises StageError if it is neither 0 nor
-    1.
+    """Whether a weight means that an answer is learned.
+
+    Raises StageError if it is neither 0 nor 1.
     """
     text = cell_text(value).strip().casefold()
     if text in ("1", "1.0", "true", "yes"):
@@ -183,8 +188,9 @@ class Content:
 
 
 def read_content(content: Any) -> Content:
-    """What a turn's content says: a text, a number, or a list of parts. Raises Dropped if it is
-    anything else.
+    """What a turn's content says: a text, a number, or a list of parts.
+
+    Raises Dropped if it is anything else.
     """
     if isinstance(content, dict) and isinstance(content.get("parts"), list):
         content = content["parts"]
@@ -206,8 +212,9 @@ def read_content(content: Any) -> Content:
 
 
 def _read_part(part: dict[str, Any], texts: list[str], result: Content) -> None:
-    """Add what a part of a content says to the texts and the result. Raises Dropped for a picture,
-    a sound, a file.
+    """Add what a part of a content says to the texts and the result.
+
+    Raises Dropped for a picture, a sound, a file.
     """
     kind = part.get("type")
     if kind == "tool_use":

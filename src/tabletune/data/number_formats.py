@@ -1,5 +1,6 @@
-"""Cells of a workbook as the sheet shows them: dates, percentages, currencies, leading zeros,
-durations.
+"""Cells of a workbook as the sheet shows them.
+
+Dates, percentages, currencies, leading zeros, durations.
 
 A number format has up to four sections with semicolons between them: for positive numbers, negative
 numbers, zero and text. In a section `0`, `#` and `?` stand for digits, and what is quoted stands
@@ -156,8 +157,9 @@ def _date_part(
 
 
 def _bracket_part(value: datetime | date | time | timedelta, text: str) -> str:
-    """[h], [m] or [s]: all the hours, minutes or seconds of a duration. Other brackets are colours
-    and languages.
+    """[h], [m] or [s]: all the hours, minutes or seconds of a duration.
+
+    Other brackets are colours and languages.
     """
     unit = text.lower()
     if not unit or unit.strip(unit[0]) or unit[0] not in "hms":
@@ -167,8 +169,9 @@ def _bracket_part(value: datetime | date | time | timedelta, text: str) -> str:
 
 
 def _fraction_digit(value: datetime | date | time | timedelta, before: list[str]) -> str:
-    """The digit of a second's fraction that stands here: the third for the third zero after the
-    point.
+    """The digit of a second's fraction that stands here.
+
+    The third for the third zero after the point.
     """
     digits = len("".join(before)) - len("".join(before).rstrip("0"))
     microseconds = getattr(value, "microsecond", None)
@@ -263,8 +266,9 @@ def _literal(token: tuple[str, str]) -> str:
 
 
 def _digits(number: Decimal, tokens: list[tuple[str, str]]) -> tuple[str, bool]:
-    """The digits of a number from 0 up in the places of a section, and whether it was rounded to
-    zero.
+    """The digits of a number from 0 up, in the places of a section.
+
+    And whether it was rounded to zero.
     """
     pattern = "".join(text if kind in ("other", "exponent") else " " for kind, text in tokens)
     if "/" in pattern:
@@ -284,8 +288,9 @@ def _digits(number: Decimal, tokens: list[tuple[str, str]]) -> tuple[str, bool]:
 
 
 def _whole_digits(digits: str, tokens: list[tuple[str, str]]) -> str:
-    """The digits before the point, from the right: each place takes one, and the first place takes
-    what is left.
+    """The digits before the point, from the right.
+
+    Each place takes one, and the first place takes what is left.
     """
     grouped = ("other", ",") in tokens
     places = [

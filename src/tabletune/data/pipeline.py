@@ -1,5 +1,6 @@
-"""A whole table as a data set: cleaned, without copies, encoded, split by question, and saved with
-a report.
+"""A whole table as a data set.
+
+Cleaned, without copies, encoded, split by question, and saved with a report.
 
 A table may be larger than memory. So its rows go through all steps a thousand at a time, to a file
 from which the splits are dealt out.
@@ -43,8 +44,9 @@ def format_table(
     folder: Path,
     context: int | None = None,
 ) -> dict[str, Any]:
-    """Put a table through all steps and save it as `folder`: a DatasetDict, and report.json, which
-    is returned.
+    """Put a table through all steps and save it as `folder`.
+
+    A DatasetDict, and report.json, which is returned.
 
     An earlier one moves aside once the new one is complete. The fingerprint is a SHA-256 of the
     text of all splits: two data sets with the same one train the same. `context` is how many tokens

@@ -1,5 +1,6 @@
-"""Readers of single files, by the ending of the file's name, and what is wrong with a file before
-it is read.
+"""Readers of single files, by the ending of the file's name.
+
+And what can be wrong with a file before it is read.
 """
 
 import gzip

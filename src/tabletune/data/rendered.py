@@ -13,9 +13,10 @@ Turn = dict[str, Any]
 
 @dataclass(frozen=True)
 class RenderedFormat:
-    """A way to write conversations: `first` is how such a text begins, `start` is how a turn of it
-    begins, with its role in a group, and `end` are marks that end a turn, None where the next turn
-    does that.
+    """A way to write conversations.
+
+    `first` is how such a text begins, `start` is how a turn of it begins, with its role in a group,
+    and `end` are marks that end a turn, None where the next turn does that.
     """
 
     name: str

@@ -38,8 +38,9 @@ def lost_rows(statistics: FormatStatistics) -> int:
 
 
 def check_lost_rows(statistics: FormatStatistics, max_dropped: float) -> None:
-    """Raise StageError if more rows are lost than `max_dropped`, a share, with the settings that
-    keep them.
+    """Raise StageError if more rows are lost than `max_dropped`, a share.
+
+    It names the settings that keep them.
     """
     lost = lost_rows(statistics)
     if statistics.lengths and lost <= max_dropped * statistics.rows_in:
@@ -137,8 +138,9 @@ def report_of(
 
 
 def shared_with_training(values: np.ndarray, split: np.ndarray) -> dict[str, int]:
-    """How many rows of each held-out split have a value that a row of training has, too; none is
-    left out.
+    """How many rows of each held-out split have a value that a row of training has, too.
+
+    A split with none is left out.
     """
     in_training = values[split == "train"]
     shared = {name: int(np.isin(values[split == name], in_training).sum()) for name in SPLITS[1:]}
@@ -252,8 +254,9 @@ def sentences_on_data_set(report: dict[str, Any]) -> list[str]:
 
 
 def sentences_on_test_split(report: dict[str, Any]) -> list[str]:
-    """What notebook 1 says at its end of the test split: how many questions, and what of them is in
-    training, too.
+    """What notebook 1 says at its end of the test split.
+
+    How many questions, and what of them is in training, too.
     """
     rows = report["splits"]["test"]
     repeated = report["leaks"].get("test", 0)

@@ -55,8 +55,9 @@ class SafetyRows:
 
     @staticmethod
     def choose(rows: list[Row], wanted: Any) -> list[Row]:
-        """As many rows as `wanted`, of all kinds; True is all of them. Raises StageError if there
-        are not so many.
+        """As many rows as `wanted`, of all kinds; True is all of them.
+
+        Raises StageError if there are not so many.
         """
         number = len(rows) if wanted is True else wanted
         if not isinstance(number, int) or not 0 <= number <= len(rows):

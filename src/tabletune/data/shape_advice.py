@@ -22,8 +22,9 @@ LIKE_AN_ANSWER = re.compile(
 
 
 def shown_columns(table: Table) -> list[str]:
-    """The first column names, as they are shown in a message: without a header they are cells, of
-    any length.
+    """The first column names, as they are shown in a message.
+
+    Without a header they are cells, of any length.
     """
     return [str(name)[:60] for name in table.columns[:MOST_COLUMNS]]
 
@@ -34,8 +35,9 @@ def headless_hint(table: Table) -> str:
 
 
 def advice(table: Table, rejected: list[str]) -> str:
-    """What to set, in one sentence, with columns that may be a question and an answer, if there are
-    two.
+    """What to set, in one sentence.
+
+    With columns that may be a question and an answer, if there are two.
     """
     columns = text_columns(table, rejected)
     if len(columns) > 1:
@@ -52,8 +54,9 @@ def advice(table: Table, rejected: list[str]) -> str:
 
 
 def text_columns(table: Table, rejected: list[str]) -> list[str]:
-    """The columns that may be a question or an answer, and fields in objects that may: no numbers,
-    names or dates.
+    """The columns that may be a question or an answer, and fields in objects that may.
+
+    No numbers, names or dates.
     """
     sample = table.sample()
     names = [column for column in table.columns if column not in rejected]

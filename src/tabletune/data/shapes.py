@@ -14,8 +14,9 @@ from tabletune.run.parameters import PARAMETERS
 
 
 def with_example(table: Table, parameters: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The parameters, with the worked example's settings where they have their defaults, and its
-    name or None.
+    """The parameters with the worked example's settings, and the example's name or None.
+
+    The settings apply where a parameter has its default.
 
     The example is a table with its columns, unless other columns or another shape are set.
     """
@@ -67,8 +68,9 @@ def recognize(table: Table, settings: dict[str, Any], example: str | None = None
 
 
 def find_split_column(table: Table, shape: Shape, setting: str) -> str:
-    """The column that names the split of its row: the one that is set, or one called split. "" if
-    there is none.
+    """The column that names the split of its row: the one that is set, or one called split.
+
+    "" if there is none.
 
     Raises StageError if there is no column as it is set.
     """

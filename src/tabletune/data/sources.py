@@ -1,5 +1,6 @@
-"""Which files a data set has, and which split each of them is: of a folder, a pattern, or a Hub
-data set.
+"""Which files a data set has, and which split each of them is.
+
+Of a folder, a pattern, or a Hub data set.
 """
 
 import os
@@ -112,8 +113,9 @@ def configurations(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def patterns_of(folder: Path, config: str) -> list[tuple[str, str]]:
-    """The files of a configuration, [(split or "", pattern), ...]. Raises StageError if `config`
-    names none.
+    """The files of a configuration, [(split or "", pattern), ...].
+
+    Raises StageError if `config` names none.
     """
     entries = configurations(folder)
     if not entries and (not config or (folder / config).is_dir()):
@@ -137,8 +139,9 @@ def patterns_of(folder: Path, config: str) -> list[tuple[str, str]]:
 
 
 def download(name: str, revision: str, config: str) -> Path:
-    """The folder of a Hub data set with the files of one configuration, named by its commit. Raises
-    StageError.
+    """The folder of a Hub data set with the files of one configuration, named by its commit.
+
+    Raises StageError.
     """
     from huggingface_hub import snapshot_download
 
@@ -198,8 +201,9 @@ def choose_splits(dataset: str, source: Source, splits: dict[str, Any]) -> list[
 def _splits_of_setting(
     dataset: str, source: Source, splits: dict[str, Any], own_split: dict[Path, str]
 ) -> dict[Path, str]:
-    """The split of each file by the parameter `splits`. Raises StageError if it names what is not
-    there.
+    """The split of each file by the parameter `splits`.
+
+    Raises StageError if it names what is not there.
     """
     by_name = _names_of_files(source, own_split)
     split_of_file: dict[Path, str] = {}
@@ -230,8 +234,9 @@ def _splits_of_setting(
 
 
 def _names_of_files(source: Source, own_split: dict[Path, str]) -> dict[str, list[Path]]:
-    """The files by whatever `splits` may call them: the source's name of the split, a path, a
-    folder, a name.
+    """The files by whatever `splits` may call them.
+
+    The source's name of the split, a path, a folder, a name.
     """
     by_name: dict[str, list[Path]] = {}
     for file in source.files:

@@ -32,8 +32,9 @@ FIRST_PRIVATE = 0xE100
 
 
 def question_key(texts: Iterable[str]) -> str:
-    """What makes two rows ask the same: the words of their questions, letter case and punctuation
-    aside.
+    """What makes two rows ask the same.
+
+    The words of their questions, letter case and punctuation aside.
 
     Marks that mean something stay: 30 - 5 and 30 / 5, 5% and 5, -5 and 5, C# and C are different
     questions.
@@ -67,8 +68,9 @@ def question_id(key: str) -> str:
 
 
 def split_position(key: str, seed: int) -> float:
-    """Where a question stands between 0 and 1, by a hash: rows added, removed or moved elsewhere do
-    not move it.
+    """Where a question stands between 0 and 1, by a hash.
+
+    Rows added, removed or moved elsewhere do not move it.
     """
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
@@ -80,8 +82,9 @@ def assign_splits(
     test_fraction: float,
     official: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """The split of each row, "train", "validation" or "test", from the positions of their
-    questions: an array of names.
+    """The split of each row, "train", "validation" or "test", as an array of names.
+
+    It follows from the positions of their questions.
 
     `official` has the split that a row must stay in, or ""; the held-out splits that no row has
     officially come from the rows for training, "" or "train". Where the fractions leave one empty,

@@ -7,8 +7,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files are read: the parameters of notebook 1 of the same names, and a workbook's
-    `sheet`.
+    """How files are read.
+
+    The parameters of notebook 1 of the same names, and a workbook's `sheet`.
     """
 
     encoding: str = "auto"

@@ -1,5 +1,6 @@
-"""Tables as people keep them: any usual file, folder or Hub data set as rows, each cell as it was
-written.
+"""Tables as people keep them.
+
+Any usual file, folder or Hub data set as rows, each cell as it was written.
 
 `datasets.load_dataset` does not read them: it turns 007 in a CSV into 7 and NA into nothing, and
 silently shifts the cells of a row that has more of them than the header. What can be understood in
@@ -27,8 +28,9 @@ DIGEST_CHARACTERS = 16
 
 @dataclass(frozen=True)
 class TablePart:
-    """A file of a table: its official split, or "" if that is ours to choose; its columns; a
-    function for its rows.
+    """A file of a table: its official split, or "" if that is ours to choose.
+
+    Its columns; a function for its rows.
     """
 
     split: str
@@ -60,8 +62,9 @@ class Table:
         return list(names)
 
     def records(self, wanted: list[str]) -> Iterator[tuple[str, list[Any]]]:
-        """Yield (official split, values of the `wanted` columns) for each row, None where a value
-        is missing.
+        """Yield (official split, values of the `wanted` columns) for each row.
+
+        None stands where a value is missing.
 
         A column "a.b" is the field b of the objects in column a, if no column has that very name.
         """
@@ -75,8 +78,9 @@ class Table:
 
     @staticmethod
     def read_value(part: TablePart, row: dict[str, Any], path: list[str]) -> Any:
-        """The value of a column or field in a row, bytes as a text. Raises StageError for bytes
-        that are no text.
+        """The value of a column or field in a row, bytes as a text.
+
+        Raises StageError for bytes that are no text.
         """
         value = value_at(row, path)
         if not isinstance(value, bytes):
@@ -91,8 +95,9 @@ class Table:
             ) from error
 
     def rows(self, wanted: list[str]) -> Iterator[tuple[str, list[str]]]:
-        """Yield (official split, texts of the `wanted` columns, "" where one is missing) for each
-        row.
+        """Yield (official split, texts of the `wanted` columns) for each row.
+
+        "" stands where one is missing.
         """
         for split, values in self.records(wanted):
             yield split, [cell_text(value) for value in values]
@@ -111,8 +116,9 @@ class Table:
         return any(value_at(row, path) is not None for row in self.sample())
 
     def sample(self, number: int = 20) -> list[dict[str, Any]]:
-        """The first rows of each of the first files, dicts of all columns as the file's reader
-        gives them.
+        """The first rows of each of the first files.
+
+        They are dicts of all columns, as the file's reader gives them.
         """
         rows: list[dict[str, Any]] = []
         for part in self.parts[:number]:
@@ -121,8 +127,9 @@ class Table:
         return rows
 
     def looks_headless(self) -> bool:
-        """Whether the column names seem to be a row: sentences, numbers, or values that come again
-        in their column.
+        """Whether the column names seem to be a row.
+
+        Sentences, numbers, or values that come again in their column.
         """
         no_name = re.compile(r"[.?!]$|^[-\d.,]+$|^.{60}", re.DOTALL)  # a sentence, a number, long
         if any(no_name.search(name.strip()) for name in self.columns):
@@ -133,8 +140,9 @@ class Table:
 
 
 def value_at(row: dict[str, Any], path: list[str]) -> Any:
-    """The value of a column or, with more names in `path`, of a field in its objects; None if there
-    is none.
+    """The value of a column or, with more names in `path`, of a field in its objects.
+
+    None if there is none.
     """
     value: Any = row
     for name in path:
@@ -147,8 +155,9 @@ def value_at(row: dict[str, Any], path: list[str]) -> Any:
 def table_digest(
     dataset: str, revision: str = "main", config: str = "", splits: dict[str, Any] | None = None
 ) -> str:
-    """The digest that the Table of a data set has, of all bytes of its files, without reading their
-    rows.
+    """The digest that the Table of a data set has, without reading its rows.
+
+    It is one of all bytes of its files.
 
     Raises StageError if there is no such data set.
     """
@@ -172,8 +181,9 @@ def open_table(
     splits: dict[str, Any] | None = None,
     options: ReadOptions | None = None,
 ) -> Table:
-    """The Table in a file, a folder, the files of a pattern such as `data/*.csv`, or a Hub data
-    set.
+    """The Table of a data set.
+
+    That is a file, a folder, the files of a pattern such as `data/*.csv`, or a Hub data set.
 
     `config` names one of several configurations, or a sheet of a workbook. `splits`, {"train": ...,
     "test": ...}, says which of the source's splits, or which files, are to be what; without it the

@@ -23,15 +23,17 @@ NUMBER_MARKS = ("\ue001", "\ue002")
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text, its numbers as they are written. Raises ValueError or
-    RecursionError.
+    """The value of a JSON text, its numbers as they are written.
+
+    Raises ValueError or RecursionError.
     """
     return json.loads(text, parse_float=WrittenNumber, parse_int=WrittenNumber)
 
 
 def calls_in(value: Any) -> list[dict[str, Any]]:
-    """The calls in a value: a list of them, one, or JSON of either. Raises Dropped if it is none of
-    these.
+    """The calls in a value: a list of them, one, or JSON of either.
+
+    Raises Dropped if it is none of these.
     """
     if isinstance(value, str):
         try:
@@ -43,8 +45,9 @@ def calls_in(value: Any) -> list[dict[str, Any]]:
 
 
 def call_of_function(call: Any) -> dict[str, Any]:
-    """A call as chat templates take it: {"type": "function", "function": {"name", "arguments": a
-    dict}}, perhaps "id".
+    """A call as chat templates take it.
+
+    {"type": "function", "function": {"name", "arguments": a dict}}, perhaps "id".
 
     OpenAI has the arguments as JSON in a text, Gemini calls them `args`. Raises Dropped if it is no
     call.
@@ -74,8 +77,9 @@ def call_of_function(call: Any) -> dict[str, Any]:
 
 
 def tools_text(value: Any) -> str:
-    """The tools of a row as JSON, each {"type": "function", "function": {...}}; "" if there are
-    none.
+    """The tools of a row as JSON, each {"type": "function", "function": {...}}.
+
+    "" if there are none.
 
     OpenAI's older `functions` and ShareGPT's tools are bare functions, and are put into that form.
     Raises Dropped if the value is no list of tools.
@@ -132,8 +136,9 @@ def _rendered_calls(message: dict[str, Any], tokenizer: PreTrainedTokenizerBase)
 
 
 def _number_for_template(number: WrittenNumber) -> Any:
-    """A number as a template takes it; one that JSON would write in another way (1.50, 1e6) as a
-    marked text.
+    """A number as a template takes it.
+
+    One that JSON would write in another way (1.50, 1e6) as a marked text.
     """
     value = json.loads(number)
     if json.dumps(value) == number:
@@ -161,8 +166,9 @@ def shows_tool_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 @cached_per_template
 def writes_key(tokenizer: PreTrainedTokenizerBase, role: str, key: str) -> bool:
-    """Whether the chat template writes what a message of this role has under a key, such as
-    `name`.
+    """Whether the chat template writes what a message has under a key, such as `name`.
+
+    That may depend on the message's role.
     """
     name = "tabletune_probe"
     call = {"id": "callabcde", "type": "function", "function": {"name": "x", "arguments": {}}}

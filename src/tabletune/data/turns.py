@@ -87,8 +87,9 @@ def _turns_of_objects(cell: list[Turn]) -> list[Turn] | None:
 
 
 def _turns_of_exchanges(cell: list[Turn]) -> list[Turn] | None:
-    """The turns of a list of questions with their answers, such as {"input": ..., "output":
-    ...}.
+    """The turns of a list of questions with their answers.
+
+    Each item is an object such as {"input": ..., "output": ...}.
     """
     turns = []
     for exchange in cell:

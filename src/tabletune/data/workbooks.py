@@ -72,8 +72,9 @@ def describe(sheet: Sheet, number: int, titles: list[str], options: ReadOptions)
 
 
 def load_book(path: Path, formulas: bool = False) -> Any:
-    """The workbook, with the formulas or with what they came to. Raises DamagedFile if it is
-    none.
+    """The workbook, with the formulas or with what they came to.
+
+    Raises DamagedFile if it is none.
     """
     import openpyxl
 
@@ -85,8 +86,9 @@ def load_book(path: Path, formulas: bool = False) -> Any:
 
 
 def choose_sheet(book: Any) -> Sheet:
-    """The first sheet with a table: two columns or more, and two rows. Else the first that is not
-    empty, or the first.
+    """The first sheet with a table: two columns or more, and two rows.
+
+    Else the first that is not empty, or the first.
 
     Hidden sheets come last.
     """
@@ -156,8 +158,9 @@ def find_header_row(sheet: Sheet, name: str, options: ReadOptions) -> tuple[int,
 
 
 def check_formulas(path: Path, name: str, title: str) -> None:
-    """Raise StageError if a sheet has a formula whose result is not in the file, as programs that
-    write files do it.
+    """Raise StageError if a sheet has a formula whose result is not in the file.
+
+    Programs that write workbooks leave it out; only spreadsheets compute it.
     """
     with zipfile.ZipFile(path) as archive:
         sheets = [part for part in archive.namelist() if part.startswith("xl/worksheets/")]

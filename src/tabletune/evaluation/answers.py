@@ -40,8 +40,9 @@ WARPERS = {
 
 @contextmanager
 def without_settings(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Take a model's own generation settings away for a while: `generate` fills in from them what
-    is left open.
+    """Take a model's own generation settings away for a while.
+
+    `generate` fills in from them what is left open.
 
     Many models bring a temperature or a penalty on repetition, which is not what "greedy" means.
     """
@@ -55,8 +56,9 @@ def without_settings(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 class SeededSampling(LogitsProcessor):
-    """Sampling with a random generator for each row, so that an answer does not depend on what is
-    in its batch.
+    """Sampling with a random generator for each row.
+
+    So an answer does not depend on what else is in its batch.
 
     Gumbel noise is added to the logits: the largest sum is then a draw from the softmax
     (Gumbel-max, Maddison et al., 2014, https://arxiv.org/abs/1411.0030). So `generate` takes the
@@ -85,8 +87,9 @@ def seed_of(ids: list[int], seed: int) -> int:
 def sampling_processors(
     batch_ids: list[list[int]], seed: int, device: torch.device, sampling: dict
 ) -> LogitsProcessorList:
-    """What `generate` does to the logits of a batch; nothing where `sampling` does not set
-    `do_sample`.
+    """What `generate` does to the logits of a batch.
+
+    Nothing where `sampling` does not set `do_sample`.
 
     Raises ValueError for a setting of sampling that is not in WARPERS.
     """

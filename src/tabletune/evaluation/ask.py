@@ -96,8 +96,9 @@ def read_questions(path: Path) -> list[AskedQuestion]:
 
 
 def rows_of_csv(text: str, kind: str) -> list[dict]:
-    """The rows of a CSV text; its delimiter is the commonest of comma, semicolon and tab in the
-    header.
+    """The rows of a CSV text.
+
+    Its delimiter is the commonest of comma, semicolon and tab in the header.
     """
     header = text.lstrip().partition("\n")[0]
     delimiter = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
@@ -105,8 +106,9 @@ def rows_of_csv(text: str, kind: str) -> list[dict]:
 
 
 def rows_of_json(text: str, kind: str, path: Path) -> list[Any]:
-    """The rows of a JSON text: a list, or one object a line. Raises StageError naming the line that
-    is no JSON.
+    """The rows of a JSON text: a list, or one object a line.
+
+    Raises StageError naming the line that is no JSON.
     """
     if kind == ".json":
         try:
@@ -129,8 +131,9 @@ def rows_of_json(text: str, kind: str, path: Path) -> list[Any]:
 
 
 def questions_of_rows(rows: list[Any], path: Path) -> list[AskedQuestion]:
-    """The questions of rows: dictionaries, or texts. Raises StageError if there is no column of
-    questions.
+    """The questions of rows: dictionaries, or texts.
+
+    Raises StageError if there is no column of questions.
     """
     questions = []
     for row in rows:
@@ -158,8 +161,9 @@ def questions_of_rows(rows: list[Any], path: Path) -> list[AskedQuestion]:
 
 
 def prompts_of(trained: TrainedRun, questions: Sequence[AskedQuestion]) -> list[dict]:
-    """The prompts for questions, with the system turn that the training rows have, if they have
-    one.
+    """The prompts for questions, as training had them.
+
+    With the system turn of the training rows, if they have one.
     """
     # the same for all rows: notebook 1 puts it before each
     first = trained.splits["train"][0]["prompt"]
@@ -220,8 +224,9 @@ def answer_lines(
     rules: ContentRules,
     context: TableContext | None,
 ) -> list[dict]:
-    """The lines of `answers.jsonl`: `question`, `answer`, `unknown`, `rows`, and `expected` and
-    `right` where known.
+    """The lines of `answers.jsonl`.
+
+    `question`, `answer`, `unknown`, `rows`, and `expected` and `right` where known.
     """
     lines = []
     for question, generated in zip(questions, answers.to_dict("records"), strict=True):
@@ -319,8 +324,9 @@ def table_of_answers(lines: Sequence[dict], disclaimer: str) -> str:
 
 
 def shown_answer(line: dict) -> str:
-    """An answer as the table shows it: without the marks of bold text; an answer that was cut says
-    so.
+    """An answer as the table shows it: without the marks of bold text.
+
+    An answer that was cut says so.
     """
     cut = "" if line["stopped"] else " … [cut: max_new_tokens]"
     return line["answer"].replace("**", "") + cut

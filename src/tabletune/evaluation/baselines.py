@@ -1,5 +1,6 @@
-"""The ways to answer from a table, with training and without: what notebook 5 compares on the same
-questions.
+"""The ways to answer from a table, with training and without.
+
+What notebook 5 compares on the same questions.
 
 From the cheapest to the dearest: always the same answer, copy the nearest row, ask the base model
 (alone, with a few fixed rows in the prompt, with the nearest rows), ask the fine-tuned model
@@ -37,8 +38,9 @@ LEAST_LIMIT = 32  # tokens that an answer may have in any case
 
 @dataclass(frozen=True)
 class Way:
-    """One way to answer a question: who writes the answer, and which rows of the table stand in the
-    prompt.
+    """One way to answer a question.
+
+    Who writes the answer, and which rows of the table stand in the prompt.
 
     `model` is "base", "adapter" or "" for none, `rows` is "fixed", "nearest", "context" (as in
     training) or "".

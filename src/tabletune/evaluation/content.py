@@ -129,8 +129,9 @@ def content_rules(
 
 
 def rows_with_questions(split: Iterable[dict]) -> list[dict]:
-    """The rows of a split that have a question, with their columns `prompt`, `completion` and
-    `group`.
+    """The rows of a split that have a question.
+
+    With their columns `prompt`, `completion` and `group`.
     """
     if hasattr(split, "select_columns"):  # the other columns are long, and not needed here
         split = split.select_columns(["prompt", "completion", "group"])
@@ -160,8 +161,9 @@ def check_content(
     unknown: Sequence[bool] | None = None,
     answerable: Sequence[bool] | None = None,
 ) -> pd.DataFrame:
-    """How right each answer is: a line for each of `questions`, which have `references` and
-    `group`.
+    """How right each answer is.
+
+    A line for each of `questions`, which have `references` and `group`.
 
     Columns: `right`, `outcome` ("right", "wrong" or "nothing"), `exact_match`, `chrf` (0 to 100),
     `right_item` (None where the table has no item for the question), `facts` (a share; NaN where
@@ -227,8 +229,9 @@ def normalized(text: str) -> str:
 def names_right_item(
     answer: str, references: list[str], rules: ContentRules, group: str
 ) -> bool | None:
-    """Whether an answer names items that the table has for the question, and no other; None if it
-    has none there.
+    """Whether an answer names items that the table has for the question, and no other.
+
+    None if it has none there.
     """
     if not rules.items:
         return None
@@ -242,8 +245,9 @@ def names_right_item(
 
 
 def says_the_same(answer: str, reference: str, score: float, fixed: frozenset[str]) -> bool:
-    """Whether an answer in free text says what a reference says: nearly its words, and its numbers
-    and names.
+    """Whether an answer in free text says what a reference says.
+
+    Nearly its words, and its numbers and names.
     """
     expected, in_answer = numbers_and_names(reference, fixed), numbers_and_names(answer, fixed)
     other_numbers = {fact for fact in in_answer - expected if NUMBER.fullmatch(fact)}
@@ -261,8 +265,9 @@ def says_the_same(answer: str, reference: str, score: float, fixed: frozenset[st
 
 
 def share_of_facts(answer: str, reference: str, fixed: frozenset[str]) -> float:
-    """The share of a reference's numbers and names that an answer has; NaN if the reference has
-    none.
+    """The share of a reference's numbers and names that an answer has.
+
+    NaN if the reference has none.
     """
     expected = numbers_and_names(reference, fixed)
     if not expected:
@@ -287,8 +292,9 @@ def fixed_words(template: str) -> frozenset[str]:
 
 
 def numbers_and_names(text: str, fixed: frozenset[str] = frozenset()) -> set[str]:
-    """The numbers of a text, and its names: words with a capital letter that do not open a sentence
-    or a line.
+    """The numbers of a text, and its names.
+
+    Words with a capital letter that do not open a sentence or a line.
 
     In lower case, without the words `fixed`. A number's separators are made equal: 12,50 is 12.50,
     and 1,000 is 1000.
@@ -313,8 +319,9 @@ def numbers_and_names(text: str, fixed: frozenset[str] = frozenset()) -> set[str
 def summarize_content(
     checked: pd.DataFrame, rules: ContentRules, draws: int = DRAWS, seed: int = SEED
 ) -> dict:
-    """The figures of a model's answers to one set of questions, each with its 95% interval; None:
-    does not apply.
+    """The figures of a model's answers to one set of questions, each with its 95% interval.
+
+    None: does not apply.
 
     `right`, `wrong` and `nothing` are shares of all answers, `false_nothing` of those to questions
     that the table can answer. Each question stands once, so answers are independent.
@@ -367,8 +374,9 @@ def content_differences(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> dict[str, dict]:
-    """How much higher each figure of `one` is than that of `other`, in pairs: both are answers to
-    the same questions.
+    """How much higher each figure of `one` is than that of `other`, in pairs.
+
+    Both are answers to the same questions.
     """
     entries = {}
     for name in rules.metrics:
@@ -389,8 +397,9 @@ def content_differences(
 
 
 def majority_baseline(questions: Sequence[dict], rules: ContentRules) -> dict | None:
-    """How often the commonest label of the training rows is right, by always saying it; None
-    without labels.
+    """How often the commonest label of the training rows is right, by always saying it.
+
+    None without labels.
     """
     if not rules.labels or not questions:
         return None

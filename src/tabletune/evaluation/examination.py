@@ -1,5 +1,6 @@
-"""The examination of notebook 4: the same test rows are scored, and the same questions asked, with
-each model.
+"""The examination of notebook 4.
+
+The same test rows are scored, and the same questions asked, with each model.
 
 With `context_rows` the rows of the table come into the prompt, by the same function as in training:
 for new questions from the index for evaluation, which has the rows of the training split alone. The
@@ -58,8 +59,9 @@ class ExaminationSettings:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> "ExaminationSettings":
-        """The settings among the parameters of a notebook, whose `do_sample` decides about
-        sampling.
+        """The settings among the parameters of a notebook.
+
+        `do_sample` decides whether those of sampling count.
         """
         names = {f.name for f in fields(cls)} - {"sampling"}
         sampling = {}
@@ -74,8 +76,9 @@ class ExaminationSettings:
 
 @dataclass
 class ModelResults:
-    """What one model did: `scores` of the test rows, `answers` {part: DataFrame}, and the seconds
-    that they took.
+    """What one model did.
+
+    `scores` of the test rows, `answers` {part: DataFrame}, and the seconds that they took.
     """
 
     scores: pd.DataFrame
@@ -91,8 +94,9 @@ class ModelResults:
 
 
 class Examination:
-    """The rows and questions of an examination, and the results of the models, {name:
-    ModelResults}, in `results`.
+    """The rows and questions of an examination, and what the models made of them.
+
+    `results` is {model: ModelResults}.
     """
 
     def __init__(self, trained: TrainedRun, settings: ExaminationSettings):
@@ -146,8 +150,9 @@ class Examination:
     def ask(
         self, model: PreTrainedModel, prompts: list[dict], context: TableContext | None = None
     ) -> tuple[pd.DataFrame, float]:
-        """The answers to prompts, as `context.answer_with_context` returns them, and the seconds
-        that they took.
+        """The answers to prompts, and the seconds that they took.
+
+        See `context.answer_with_context`.
         """
         settings = self.settings
 
@@ -166,8 +171,9 @@ class Examination:
         return answer_with_context(context, prompts, generate_answers)
 
     def examine(self, name: str, model: PreTrainedModel, also: list[dict]) -> None:
-        """Score the test rows and answer the questions with a model; `also` are prompts without a
-        right answer.
+        """Score the test rows and answer the questions with a model.
+
+        `also` are prompts without a right answer.
 
         The answers to them stand under the part "yours". Without `ask_all_models` only the merged
         model is asked more than the new questions.
@@ -195,8 +201,9 @@ class Examination:
     def ask_sets(
         self, model: PreTrainedModel, sets: dict[str, list[dict]], context: TableContext | None
     ) -> tuple[dict[str, pd.DataFrame], float]:
-        """The answers to sets of questions, {part: DataFrame}, asked all at once, and the seconds
-        that they took.
+        """The answers to sets of questions, {part: DataFrame}, and the seconds that they took.
+
+        All are asked at once.
         """
         prompts: list[dict] = []
         for questions in sets.values():
@@ -224,8 +231,9 @@ class Examination:
         return checked
 
     def metrics(self) -> dict:
-        """What goes into `evaluation/metrics.json`: the figures of all models, their differences,
-        and the verdict.
+        """What goes into `evaluation/metrics.json`.
+
+        The figures of all models, their differences, and the verdict.
         """
         settings = self.settings
         draws, seed = settings.bootstrap_samples, settings.seed
@@ -283,8 +291,9 @@ class Examination:
         )
 
     def answer_yours(self, adapted: PeftModel, yours: list[dict]) -> dict[str, list[str]]:
-        """The answers of the base model and of the adapter to the reader's own question, {model:
-        answers}.
+        """The answers of base model and adapter to the reader's own question.
+
+        Returns {model: answers}.
         """
         with adapted.disable_adapter():
             base, _ = self.ask(adapted, yours, self.context_for_use)
@@ -292,8 +301,9 @@ class Examination:
         return {"base": list(base["answer"]), "adapter": list(adapter["answer"])}
 
     def save(self, folder: Path, disclaimer: str, asked: list[str]) -> None:
-        """Write `scores.parquet`, `samples.jsonl`, `answers.jsonl` and `your_questions.json` into a
-        folder.
+        """Write the results of an examination into a folder.
+
+        These are `scores.parquet`, `samples.jsonl`, `answers.jsonl` and `your_questions.json`.
 
         `asked` is the text of the reader's own question, in a list.
         """

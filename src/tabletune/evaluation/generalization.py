@@ -1,5 +1,6 @@
-"""What fine-tuning did besides its task: what the model memorizes, what it forgot, and which merged
-model to ship.
+"""What fine-tuning did besides its task.
+
+What the model memorizes, what it forgot, and which merged model to ship.
 
 Scores here are those of `scoring.score` beside each text's `part` and `group`, its question:
 intervals resample questions, since rows of one question are not independent. `draws` is how often,
@@ -41,8 +42,9 @@ def texts_to_read(
     seed: int,
     outside_text: str,
 ) -> list[dict]:
-    """Rows to score, with their `part` and `group`: the test split, `split_rows` of each other one,
-    and a text outside.
+    """Rows to score, with their `part` and `group`.
+
+    The test split, `split_rows` of each other one, and a text outside.
 
     With a `context` the rows of the table are in the prompts. Raises StageError if the text outside
     cannot be read.
@@ -63,8 +65,9 @@ def texts_to_read(
 
 
 def outside_rows(outside_text: str, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """The paragraphs of a text file as rows to score; "bundled" is ours, "" none. Raises
-    StageError.
+    """The paragraphs of a text file as rows to score; "bundled" is ours, "" none.
+
+    Raises StageError.
     """
     if not outside_text:
         return []
@@ -91,8 +94,9 @@ def outside_rows(outside_text: str, tokenizer: PreTrainedTokenizerBase) -> list[
 def summarize_trust(
     scores: pd.DataFrame, judged: pd.DataFrame, grounded: dict | None, draws: int, seed: int
 ) -> dict:
-    """The entry of a model in the metrics: `by_split`, `outside`, `grounding`, `safety`, as far as
-    measured.
+    """The entry of a model in the metrics.
+
+    `by_split`, `outside`, `grounding`, `safety`, as far as measured.
     """
     entry: dict = {"by_split": {}, "grounding": grounded}
     for part, rows in scores.groupby("part", sort=False):
@@ -111,8 +115,9 @@ def summarize_trust(
 def trust_differences(
     scores: Mapping[str, pd.DataFrame], judged: Mapping[str, pd.DataFrame], draws: int, seed: int
 ) -> dict[str, dict]:
-    """The `differences` in the metrics, {pair: {figure: entry}}: what one model does more than
-    another.
+    """The `differences` in the metrics, what one model does more than another.
+
+    Returns {pair: {figure: entry}}.
     """
     entries = {}
     for one, other in PAIRS:
@@ -127,8 +132,9 @@ def trust_differences(
 
 
 def forgetting(entry: dict) -> str:
-    """A sentence on what the model forgot, by how much more surprised by other text it is than the
-    base.
+    """A sentence on what the model forgot.
+
+    It compares how likely model and base find other text.
     """
     sentence = by_difference(
         entry,
@@ -141,8 +147,9 @@ def forgetting(entry: dict) -> str:
 
 
 def memorization(base: pd.DataFrame, adapter: pd.DataFrame, draws: int, seed: int) -> list[str]:
-    """Sentences on whether the adapter memorizes its training rows, and whether it helps with new
-    ones.
+    """Sentences on whether the adapter memorizes its training rows.
+
+    And on whether it helps with new ones.
 
     Training rows may simply be easier than others. So the improvement over the base model on
     training rows is compared with that on test rows: by how much fine-tuning divides the perplexity
@@ -195,8 +202,9 @@ def as_ratio(entry: dict, form: str) -> str:
 
 
 def fidelity(table: pd.DataFrame, groups: Sequence[str], draws: int, seed: int) -> dict:
-    """The entry of a way to merge in the metrics' `fidelity`, by its `divergence` from what was
-    trained.
+    """The entry of a way to merge in the metrics' `fidelity`.
+
+    `table` is its `divergence` from what was trained.
     """
     kl, tokens = table["response_kl"], table["response_tokens"]
     return {
@@ -210,8 +218,9 @@ def fidelity(table: pd.DataFrame, groups: Sequence[str], draws: int, seed: int) 
 def what_to_ship(
     variants: Mapping[str, pd.DataFrame], groups: Sequence[str], draws: int, seed: int
 ) -> list[str]:
-    """Sentences that say which of the merged variants to ship, in 16 bits and quantized again, and
-    what that costs.
+    """Sentences that say which of the merged variants to ship, and what that costs.
+
+    In 16 bits, and quantized again.
 
     The one with the lower perplexity, if there is a difference; else the one that is nearer to what
     was trained; else that of the published weights, as it is the simpler. `variants` are tables of

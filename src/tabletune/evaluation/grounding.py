@@ -37,8 +37,9 @@ def item_values(answer: str, answer_template: str, item_field: str) -> list[str]
 def table_of_items(
     rows: Iterable[dict], answer_template: str, item_field: str
 ) -> dict[str, set[str]]:
-    """The items that the table has for each question, {group: {item}}; empty if the table has none
-    at all.
+    """The items that the table has for each question, {group: {item}}.
+
+    Empty if the table has none at all.
 
     `rows` have `group`, the key of the question, and `completion`.
     """
@@ -52,8 +53,9 @@ def table_of_items(
 def locate_items(
     group: str, answer: str, items: dict[str, set[str]], answer_template: str, item_field: str
 ) -> list[str]:
-    """Where each item that an answer names stands in the table, a list of PLACES: for its question,
-    another, nowhere.
+    """Where each item that an answer names stands in the table, a list of PLACES.
+
+    For its question, another, nowhere.
 
     `items` is what `table_of_items` returns. If the answer has a filled item line, its value
     counts. Of any other answer every item of the table that it mentions counts, so free text names
@@ -86,8 +88,9 @@ def place_of_item(item: str, of_question: set[str], all_items: set[str]) -> str:
 
 
 def mentioned(text: str, items: Iterable[str]) -> set[str]:
-    """The items that a text mentions, as whole words; where one is part of another, only the
-    longer.
+    """The items that a text mentions, as whole words.
+
+    Where one is part of another, only the longer.
     """
     words = f" {singular_words(text)} "
     in_text = set()
@@ -100,8 +103,9 @@ def mentioned(text: str, items: Iterable[str]) -> set[str]:
 
 
 def singular_words(text: str) -> str:
-    """The words of a text in lower case, English plurals made singular, as a string with single
-    spaces.
+    """The words of a text in lower case, in a string with single spaces.
+
+    English plurals are made singular.
     """
     words = re.findall(r"\w+", text.casefold().replace("'s", "").replace("’s", ""))
     return " ".join(map(singular, words))
@@ -117,8 +121,9 @@ def singular(word: str) -> str:
 
 
 def summarize_grounding(places: Sequence[list[str]], groups: Sequence[str]) -> dict:
-    """A model's `grounding` in the metrics; if no answer names anything, no more than `named` and
-    `answers`.
+    """A model's `grounding` in the metrics.
+
+    If no answer names anything, no more than `named` and `answers`.
 
     `places` has a list from `locate_items` for each answer, `groups` the answers' questions. Items
     of one answer are not independent: the intervals resample questions.
@@ -139,8 +144,9 @@ def summarize_grounding(places: Sequence[list[str]], groups: Sequence[str]) -> d
 def ground_answers(
     samples: Sequence[dict], splits: Mapping, answer_template: str, item_field: str
 ) -> dict[str, dict]:
-    """Each model's `grounding` in the metrics, {model: entry}: of the answers that notebook 4 left,
-    rows of `samples`.
+    """Each model's `grounding` in the metrics, {model: entry}.
+
+    It is of the answers that notebook 4 left, rows of `samples`.
 
     {} if the table names no items, or if there are no answers.
     """

@@ -1,5 +1,6 @@
-"""The figures of notebook 4: perplexity and form. What is right in an answer is the business of
-`content`.
+"""The figures of notebook 4: perplexity and form.
+
+What is right in an answer is the business of `content`.
 """
 
 import json
@@ -32,8 +33,9 @@ PAIRS = (("adapter", "base"), ("merged", "adapter"))  # the models that are comp
 
 
 def check_answers(answers: pd.DataFrame, questions: list[dict], report: dict) -> pd.DataFrame:
-    """The answers to `questions`, in their order, with what can be checked by itself: `structured`
-    and `exact_match`.
+    """The answers to `questions`, in their order, with what can be checked by itself.
+
+    `structured` and `exact_match`.
 
     The structure is that of the answer template, if that has a text of its own and all references
     have it. An answer matches if it is one of its references word for word, in tables whose answers
@@ -59,8 +61,9 @@ def check_answers(answers: pd.DataFrame, questions: list[dict], report: dict) ->
 
 
 def answer_bytes(row: dict) -> int:
-    """How many bytes of UTF-8 the answers of a row of the data set have: what is in the loss,
-    without stop tokens.
+    """How many bytes of UTF-8 the answers of a row of the data set have.
+
+    What is in the loss, without stop tokens.
     """
     turns = [message for message in row["prompt"] if message["role"] == "assistant"]
     # turns that are not in the loss are not among the response's nats either
@@ -91,8 +94,9 @@ def joined_perplexity(
 def summarize(
     scores: pd.DataFrame, answers: pd.DataFrame, groups: Sequence[str], draws: int, seed: int
 ) -> dict:
-    """The entry of a model in `evaluation/metrics.json`, intervals by drawing `groups`, a key a row
-    of `scores`.
+    """The entry of a model in `evaluation/metrics.json`.
+
+    Intervals come from drawing `groups`, a key a row of `scores`.
 
     `answers` are to independent questions, checked by `check_answers`; none where nothing could be
     asked.
@@ -117,8 +121,9 @@ def summarize(
 
 
 def summarize_form(answers: pd.DataFrame, draws: int, seed: int) -> dict:
-    """The `generation` of a model in the metrics: rates of its answers, and their length, with
-    intervals.
+    """The `generation` of a model in the metrics.
+
+    Rates of its answers, and their length, with intervals.
     """
     figures: dict = {}
     for name, column in RATES.items():
@@ -140,8 +145,9 @@ def summarize_all(
     draws: int,
     seed: int,
 ) -> dict:
-    """What `evaluation/metrics.json` says of perplexity and form, of each model and of their
-    differences.
+    """What `evaluation/metrics.json` says of perplexity and form.
+
+    Of each model, and of their differences.
 
     `results` has for each model its scores and its answers, the first of which are those to
     `questions`.
@@ -165,8 +171,9 @@ def save_rows(
     groups: Sequence[str],
     disclaimer: str,
 ) -> None:
-    """Write a line a test row and model to `scores.parquet`, and the answers to `samples.jsonl`, in
-    a folder.
+    """Write `scores.parquet`, a line a test row and model, and `samples.jsonl`, the answers.
+
+    Both go into `folder`.
     """
     tables = [scores.assign(model=name, group=groups) for name, (scores, _) in results.items()]
     pd.concat(tables).to_parquet(folder / "scores.parquet")

@@ -14,8 +14,9 @@ from tabletune.evaluation.content import reference_of
 
 
 def questions_of(split: Iterable[dict], samples: int | None = None) -> list[dict]:
-    """The first `samples` questions of a split, each once, with all answers that the split has for
-    it.
+    """The first `samples` questions of a split, each once.
+
+    Each has all answers that the split has for it.
 
     Rows that are texts without a question are left out. Where an answer begins with the model's
     thinking, only what comes after it counts.
@@ -38,8 +39,9 @@ def questions_of(split: Iterable[dict], samples: int | None = None) -> list[dict
 
 
 def question_sets(splits: Mapping[str, Iterable[dict]], samples: int) -> dict[str, list[dict]]:
-    """The questions to ask, {part: questions}, up to `samples` of each of "new", "table" and
-    "reworded".
+    """The questions to ask, {part: questions}.
+
+    The parts are "new", "table" and "reworded", each of up to `samples` questions.
 
     The new ones are the first of the test split. The table's own are questions of the training
     split, picked by a hash of their id, so that runs with other seeds or another order of rows ask
@@ -70,8 +72,9 @@ def reworded_questions(questions: list[dict], reword: Rewording) -> list[dict]:
 
 
 def own_question(text: str, questions: list[dict]) -> tuple[list[dict], list[str]]:
-    """The reader's own question as a prompt like those of `questions`, and as a text: two lists of
-    one.
+    """The reader's own question as a prompt like those of `questions`, and as a text.
+
+    Two lists of one.
 
     If `text` is empty, the first of `questions` is asked once more. Both lists are empty if there
     are no questions.

@@ -1,5 +1,6 @@
-"""What a reader thinks of the answers: pairs without names, what was said of them, and the figures
-of that.
+"""What a reader thinks of the answers.
+
+Pairs without names, what was said of them, and the figures of that.
 
 The pairs are the answers of notebook 4, so no model is needed. `export.rating_page` shows them;
 this module does the rest, and works without Gradio.
@@ -30,8 +31,9 @@ METRICS = {"chrf": "chrF", "right": "the rule for right answers"}
 
 @dataclass(frozen=True)
 class Pair:
-    """The answers of two models to one question, `left` and `right`, and what notebook 4 measured
-    of them.
+    """The answers of two models to one question, `left` and `right`.
+
+    And what notebook 4 measured of them.
 
     `left_model` is "base" or "tuned". Who rates sees neither that nor the measured figures.
     """
@@ -48,8 +50,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Rating:
-    """What a reader said of a pair: which answer is better, and whether each is right; None: not
-    said.
+    """What a reader said of a pair: which answer is better, and whether each is right.
+
+    None: not said.
     """
 
     pair_id: str
@@ -59,8 +62,9 @@ class Rating:
 
 
 def pairs_of_run(run: Path, seed: int = 42) -> list[Pair]:
-    """The pairs of a run in random order: its base model against the merged one, or the adapter
-    where that is missing.
+    """The pairs of a run in random order.
+
+    Its base model against the merged one, or the adapter where that is missing.
 
     Raises StageError if notebook 4 has left no answers.
     """
@@ -108,8 +112,9 @@ def measured_of(line: dict) -> dict:
 
 
 class RatingSession:
-    """The pairs of a run that are still to be rated, one after the other; each rating is saved at
-    once.
+    """The pairs of a run that are still to be rated, one after the other.
+
+    Each rating is saved at once.
 
     Ratings of answers that the run no longer has, as it was evaluated again, stay in the file and
     do not count.
@@ -140,8 +145,9 @@ class RatingSession:
         left_is_right: bool | None = None,
         right_is_right: bool | None = None,
     ) -> Rating:
-        """Save what a reader says of a pair: `better` is "left", "right" or "equal". Raises
-        ValueError otherwise.
+        """Save what a reader says of a pair: `better` is "left", "right" or "equal".
+
+        Raises ValueError otherwise.
         """
         if better not in BETTER:
             raise ValueError(f"better={better!r}: use one of {', '.join(BETTER)}")
@@ -163,8 +169,9 @@ class RatingSession:
 
 
 def summarize_ratings(pairs: Sequence[Pair], ratings: dict[str, Rating]) -> dict:
-    """The win rate, the shares that a reader called right, and how far the measured figures agree
-    with the reader.
+    """The win rate, and the shares that a reader called right.
+
+    And how far the measured figures agree with the reader.
     """
     rated = [(pair, ratings[pair.pair_id]) for pair in pairs if pair.pair_id in ratings]
     better = [rating.better for _, rating in rated]
@@ -197,8 +204,9 @@ def summarize_ratings(pairs: Sequence[Pair], ratings: dict[str, Rating]) -> dict
 
 
 def judged_answers(rated: Sequence[tuple[Pair, Rating]]) -> pd.DataFrame:
-    """A line for each answer that a reader called right or wrong: `pair_id`, `called_right` (bool)
-    and the measured figures.
+    """A line for each answer that a reader called right or wrong.
+
+    `pair_id`, `called_right` (bool) and the measured figures.
     """
     lines = []
     for pair, rating in rated:
@@ -211,8 +219,9 @@ def judged_answers(rated: Sequence[tuple[Pair, Rating]]) -> pd.DataFrame:
 
 
 def rank_correlation(table: pd.DataFrame, name: str) -> dict | None:
-    """Spearman's rank correlation of a measured figure with what the reader said, with its interval
-    by drawing pairs.
+    """Spearman's rank correlation of a measured figure with what the reader said.
+
+    Its interval comes from drawing pairs.
 
     None where fewer than ENOUGH answers were judged, or where all of them are alike: no rank can
     agree with that.
@@ -237,8 +246,9 @@ def rank_correlation(table: pd.DataFrame, name: str) -> dict | None:
 
 
 def spearman(table: pd.DataFrame, name: str) -> float | None:
-    """The rank correlation of a figure with `called_right`; None where one of them does not
-    vary.
+    """The rank correlation of a figure with `called_right`.
+
+    None where one of them does not vary.
     """
     figures = table[name].astype(float)
     called_right = table["called_right"].astype(float)

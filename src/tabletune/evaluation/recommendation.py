@@ -72,8 +72,9 @@ MORE_WOULD_TELL = (
 
 
 def recommend(checked: Mapping[str, pd.DataFrame], ways: Mapping[str, dict], least_right: float):
-    """The `verdict` of `baselines/metrics.json`: the choice, and sentences, the most important
-    first.
+    """The `verdict` of `baselines/metrics.json`.
+
+    The choice, and sentences, the most important first.
 
     `ways` are the entries of the ways in the metrics, for what a question costs.
     """
@@ -127,8 +128,9 @@ def what_to_do(decision: Decision) -> str:
 
 
 def evidence(decision: Decision, part: str, rights: Mapping[str, np.ndarray]) -> str:
-    """How many questions of a part the choice answers right; of a part that no way can answer, the
-    best of all.
+    """How many questions of a part the choice answers right.
+
+    Of a part that no way can answer, the best of all.
     """
     too_few = not enough(rights)
     hopeless = part in decision.unanswered

@@ -1,5 +1,6 @@
-"""What a model makes of rows that it was not trained on: how likely it finds their answers, and
-what it answers itself.
+"""What a model makes of rows that it was not trained on.
+
+How likely it finds their answers, and what it answers itself.
 
 Everything here works on padded batches, in one process or in several under `accelerate launch`,
 each of which takes its share and gets the whole result.
@@ -24,8 +25,9 @@ from tabletune.model.memory import max_batch_size
 
 
 def spans(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """Cut a text of `length` tokens into spans (start, end, first): in start…end, score the tokens
-    from `first` on.
+    """Cut a text of `length` tokens into spans (start, end, first).
+
+    In start…end, score the tokens from `first` on.
 
     Every token but the very first is scored exactly once, with at least `window - stride` tokens
     before it where the text has as many.
@@ -41,8 +43,9 @@ def spans(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
 def padded_logits(
     model: PreTrainedModel, texts: Sequence[list[int]], pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits of a batch of texts, lists of ids, padded on the right: (logits, ids), [texts,
-    longest, vocabulary].
+    """The logits of a batch of texts, lists of ids, padded on the right.
+
+    (logits, ids), [texts, longest, vocabulary].
 
     Padding is masked, so that a result depends on its batch by rounding only.
     """
@@ -115,8 +118,9 @@ def perplexity(scores: pd.DataFrame, part: str) -> float:
 def response_logits(
     model: PreTrainedModel, rows: Sequence[dict], pad_token_id: int, batch_size: int
 ) -> list[torch.Tensor]:
-    """The logits that predict each row's response, as computed: a list of tensors [tokens,
-    vocabulary] on the CPU.
+    """The logits that predict each row's response, as computed.
+
+    A list of tensors [tokens, vocabulary] on the CPU.
     """
     model.eval()
     logits_of_rows = []
@@ -135,8 +139,9 @@ def response_logits(
 def divergence(
     trained: Sequence[torch.Tensor], variant: Sequence[torch.Tensor], rows: Sequence[dict]
 ) -> pd.DataFrame:
-    """How far a variant is from what was trained: a line a row, `response_nll`, `response_kl`,
-    `response_tokens`.
+    """How far a variant is from what was trained.
+
+    A line a row, `response_nll`, `response_kl`, `response_tokens`.
 
     `response_kl` is the sum over the response of KL(trained ‖ variant) of the next token, in nats.
     Both logits are those of `response_logits` for `rows`.

@@ -14,8 +14,9 @@ def fixed_text(template: str) -> str:
 
 
 def line_pattern(line: str, patterns: dict[str, str], otherwise: str = FILLED) -> str:
-    """A line of a template as a regular expression: its fields as `patterns` says, others as
-    `otherwise`.
+    """A line of a template as a regular expression.
+
+    Its fields as `patterns` says, others as `otherwise`.
     """
     parts, end = [], 0
     for match in PLACEHOLDER.finditer(line):
@@ -42,8 +43,9 @@ def text_before_fields(line: str) -> str:
 
 
 def has_structure(answer: str, answer_template: str, answer_column: str) -> bool:
-    """Whether an answer is the template filled in: its lines in order, each at most once, the
-    answer column not empty.
+    """Whether an answer is the template filled in.
+
+    Its lines in order, each at most once, the answer column not empty.
 
     Lines with other fields may be left out, as in the training rows. A template that opens with a
     brace or a bracket is one of JSON: then the answer must be JSON, too, where the template filled
@@ -72,8 +74,9 @@ def has_structure(answer: str, answer_template: str, answer_column: str) -> bool
 
 
 def writes_json(template: str) -> bool:
-    """Whether a template writes JSON: with numbers in its fields, or in those without quotes, it
-    can be read as such.
+    """Whether a template writes JSON.
+
+    With numbers in its fields, or in those without quotes, it can be read as such.
     """
     if fixed_text(template).lstrip()[:1] not in ("{", "["):
         return False

@@ -1,5 +1,6 @@
-"""What notebooks 4 to 6 examine: the data set, the adapter and the merged model of a run, if they
-belong together.
+"""What notebooks 4 to 6 examine.
+
+The data set, the adapter and the merged model of a run, if they belong together.
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from tabletune.run.artifacts import check_run, load_dataset_of_run
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run after notebooks 1 to 3. `inputs` identify what its results are made from, for
-    `Stage.is_done`.
+    """A run after notebooks 1 to 3.
+
+    `inputs` identify what its results are made from, for `Stage.is_done`.
 
     `merged` is the folder of the merged model, or None where another machine has it. `example` has
     the settings of the worked example; it is empty for a reader's own table.
@@ -34,8 +36,9 @@ class TrainedRun:
     inputs: dict
 
     def disclaimer(self, text: str) -> str:
-        """What stands above every answer: a text of the reader's, else the example's or a neutral
-        one.
+        """What stands above every answer.
+
+        A text of the reader's, else the example's or a neutral one.
         """
         return text or self.example.get("disclaimer", NEUTRAL_DISCLAIMER)
 
@@ -43,8 +46,9 @@ class TrainedRun:
 def open_trained_run(
     folder: Path, run_dir: str, base_model: str, with_merged: bool = True
 ) -> TrainedRun:
-    """Open a run folder, the parameter `run_dir` as it was set; without the merged model if it is
-    not needed.
+    """Open a run folder, the parameter `run_dir` as it was set.
+
+    Without the merged model if it is not needed.
 
     Raises StageError if a part is missing, or if the parts do not belong together: this adapter
     must have been trained on this data set, and this merged model made from this adapter.

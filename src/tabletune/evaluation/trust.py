@@ -1,5 +1,6 @@
-"""The examination of notebook 6: the same texts are read, and the same prompts answered, with each
-model.
+"""The examination of notebook 6.
+
+The same texts are read, and the same prompts answered, with each model.
 
 With `context_rows` the rows of the table come into every prompt, by the same function as in
 training.
@@ -137,8 +138,9 @@ class TrustExamination:
         return response_logits(model, self.compared, pad_token_id, self.settings.eval_batch_size)
 
     def metrics(self) -> dict:
-        """What goes into `trust/metrics.json`. The answers that notebook 4 left are looked up in
-        the table.
+        """What goes into `trust/metrics.json`.
+
+        The answers that notebook 4 left are looked up in the table.
         """
         settings, trained = self.settings, self.trained
         draws = (settings.bootstrap_samples, settings.seed)
@@ -165,8 +167,9 @@ class TrustExamination:
         return metrics
 
     def save(self, folder: Path, metrics: dict, disclaimer: str) -> None:
-        """Write `metrics.json` into a folder, and `safety.jsonl` if prompts on safety were
-        asked.
+        """Write `metrics.json` into a folder.
+
+        And `safety.jsonl` if prompts on safety were asked.
         """
         write_json(folder / "metrics.json", metrics)
         if len(self.prompts):
@@ -176,8 +179,9 @@ class TrustExamination:
 
 
 def inputs_of_trust(trained: TrainedRun, entries: dict) -> dict:
-    """What the results of notebook 6 are made from, for `Stage.is_done`; `entries` are those of the
-    manifest.
+    """What the results of notebook 6 are made from, for `Stage.is_done`.
+
+    `entries` are those of the manifest.
 
     Raises StageError if notebook 4 has not run: its answers are looked up in the table.
     """

@@ -12,8 +12,9 @@ OLDER = "Whether its answers are right was not measured: run 04_evaluate again."
 
 
 def content_verdict(metrics: dict) -> list[str]:
-    """Sentences on what `evaluation/metrics.json` says, the most important first: are the answers
-    right?
+    """Sentences on what `evaluation/metrics.json` says, the most important first.
+
+    Are the answers right?
     """
     name = tuned_model(metrics)
     if name is None:
@@ -34,8 +35,9 @@ def content_verdict(metrics: dict) -> list[str]:
 
 
 def tuned_model(metrics: dict) -> str | None:
-    """The key of the fine-tuned model in the metrics, merged if it was evaluated; None if there is
-    none.
+    """The key of the fine-tuned model in the metrics, merged if it was evaluated.
+
+    None if there is none.
     """
     return next((name for name in ("merged", "adapter") if name in metrics), None)
 
@@ -146,8 +148,9 @@ def looks_right(metrics: dict) -> bool:
 
 
 def perplexity_sentence(metrics: dict, name: str) -> list[str]:
-    """A sentence on the perplexity before and after, which says nothing about right answers; none
-    without figures.
+    """A sentence on the perplexity before and after, which says nothing about right answers.
+
+    The list is empty without figures.
     """
     key, what = "response", "the answers to new questions"
     if metrics.get("retrieval"):

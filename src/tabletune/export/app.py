@@ -72,8 +72,9 @@ def app_files(export_run: ExportRun) -> dict[str, str]:
 
 
 def gguf_name(export_run: ExportRun) -> str | None:
-    """The name of the GGUF file to serve: 8 bits if there is one, else the smallest; None if there
-    is none.
+    """The name of the GGUF file to serve: 8 bits if there is one, else the smallest.
+
+    None if there is none.
     """
     files = list((export_run.folder / "gguf").glob(f"{export_run.name}-*.gguf"))
     for file in files:
@@ -144,8 +145,9 @@ def load_app(folder: Path) -> ModuleType:
 
 
 def check_app(export_run: ExportRun, folder: Path) -> int:
-    """Check that the app finds the rows and builds the prompts of the series; the number of
-    questions compared.
+    """Check that the app finds the rows and builds the prompts of the series.
+
+    Returns the number of questions compared.
 
     Raises StageError if one differs.
     """

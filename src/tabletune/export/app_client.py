@@ -42,8 +42,9 @@ class App:
     """The rows and settings of a folder, and the server that has the model."""
 
     def __init__(self, folder: Path, server: str = "", model: str = ""):
-        """Read the folder. `server` is the address up to "/v1"; without one the settings have it,
-        as for `model`.
+        """Read the folder.
+
+        `server` is the address up to "/v1"; without one the settings have it, as for `model`.
         """
         self.settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         self.server = (server or self.settings["server"]).rstrip("/")
@@ -92,8 +93,9 @@ class App:
         return [hits[place] for place in places]
 
     def ask(self, question: str, history: list[dict] | None = None) -> dict:
-        """The answer: a dict of `question`, `answer`, `unknown` (the table has nothing on it) and
-        `rows`.
+        """The answer to a question, as a dict.
+
+        It has `question`, `answer`, `unknown` (the table has nothing on it) and `rows`.
         """
         prompt = self.prompt(question, history)
         unknown_answer = self.settings["unknown_answer"]
@@ -112,8 +114,9 @@ class App:
         return {"question": question, "answer": answer, "unknown": unknown, "rows": prompt.rows}
 
     def complete(self, messages: list[dict]) -> str:
-        """The model's answer to messages, from the server. Greedy: the same question gets the same
-        answer.
+        """The model's answer to messages, from the server.
+
+        Greedy: the same question gets the same answer.
         """
         body = {
             "model": self.model,

@@ -48,8 +48,9 @@ def write_card(export_run: ExportRun, part: str, card_data: ModelCardData) -> Mo
 
 
 def upload(export_run: ExportRun, part: str, repository: str) -> None:
-    """Upload "adapter" or "merged", with its card, to a repository on the Hub, and print its
-    address.
+    """Upload "adapter" or "merged", with its card, to a repository on the Hub.
+
+    Prints the address.
 
     Raises StageError if the Hub refuses.
     """

@@ -1,5 +1,6 @@
-"""The chat page: one model answers each question twice, with its adapter and without, and shows
-what it rests on.
+"""The chat page: base and fine-tuned model answer each question side by side.
+
+It is one model, asked with its adapter and without. The page shows what an answer rests on.
 """
 
 import os
@@ -61,8 +62,9 @@ class Chat:
     examples: list[str] = field(default_factory=list)  # questions to click on
 
     def prompt(self, question: str) -> ContextPrompt:
-        """What both models are asked: the system message and the question, with the rows that were
-        found for it.
+        """What both models are asked.
+
+        The system message and the question, with the rows that were found for it.
         """
         messages = [*self.system, {"role": "user", "content": question}]
         if self.context is None:
@@ -125,8 +127,9 @@ def load_model_of_run(adapter: Path, parameters: dict[str, Any]) -> PeftModel:
 
 
 def add_examples(chat: Chat, prompts: list[Messages]) -> None:
-    """Take the system message, and questions to click on, from prompts of the table; those of texts
-    are empty.
+    """Take the system message, and questions to click on, from prompts of the table.
+
+    Those of texts are empty.
     """
     prompts = [prompt for prompt in prompts if prompt]
     if prompts:
@@ -145,8 +148,9 @@ def two_answers(
     messages: Messages,
     max_new_tokens: int,
 ) -> Iterator[list[str]]:
-    """Yield the answers of the base and of the fine-tuned model so far, two texts, after each
-    token. Greedy.
+    """Yield the answers of base and fine-tuned model so far, after each token. Greedy.
+
+    These are two texts.
 
     Each row of a batch gets an adapter of its own or none, so both answers grow at once, and one
     that has stopped waits for the other. Where PEFT cannot do that (DoRA, experts), one comes after
@@ -250,8 +254,9 @@ def settle(context: TableContext, prompt: ContextPrompt, answer: str) -> tuple[s
 
 
 def row_text(number: int, row: dict) -> str:
-    """A row that was found, as an item of a list in Markdown: its question, how similar it is, its
-    answer.
+    """A row that was found, as an item of a list in Markdown.
+
+    Its question, how similar it is, its answer.
     """
     head = f"{number}. **{row['question']}** (similarity {row['score']:.2f})"
     lines = [line for line in row["answer"].splitlines() if line.strip()]
@@ -309,8 +314,9 @@ def problem_with(chat: Chat, question: str) -> str | None:
 
 
 def answer_turns(chat: Chat, question: str) -> Iterator[tuple[list[dict], list[dict]]]:
-    """Yield the turn of the base model and that of the fine-tuned one, lists of messages, while the
-    answers grow.
+    """Yield the turns of base and fine-tuned model while their answers grow.
+
+    A turn is a list of messages.
 
     Both see the same rows. Below the fine-tuned model's answer stands, in the end, what it rests
     on.
@@ -338,8 +344,9 @@ def assistant(text: str) -> dict:
 
 
 def open_page(page: "gradio.Blocks", inline: bool = True) -> str:
-    """Serve a page to this machine alone, and show it in the notebook if `inline`. Returns its
-    address.
+    """Serve a page to this machine alone, and show it in the notebook if `inline`.
+
+    Returns its address.
 
     Left to itself, Gradio in Colab downloads a program that opens a tunnel, through which anybody
     could ask for a week. Colab's own proxy does as well, once Gradio knows that its address is

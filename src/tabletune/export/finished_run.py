@@ -76,8 +76,9 @@ class ExportRun:
 
     @property
     def disclaimer(self) -> str:
-        """The sentence for the cards and the Modelfile: the reader's, the example's, or a neutral
-        one.
+        """The sentence for the cards and the Modelfile.
+
+        The reader's, the example's, or a neutral one.
         """
         if self.parameters["disclaimer"]:
             return self.parameters["disclaimer"]
@@ -122,16 +123,18 @@ class ExportRun:
         return ""
 
     def ask(self, messages: Messages) -> ContextPrompt:
-        """What the model is asked: the messages, with the rows that were found for them if the run
-        has rows.
+        """What the model is asked.
+
+        The messages, with the rows that were found for them if the run has rows.
         """
         if self.context is None:
             return ContextPrompt(messages, [], False)
         return self.context.prompt(messages)
 
     def example_prompt(self) -> Messages:
-        """A question for the card's example code: the first of the test split, as the model is
-        asked it.
+        """A question for the card's example code.
+
+        The first of the test split, as the model is asked it.
         """
         prompt = self.splits["test"][0]["prompt"] or [{"role": "user", "content": "Hello"}]
         return self.ask(prompt).messages
@@ -154,8 +157,9 @@ class ExportRun:
         return [self.as_asked(row) for row in rows]
 
     def questions(self) -> list[Messages]:
-        """The first `proof_questions` different prompts of the test split, as asked in use; none of
-        a table of texts.
+        """The first `proof_questions` different prompts of the test split, as asked in use.
+
+        None of a table of texts.
         """
         prompts = {}
         for prompt in self.splits["test"]["prompt"]:
@@ -209,8 +213,9 @@ def open_finished_run(stage: Stage) -> ExportRun:
 
 
 def check_names_on_hub(parameters: dict[str, Any], base_model: str) -> None:
-    """Raise StageError if a name is not OWNER/NAME, or if an upload could not name its base
-    model.
+    """Raise StageError if a name is not OWNER/NAME.
+
+    Or if an upload could not name its base model.
     """
     for parameter in ("base_model_on_hub", "push_to_hub"):
         name = parameters[parameter]

@@ -21,8 +21,9 @@ SWALLOWS_SPACE = " (Phi-3)"
 
 
 def make_gguf(export_run: ExportRun, kind: str) -> Path:
-    """The merged model as a GGUF file of the `kind`, "F16" or one quantized from it. A finished
-    file stays.
+    """The merged model as a GGUF file of the `kind`, "F16" or one quantized from it.
+
+    A finished file stays.
 
     Raises StageError if llama.cpp does not know the model's architecture or its tokenizer.
     """
@@ -38,8 +39,9 @@ def make_gguf(export_run: ExportRun, kind: str) -> Path:
 
 
 def convert_to_f16(export_run: ExportRun, file: Path) -> None:
-    """Write the merged model to `file` in 16 bits, with llama.cpp's converter. Raises StageError if
-    it refuses.
+    """Write the merged model to `file` in 16 bits, with llama.cpp's converter.
+
+    Raises StageError if it refuses.
     """
     tokenizer = export_run.tokenizer
     first_row = encode(export_run.splits["train"][0], tokenizer, export_run.stop_token_ids)
@@ -58,8 +60,9 @@ def convert_to_f16(export_run: ExportRun, file: Path) -> None:
 
 
 def quantize(source: Path, file: Path, kind: str) -> None:
-    """Write the GGUF file `source` to `file`, quantized to `kind`. Raises StageError if llama.cpp
-    refuses.
+    """Write the GGUF file `source` to `file`, quantized to `kind`.
+
+    Raises StageError if llama.cpp refuses.
     """
     llama_cpp = load_llama_cpp()
     params = llama_cpp.llama_model_quantize_default_params()
@@ -72,8 +75,9 @@ def quantize(source: Path, file: Path, kind: str) -> None:
 
 
 def check_tokens(export_run: ExportRun, file: Path) -> int:
-    """Check that llama.cpp splits the conversations of this run into the tokens of the training;
-    their number.
+    """Check that llama.cpp splits the conversations of this run into the tokens of the training.
+
+    Returns their number.
 
     If it does not, `file` moves to `earlier/`, and StageError is raised. Other files stay where
     they are.
@@ -96,16 +100,18 @@ def check_tokens(export_run: ExportRun, file: Path) -> int:
 
 
 def archive_refused(export_run: ExportRun, *files: Path) -> None:
-    """Move files that did not pass a check to `earlier/`, and leave everything else in
-    `export/gguf/`.
+    """Move files that did not pass a check to `earlier/`.
+
+    Everything else in `export/gguf/` stays.
     """
     parent = export_run.folder.parent
     archive(parent, *(str(file.relative_to(parent)) for file in files))
 
 
 def prepare_for_converter(model: Path, copy: Path, begins_with_bos: bool) -> None:
-    """Fill the folder `copy` with links to a model's files, and with a tokenizer that the converter
-    reads correctly.
+    """Fill the folder `copy` with what the converter reads correctly.
+
+    That is links to a model's files, and another tokenizer.
 
     Tokens beyond the embedding matrix are left out. A SentencePiece vocabulary is also written as
     tokenizer.model: the converter reads the order of merges from there only, and without it words
@@ -146,8 +152,9 @@ def read_json_text(path: Path) -> dict[str, Any]:
 
 
 def sentencepiece_model(tokenizer: dict[str, Any], vocabulary_size: int) -> bytes:
-    """The vocabulary of a tokenizer.json, its content `tokenizer`, as a SentencePiece model of that
-    many tokens.
+    """The vocabulary of a tokenizer.json as a SentencePiece model.
+
+    `tokenizer` is the file's content; the model has `vocabulary_size` tokens.
     """
     from sentencepiece import sentencepiece_model_pb2 as schema
 

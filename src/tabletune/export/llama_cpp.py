@@ -1,5 +1,6 @@
-"""llama.cpp from Python: the library, its converter, and a GGUF file as a model that can be
-scored.
+"""llama.cpp from Python.
+
+The library, its converter, and a GGUF file as a model that can be scored.
 """
 
 import os
@@ -86,8 +87,9 @@ def load_llama_cpp() -> ModuleType:
 
 @lru_cache
 def discard_log() -> Any:
-    """A log function for llama.cpp that prints nothing. Cached, since the library calls it as long
-    as it is loaded.
+    """A log function for llama.cpp that prints nothing.
+
+    Cached, since the library calls it as long as it is loaded.
     """
     import llama_cpp
 
@@ -119,8 +121,9 @@ def fetch_converter() -> Path:
 
 
 class InLlamaCpp(torch.nn.Module):
-    """A GGUF file in llama.cpp, on the CPU: a model for `scoring.score` and `answers.generate`, one
-    text at a time.
+    """A GGUF file in llama.cpp, on the CPU.
+
+    A model for `scoring.score` and `answers.generate`, one text at a time.
     """
 
     # what `score` and `generate` ask of a model of transformers
@@ -128,8 +131,9 @@ class InLlamaCpp(torch.nn.Module):
     generation_config = None
 
     def __init__(self, file: Path, window: int = 8):
-        """Load `file` with room for `window` tokens. Raises StageError if llama.cpp cannot read
-        it.
+        """Load `file` with room for `window` tokens.
+
+        Raises StageError if llama.cpp cannot read it.
         """
         super().__init__()
         llama_cpp = load_llama_cpp()
@@ -148,8 +152,9 @@ class InLlamaCpp(torch.nn.Module):
         self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(vocabulary))
 
     def forward(self, input_ids: torch.Tensor, **_) -> SimpleNamespace:
-        """The logits [1, tokens, vocabulary] of one text, `input_ids` [1, tokens], as a model of
-        transformers.
+        """The logits of one text, [1, tokens, vocabulary], as a model of transformers gives them.
+
+        `input_ids` are [1, tokens].
         """
         # forget the text before; each is read on its own
         self.model.reset()
@@ -175,8 +180,9 @@ class InLlamaCpp(torch.nn.Module):
         return torch.tensor([ids])
 
     def tokenize(self, text: str, bos: str = "") -> list[int]:
-        """The ids of a rendered conversation. `bos`, the text of that token, is there once, whoever
-        puts it there.
+        """The ids of a rendered conversation.
+
+        `bos`, the text of that token, is there once, whoever puts it there.
         """
         if self.adds_bos and bos:
             text = text.removeprefix(bos)

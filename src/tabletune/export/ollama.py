@@ -54,8 +54,9 @@ def write_modelfile(export_run: ExportRun, file: Path, prompts: list[Messages]) 
 
 
 def modelfile(export_run: ExportRun, file: str, parts: Parts) -> str:
-    """The text of a Modelfile for the GGUF file named `file`, from the `parts` of the chat
-    template.
+    """The text of a Modelfile for the GGUF file named `file`.
+
+    `parts` are those of the chat template.
     """
     source = (resources.files("tabletune") / MODELFILE).read_text(encoding="utf-8")
     template = jinja2.Template(source, keep_trailing_newline=True)
@@ -84,8 +85,9 @@ def split_template(render: Callable[[Messages], str]) -> Parts:
 
 
 def parts_around(render: Callable[[Messages], str], *roles: str) -> Parts:
-    """The texts around messages of these roles. Raises ValueError if not every message stands there
-    once, in order.
+    """The texts around messages of these roles.
+
+    Raises ValueError if not every message stands there once, in order.
     """
     marks = [f"«{k}»" for k in range(len(roles))]
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
@@ -96,8 +98,9 @@ def parts_around(render: Callable[[Messages], str], *roles: str) -> Parts:
 
 
 def check_parts(parts: Parts, render: Callable[[Messages], str], roles: list[str]) -> None:
-    """Raise ValueError unless the parts make the same of messages of these roles as the
-    template.
+    """Raise ValueError unless the parts make of messages what the template makes.
+
+    The messages have these roles.
     """
     if ("", roles[0]) not in parts:
         return  # the template takes no system message

@@ -1,5 +1,6 @@
-"""The page of `make rate`: two answers to one question, side by side and without names. Needs
-Gradio.
+"""The page of `make rate`: two answers to one question, side by side and without names.
+
+Needs Gradio.
 """
 
 import os
@@ -22,8 +23,9 @@ RIGHT = [("correct", True), ("wrong", False)]
 
 
 def page_texts(session: RatingSession, pair: Pair | None) -> list[Any]:
-    """What stands on the page for a pair: progress, question, both answers, the table's answers; or
-    the result.
+    """What stands on the page for a pair: progress, question, both answers, the table's answers.
+
+    Or the result.
     """
     done = f"{len(session.ratings)} of {len(session.pairs)} rated"
     if pair is None:
@@ -81,8 +83,9 @@ def rating_page(session: RatingSession, disclaimer: str) -> Any:
 
 
 def rate_command(run_dir: Path, values: dict[str, Any]) -> None:
-    """What `make rate RUN_DIR=…` does: serve the page until Ctrl-C. Raises StageError without
-    Gradio, or answers.
+    """What `make rate RUN_DIR=…` does: serve the page until Ctrl-C.
+
+    Raises StageError without Gradio, or answers.
     """
     if find_spec("gradio") is None:
         raise StageError(

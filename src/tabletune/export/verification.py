@@ -125,8 +125,9 @@ def measure(model: torch.nn.Module, export_run: ExportRun) -> Measurement:
 def entry_of(
     measured: Measurement, reference: Measurement, export_run: ExportRun, files: list[Path]
 ) -> dict[str, Any]:
-    """The figures of a model beside those of the merged model. `files` are those that hold its
-    weights.
+    """The figures of a model beside those of the merged model.
+
+    `files` are those that hold its weights.
     """
     parameters = export_run.parameters
     groups = [row["group"] for row in export_run.test_rows()]
@@ -176,8 +177,9 @@ def loss_table(losses: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
 
 
 def load_reference(folder: Path) -> torch.nn.Module:
-    """The merged model in transformers: in 32 bits where memory allows, since llama.cpp sums in 32
-    bits.
+    """The merged model in transformers.
+
+    In 32 bits where memory allows, since llama.cpp sums in 32 bits.
     """
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
     dtype = compute_dtype("auto")

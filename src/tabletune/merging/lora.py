@@ -39,8 +39,9 @@ def scaling(config: LoraConfig, module: str) -> float:
 
 
 def of_layer(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern, a name or a regular expression, that a layer's name ends
-    with.
+    """The value of the first pattern that a layer's name ends with.
+
+    A pattern is a name or a regular expression.
 
     This is how PEFT documents `rank_pattern` and `alpha_pattern`.
     """

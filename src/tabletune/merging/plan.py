@@ -238,8 +238,9 @@ class MergePlan:
         return base_weights
 
     def check_adapter(self) -> None:
-        """Raise StageError if the model lacks what the adapter changes, or if that cannot
-        change.
+        """Raise StageError if the model lacks what the adapter changes.
+
+        Or if that cannot change.
         """
         layers, tied = dict(self.model.named_modules()), tied_weight_names(self.model)
         for module in sorted(self.adapted):
@@ -315,8 +316,9 @@ class MergePlan:
         return tensor.to(self.tensors[name].dtype).contiguous()
 
     def merge_by_peft(self) -> None:
-        """Let PEFT merge what is more than plain LoRA, which takes the memory of the whole
-        model.
+        """Let PEFT merge what is more than plain LoRA.
+
+        This takes the memory of the whole model.
         """
         model = load_model(self.base, None, self.dtype, device="cpu")
         model = merge_in_memory(model, self.folder, self.base_weights, self.training_dtype)

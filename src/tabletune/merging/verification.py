@@ -29,8 +29,9 @@ MAX_WRONG = 0.05  # of the numbers that the adapter changes in a matrix: sums ma
 
 
 def verify_merge(plan: MergePlan, folder: Path, rows: list[list[int]]) -> dict[str, float | None]:
-    """Compare the logits of the merged model in `folder` with those of base and adapter, on `rows`
-    of token ids.
+    """Compare the logits of the merged model in `folder` with those of base and adapter.
+
+    They are computed for `rows` of token ids.
 
     What the merged model adds to the base must be what the adapter adds: their difference is
     measured as a share of the adapter's own effect, so that a merge that left out a weak adapter
@@ -81,8 +82,9 @@ def verify_merge(plan: MergePlan, folder: Path, rows: list[list[int]]) -> dict[s
 
 
 def difference_to_effect(base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor) -> float:
-    """By how much a merged model differs from the adapted one, as a share of what the adapter
-    changes.
+    """How far a merged model is from the adapted one, by what the adapter changes.
+
+    The result is a share.
 
     All are logits, [tokens, vocabulary]. The share is taken for each token, by the Euclidean norm,
     and the median is returned: in a mixture of experts, rounding may send single tokens to other
@@ -98,8 +100,9 @@ def difference_to_effect(base: torch.Tensor, adapted: torch.Tensor, merged: torc
 def logits_to_compare(
     plan: MergePlan, folder: Path, rows: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The logits of the base model, of the base model with its adapter, and of the merged model in
-    `folder`.
+    """The logits of the base model, of base and adapter, and of the merged model.
+
+    The last one is in `folder`.
 
     They are computed in float32, but for models with GPU kernels for 16 bits only: those compute in
     their own dtype, all three, which is printed. Only one model is in memory at a time.
@@ -137,8 +140,9 @@ def compute_logits(
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, rows: list[list[int]], exactly: bool = True) -> torch.Tensor:
-    """The logits of `model` at every token of `rows`, lists of token ids, on the CPU: fp32,
-    [tokens, vocabulary].
+    """The logits of `model` at every token of `rows`, lists of token ids, on the CPU.
+
+    Fp32, [tokens, vocabulary].
 
     Computed in fp32, if `exactly`, else in the model's own dtype.
     """
@@ -157,8 +161,9 @@ def logits_of(model: PreTrainedModel, rows: list[list[int]], exactly: bool = Tru
 
 @contextmanager
 def in_fp32(model: torch.nn.Module) -> Iterator[None]:
-    """Compute with a model in fp32 whose weights stay in memory as they are: a layer's are cast
-    while it works.
+    """Compute with a model in fp32 whose weights stay in memory as they are.
+
+    A layer's are cast while it works.
     """
     stored: dict[torch.nn.Module, list] = {}
 
@@ -195,8 +200,9 @@ def in_fp32(model: torch.nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def wrongly_merged_layers(plan: MergePlan, folder: Path) -> list[str] | None:
-    """The names of the adapted layers whose merged weight is not base + adapter, rounded; None if
-    that is unknown.
+    """The names of the adapted layers whose merged weight is not base + adapter, rounded.
+
+    None if that is unknown.
 
     Compared are the numbers that the adapter changes after rounding. A change that is lost in the
     rounding of all of them is no mistake of the merge. What PEFT merges is not plain B · A:
@@ -228,8 +234,9 @@ def release_memory() -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory ran out, on a GPU or a CPU (whose allocator raises a plain
-    RuntimeError).
+    """Whether an error says that memory ran out.
+
+    A GPU has an error of its own; a CPU's allocator raises a plain RuntimeError.
     """
     message = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or bool(

@@ -12,8 +12,9 @@ from tabletune.model.inspection import text_part
 
 @torch.no_grad()
 def packing_leak(model: PreTrainedModel) -> float:
-    """How much examples that are packed into one row see of each other: a share of the logits'
-    range.
+    """How much examples that are packed into one row see of each other.
+
+    A share of the logits' range.
 
     Two rows hold two examples each, with positions that begin anew. The first example is varied,
     and the change of the second one's logits is compared with their range. It is 0 in Llama and
@@ -37,8 +38,9 @@ def packing_leak(model: PreTrainedModel) -> float:
 
 
 def check_finite(results: torch.Tensor, model: PreTrainedModel) -> None:
-    """Raise StageError if there is infinity or NaN in what `model` computed, as with Gemma 3 in
-    fp16.
+    """Raise StageError if there is infinity or NaN in what `model` computed.
+
+    So it is with Gemma 3 in fp16.
 
     fp16 ends at 65,504, and some models' activations do not (https://unsloth.ai/blog/gemma3).
     """

@@ -20,8 +20,9 @@ def parts_of(metrics: Mapping) -> list[str]:
 
 
 def baselines_table(metrics: Mapping) -> pd.DataFrame:
-    """The figures of `baselines/metrics.json` as texts with their intervals: a line for each part
-    and way.
+    """The figures of `baselines/metrics.json` as texts with their intervals.
+
+    A line for each part and way.
     """
     lines = []
     for part in parts_of(metrics):
@@ -44,8 +45,9 @@ def baselines_table(metrics: Mapping) -> pd.DataFrame:
 
 
 def plot_baselines(metrics: Mapping) -> "Figure":
-    """A figure with a panel for each part of the questions: the share of right answers of each way,
-    with intervals.
+    """A figure with a panel for each part of the questions.
+
+    The share of right answers of each way, with intervals.
     """
     import matplotlib.pyplot as plt  # half a second
 

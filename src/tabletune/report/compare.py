@@ -1,5 +1,6 @@
-"""Runs beside each other: which can be compared, and which differ by more than chance, in pairs on
-the same rows.
+"""Runs beside each other.
+
+Which can be compared, and which differ by more than chance, in pairs on the same rows.
 
 Runs that differ in nothing but their seeds are one *setting*. A perplexity counts tokens, and each
 tokenizer cuts its own, so settings are compared by bits per byte of the answers, and by how many
@@ -39,8 +40,9 @@ LEAST_BITS = 0.004  # per byte, some 1% of a perplexity: less is no difference, 
 
 @dataclass
 class ComparedRun:
-    """A run folder among others: its `name`, and what its stages left, `info` (see
-    `pages.read_run`).
+    """A run folder among others.
+
+    Its `name`, and what its stages left, `info` (see `pages.read_run`).
     """
 
     name: str
@@ -49,8 +51,9 @@ class ComparedRun:
 
     @property
     def model(self) -> str | None:
-        """The key of the model that is compared: the merged one, else the adapter; None if none was
-        evaluated.
+        """The key of the model that is compared: the merged one, else the adapter.
+
+        None if none was evaluated.
         """
         return self.info["tuned"]
 
@@ -66,8 +69,9 @@ class ComparedRun:
 
     @cached_property
     def scores(self) -> pd.DataFrame | None:
-        """The scores of that model, a line a test row; None if there are none, or of an older
-        notebook 4.
+        """The scores of that model, a line a test row.
+
+        None if there are none, or of an older notebook 4.
         """
         path = self.folder / "evaluation" / "scores.parquet"
         if not path.exists() or self.model is None:
@@ -160,8 +164,9 @@ def split_places(text: str) -> list[str]:
 
 
 def comparable_runs(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun], list[str]]:
-    """The runs that can be compared with each other, and sentences on those that cannot, and on
-    what to mind.
+    """The runs that can be compared with each other, and sentences.
+
+    The sentences are on those that cannot, and on what to mind.
 
     These are the evaluated runs of the test set that most of them share; of several such sets, that
     of the first run.
@@ -228,8 +233,9 @@ def settings_of(runs: Sequence[ComparedRun]) -> list[Setting]:
 
 
 def compared_part(runs: Sequence[ComparedRun]) -> str | None:
-    """The set of questions by which right answers are compared: one that all runs were asked alike;
-    else None.
+    """The set of questions by which right answers are compared: one that all runs were asked alike.
+
+    Else None.
 
     Labels are for what is new; of all else the reworded questions come first, if training had the
     same questions.
@@ -257,8 +263,9 @@ def ranked(settings: Sequence[Setting], part: str | None) -> list[Setting]:
 
 
 def pair_difference(one: Setting, other: Setting, figure: str, part: str | None) -> dict | None:
-    """How much more `one` has of a figure, in pairs on the same rows, as `stats.difference` gives
-    it.
+    """How much more `one` has of a figure, in pairs on the same rows.
+
+    As `stats.difference` gives it.
 
     It is `significant` only if it is also larger than what seeds alone do, where one of the
     settings has several, and, of bits, than LEAST_BITS. None if they have no right answers to compare.
@@ -284,8 +291,9 @@ def pair_difference(one: Setting, other: Setting, figure: str, part: str | None)
 
 
 def pairs_table(settings: Sequence[Setting], part: str | None) -> pd.DataFrame:
-    """Each setting beside the first of them, as texts: how much more it has of each figure, and
-    whether that is real.
+    """Each setting beside the first of them, as texts.
+
+    How much more it has of each figure, and whether that is real.
     """
     lines = {}
     for setting in settings[1:]:
@@ -342,8 +350,9 @@ def headline(settings: Sequence[Setting], part: str | None) -> list[str]:
 
 
 def settings_table(settings: Sequence[Setting], part: str | None) -> pd.DataFrame:
-    """The figures of each setting as texts: with its interval of one run, or the mean and spread of
-    several seeds.
+    """The figures of each setting as texts.
+
+    With its interval of one run, or the mean and spread of several seeds.
     """
     lines = {}
     for setting in settings:
@@ -389,8 +398,9 @@ def figure_with_interval(
 
 
 def plot_settings(axes: Any, settings: Sequence[Setting], figure: str, part: str | None) -> None:
-    """A dot for each setting on matplotlib axes, with its interval; several seeds are small marks
-    beside it.
+    """A dot for each setting on matplotlib axes, with its interval.
+
+    Several seeds are small marks beside it.
     """
     for position, setting in enumerate(settings):
         value, ci95 = figure_with_interval(setting, figure, part or "")

@@ -195,8 +195,9 @@ def title_of(questions: set[int]) -> str:
 
 
 def error_bars(values: list[float], limits: list[list[float] | None]) -> np.ndarray:
-    """How far the limits are from the values, below and above: [2, values]; 0 where there is no
-    interval.
+    """How far the limits are from the values, below and above: [2, values].
+
+    0 where there is no interval.
     """
     below = [
         value - low_high[0] if low_high else 0
@@ -210,8 +211,9 @@ def error_bars(values: list[float], limits: list[list[float] | None]) -> np.ndar
 
 
 def last_doubling(curve: list[Point]) -> list[str]:
-    """Whether the last doubling of a curve still gained, in sentences, by pairs of the same test
-    rows.
+    """Whether the last doubling of a curve still gained, in sentences.
+
+    By pairs of the same test rows.
     """
     most = curve[-1]
     smaller = [point for point in curve if point.questions <= HALF * most.questions]

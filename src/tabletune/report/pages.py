@@ -1,5 +1,6 @@
-"""What the page about a run and the comparison of runs share: reading runs, figures, tables whose
-text stays text.
+"""What the page about a run and the comparison of runs share.
+
+Reading runs, figures, tables whose text stays text.
 
 A run may be unfinished, or older than this package: what is not there is left out. Only a damaged
 file, or a folder in which no stage ever ran, is an error.
@@ -109,8 +110,9 @@ def surroundings_of(entry: dict) -> dict[str, Any]:
 
 
 def as_texts(dictionaries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """{name: its value as text} of several dictionaries; where they do not agree, one value after
-    the other.
+    """{name: its value as text} of several dictionaries.
+
+    Where they do not agree, one value after the other.
     """
     texts: dict[str, list[str]] = {}
     for dictionary in dictionaries:
@@ -134,8 +136,9 @@ def joined(one: dict, other: dict) -> dict:
 
 
 def at(value: Any, *keys: str) -> Any:
-    """What stands under `keys` in dictionaries within dictionaries; None where one of them is
-    missing.
+    """What stands under `keys` in dictionaries within dictionaries.
+
+    None where one of them is missing.
     """
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
@@ -154,8 +157,9 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def figure_of(entry: Any, name: str) -> tuple[float | None, list[float] | None]:
-    """One of FIGURES, of an entry: (value, [low, high]), None for what was not measured or is not
-    finite.
+    """One of FIGURES, of an entry.
+
+    (value, [low, high]), None for what was not measured or is not finite.
     """
     *keys, last = FIGURES[name][0].split()
     # an interval stands beside its figure, or is the entry's only one
@@ -171,8 +175,9 @@ def finite(value: Any) -> float | None:
 
 
 def figures_table(entries: Mapping[str, Any], names: Iterable[str] = FIGURES) -> pd.DataFrame:
-    """The figures `names`, those that were measured, as a frame of texts: a line a figure, a column
-    an entry.
+    """The figures `names`, those that were measured, as a frame of texts.
+
+    A line a figure, a column an entry.
     """
     lines = {}
     for name in names:
@@ -186,8 +191,9 @@ def figures_table(entries: Mapping[str, Any], names: Iterable[str] = FIGURES) ->
 
 
 def verdict_of(info: dict) -> list[str]:
-    """What a run's evaluation says in words, the content first; a sentence says so if that was not
-    measured.
+    """What a run's evaluation says in words, the content first.
+
+    A sentence says so if that was not measured.
     """
     if not info["models"]:
         return ["Not evaluated yet: whether its answers are right is not known."]
@@ -254,16 +260,18 @@ def stale_stages(manifest: dict, ran: Sequence[str]) -> list[str]:
 
 
 def disclaimer_of(info: dict, samples: Sequence[dict]) -> str:
-    """What stands above answers: what was stored with the `samples`, else the example's or the
-    neutral disclaimer.
+    """What stands above answers.
+
+    What was stored with the `samples`, else the example's or the neutral disclaimer.
     """
     stored = samples[0].get("disclaimer") if samples else None
     return stored or example_settings(info["data"]).get("disclaimer", NEUTRAL_DISCLAIMER)
 
 
 def losses(info: dict) -> pd.DataFrame:
-    """The losses in nats a token, `loss` and `eval_loss` by step, the one before training at step
-    0.
+    """The losses by step in nats a token, `loss` and `eval_loss`.
+
+    The one before training stands at step 0.
     """
     history = pd.DataFrame(info["history"]).reindex(columns=["step", "loss", "eval_loss"])
     before = pd.DataFrame({"step": [0], "eval_loss": [info["training"].get("eval_loss_before")]})
@@ -341,8 +349,9 @@ def answers_of(run: Path, info: dict, most: int) -> tuple[list[AnsweredQuestions
 
 
 def worst_emergencies(run: Path, info: dict) -> dict[str, list[str]]:
-    """The answers to emergencies side by side, {heading: texts}, what went wrong on top; {} if none
-    were asked.
+    """The answers to emergencies side by side, {heading: texts}, what went wrong on top.
+
+    {} if none were asked.
     """
     lines = []
     # 06_trust writes them; runs of earlier versions have them from notebook 4
@@ -367,8 +376,9 @@ def worst_emergencies(run: Path, info: dict) -> dict[str, list[str]]:
 def show_table(
     texts: pd.DataFrame | Mapping[str, Any], without: str = "Not measured in this run."
 ) -> None:
-    """Show a frame of texts, or {name: text}, as a table in which text stays text, markup and $
-    included.
+    """Show a frame of texts, or {name: text}, as a table.
+
+    Text stays text, markup and $ included.
 
     The longer side goes down the page. An empty frame shows as the sentence `without`.
     """
@@ -419,8 +429,9 @@ def say_verdict(sentences: Sequence[str]) -> None:
 
 
 def show_answers(columns: Mapping[str, Sequence[str]], rows: int, disclaimer: str) -> None:
-    """Show `side_by_side`; on a phone a row's texts stand below each other, and a printed page has
-    the disclaimer.
+    """Show `side_by_side`.
+
+    On a phone a row's texts stand below each other, and a printed page has the disclaimer.
     """
     headings = "; ".join(f"--heading-{place}: '{name}'" for place, name in enumerate(columns, 1))
     # as CSS wants it, and no markup

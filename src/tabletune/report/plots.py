@@ -29,8 +29,9 @@ BESIDE = 1.25  # of the longest example: a limit up to here is drawn beside the 
 def plot_figures(
     axes: "Axes", figures: Mapping[str, tuple], label: str, form: str = ",.2f"
 ) -> None:
-    """Bars of figures {name: (value, ci95)} on matplotlib axes, with their intervals; `label` says
-    what they are.
+    """Bars of figures {name: (value, ci95)} on matplotlib axes, with their intervals.
+
+    `label` says what they are.
     """
     figures = {name: figure for name, figure in figures.items() if figure[0] is not None}
     names = [f"{name}\n{value:{form}}" for name, (value, _) in figures.items()]

@@ -54,8 +54,9 @@ def form_table(metrics: dict) -> pd.DataFrame:
 
 
 def content_table(metrics: dict) -> pd.DataFrame:
-    """How right the answers are, as texts: a line a set of questions and model, with its 95%
-    intervals.
+    """How right the answers are, as texts.
+
+    A line a set of questions and model, with its 95% intervals.
     """
     lines = []
     for part, title in PARTS.items():

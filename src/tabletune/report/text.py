@@ -46,8 +46,9 @@ def with_interval(value: float | None, ci95: list[float] | None, form: str) -> s
 
 
 def figures_of(metrics: dict) -> dict[str, dict]:
-    """The entries of the models among the metrics, {name: entry}, a model that was evaluated in 4
-    bits named so.
+    """The entries of the models among the metrics, {name: entry}.
+
+    The name says so of a model that was evaluated in 4 bits.
     """
     models = {}
     for name in ("base", "adapter", "merged"):
@@ -59,8 +60,9 @@ def figures_of(metrics: dict) -> dict[str, dict]:
 
 
 def stored(entry: dict, column: str) -> tuple[float | None, list[float] | None]:
-    """A figure of COLUMNS in the entry of a model: (value, [low, high]), None for what was not
-    measured.
+    """A figure of COLUMNS in the entry of a model.
+
+    (value, [low, high]), None for what was not measured.
     """
     place, name, _ = COLUMNS[column]
     for key in place.split():

@@ -25,8 +25,9 @@ def remove(path: Path) -> None:
 
 
 def archive(folder: Path, *names: str) -> Path | None:
-    """Move what exists of `names` in a run folder to `earlier/`, into a folder named by the time,
-    and print it.
+    """Move what exists of `names` in a run folder to `earlier/`, and print it.
+
+    It goes into a folder named by the time.
 
     Returns that folder, or None if there was nothing to move.
     """
@@ -44,8 +45,9 @@ def archive(folder: Path, *names: str) -> Path | None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes `path` when the block ends without an error, and is
-    deleted otherwise.
+    """Yield a temporary path that becomes `path` when the block ends.
+
+    After an error it is deleted.
 
     A file replaces an earlier one; a folder does not: `archive` that first. Raises StageError if
     the disk is full, or if there is a folder of that name.

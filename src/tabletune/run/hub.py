@@ -38,8 +38,9 @@ def open_drive(run_dir: str | Path, name: str) -> Path:
 
 
 def fetch_run(run_dir: str | Path, name: str) -> Path:
-    """The folder in `runs/` for a run on the Hub, with its data set and its adapter as far as the
-    Hub has them.
+    """The folder in `runs/` for a run on the Hub.
+
+    With its data set and its adapter, as far as the Hub has them.
 
     Raises StageError if the Hub cannot be asked, or if the repository is somebody else's and cannot
     be read.
@@ -65,8 +66,9 @@ def fetch_run(run_dir: str | Path, name: str) -> Path:
 
 
 def is_mine(owner: str) -> bool:
-    """Whether an owner on the Hub is the reader, or an organization of theirs; no without a
-    valid token.
+    """Whether an owner on the Hub is the reader, or an organization of theirs.
+
+    No without a valid token.
     """
     from huggingface_hub import HfApi
 

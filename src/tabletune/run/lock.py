@@ -109,8 +109,9 @@ def manifest_lock(folder: Path) -> Iterator[None]:
 
 
 def _try_lock(file: TextIO, wait: bool = False) -> bool:
-    """Whether this process has the lock of an open file now, or none is to be had on this file
-    system.
+    """Whether this process has the lock of an open file now.
+
+    Yes, too, where this file system has no locks.
     """
     if fcntl is None:
         return True

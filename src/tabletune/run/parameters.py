@@ -1,5 +1,6 @@
-"""The parameters of the notebooks: their names and defaults, and values of the right type from
-every source.
+"""The parameters of the notebooks.
+
+Their names and defaults, and values of the right type from every source.
 """
 
 import ast
@@ -229,8 +230,9 @@ def check_dictionary(name: str, value: Any) -> dict[str, Any]:
 
 
 def parse_text(text: str, default: Any) -> Any:
-    """What a text means as YAML, where that is a value of a kind that the parameter takes; else
-    the text.
+    """What a text means as YAML, where that is a value of a kind that the parameter takes.
+
+    Else the text.
     """
     with suppress(StageError):
         value = from_yaml(text)
@@ -352,8 +354,9 @@ def as_yaml(values: dict[str, Any], title: str) -> str:
 
 
 def check_names(names: Iterable[Any], notebooks: Iterable[str]) -> None:
-    """Raise StageError, one line with a suggestion, if a name is a parameter of none of the
-    notebooks.
+    """Raise StageError if a name is a parameter of none of the notebooks.
+
+    One line, with a suggestion.
     """
     notebooks = list(notebooks)
     valid: set[str] = set()
@@ -371,8 +374,9 @@ def check_names(names: Iterable[Any], notebooks: Iterable[str]) -> None:
 
 
 def injected_names(cells: list[str]) -> set[str]:
-    """The names that papermill set in the cell that it puts into a notebook; `cells` are the texts
-    of all that ran.
+    """The names that papermill set in the cell that it puts into a notebook.
+
+    `cells` are the texts of all that ran.
 
     Papermill's cell begins with "# Parameters" and holds nothing but `name = value` lines. A
     reader's own cell may begin in the same way: one with anything else in it is not papermill's.

@@ -30,8 +30,9 @@ def commit_noted_by_pip() -> str | None:
 
 
 def commit_of_clone(file: Path) -> str | None:
-    """The commit of the repository that holds `file`; None without git, or if that repository
-    does not track it.
+    """The commit of the repository that holds `file`.
+
+    None without git, or if that repository does not track it.
     """
     if not shutil.which("git"):
         return None

@@ -11,8 +11,9 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Switch off progress bars, advice and caches of libraries that say nothing of use in a
-    notebook.
+    """Switch off what libraries print or store without use for a notebook.
+
+    These are progress bars, advice and caches.
 
     Liger looks for kernels of other hardware, and tqdm for widgets; both do without. transformers
     advises on arguments that the package sets on purpose. datasets would write what it computes

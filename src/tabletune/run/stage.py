@@ -1,5 +1,6 @@
-"""A notebook at work in its run folder: what it was started with, what is done already, and what
-made it.
+"""A notebook at work in its run folder.
+
+What it was started with, what is done already, and what made it.
 
 A stage reads only what earlier stages left in the folder, and writes under a temporary name until
 it is complete. What is finished is never deleted: what makes room for something else moves to
@@ -60,8 +61,9 @@ class Stage:
         }
 
     def is_done(self, inputs: dict[str, Any], outputs: list[str]) -> bool:
-        """Whether this stage has made `outputs`, names in the folder, from `inputs` with these
-        settings.
+        """Whether this stage has made `outputs` from `inputs` with these settings.
+
+        `outputs` are names in the folder.
 
         `inputs` holds what identifies them (fingerprints, digests). Prints a line if it is done.
         """
@@ -122,8 +124,9 @@ class Stage:
 
 
 def is_made_from(entry: dict[str, Any], inputs: dict[str, Any], parameters: dict[str, Any]) -> bool:
-    """Whether an entry of a manifest tells of these inputs and of parameters that give the same
-    result.
+    """Whether an entry of a manifest is of these inputs and parameters.
+
+    Or of other parameters that give the same result.
     """
     # inputs are fingerprints, so equal ones mean equal content
     if entry.get("inputs") != inputs:
@@ -139,8 +142,9 @@ def normalized_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_absolute_paths(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters; a base model or a table that is a local file or folder, by its absolute
-    path.
+    """The parameters, with absolute paths of local files.
+
+    These are a base model or a table that is a file or a folder here.
     """
     result = dict(parameters)
     for name in ("base_model", "dataset"):
@@ -151,8 +155,9 @@ def with_absolute_paths(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def stage_parameters(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """All parameters of the notebook `name`: those of its defaults that are in `values`, in the
-    defaults' types.
+    """All parameters of the notebook `name`.
+
+    Those of its defaults that are in `values`, in the defaults' types.
 
     The default of `base_model_revision` is a commit of the default `base_model`: with another model
     it becomes "main". Raises StageError if a value cannot be stored in JSON or is of another type.
@@ -177,8 +182,9 @@ def stage_parameters(name: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_stage(name: str, variables: dict[str, Any]) -> Stage:
-    """Start the notebook `name`, whose `variables` are its globals(): opens and locks the run
-    folder.
+    """Start the notebook `name`, whose `variables` are its globals().
+
+    Opens and locks the run folder.
 
     The parameters are those of the notebook's parameter cell, by name (`parameters.json`, which
     `make sync` writes); other variables of the kernel do not count. The values that a stage works

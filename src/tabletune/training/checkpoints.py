@@ -13,8 +13,9 @@ from tabletune.run.stage import Stage
 
 
 def claim_checkpoints(stage: Stage, inputs: dict[str, Any], processes: PartialState) -> bool:
-    """Whether this training is done; if not, what the run has of other settings or data is
-    archived.
+    """Whether this training is done.
+
+    If not, what the run has of other settings or data is archived.
 
     `inputs` are what it depends on beside its parameters. Checkpoints of the same settings stay, to
     go on from.

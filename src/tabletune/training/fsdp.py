@@ -24,8 +24,9 @@ from tabletune.model.compat import gather_in_compute_stream
 def check_sharding(
     config: PreTrainedConfig, base_model: str, optim: str, unsharded_gib: float
 ) -> None:
-    """Raise StageError if a model of this config cannot be sharded here; else let the CPU quantize
-    with all its cores.
+    """Raise StageError if a model of this config cannot be sharded here.
+
+    Else let the CPU quantize with all its cores.
 
     It takes 4-bit weights stored as floating-point numbers, an optimizer that knows shards, and
     enough RAM for all processes to quantize the model at once, `unsharded_gib` each. One that is
@@ -57,8 +58,9 @@ def check_sharding(
 
 
 class ShardedTraining(TrainerCallback):
-    """What a sharded model needs: layers gathered with less memory, and the folder of a checkpoint
-    made in time.
+    """What a sharded model needs.
+
+    Layers gathered with less memory, and the folder of a checkpoint made in time.
 
     FSDP allocates what it gathers in streams of its own, and memory that one stream has freed
     serves no other. Gathered asynchronously, layers are allocated in the stream that computes, and
@@ -93,8 +95,9 @@ class ShardedTraining(TrainerCallback):
 
 
 def shard(trainer: Trainer, model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Make a trainer ready to shard its model: gathered as it is stored, computing in `dtype` like
-    a whole one.
+    """Make a trainer ready to shard its model.
+
+    Gathered as it is stored, computing in `dtype` like a whole one.
 
     A cast would change its 4-bit numbers, so autocast computes in `dtype`, without keeping the
     casts of all layers. The output layer stays whole: Liger's loss takes its weights without

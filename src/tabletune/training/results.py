@@ -33,8 +33,9 @@ def base_model_loss(trainer: Trainer) -> float:
 def training_metrics(
     trainer: Trainer, tokens_an_epoch: int, examples: int, before: float
 ) -> dict[str, Any]:
-    """The content of `training/metrics.json`: steps, tokens without padding, seconds, losses in
-    nats a token.
+    """The content of `training/metrics.json`.
+
+    Steps, tokens without padding, seconds, losses in nats a token.
     """
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry] or [history[-1]["train_loss"]]
@@ -75,8 +76,9 @@ def save_training(
     stops: list[int],
     inputs: dict[str, Any],
 ) -> None:
-    """Write `training/`, `adapter/` with its tokenizer, its stops and its provenance, and the entry
-    in the manifest.
+    """Write `training/`, `adapter/`, and the entry in the manifest.
+
+    The adapter's folder also has its tokenizer, its stops and its provenance.
 
     Several processes call it together, since shards are gathered; the first one writes.
     """

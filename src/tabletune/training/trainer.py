@@ -135,8 +135,9 @@ class TokenTrainer(SFTTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """The loss of a validation batch, weighted so that Trainer's mean over rows is a
-        token's.
+        """The loss of a validation batch, so that Trainer's mean over rows is a token's.
+
+        It is weighted for that.
         """
         # labels [rows, tokens]; the first column predicts nothing
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
