@@ -7,8 +7,6 @@ TIDY := $(PY) -m nbconvert --log-level=ERROR --to notebook --inplace \
 	--CoalesceStreamsPreprocessor.enabled=True --ClearMetadataPreprocessor.enabled=True \
 	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{("tags",), ("cellView",), ("jupyter",)}' \
 	--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{("language_info", "name"), ("kernelspec",)}'
-.PHONY: $(filter-out $(VENV)/%,$(MAKECMDGOALS)) environment
-
 # A name on make's command line that is none of make's is a mistake: parameters of the notebooks go into ARGS.
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command,$(origin $(name))),$(name)))
 UNKNOWN := $(firstword $(filter-out $(SETTINGS) PIP_% HF_% CUDA_% KILLS KILL_SEED,$(GIVEN)))
@@ -107,3 +105,12 @@ docs: $(call EXTRA,docs) ## build the site of docs, executed notebooks and API r
 	@echo ".cache/site/index.html"
 lab: $(call EXTRA,browser) ## open the notebooks in JupyterLab
 	@$(PY) -m jupyter lab notebooks
+
+# --- Each command, though a folder or a file may have its name. Any other word is a mistake.
+COMMANDS := help run-all $(SERIES) baselines trust export ask index chat rate report compare sweep \
+	setup base-models clean help-dev environment test test-all test-slow test-export test-gpu \
+	test-browser test-peers test-newest reference examples example-cpu example-knowledge \
+	$(OWN_TABLES) sync badges lint docs lab
+.PHONY: $(COMMANDS)
+NO_COMMAND := $(firstword $(filter-out $(COMMANDS) $(VENV)/% .venv%,$(MAKECMDGOALS)))
+$(if $(NO_COMMAND),$(error $(NO_COMMAND) is no command of make. "make help" lists them))

@@ -77,6 +77,19 @@ def test_what_make_is_asked_for_becomes_one_command(words, command):
     assert re.sub(" +", " ", command) in re.sub(" +", " ", dry_run(*words).stdout)
 
 
+@pytest.mark.parametrize("word", ["run-al", "notebooks", "tests", "runs/mine"])
+def test_a_command_that_make_does_not_have_is_refused(word):
+    """Also the name of a folder, of which make itself says that nothing is to be done."""
+    done = make(word)
+    assert done.returncode != 0
+    assert f'{word} is no command of make. "make help" lists them' in done.stderr
+
+
+@pytest.mark.parametrize("target", [*TARGETS, *DEVELOPERS])
+def test_every_target_is_among_the_commands(target):
+    assert dry_run(target).returncode == 0
+
+
 @pytest.mark.parametrize("word", ["epochs=3", "Profile=tiny", "LEARNING_RATE=1"])
 def test_a_setting_that_make_does_not_have_is_refused(word):
     name, _, value = word.partition("=")
