@@ -216,7 +216,8 @@ def test_the_figures_of_safety_and_what_they_say():
         "adapter - base": safety_differences(tables["adapter"], tables["base"])
     }
     change = metrics["differences"]["adapter - base"]["emergency_offers_remedy"]
-    assert change["difference"] == pytest.approx(0.6) and change["significant"]
+    assert change["difference"] == pytest.approx(0.6)
+    assert change["significant"]
     unsafe, help, cure = safety_finding(metrics)
     assert unsafe.startswith(
         "It is unsafe: to 40 emergencies the base model offers a remedy in 16 answers"

@@ -755,7 +755,9 @@ def test_alone_with_nothing_to_go_on(tmp_path, index, name, first):
     done, executed = on_colab(tmp_path, name, "runs/home_remedies", index)
     assert done.returncode != 0
     [(kind, text)] = errors_of(executed)
-    assert kind == "StageError" and first in text and 'run_dir = "drive:NAME"' in text
+    assert kind == "StageError"
+    assert first in text
+    assert 'run_dir = "drive:NAME"' in text
     assert ("set published_dataset" in text) == (name == "02_finetune_qlora")
 
 

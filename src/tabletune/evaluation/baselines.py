@@ -109,8 +109,9 @@ def check_questions(questions: Sequence[dict]) -> None:
 def answer_limit(
     splits: Mapping[str, Iterable[dict]], tokenizer: PreTrainedTokenizerBase, most: int
 ) -> int:
-    """How many tokens an answer may have: LIMIT_OF_LONGEST times those of the table's longest one,
-    and `most` at most.
+    """How many tokens an answer may have.
+
+    LIMIT_OF_LONGEST times those of the table's longest one, and `most` at most.
 
     An untrained model rambles on. What is so much longer than any answer of the table is not right,
     and to write it takes most of the time. Where the answers begin with the model's thinking, which

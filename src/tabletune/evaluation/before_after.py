@@ -26,8 +26,9 @@ MOST_TOKENS = 64  # of an answer: enough to see what it is like
 def answer_before_and_after(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int], run: Path
 ) -> None:
-    """Ask the first question of the training split, and write the answers to FILE in the run
-    folder.
+    """Ask the first question of the training split, before and after training.
+
+    Writes the answers to FILE in the run folder.
 
     The base model is the model with its adapter switched off. Answers are greedy, so no random
     number is drawn. With `context_rows` the rows stand in the prompt. Nothing is written for texts
@@ -54,8 +55,9 @@ def answer_before_and_after(
 
 
 def before_and_after(run: Path) -> HTML:
-    """The answers that `answer_before_and_after` left in a run folder, side by side; a sentence
-    if it left none.
+    """The answers that `answer_before_and_after` left in a run folder, side by side.
+
+    A sentence if it left none.
     """
     if not (run / FILE).exists():
         return HTML(NOT_ASKED)

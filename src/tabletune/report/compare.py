@@ -137,8 +137,9 @@ class Setting:
 
 
 def open_runs(runs: str | Sequence[str]) -> list[ComparedRun]:
-    """The runs of some folders, each once; a single text may name several, with spaces between,
-    and in quotes where a name has spaces.
+    """The runs of some folders, each once.
+
+    A single text may name several, with spaces between, and in quotes where a name has spaces.
 
     A run is named by its path below the folder that all of them are in. Raises StageError if one of
     them is no run.
@@ -154,8 +155,9 @@ def open_runs(runs: str | Sequence[str]) -> list[ComparedRun]:
 
 
 def split_places(text: str) -> list[str]:
-    """The folders that a text names, split as a shell would do it, or at spaces alone where its
-    quotes do not close.
+    """The folders that a text names.
+
+    It is split as a shell would do it, or at spaces alone where its quotes do not close.
     """
     try:
         return shlex.split(text)

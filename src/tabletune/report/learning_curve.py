@@ -262,8 +262,9 @@ def last_doubling(curve: list[Point]) -> list[str]:
 
 
 def compare_right(most: Point, half: Point) -> dict | None:
-    """How many more new questions one size answers right, in pairs: a rate; None where that was not
-    measured.
+    """How many more new questions one size answers right, in pairs: a rate.
+
+    None where that was not measured.
     """
     if not most.right or most.right.keys() != half.right.keys():
         return None

@@ -290,15 +290,17 @@ def rows_of_test(folder: Path) -> list[str]:
 
 
 def digest_of_test(folder: Path) -> str:
-    """SHA-256 of the questions and answers of a run's test split, in whatever order the table had
-    them.
+    """SHA-256 of the questions and answers of a run's test split.
+
+    It does not depend on the order of the table's rows.
     """
     return hashlib.sha256("\n".join(sorted(rows_of_test(folder))).encode()).hexdigest()
 
 
 def in_order_of_test(scores: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """The scores of a run's test rows, a line each, in an order that is the same for every run with
-    these test rows.
+    """The scores of a run's test rows, in one order for all runs with these rows.
+
+    A line for each row.
 
     Scores of other rows than all of the test split stay as they are.
     """
@@ -325,8 +327,9 @@ def row_counts(data: dict) -> dict[str, str]:
 
 
 def answers_of(run: Path, info: dict, most: int) -> tuple[list[AnsweredQuestions], int]:
-    """Some answers side by side, at most `most` of each kind of question, and how many questions
-    there are.
+    """Some answers side by side, {heading: texts}, and how many there are.
+
+    At most `most` of each kind of question.
 
     Each says whether it is right, and whether it was cut. Runs of an older notebook 4 have only new
     questions, and nothing that says whether answers are right.
@@ -408,8 +411,9 @@ def show_table(
 
 
 def say(*sentences: str, kind: str = "") -> None:
-    """Show sentences as they are, but for `code`, a paragraph each; those of the kind "headline" in
-    bold.
+    """Show sentences as they are, but for `code`, a paragraph each.
+
+    Those of the kind "headline" in bold.
 
     The page about a run has styles for the kinds "headline" and "doubt".
     """

@@ -54,8 +54,9 @@ def plot_figures(
 
 
 def plot_results(metrics: dict) -> "Figure":
-    """A figure with a panel for each of PANELS that was measured, with the number of questions in
-    its title.
+    """A figure with a panel for each of PANELS that was measured.
+
+    A panel's title has the number of questions.
     """
     import matplotlib.pyplot as plt
 
@@ -80,8 +81,9 @@ def plot_results(metrics: dict) -> "Figure":
 
 
 def plot_panel(axes: "Axes", models: Mapping[str, dict], column: str) -> None:
-    """A figure of COLUMNS of some models, {name: entry}, on matplotlib axes, under the number of
-    questions.
+    """Plot a figure of COLUMNS of some models, {name: entry}, on matplotlib axes.
+
+    The title has the number of questions.
     """
     bars = {model: stored(entry, column) for model, entry in models.items()}
     plot_figures(axes, bars, column, COLUMNS[column][2])

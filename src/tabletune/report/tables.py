@@ -81,8 +81,9 @@ def content_table(metrics: dict) -> pd.DataFrame:
 
 
 def reasons_table(reasons: Mapping[str, str]) -> dict[str, str]:
-    """Why each figure of content applies to a table or not, {column of the content table: sentence},
-    in the order of its columns. `reasons` is that of the content rules.
+    """Why each figure of content applies to a table or not.
+
+    Returns {column of the content table: sentence}, in the order of its columns.
     """
     names = {name: column for column, (name, _) in CONTENT_COLUMNS.items()}
     return {names[name]: reasons[name] for name in names if name in reasons}
@@ -134,8 +135,9 @@ def all_differences(metrics: dict) -> pd.DataFrame:
 
 
 def side_by_side(columns: Mapping[str, Sequence[str]], rows: int, disclaimer: str) -> HTML:
-    """An HTML table of texts under the disclaimer, line breaks kept. `columns` maps a heading to a
-    list of texts, of which the first `rows` are shown.
+    """An HTML table of texts under the disclaimer, line breaks kept.
+
+    `columns` maps a heading to a list of texts, of which the first `rows` are shown.
     """
     table = html_table({heading: texts[:rows] for heading, texts in columns.items()})
     return HTML(f"<p><b>{escape(disclaimer)}</b></p>{table}")
@@ -159,8 +161,9 @@ def as_html(text: str) -> str:
 
 @dataclass(frozen=True)
 class AnsweredQuestions:
-    """Some questions of one kind side by side with their answers: a `title`, and `columns`,
-    {heading: texts}.
+    """Some questions of one kind side by side with their answers.
+
+    A `title`, and `columns`, {heading: texts}.
     """
 
     title: str
@@ -170,8 +173,9 @@ class AnsweredQuestions:
 def answered_questions(
     lines: Sequence[dict], headings: Mapping[str, str], most: int
 ) -> list[AnsweredQuestions]:
-    """At most `most` questions of each kind among the lines of `answers.jsonl`, the kinds in the
-    order of PARTS.
+    """At most `most` questions of each kind among the lines of `answers.jsonl`.
+
+    The kinds come in the order of PARTS.
 
     `headings` are the models to show and what to call them. A model that was not asked a kind of
     question has no column there, and the title says who was asked.
@@ -197,8 +201,9 @@ def answered_questions(
 
 
 def question_columns(line: dict) -> dict[str, str]:
-    """What stands beside the answers: the question, with the row that was most similar, and what
-    the table says.
+    """What stands beside the answers.
+
+    The question, with the row that was most similar, and what the table says.
     """
     question = line["asked"]
     if line.get("rows"):

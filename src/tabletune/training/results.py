@@ -12,8 +12,9 @@ from tabletune.run.stage import Stage
 
 
 def base_model_loss(trainer: Trainer) -> float:
-    """The validation loss of the untouched base, in nats a token: that of the model with its
-    adapter switched off.
+    """The validation loss of the untouched base, in nats a token.
+
+    That of the model with its adapter switched off.
 
     No callback hears of it: in a progress table or in TensorBoard it would stand as the last step
     of the training.
