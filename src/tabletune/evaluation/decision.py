@@ -40,16 +40,18 @@ class Decision:
 
     @property
     def rivals(self) -> list[str]:
-        """The ways that the subject is compared with: those with training, or, if it was trained
-        itself, those without.
+        """The ways that the subject is compared with.
+
+        Those with training, or, if it was trained itself, those without.
         """
         names = [name for rights in self.rights.values() for name in rights]
         is_trained = self.subject in TRAINED
         return [name for name in dict.fromkeys(names) if (name in TRAINED) != is_trained]
 
     def difference(self, part: str, rival: str) -> dict:
-        """How much more often the subject is right than a rival for a part of the questions, in
-        pairs: an entry of `stats.difference`.
+        """How much more often the subject is right than a rival, in pairs.
+
+        For a part of the questions; an entry of `stats.difference`.
         """
         return rate_difference(self.rights[part][self.subject], self.rights[part][rival])
 

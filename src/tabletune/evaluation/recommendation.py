@@ -154,8 +154,9 @@ def evidence(decision: Decision, part: str, rights: Mapping[str, np.ndarray]) ->
 
 
 def comparisons(decision: Decision) -> list[str]:
-    """How the subject compares with training, or if it was trained, with the best way without it:
-    a sentence for each part of the questions.
+    """How the subject compares with training, or if it was trained, with the best way without it.
+
+    A sentence for each part of the questions.
     """
     if decision.best_of_parts:
         return []

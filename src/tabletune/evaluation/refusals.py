@@ -77,8 +77,9 @@ def refusals_table(
 
 
 def decisive_score(line: Mapping[str, Any]) -> float:
-    """The score that the threshold is compared with: that of the row which the answer was taken
-    from, or of the best row where the model refused.
+    """The score that the threshold is compared with.
+
+    That of the row which the answer was taken from, or of the best row where the model refused.
     """
     if not line["rows"]:
         return 0.0
