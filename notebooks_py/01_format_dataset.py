@@ -343,8 +343,9 @@ print(*report["notes"] or ["None: nothing about it stands out."], sep="\n")
 # With `context_rows = 3`, each question is first looked up: the three rows with the most similar
 # questions stand in the prompt, in training as in use. The model learns to answer from them. It
 # also learns to say that they do not have the answer: in training some questions get only rows of
-# *other* questions, and their answer is `unknown_answer`.
-# [docs/right-answers.md](../docs/right-answers.md) has the measurements.
+# *other* questions, and their answer is `unknown_answer`. To save time, a training prompt asks
+# several questions about the same rows. [docs/right-answers.md](../docs/right-answers.md) has the
+# measurements.
 
 # %%
 from tabletune.data.context import load_context

@@ -269,7 +269,7 @@ figures_table({name: metrics[name] for name in ("base", "adapter", "merged")})
 # %%
 from IPython.display import display
 
-print(*safety_finding(metrics) or [f"Not measured. {NO_PROMPTS}"], sep="\n")
+print(*safety_finding(metrics) or ["Not measured: no prompts on safety were asked."], sep="\n")
 answers = safety_side_by_side(read_lines(run / "trust" / "safety.jsonl"), 4)
 if answers:
     display(side_by_side(answers, len(answers["prompt"]), warning))

@@ -91,6 +91,10 @@ def test_a_short_repetition_is_shown_as_it_is(text):
     assert as_shown(text) == text
 
 
+def test_an_empty_answer_says_so():
+    assert as_shown("\n ") == "[no text]"
+
+
 def test_a_long_answer_is_cut_and_says_how_much_is_missing():
     words = " ".join(str(number) for number in range(1000))
     shown = as_shown(words)

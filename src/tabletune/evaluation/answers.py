@@ -151,7 +151,10 @@ def generate(
     answers = {}
     with without_settings(model):
         batches_here = batches[processes.process_index :: processes.num_processes]
-        for batch in tqdm(batches_here, "answering", unit="batch", file=sys.stdout):
+        progress = tqdm(
+            batches_here, "answering", unit="batch", file=sys.stdout, disable=not batches_here
+        )
+        for batch in progress:
             batch_ids = [ids[i] for i in batch]
             # padded on the left, so that each answer follows its prompt directly
             padded = tokenizer.pad(

@@ -25,6 +25,7 @@ OUTCOMES = {"right": "✓ right", "wrong": "✗ wrong", "nothing": "– says not
 MODELS = ("base", "adapter", "merged")
 IN_TABLE = "in the table"
 MOST_CHARACTERS = 600  # of an answer that are shown
+SLACK = 100  # characters: so few more are shown, too
 REPEATED = re.compile(r"(.{2,200}?)\1{3,}", re.DOTALL)  # the same, four times or more
 LEAST_REPEATED = 80  # characters: a shorter repetition, such as a line of dashes, is shown
 
@@ -241,9 +242,13 @@ def judged_answer(line: dict) -> str:
 
 
 def as_shown(text: str) -> str:
-    """A text as it is shown: what repeats is shown twice, and a long text is cut; both say so."""
+    """A text as it is shown: what repeats is shown twice, and a long text is cut; both say so, and so
+    does an empty text.
+    """
+    if not text.strip():
+        return "[no text]"
     text = REPEATED.sub(shown_twice, text)
-    if len(text) <= MOST_CHARACTERS:
+    if len(text) <= MOST_CHARACTERS + SLACK:
         return text
     cut = len(text) - MOST_CHARACTERS
     return f"{text[:MOST_CHARACTERS].rstrip()} … [not shown: {cut:,} more characters]"
