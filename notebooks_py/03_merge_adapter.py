@@ -172,7 +172,7 @@ merged_folder, report = merge_adapter(plan, stage, max_shard_gb)
 verified = report["difference_to_effect"] is not None
 if verified:
     share = max(report["difference_to_effect"], 0.001)
-    print(f"The merged model differs by at most {share:.1%} of what the adapter changes.")
+    print(f"At a typical token the merged model differs by {share:.1%} of what the adapter changes.")
     print(f"It finds the same next token most likely at {report['same_next_token']:.0%} of the places.")
 else:
     print("Not verified: there was not enough memory to compare the models.")

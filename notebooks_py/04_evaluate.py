@@ -127,8 +127,9 @@ done = stage.is_done(trained.inputs, ["evaluation/metrics.json"])
 # ## What is asked
 #
 # - **The table's own questions**: questions of the training split, as they stand there.
-# - **Reworded questions**: the same ones in other words: with a greeting, with a typing error, the
-#   bare subject. Training uses other rules for that.
+# - **Reworded questions**: the same ones in other words: in another phrase or with a greeting, in
+#   lower case, with typing errors. Training with `context_rows` rewords, too, but with other
+#   phrases and other errors.
 # - **New questions**: those of the test split, which training did not see.
 # - **Rows added after training**, with `context_rows` only: the new questions once more, now with
 #   their rows in the index. So this shows whether the model answers from rows that it was not

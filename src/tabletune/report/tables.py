@@ -242,8 +242,9 @@ def judged_answer(line: dict) -> str:
 
 
 def as_shown(text: str) -> str:
-    """A text as it is shown: what repeats is shown twice, and a long text is cut; both say so, and so
-    does an empty text.
+    """A text as it is shown: what repeats is shown twice, and a long text is cut.
+
+    Both say so, and so does an empty text.
     """
     if not text.strip():
         return "[no text]"
