@@ -202,7 +202,8 @@ row = splits["test"][0]
 start = row["prompt"] or row["completion"][0]["content"][:40]
 context = load_context(run, "use")  # None without context_rows
 if context is not None:
-    start = context.prompt(row["prompt"]).messages
+    prompt = context.prompt(row["prompt"])
+    start = prompt.messages
 
 # %% tags=["nbval-ignore-output"]
 if verified:
@@ -211,6 +212,8 @@ if verified:
     written = ask(start, max_new_tokens=60, do_sample=False)[0]["generated_text"]
     asked = start[-1]["content"] if row["prompt"] else start
     answer = written[-1]["content"] if row["prompt"] else written
+    if context is not None:
+        answer, _ = context.final_answer(answer, prompt)
     warning = example_settings(dataset_report).get("disclaimer", NEUTRAL_DISCLAIMER)
     columns = {"asked": [asked], "the merged model, at most 60 tokens": [answer]}
     display(side_by_side(columns, 1, warning))

@@ -284,10 +284,11 @@ samples_table(folder, warning)
 #
 # With `context_rows` and an `unknown_answer` there are two errors: to refuse a question that the
 # table has an answer to (*wrongly "nothing"* above), and to answer one that it has none for.
-# `unknown_threshold` trades one for the other. The lookup scores how similar the best row's
-# question is, from 0 to 1; below the threshold the model is not even asked. Above it the model can
-# still refuse. (*Copied from a row*: the model refused, but a row has nearly the same question, so
-# its answer was given.)
+# `unknown_threshold` trades one for the other. The lookup scores how similar the question of a row
+# is, from 0 to 1. If even the best row is below the threshold, the model is not asked, and an
+# answer that it takes from a row below the threshold is not given. Above it the model can still
+# refuse. (*Copied from a row*: the model refused, but a row has nearly the same question, so its
+# answer was given.)
 
 # %%
 show_refusals(run, examination.context)

@@ -693,7 +693,7 @@ def test_the_notebook_finds_on_its_second_pass_that_all_is_done(run, capsys):
     second = run_script("03_merge_adapter", **parameters)
     assert second.report == first.report
     assert everything_in(run) == before
-    assert "same most likely next token at 100%" in capsys.readouterr().out
+    assert "same next token most likely at 100%" in capsys.readouterr().out
 
 
 def test_nf4_is_what_bitsandbytes_makes_of_a_weight():
