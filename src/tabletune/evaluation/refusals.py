@@ -71,8 +71,8 @@ def refusals_table(
     model[model["unknown_threshold"] < round(threshold, 3)] = float("nan")
     table = pd.DataFrame(index=[threshold_name(value, threshold) for value in thresholds])
     for name, errors in (("lookup alone", lookup), ("with the model", model)):
-        table[f"{name}: {HAS}"] = list(map(percent, errors["false nothing"]))
-        table[f"{name}: {LACKS}"] = list(map(percent, errors["not refused"]))
+        table[f"{name}: {HAS}"] = list(map(share_or_dash, errors["false nothing"]))
+        table[f"{name}: {LACKS}"] = list(map(share_or_dash, errors["not refused"]))
     return table
 
 
@@ -92,7 +92,7 @@ def threshold_name(value: float, in_use: float) -> str:
     return f"{value:g} (in use)" if value == round(in_use, 3) else f"{value:g}"
 
 
-def percent(share: float) -> str:
+def share_or_dash(share: float) -> str:
     """A share as text, a dash for what is not known."""
     return "–" if pd.isna(share) else f"{share:.0%}"
 
