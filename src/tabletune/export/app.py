@@ -100,6 +100,7 @@ def app_settings(export_run: ExportRun) -> dict[str, Any]:
         "max_new_tokens": export_run.parameters["max_new_tokens"],
         "context_rows": 0,
         "unknown_answer": "",
+        "unknown_threshold": 0.0,
         "certain_threshold": NEVER_CERTAIN,
     }
     context = export_run.context
