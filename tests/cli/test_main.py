@@ -131,6 +131,14 @@ def test_summary_of_no_run_is_one_line(tmp_path, monkeypatch):
         run_command(monkeypatch, "summary", tmp_path)
 
 
+@pytest.mark.parametrize("command", ["ask --questions q.txt", "index", "rate", "summary"])
+def test_a_name_that_no_notebook_has_is_refused(command, tmp_path, monkeypatch):
+    words = ["tabletune", *command.split(), str(tmp_path), "-p", "max_new_token", "5"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match="has a parameter 'max_new_token'"):
+        main_module.main()
+
+
 def test_compare_takes_folders_as_arguments():
     options = build_parser().parse_args(["compare", "runs/a", "runs/my run", "--out", "x.html"])
     assert options.runs == ["runs/a", "runs/my run"]

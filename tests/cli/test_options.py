@@ -37,7 +37,8 @@ SOURCES = {
     "-y": lambda name, text, file: ["-y", f"{name}: {text}"],
     "-p": lambda name, text, file: ["-p", name, text],
     "-r": lambda name, text, file: ["-r", name, text],
-    "--args": lambda name, text, file: [f"--args=-p {name} '{text}'"],
+    "--args=": lambda name, text, file: [f"--args=-p {name} '{text}'"],
+    "--args": lambda name, text, file: ["--args", f"-p {name} '{text}'"],
 }
 
 

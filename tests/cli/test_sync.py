@@ -5,6 +5,7 @@ from conftest import ROOT
 
 from tabletune.cli.sync import change_repository, parameters_in, with_series
 from tabletune.errors import StageError
+from tabletune.run.parameters import PARAMETERS
 
 SERIES = {
     "repository": "a/b",
@@ -18,6 +19,12 @@ def test_parameters_in_takes_both_cells_and_is_not_confused_by_equals_signs():
     source = "# %% [markdown]\n# # Title\n\n# %%\n# @title Rarely changed parameters\nb = 1\n\n"
     source += '# %% tags=["parameters"]\na = "x = 1"  # f = 2\nc = {"d": [1, 2]}\n\n# %%\ne = 3\n'
     assert parameters_in(source) == {"b": 1, "a": "x = 1", "c": {"d": [1, 2]}}
+
+
+@pytest.mark.parametrize("notebook", sorted(PARAMETERS))
+def test_parameters_json_is_what_the_notebooks_have(notebook):
+    source = (ROOT / "notebooks_py" / f"{notebook}.py").read_text(encoding="utf-8")
+    assert parameters_in(source) == PARAMETERS[notebook], "make sync renews it"
 
 
 def test_with_series_writes_repository_and_ref_into_badges():

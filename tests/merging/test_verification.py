@@ -14,7 +14,9 @@ from tabletune.errors import StageError
 from tabletune.merging import lora as lora_module
 from tabletune.merging import plan as plan_module
 from tabletune.merging import verification
+from tabletune.merging import write as write_module
 from tabletune.merging.verification import difference_to_effect
+from tabletune.model.weights import weight_files
 
 REFUSED = "is not the base model with its adapter"
 
@@ -91,6 +93,24 @@ def test_a_right_merge_of_a_weak_adapter_is_kept_and_its_rounding_is_said(
 def test_a_right_merge_reproduces_what_the_adapter_does(tmp_path, strength):
     run = weaken(make_run(tmp_path / "run", TINY), strength)
     assert merge(run)["difference_to_effect"] < 0.001
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+def test_a_tensor_that_the_adapter_does_not_change_must_be_the_bases(tmp_path, monkeypatch, name):
+    run = make_run(tmp_path / "run", TINY)
+    real = write_module.write_tensors
+
+    def write_and_damage(plan, folder, shards):
+        real(plan, folder, shards)
+        file = weight_files(folder)[name]
+        tensors = load_file(file)
+        tensors[name] = tensors[name] * 1.5
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(write_module, "write_tensors", write_and_damage)
+    with pytest.raises(StageError, match=rf"{REFUSED}.* Wrong: {name}\."):
+        merge(run)
+    assert not list(run.glob("merged*"))
 
 
 def test_a_wrong_factor_is_refused(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def encode_all(
         else:  # the tokenizer would merge the end of the prompt with the beginning of the answer
             answer_ids = continuation(completion, tokenizer)
         answer_ids = end_at_stop(answer_ids, tokenizer, stop_token_ids)
-        mask = mask_earlier_answers(example, prompt, prompt_ids, tokenizer, stop_token_ids)
+        mask = mask_of_prompt(example, prompt, prompt_ids, tokenizer, stop_token_ids)
         encoded.append(
             {"input_ids": prompt_ids + answer_ids, "completion_mask": mask + [1] * len(answer_ids)}
         )
@@ -188,7 +188,7 @@ def end_at_stop(
     return [*ids, tokenizer.eos_token_id]
 
 
-def mask_earlier_answers(
+def mask_of_prompt(
     example: dict[str, Any],
     text: str,
     ids: list[int],

@@ -17,6 +17,7 @@ from tabletune.cli.options import (
     add_run_choice,
     choose_run_dir,
     read_run_choice,
+    read_run_values,
     read_settings,
     split_args,
     write_settings,
@@ -92,15 +93,15 @@ def sweep(options: argparse.Namespace) -> None:
 
 def summary(options: argparse.Namespace) -> None:
     """Print what a finished run found."""
-    print_summary(choose_run_dir(options))
+    run_dir, _ = read_run_values(options)
+    print_summary(run_dir)
 
 
 def ask(options: argparse.Namespace) -> None:
     """Answer the questions of a file with a finished run's model."""
     from tabletune.evaluation.ask import answer_questions
 
-    run_dir = choose_run_dir(options)
-    values = read_settings(run_dir) | options.files | options.words
+    run_dir, values = read_run_values(options)
     answer_questions(run_dir, Path(options.questions), options.part, values)
 
 
@@ -108,8 +109,7 @@ def index(options: argparse.Namespace) -> None:
     """Renew the index of a run's table, so that it answers from rows that were added later."""
     from tabletune.data.retrieval_folder import renew_from_table
 
-    run_dir = choose_run_dir(options)
-    values = read_settings(run_dir) | options.files | options.words
+    run_dir, values = read_run_values(options)
     renew_from_table(run_dir, values)
 
 
@@ -117,8 +117,7 @@ def rate(options: argparse.Namespace) -> None:
     """Let people rate the answers of a finished run, blind, on a page."""
     from tabletune.export.rating_page import rate_command
 
-    run_dir = choose_run_dir(options)
-    values = read_settings(run_dir) | options.files | options.words
+    run_dir, values = read_run_values(options)
     rate_command(run_dir, values)
 
 

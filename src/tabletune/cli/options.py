@@ -48,7 +48,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class CollectParameters(argparse.Action):
-    """Collects the parameters of files in `files`, all others in `words`, {name: value}."""
+    """Collects the parameters of files in `files`, all others in `words`, {name: value}.
+
+    Types and ranges are checked here, names where the notebook is known (`check_names`), and
+    choices such as "nf4" or "8bit" in the stage that has them.
+    """
 
     def __call__(
         self,
@@ -94,7 +98,7 @@ def add_parameters(parser: argparse.ArgumentParser) -> None:
         dest="words",
         nargs=2,
         metavar=("NAME", "VALUE"),
-        help="one parameter; the type of its default decides what VALUE means",
+        help="one parameter; the type of its default decides what VALUE means; -r is the same",
     )
     parser.add_argument(
         "--args", metavar="TEXT", help="more options in one text, as a shell would read it"
@@ -114,17 +118,21 @@ def add_run_choice(parser: argparse.ArgumentParser) -> None:
 
 
 def split_args(arguments: list[str]) -> list[str]:
-    """A command line in which each --args=TEXT is replaced by the options in the text.
+    """A command line in which each --args=TEXT or --args TEXT is replaced by the options in it.
 
     Raises StageError.
     """
     result = []
-    for argument in arguments:
-        # make passes ARGS on as one text; a shell has not split it yet
-        if not argument.startswith("--args="):
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--args":
+            text = next(rest, "")
+        elif argument.startswith("--args="):
+            text = argument.removeprefix("--args=")
+        else:
             result.append(argument)
             continue
-        text = argument.removeprefix("--args=")
+        # make passes ARGS on as one text, which no shell has split
         try:
             result += shlex.split(text)
         except ValueError as error:
@@ -243,6 +251,17 @@ def in_repository(values: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 # --- what a run was started with
+
+
+def read_run_values(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """The folder of a finished run, and its settings with what the command line says on top.
+
+    Raises StageError for a name that no notebook of the series has.
+    """
+    run_dir = choose_run_dir(options)
+    set_here = {**options.files, **options.words}
+    check_names(set_here.keys() - LAUNCH_DEFAULTS.keys(), NUMBERED)
+    return run_dir, read_settings(run_dir) | set_here
 
 
 def read_settings(run_dir: Path) -> dict[str, Any]:

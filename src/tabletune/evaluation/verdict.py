@@ -1,6 +1,6 @@
 """What the figures of notebook 4 say in words, the content first: are the answers right?
 
-Only the standard library: the command line prints these sentences, too.
+They are stored in `evaluation/metrics.json`; the command line and the report print what is stored.
 """
 
 GOOD = 0.9  # from this share of right answers on, nothing is said about what would help

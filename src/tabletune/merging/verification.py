@@ -20,11 +20,10 @@ from tabletune.model.quantization import load_base
 from tabletune.model.weights import weight_files
 
 MAX_TOKENS = 512  # of a row that is compared: their logits take 0.3 GiB with a large vocabulary
-# Shares of the adapter's effect that a merged model may differ by. Rounding gives 0 to 0.05, half
-# of the adapter 0.5 to 1. Above the first, the weights are compared; above the second, without
-# that.
-MAX_SHARE = 0.05
-MAX_SHARE_BY_LOGITS = 0.2
+# Of the adapter's effect, by how large a share a merged model may differ from base and adapter.
+# Rounding gives 0 to 0.05; half of the adapter left out gives 0.5 to 1.
+MAX_SHARE = 0.05  # up to here the logits alone are proof; above it the files' tensors are compared
+MAX_SHARE_BY_LOGITS = 0.2  # for what PEFT has merged, whose tensors nobody can compute otherwise
 MAX_WRONG = 0.05  # of the numbers that the adapter changes in a matrix: sums may round otherwise
 
 
@@ -42,9 +41,10 @@ def verify_merge(plan: MergePlan, folder: Path, rows: list[list[int]]) -> dict[s
     another one.
     """
     names = ("max_logit_difference", "logit_range", "same_next_token", "difference_to_effect")
-    # 1.05: the model in its own dtype, and one layer of it in fp32
     rows = [row[:MAX_TOKENS] for row in rows]
-    needed, available = 1.05 * plan.size / 2**30, available_memory_gib()
+    # 1.05: the model in its own dtype, and one layer of it in fp32
+    needed = 1.05 * plan.size / 2**30
+    available = available_memory_gib()
     if available < needed:
         print(
             f"UNPROVEN: comparing takes {needed:.1f} GiB of memory, and there are "
@@ -60,25 +60,34 @@ def verify_merge(plan: MergePlan, folder: Path, rows: list[list[int]]) -> dict[s
         return dict.fromkeys(names)
     share = difference_to_effect(base, adapted, merged)
     difference = (merged - adapted).abs().max().item()
-    # written so that a share of NaN fails, too
-    if not share <= MAX_SHARE:
-        wrong = wrongly_merged_layers(plan, folder)
-        if wrong or (wrong is None and not share <= MAX_SHARE_BY_LOGITS):
-            layers = f" Wrong: {', '.join(wrong[:3])}." if wrong else ""
-            raise StageError(
-                "The merged model is not the base model with its adapter: it differs by "
-                f"{share:.0%} of what the adapter changes (a logit by {difference:.3g}). It is not "
-                f"kept.{layers}"
-            )
-        if wrong is not None:
-            print(
-                f"Rounding to {plan.dtype} hides {min(share, 1):.0%} of what the adapter changes. "
-                "Each merged weight is right."
-            )
+    if not share <= MAX_SHARE:  # written so that a share of NaN is looked into, too
+        check_tensors(plan, folder, share, difference)
     # of the tokens of both rows: a share from 0 to 1
     same = (merged.argmax(-1) == adapted.argmax(-1)).float().mean().item()
     span = (adapted.max() - adapted.min()).item()
     return dict(zip(names, (difference, span, same, share), strict=True))
+
+
+def check_tensors(plan: MergePlan, folder: Path, share: float, difference: float) -> None:
+    """Raise StageError unless a merged model differs from base and adapter by rounding alone.
+
+    `share` is that of `difference_to_effect`, `difference` the largest one of a logit.
+    """
+    wrong = wrong_tensors(plan, folder)
+    if wrong is None and share <= MAX_SHARE_BY_LOGITS:
+        return
+    if wrong == []:
+        print(
+            f"Rounding to {plan.dtype} hides {min(share, 1):.0%} of what the adapter changes. "
+            "Each merged weight is right."
+        )
+        return
+    names = f" Wrong: {', '.join(wrong[:3])}." if wrong else ""
+    raise StageError(
+        "The merged model is not the base model with its adapter: it differs by "
+        f"{share:.0%} of what the adapter changes (a logit by {difference:.3g}). It is not "
+        f"kept.{names}"
+    )
 
 
 def difference_to_effect(base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor) -> float:
@@ -199,32 +208,48 @@ def in_fp32(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def wrongly_merged_layers(plan: MergePlan, folder: Path) -> list[str] | None:
-    """The names of the adapted layers whose merged weight is not base + adapter, rounded.
+def wrong_tensors(plan: MergePlan, folder: Path) -> list[str] | None:
+    """The names of the tensors in `folder` that are not what the merge should have made of them.
 
-    None if that is unknown.
-
-    Compared are the numbers that the adapter changes after rounding. A change that is lost in the
-    rounding of all of them is no mistake of the merge. What PEFT merges is not plain B · A:
-    unknown.
+    The weight of an adapted layer must be base + adapter, rounded (`is_adapted_right`). Every other
+    tensor must be the base's. None for what PEFT has merged: that is not plain B · A, and nothing
+    here can compute it otherwise.
     """
     if not plan.plain:
         return None
-    files, wrong = weight_files(folder), []
-    for name, layer_name in plan.modules.items():
-        if layer_name not in plan.adapted:
-            continue
-        layer = plan.model.get_submodule(layer_name)
-        base = plan.read(name)  # float32, [out, in]
-        a, b = lora_matrices(plan.adapter, layer_name)  # [r, in], [out, r]
-        expected = (base + scaling(plan.config, layer_name) * (b @ a)).to(plan.tensors[name].dtype)
+    files = weight_files(folder)
+    wrong = []
+    for name in plan.tensors:
+        layer_name = plan.modules.get(name)
         with safe_open(files[name], framework="pt") as file:
-            merged = transpose_conv1d(layer, file.get_tensor(name))
-        # [out, in]: where rounding leaves something of the update
-        changed = expected != base.to(expected.dtype)
-        if changed.any() and (merged != expected)[changed].float().mean() > MAX_WRONG:
-            wrong.append(layer_name)
+            merged = file.get_tensor(name)
+        if layer_name in plan.adapted:
+            is_right = is_adapted_right(plan, name, layer_name, merged)
+        else:
+            is_right = torch.equal(merged, plan.merge(name))
+        if not is_right:
+            wrong.append(layer_name or name)
     return wrong
+
+
+def is_adapted_right(plan: MergePlan, name: str, layer_name: str, merged: torch.Tensor) -> bool:
+    """Whether the merged weight of an adapted layer is base + adapter, rounded.
+
+    Compared are the numbers that the adapter changes after rounding, and those that it does not
+    change must be the base's. A change that is lost in the rounding of all of them is no mistake of
+    the merge.
+    """
+    merged = transpose_conv1d(plan.model.get_submodule(layer_name), merged)  # [out, in]
+    base = plan.read(name)  # float32, [out, in]
+    a, b = lora_matrices(plan.adapter, layer_name)  # [r, in], [out, r]
+    update = scaling(plan.config, layer_name) * (b @ a)
+    expected = (base + update).to(plan.tensors[name].dtype)
+    is_wrong = merged != expected
+    if is_wrong.float().mean() > MAX_WRONG:
+        return False
+    # where rounding leaves something of the update: a few numbers, if the adapter is weak
+    changed = expected != base.to(expected.dtype)
+    return not changed.any() or bool(is_wrong[changed].float().mean() <= MAX_WRONG)
 
 
 def release_memory() -> None:

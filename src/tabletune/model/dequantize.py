@@ -1,4 +1,7 @@
-"""Keeping 4-bit weights unpacked where memory allows, which makes answers faster."""
+"""Keeping 4-bit weights unpacked where memory allows.
+
+It makes answers faster, and training on a CPU.
+"""
 
 import torch
 

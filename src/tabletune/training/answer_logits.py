@@ -1,4 +1,4 @@
-"""The loss of prompts that are much longer than their answers: logits only where the loss looks.
+"""On a CPU: logits only where the loss looks, for prompts much longer than their answers.
 
 Of a prompt with rows of the table in it two thirds are not in the loss. Their logits, a value for
 each token of the vocabulary, take a quarter of the time of a small model's step on a CPU. The loss

@@ -1,4 +1,9 @@
-"""Checkpoints that can be trusted, and resuming from them."""
+"""Checkpoints that can be trusted, and resuming from them.
+
+A crash loses the steps since the newest complete checkpoint: at most 1 / `evaluations` of a
+training, and twice that if it broke while saving. Incomplete checkpoints are deleted; those of
+other settings or data move to `earlier/`.
+"""
 
 import json
 from pathlib import Path
@@ -28,9 +33,11 @@ def claim_checkpoints(stage: Stage, inputs: dict[str, Any], processes: PartialSt
         done = stage.is_done(inputs, ["adapter", "training/metrics.json"])
         if done:
             return done
-        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings:
+        is_other = file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings
+        if is_other:
             archive(run, "checkpoints", "adapter", "training")
-        if not file.exists():
+        if is_other or not file.exists():
+            # without settings.json, nothing here was made by this training
             archive(run, "adapter", "training")
             write_json(file, settings)
     return False
