@@ -26,7 +26,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted(ROOT.glob("[bd]*/README.md")),
 ]
-PAGES += [ROOT / "CONTRIBUTING.md"]
+PAGES += [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PARAMETERS = json.loads(
     (ROOT / "src" / "tabletune" / "resources" / "parameters.json").read_text(encoding="utf-8")
 )
