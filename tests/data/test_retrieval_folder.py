@@ -14,6 +14,7 @@ from tabletune.chat.encoding import encode_all
 from tabletune.data.context import load_context
 from tabletune.data.retrieval import TableRow, table_rows
 from tabletune.data.retrieval_folder import (
+    PromptWriter,
     read_rewordings,
     renew_from_table,
     renew_index,
@@ -21,6 +22,7 @@ from tabletune.data.retrieval_folder import (
     write_retrieval,
 )
 from tabletune.data.splits import question_id, question_key
+from tabletune.data.training_prompts import TrainingPrompt, Turn
 from tabletune.errors import StageError
 from tabletune.run.parameters import PARAMETERS
 
@@ -125,6 +127,27 @@ def test_without_context_rows_an_earlier_folder_moves_aside(run):
     assert write_retrieval(run, settings_of(context_rows=0), formatter_of()) == report
     assert not (run / "retrieval").exists()
     assert list((run / "earlier").rglob("settings.json"))
+
+
+def test_a_prompt_that_is_too_long_keeps_the_row_of_an_answer_with_thoughts(run):
+    write_retrieval(run, settings_of(), formatter_of())
+    formatter = formatter_of()
+    rows = [
+        TableRow(f"q {i}", " ".join([word] * 30), str(i))
+        for i, word in enumerate(("ginger", "tea"))
+    ]
+    turn = Turn("q 1", f"<think>hm</think>{rows[1].answer}", "own row")
+    prompt = TrainingPrompt([], list(rows), [turn], "1")
+    prompts = PromptWriter(
+        load_context(run),
+        settings_of(max_length=150),
+        formatter.tokenizer,
+        formatter.stop_token_ids,
+    )
+    example, _, shorter = prompts.fitting(prompt)
+    assert shorter
+    assert prompt.rows == [rows[1]]
+    assert example is not None
 
 
 def test_prompts_that_never_fit_are_refused(run):

@@ -1,5 +1,5 @@
-"""Other wordings by rules: two kinds that share nothing, reproducible, and kind to other
-languages.
+"""Other wordings by rules: two kinds with phrases and errors of their own, reproducible, and kind to
+other languages.
 """
 
 import random

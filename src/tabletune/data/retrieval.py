@@ -61,9 +61,14 @@ def table_rows(rows: Iterable[dict]) -> list[TableRow]:
     for row in rows:
         questions = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
         if questions:
-            answer = row["completion"][0]["content"].rpartition("</think>")[2].strip()
+            answer = shown_answer(row["completion"][0]["content"])
             result.append(TableRow(questions[-1], answer, row["group"]))
     return result
+
+
+def shown_answer(answer: str) -> str:
+    """An answer as it stands in a prompt: without the thoughts before it."""
+    return answer.rpartition("</think>")[2].strip()
 
 
 def analyzer_for(texts: Iterable[str]) -> str:

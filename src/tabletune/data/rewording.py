@@ -1,7 +1,8 @@
 """Other wordings of a question, by rules: what people type who do not ask as the table does.
 
-There are two kinds of rules, which share nothing: those of training, and those of evaluation, so
-that a model is not measured on what it was taught.
+There are two kinds of rules, those of training and those of evaluation, so that a model is not
+measured on what it was taught: their English phrases and their typing errors differ. Lower case,
+missing punctuation and the bare subject are common to both.
 """
 
 import random

@@ -18,7 +18,7 @@ import numpy as np
 
 from tabletune.data.context import TableContext
 from tabletune.data.lookup import MOST_CONTEXT_ROWS, lookup_text
-from tabletune.data.retrieval import TableRow
+from tabletune.data.retrieval import TableRow, shown_answer
 from tabletune.data.rewording import Rewording, same_answer
 
 Message = dict[str, str]
@@ -94,7 +94,7 @@ def training_rows(rows: Iterable[dict[str, Any]]) -> list[TrainingRow]:
         if not users:
             continue
         answer = row["completion"][0]["content"]
-        shown = answer.rpartition("</think>")[2].strip()
+        shown = shown_answer(answer)
         question = row["prompt"][users[-1]]["content"]
         history = tuple((turn["role"], turn["content"]) for turn in row["prompt"][: users[-1]])
         result.append(TrainingRow(TableRow(question, shown, row["group"]), answer, history))
@@ -139,8 +139,8 @@ class PromptMaker:
                 yield lap, place
 
     def prompt(self, place: int, times_asked: Counter, lap: int) -> TrainingPrompt:
-        """A conversation about a row and the rows most like it; counts in `asked` which rows it
-        asks for.
+        """A conversation about a row and the rows most like it; counts in `times_asked`
+        which rows it asks for.
         """
         first = self.rows[place]
         shown = self.context_of(place)
@@ -190,16 +190,19 @@ class PromptMaker:
     def context_of(self, place: int) -> list[int]:
         """The places of the rows of a context: a row, and the most similar ones, each of another
         question.
+
+        `lookup.choose_rows` chooses them in use, with the same limits. There, several rows of one
+        question may stand together; here only one does, so that it is clear which answer is meant.
         """
         shown = [place]
         characters = self.length(place)
         settings = self.context.settings
         for other in self.most_similar(self.rows[place].row.question):
+            if self.ids[other] in self.ids[shown] or self.answers[other] in self.answers[shown]:
+                continue
             longer = characters + self.length(other) > settings.context_characters
             if len(shown) >= settings.context_rows and longer:
                 break
-            if self.ids[other] in self.ids[shown] or self.answers[other] in self.answers[shown]:
-                continue
             shown.append(other)
             characters += self.length(other)
         return shown
