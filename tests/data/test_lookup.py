@@ -161,3 +161,20 @@ def test_an_answer_is_shown_once_and_short_rows_fill_up():
     ]
     assert choose_rows(rows, 3, 0) == [0, 2, 3]
     assert choose_rows(rows, 3, 13) == [0, 2, 3, 4, 5]
+
+
+SIGNS = [{"question": f"What is 30 {sign} 5?", "answer": sign} for sign in "+-/*"]
+
+
+@pytest.mark.parametrize("sign", list("+-/*"))
+def test_questions_that_differ_in_a_sign_find_their_own_row_first(sign):
+    question = f"what is 30 {sign} 5?"
+    fast = RowIndex.build([TableRow(**row, question_id=row["answer"]) for row in SIGNS])
+    assert fast.search(question, 1)[0].row.answer == sign
+    assert PlainIndex(SIGNS).search(question, 1)[0][0]["answer"] == sign
+
+
+def test_a_row_is_not_copied_if_another_question_is_as_similar():
+    rows = [{**row, "score": 0.99} for row in SIGNS]
+    assert final_answer(NOTHING, rows, NOTHING, 0.3, 0.9) == (NOTHING, True)
+    assert final_answer(NOTHING, rows[:1] * 2, NOTHING, 0.3, 0.9) == ("+", False)

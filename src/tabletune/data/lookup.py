@@ -28,6 +28,11 @@ def lookup_text(text: str) -> str:
     return words or " ".join(text.split())
 
 
+def exact_text(text: str) -> str:
+    """A text with its punctuation: it tells "30 - 5" from "30 / 5", which look up the same."""
+    return " ".join(text.casefold().split())
+
+
 def char_ngrams(text: str, analyzer: str = "char_wb") -> list[str]:
     """The n-grams of a lookup text, as scikit-learn's analyzers `char_wb` and `char` cut them.
 
@@ -121,7 +126,13 @@ class PlainIndex:
         ).items():
             for number, other in self.postings[ngram]:
                 scores[number] += weight * other
-        best = sorted(range(len(scores)), key=lambda number: -round(scores[number], 6))[:k]
+        same = exact_text(question)
+
+        def rank(number: int) -> tuple[float, bool]:
+            differs = exact_text(self.rows[number]["question"]) != same
+            return -round(scores[number], 6), differs
+
+        best = sorted(range(len(scores)), key=rank)[:k]
         factor = familiarity(question, self.words)
         return [(self.rows[number], factor * scores[number]) for number in best]
 
@@ -188,12 +199,21 @@ def final_answer(
     a row that is less similar to the question than `unknown_threshold`, the table has nothing.
     """
     if is_unknown(answer, unknown_answer):
-        if rows and rows[0]["score"] >= certain_threshold:
+        if rows and rows[0]["score"] >= certain_threshold and not is_tied(rows):
             return rows[0]["answer"], False
         return answer, True
     if rows and is_refused([source_row(answer, rows)["score"]], unknown_answer, unknown_threshold):
         return unknown_answer, True
     return answer, False
+
+
+def is_tied(rows: Sequence[dict]) -> bool:
+    """Whether another question is as similar as that of the best row."""
+    best = rows[0]
+    for row in rows[1:]:
+        if row["score"] == best["score"] and row["question"] != best["question"]:
+            return True
+    return False
 
 
 def source_row(answer: str, rows: Sequence[dict]) -> dict:

@@ -15,6 +15,7 @@ from tabletune.data.english import FUNCTION_WORDS, looks_english
 from tabletune.data.lookup import (
     LONGEST,
     SHORTEST,
+    exact_text,
     familiarity,
     known_words,
     lookup_text,
@@ -94,6 +95,9 @@ class RowIndex:
         self.vectorizer, self.vectors = vectorizer, vectors
         self.ids = np.array([row.question_id for row in self.rows])
         questions = [row.question for row in self.rows]
+        self.rows_of_text: dict[str, list[int]] = {}  # {exact text: row numbers}
+        for number, question in enumerate(questions):
+            self.rows_of_text.setdefault(exact_text(question), []).append(number)
         self.function_words: frozenset[str] | None = None
         self.words: frozenset[str] | None = None
         if analyzer == "char_wb" and looks_english(questions):
@@ -126,19 +130,27 @@ class RowIndex:
     def search(self, question: str, k: int, exclude_question_id: str | None = None) -> list[Hit]:
         """The k rows with the most similar questions, best first; none of `exclude_question_id`."""
         excluded = self.ids == exclude_question_id if exclude_question_id is not None else None
-        return self.best(self.scores(question), k, excluded)
+        same = self.rows_of_text.get(exact_text(question), [])
+        return self.best(self.scores(question), k, excluded, same)
 
     def search_many(self, questions: Iterable[str], k: int) -> list[list[Hit]]:
         """`search` for many questions."""
         return [self.search(question, k) for question in questions]
 
-    def best(self, scores: np.ndarray, k: int, excluded: np.ndarray | None = None) -> list[Hit]:
-        """The k rows with the highest scores, best first, of equal ones the earlier; none that
-        is `excluded` [rows].
+    def best(
+        self,
+        scores: np.ndarray,
+        k: int,
+        excluded: np.ndarray | None = None,
+        preferred: Sequence[int] = (),
+    ) -> list[Hit]:
+        """The k rows with the highest scores, best first; none that is `excluded` [rows].
+
+        Of equal ones those whose numbers are `preferred` come first, then the earlier.
         """
-        ranks = np.round(
-            scores, 6
-        )  # PlainIndex adds in another order; what differs by rounding is equal
+        # PlainIndex adds in another order: what differs by rounding is equal
+        ranks = np.round(scores, 6)
+        ranks[list(preferred)] += 5e-7
         if excluded is not None:
             ranks[excluded] = -1
         if k < len(ranks):
