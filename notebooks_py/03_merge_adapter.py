@@ -188,7 +188,7 @@ else:
 
 # %% tags=["nbval-ignore-output"]
 from IPython.display import display
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, GenerationConfig, pipeline
 
 from tabletune.data.context import load_context
 from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
@@ -209,7 +209,8 @@ if context is not None:
 if verified:
     model = load_model(merged_folder, None, compute_dtype("auto"))
     ask = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(merged_folder))
-    written = ask(start, max_new_tokens=60, do_sample=False)[0]["generated_text"]
+    greedy = GenerationConfig(max_new_tokens=60, do_sample=False)
+    written = ask(start, generation_config=greedy)[0]["generated_text"]
     asked = start[-1]["content"] if row["prompt"] else start
     answer = written[-1]["content"] if row["prompt"] else written
     if context is not None:
