@@ -109,7 +109,7 @@ lab: $(call EXTRA,browser) ## open the notebooks in JupyterLab
 # --- Each command, though a folder or a file may have its name. Any other word is a mistake.
 COMMANDS := help run-all $(SERIES) baselines trust export ask index chat rate report compare sweep \
 	setup base-models clean help-dev environment test test-all test-slow test-export test-gpu \
-	test-browser test-peers test-newest reference examples example-cpu example-knowledge \
+	test-browser test-peers test-newest test-colab reference examples example-cpu example-knowledge \
 	$(OWN_TABLES) sync badges lint docs lab
 .PHONY: $(COMMANDS)
 NO_COMMAND := $(firstword $(filter-out $(COMMANDS) $(VENV)/% .venv%,$(MAKECMDGOALS)))
