@@ -26,8 +26,6 @@ from tabletune.stats import (
     rate_interval,
 )
 
-METRICS = ("right", "exact_match", "right_item", "facts", "chrf")
-RATES = ("right", "wrong", "nothing", "exact_match", "right_item")
 # the median answer of a table of labels or short answers has at most so many words
 SHORT_ANSWER_WORDS = 5
 MOST_LABELS = 20
@@ -37,6 +35,62 @@ RIGHT_WORDS = 0.9  # the share of the reference's words that it must have
 NEGATION = re.compile(r"\b(?:not|no|never|none|nothing|cannot|without)\b|n['’]t\b")
 NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 LONGEST_WORD = 12  # letters a word, on average: where there are more, the language writes no spaces
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that compares an answer with the references of its question.
+
+    `kind` is "rate" (true or false), "share" (0 to 1) or "score" (0 to 100). `reason` says what it
+    is, `without` why a table does not have it; "" where every table does.
+    """
+
+    name: str
+    kind: str
+    reason: str
+    without: str = ""
+
+
+# The metrics of content, in the order in which they are shown. A new one takes four lines: here, in
+# `compare_answer` (its value), in `content_rules` (`applies`: which tables have it), and in
+# CONTENT_COLUMNS of report/text.py (its heading).
+METRICS = (
+    Metric("right", "rate", reason=""),  # REASONS_OF_RIGHT
+    Metric(
+        "exact_match",
+        "rate",
+        reason=f"Most answers of this table have at most {SHORT_ANSWER_WORDS} words, so they are "
+        "compared word for word.",
+        without="Not used: the answers are too long to be compared word for word.",
+    ),
+    Metric(
+        "right_item",
+        "rate",
+        reason="The line of the answer template with {{{item_field}}} names an item.",
+        without="Not used: the answer template has no line that names an item (item_field).",
+    ),
+    Metric(
+        "facts",
+        "share",
+        reason="The share of the reference's numbers and names that the answer has, too.",
+        without="Not used: the answers have no numbers and no names.",
+    ),
+    Metric(
+        "chrf",
+        "score",
+        reason="How many short runs of letters an answer shares with the best reference, 0 to 100. "
+        "The fixed text of the answer template counts as well.",
+    ),
+)
+KINDS = {metric.name: metric.kind for metric in METRICS}
+# what decides whether an answer is right, and how the reader is told
+REASONS_OF_RIGHT = {
+    "exact_match": "An answer is right if it is the expected one, letter case aside.",
+    "right_item": "An answer is right if it names an item that the table has for the question, and "
+    "no other item.",
+    "same_text": "An answer is right if it says nearly the same words as an answer of the table, "
+    f"with the same numbers and names (chrF of {RIGHT_CHRF:g} or more).",
+}
 
 
 @dataclass(frozen=True)
@@ -86,45 +140,20 @@ def content_rules(
     items = table_of_items(rows, template, item_field)
     short = bool(answers) and median(len(a.split()) for a in answers) <= SHORT_ANSWER_WORDS
     labels = classification_labels(training) if short else ()
+    has_facts = any(numbers_and_names(answer, fixed_words(template)) for answer in answers)
+    applies = {"exact_match": short, "right_item": bool(items), "facts": has_facts}
     reasons = {}
+    for metric in METRICS:
+        reasons[metric.name] = metric.without
+        if applies.get(metric.name, True):
+            reasons[metric.name] = metric.reason.format(item_field=item_field)
+    right = "same_text"
     if short:
         right = "exact_match"
-        reasons["right"] = "An answer is right if it is the expected one, letter case aside."
-        reasons["exact_match"] = (
-            f"Most answers of this table have at most {SHORT_ANSWER_WORDS} words, so they are "
-            "compared word for word."
-        )
-    else:
-        right = "right_item" if items else "same_text"
-        reasons["exact_match"] = "Not used: the answers are too long to be compared word for word."
-        reasons["right"] = (
-            "An answer is right if it says nearly the same words as an answer of the table, "
-            f"with the same numbers and names (chrF of {RIGHT_CHRF:g} or more)."
-        )
-        if items:
-            reasons["right"] = (
-                "An answer is right if it names an item that the table has for the question, and "
-                "no other item."
-            )
-    reasons["right_item"] = (
-        "Not used: the answer template has no line that names an item (item_field)."
-    )
-    if items:
-        reasons["right_item"] = (
-            f"The line of the answer template with {{{item_field}}} names an item."
-        )
-    has_facts = any(numbers_and_names(answer, fixed_words(template)) for answer in answers)
-    reasons["facts"] = "Not used: the answers have no numbers and no names."
-    if has_facts:
-        reasons["facts"] = (
-            "The share of the reference's numbers and names that the answer has, too."
-        )
-    reasons["chrf"] = (
-        "How many short runs of letters an answer shares with the best reference, 0 to 100. The "
-        "fixed text of the answer template counts as well."
-    )
-    applies = {"exact_match": short, "right_item": bool(items), "facts": has_facts}
-    metrics = tuple(name for name in METRICS if applies.get(name, True))
+    elif items:
+        right = "right_item"
+    reasons["right"] = REASONS_OF_RIGHT[right]
+    metrics = tuple(metric.name for metric in METRICS if applies.get(metric.name, True))
     return ContentRules(right, metrics, reasons, labels, template, item_field, items)
 
 
@@ -187,9 +216,10 @@ def check_content(
         lines.append(
             {**line, "outcome": outcome, "unknown": says_unknown, "answerable": has_answer}
         )
-    columns = [*METRICS, "outcome", "unknown", "answerable"]
-    table = pd.DataFrame(lines, columns=columns)
-    return table.astype({"right": bool, "exact_match": bool, "chrf": float, "facts": float})
+    table = pd.DataFrame(lines, columns=[*KINDS, "outcome", "unknown", "answerable"])
+    types: dict[str, type] = {"right": bool, "exact_match": bool}  # right_item may be None
+    types |= {name: float for name, kind in KINDS.items() if kind != "rate"}
+    return table.astype(types)
 
 
 def compare_answer(answer: str, references: list[str], rules: ContentRules, group: str) -> dict:
@@ -326,45 +356,48 @@ def summarize_content(
     `right`, `wrong` and `nothing` are shares of all answers, `false_nothing` of those to questions
     that the table can answer. Each question stands once, so answers are independent.
     """
+    is_answerable = checked["answerable"].astype(bool)
     entry: dict = {"questions": len(checked)}
-    outcomes = {
-        "right": checked["right"],
-        "wrong": checked["outcome"] == "wrong",
-        "nothing": checked["unknown"],
-    }
+    entry |= rate_entry("right", checked["right"])
+    entry |= rate_entry("wrong", checked["outcome"] == "wrong")
+    entry |= rate_entry("nothing", checked["unknown"])
     if "copied" in checked:  # by the lookup, without the model
-        outcomes["copied"] = checked["copied"]
-    for name in ("exact_match", "right_item"):
-        values = checked[name].dropna()
-        outcomes[name] = values if name in rules.metrics else values[:0]
-    outcomes["false_nothing"] = checked.loc[checked["answerable"].astype(bool), "unknown"]
-    for name, values in outcomes.items():
-        values = values.astype(bool)
-        entry[name] = values.mean().item() if len(values) else None
-        entry[f"{name}_ci95"] = rate_interval(values)
-    entry["answerable"] = int(checked["answerable"].sum())
-    # questions that the table has no answer to: the only right one is "nothing"
-    lacking = checked[~checked["answerable"].astype(bool)]
-    if len(lacking):
-        has_row = checked[checked["answerable"].astype(bool)]
-        for name, rows, column in (
-            ("unanswerable", lacking, "unknown"),
-            ("paraphrased", has_row, "right"),
-        ):
-            figure = "nothing" if column == "unknown" else column
-            rate = rows[column].astype(bool).mean() if len(rows) else None
-            entry[name] = {
-                "questions": len(rows),
-                figure: None if rate is None else float(rate),
-                f"{figure}_ci95": rate_interval(rows[column].astype(bool)),
-            }
-    for name in ("facts", "chrf"):
-        values = checked[name].dropna() if name in rules.metrics else checked[name][:0]
-        entry[name] = values.mean().item() if len(values) else None
-        entry[f"{name}_ci95"] = mean_interval(values, np.ones(len(values)), None, draws, seed)
-        if name == "facts" and set(values) in ({0.0}, {1.0}):  # where the bootstrap sees no doubt
-            entry["facts_ci95"] = rate_interval(values.astype(bool))
+        entry |= rate_entry("copied", checked["copied"])
+    entry |= rate_entry("false_nothing", checked.loc[is_answerable, "unknown"])
+    for metric in METRICS:
+        if metric.name == "right":
+            continue
+        values = checked[metric.name].dropna()
+        if metric.name not in rules.metrics:
+            values = values[:0]
+        if metric.kind == "rate":
+            entry |= rate_entry(metric.name, values)
+        else:
+            entry |= mean_entry(metric, values, draws, seed)
+    entry["answerable"] = int(is_answerable.sum())
+    if not is_answerable.all():
+        # to the questions that the table has no answer to, the only right one is "nothing"
+        lacking = checked.loc[~is_answerable, "unknown"]
+        has_row = checked.loc[is_answerable, "right"]
+        entry["unanswerable"] = {"questions": len(lacking), **rate_entry("nothing", lacking)}
+        entry["paraphrased"] = {"questions": len(has_row), **rate_entry("right", has_row)}
     return entry
+
+
+def rate_entry(name: str, values: pd.Series) -> dict:
+    """A share of true values with its interval, {name: rate, name_ci95: limits}; None without any."""
+    values = values.astype(bool)
+    rate = values.mean().item() if len(values) else None
+    return {name: rate, f"{name}_ci95": rate_interval(values)}
+
+
+def mean_entry(metric: Metric, values: pd.Series, draws: int, seed: int) -> dict:
+    """The mean of a metric's values with its interval, as `rate_entry` has it."""
+    name = metric.name
+    limits = mean_interval(values, np.ones(len(values)), None, draws, seed)
+    if metric.kind == "share" and set(values) in ({0.0}, {1.0}):
+        limits = rate_interval(values.astype(bool))  # the bootstrap sees no doubt where all agree
+    return {name: values.mean().item() if len(values) else None, f"{name}_ci95": limits}
 
 
 def content_differences(
@@ -384,7 +417,7 @@ def content_differences(
         a, b = one[name].to_numpy()[measured], other[name].to_numpy()[measured]
         if not len(a):
             continue
-        if name in RATES:
+        if KINDS[name] == "rate":
             entries[name] = rate_difference(a.astype(bool), b.astype(bool))
         else:
             entries[name] = mean_difference(
