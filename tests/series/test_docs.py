@@ -59,7 +59,21 @@ def test_links_and_file_names_lead_somewhere(page):
         "benchmarks|data|docs|grids|models|notebooks|notebooks_py|profiles|src|templates|tests"
     )
     for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", text):
-        assert (ROOT / name).exists() or name == "profiles/mine.yaml", name
+        in_package = ROOT / "src" / "tabletune" / name  # architecture.md names files from there
+        is_there = (ROOT / name).exists() or in_package.exists()
+        assert is_there or name == "profiles/mine.yaml", name
+
+
+def test_architecture_names_files_and_functions_that_exist():
+    text = without_code(read("docs/architecture.md")).split("## Where to find things")[1]
+    package = ROOT / "src" / "tabletune"
+    for name in re.findall(r"`([a-z_]+/[\w./]+)`", text):
+        assert (package / name).exists() or (ROOT / name).exists(), name
+    pairs = re.findall(r"`(\w+)` (?:in|of) `([\w/]+\.py)`", text)
+    assert len(pairs) > 5
+    for name, file in pairs:
+        source = (package / file).read_text(encoding="utf-8")
+        assert re.search(rf"(?m)^(?:def |class )?{name}\b", source), (name, file)
 
 
 def test_what_make_is_asked_for_is_there():
