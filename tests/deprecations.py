@@ -8,6 +8,7 @@ is neither the library itself nor one that only passes calls on.
 """
 
 import logging
+import re
 import sys
 import warnings
 from contextlib import contextmanager
@@ -49,6 +50,19 @@ def cause(frame):
     return None
 
 
+def is_muted(text, kind):
+    """Whether somebody ignores this very text.
+
+    pandas does while one of its functions calls another.
+    """
+    for action, message, category, *_ in warnings.filters:
+        if action == "ignore" and message is not None and issubclass(kind, category):
+            pattern = re.compile(message, re.IGNORECASE) if isinstance(message, str) else message
+            if pattern.match(text):
+                return True
+    return False
+
+
 @contextmanager
 def own_deprecations():
     """A list that fills, while the block runs, with the deprecations that our own code causes."""
@@ -65,7 +79,8 @@ def own_deprecations():
 
     def watched_warn(message, category=None, stacklevel=1, *args, **kwargs):
         kind = type(message) if isinstance(message, Warning) else category
-        if isinstance(kind, type) and issubclass(kind, CATEGORIES):
+        is_deprecation = isinstance(kind, type) and issubclass(kind, CATEGORIES)
+        if is_deprecation and not is_muted(str(message), kind):
             note(message, sys._getframe(1))
         # one more frame lies between the caller and the warning
         return warn(message, category, stacklevel + 1, *args, **kwargs)

@@ -30,6 +30,11 @@ def warn():
 def log():
     log_once("`log` is deprecated")
 
+def call_another():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`warn` is")
+        warn()
+
 def other():
     warnings.warn("this number is odd", UserWarning)
 """
@@ -78,7 +83,14 @@ def test_what_our_code_causes_is_noticed(module, name, source, expected):
 
 
 @pytest.mark.parametrize(
-    "source", ["trl.outdated()", "library.other()", "library.Arguments()", "trl.More()"]
+    "source",
+    [
+        "trl.outdated()",
+        "library.other()",
+        "library.call_another()",
+        "library.Arguments()",
+        "trl.More()",
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_a_library_causes_is_not_ours(module, source):

@@ -56,6 +56,13 @@ def test_the_command_line_starts_fast():
     assert done.stdout == "set()\n"
 
 
+def peft_imports_bitsandbytes():
+    """Whether peft does so by itself, as from 0.21 on: then the compiler is loaded with it."""
+    helpers = Path(find_spec("peft").origin).parent / "helpers.py"
+    return "import bitsandbytes" in helpers.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(peft_imports_bitsandbytes(), reason="peft imports bitsandbytes by itself")
 def test_notebook_2_starts_without_torchs_compiler_and_without_matplotlib():
     """They would take two seconds, and half a second.
 

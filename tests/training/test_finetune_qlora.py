@@ -24,7 +24,7 @@ from tabletune.chat.tokenizer import load_tokenizer_of_run
 from tabletune.errors import StageError
 from tabletune.evaluation.scoring import score
 from tabletune.model import cuda_graphs
-from tabletune.model.compat import CHECKPOINTING
+from tabletune.model.compat import checkpointing_name
 from tabletune.model.loading import skeleton
 from tabletune.model.quantization import load_base
 from tabletune.training import checkpoints as checkpoints_module
@@ -482,7 +482,7 @@ def test_activations_are_kept_where_a_model_cannot_recompute_them(stage, monkeyp
     settings = planning.trainer_settings(
         stage.stage, False, torch.float32, room, 2, 10, packed=True
     )
-    assert settings[CHECKPOINTING] is False
+    assert settings[checkpointing_name()] is False
 
 
 def test_recorded_layers_accumulate_and_take_fewer_rows(monkeypatch):

@@ -101,6 +101,8 @@ def execute(source: Path, target: Path, values: dict[str, Any], prepare_only: bo
     label = f"{source.stem}.process{rank}" if rank else source.stem
     partial = target.with_name(f"{label}.partial.ipynb")
     options: dict[str, Any] = {"prepare_only": prepare_only, "progress_bar": False}
+    # a newer ipykernel warns that others on this machine could listen
+    options["extra_arguments"] = ["--log-level=ERROR"]
     if source.stem in NUMBERED and not rank and not prepare_only:
         options |= {"engine_name": register_engine(), "stage_name": source.stem}
     target.parent.mkdir(parents=True, exist_ok=True)

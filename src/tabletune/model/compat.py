@@ -9,17 +9,20 @@ needed.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
     Cache,
     PreTrainedModel,
-    TrainingArguments,
     conversion_mapping,
     core_model_loading,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -341,7 +344,7 @@ def tensors_in_4_bits(names: Iterable[str] | Mapping[str, Any]) -> list[str]:
 # --- training
 
 
-def use_one_gpu(arguments: TrainingArguments) -> None:
+def use_one_gpu(arguments: "TrainingArguments") -> None:
     """Have a Trainer take one GPU only, however many this process sees."""
     arguments._n_gpu = 1
 
@@ -354,13 +357,18 @@ def gather_in_compute_stream(model: torch.nn.Module) -> None:
 # --- names that changed: transformers 5.24 warns of the older ones, and 5.15 knows no others
 
 OUTPUT_FIELDS = {field.name for field in fields(BaseModelOutputWithPast)}
-ARGUMENT_FIELDS = {field.name for field in fields(TrainingArguments)}
 # what a model returns its cache as, and what `generate` takes it as
 CACHE = "cache" if "cache" in OUTPUT_FIELDS else "past_key_values"
-# what the arguments of a Trainer are called that say which activations are recomputed
-CHECKPOINTING = "gradient_checkpointing"
-if "activation_checkpointing" in ARGUMENT_FIELDS:
-    CHECKPOINTING = "activation_checkpointing"
+
+
+@cache
+def checkpointing_name() -> str:
+    """What the argument of a Trainer is called that says whether activations are recomputed."""
+    from transformers import TrainingArguments  # slow to import: a newer one imports peft, too
+
+    newer = "activation_checkpointing"
+    names = {field.name for field in fields(TrainingArguments)}
+    return newer if newer in names else "gradient_checkpointing"
 
 
 def cache_of(output: Mapping[str, Any]) -> Cache | None:
@@ -380,11 +388,11 @@ def checkpointing_arguments(
     for ending, value in values.items():
         names = {f"gradient_checkpointing{ending}", f"activation_checkpointing{ending}"}
         if not names & set(set_by_reader):
-            arguments[f"{CHECKPOINTING}{ending}"] = value
+            arguments[f"{checkpointing_name()}{ending}"] = value
     return arguments
 
 
-def checkpointing_of(arguments: TrainingArguments) -> tuple[bool, dict[str, Any]]:
+def checkpointing_of(arguments: "TrainingArguments") -> tuple[bool, dict[str, Any]]:
     """Whether a Trainer with these arguments recomputes activations, and the options for that."""
-    enabled = getattr(arguments, CHECKPOINTING)
-    return enabled, getattr(arguments, f"{CHECKPOINTING}_kwargs") or {}
+    name = checkpointing_name()
+    return getattr(arguments, name), getattr(arguments, f"{name}_kwargs") or {}
