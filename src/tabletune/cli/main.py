@@ -23,7 +23,7 @@ from tabletune.cli.options import (
     write_settings,
 )
 from tabletune.cli.paths import notebook
-from tabletune.cli.summary import print_summary
+from tabletune.cli.summary import print_recommendation, print_summary
 from tabletune.cli.sync import add_sync, sync
 from tabletune.errors import StageError
 from tabletune.run.lock import run_lock
@@ -60,6 +60,12 @@ def on_finished_run(name: str) -> Command:
         run_notebook(notebook(name), run_dir / f"{name}.ipynb", words, gpus)
 
     return command
+
+
+def baselines(options: argparse.Namespace) -> None:
+    """Run notebook 5 on a finished run, and print what it recommends."""
+    on_finished_run("05_baselines")(options)
+    print_recommendation(choose_run_dir(options))
 
 
 def report(options: argparse.Namespace) -> None:
@@ -150,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--until", choices=SERIES, metavar="STAGE", help="the last stage to run")
     add_for_run(
         "baselines",
-        on_finished_run("05_baselines"),
+        baselines,
         "Notebook 5 on a finished run: was training worth it?",
     )
     add_for_run(

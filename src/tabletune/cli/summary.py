@@ -31,6 +31,17 @@ def print_summary(run_dir: Path) -> None:
     )
 
 
+def print_recommendation(run_dir: Path) -> None:
+    """Print what notebook 5 recommends for a run, and where its figures are.
+
+    Raises StageError without them.
+    """
+    folder = run_dir / "baselines"
+    metrics = read_json(folder / "metrics.json", "05_baselines")
+    print("", *metrics["verdict"]["sentences"], sep="\n")
+    print(f"\nfigures, answers and a plot {folder}, the notebook {run_dir / '05_baselines.ipynb'}")
+
+
 def percent(rate: Any) -> str:
     """A rate in percent; "-" where there is none."""
     return "-" if rate is None else f"{rate:.0%}"

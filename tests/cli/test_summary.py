@@ -1,0 +1,22 @@
+"""What a finished run prints."""
+
+import pytest
+
+from tabletune.cli.summary import print_recommendation
+from tabletune.errors import StageError
+from tabletune.run.files import write_json
+
+
+def test_the_recommendation_of_notebook_5_is_printed(tmp_path, capsys):
+    (tmp_path / "baselines").mkdir()
+    verdict = {"sentences": ["Do not fine-tune.", "Of 8 questions, …"]}
+    write_json(tmp_path / "baselines" / "metrics.json", {"verdict": verdict})
+    print_recommendation(tmp_path)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[:2] == verdict["sentences"]
+    assert str(tmp_path / "baselines") in lines[-1]
+
+
+def test_without_notebook_5_it_is_named(tmp_path):
+    with pytest.raises(StageError, match="05_baselines"):
+        print_recommendation(tmp_path)
