@@ -35,7 +35,7 @@
 # Was training worth it? A model need not be fine-tuned to answer from a table. It can be shown some
 # rows in its prompt, or the rows that are most similar to the question. And the answer of the most
 # similar row can be copied, without any model. Here all of these answer the same questions as the
-# fine-tuned model, and the notebook says which one to ship.
+# fine-tuned model, and the notebook says which one to ship: see [What to ship](#What-to-ship).
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
@@ -89,9 +89,9 @@ from tabletune.evaluation.questions import question_sets
 from tabletune.evaluation.recommendation import recommend
 from tabletune.evaluation.scoring import score
 from tabletune.evaluation.trained_run import open_trained_run
-from tabletune.report.baselines import baselines_table, plot_baselines
+from tabletune.report import baselines as report
 from tabletune.report.pages import read_lines
-from tabletune.report.tables import differences_table, side_by_side
+from tabletune.report.tables import side_by_side
 from tabletune.run.stage import start_stage
 
 stage = start_stage("05_baselines", globals())
@@ -215,7 +215,8 @@ def ask_model(way):
 
 # %% tags=["nbval-ignore-output"]
 if not done:
-    results = [ask_model(way) if way.model else baselines.without_model(way, prompts, questions) for way in possible_ways]
+    results = [baselines.without_model(way, prompts, questions) for way in possible_ways if not way.model]
+    results += [ask_model(way) for way in possible_ways if way.model]
     adapted = None
 
 # %% [markdown]
@@ -235,7 +236,7 @@ if not done and processes.is_main_process:
         partial.mkdir()
         write_json(partial / "metrics.json", metrics)
         write_lines(partial / "answers.jsonl", baselines.lines_of_answers(results, checked, questions))
-        plot_baselines(metrics).savefig(partial / "results.png", dpi=150)
+        report.plot_baselines(metrics).savefig(partial / "results.png", dpi=150)
     stage.record(trained.report["fingerprint"], trained.inputs)
 processes.wait_for_everyone()
 metrics = read_json(folder / "metrics.json", stage.name)
@@ -249,7 +250,7 @@ metrics = read_json(folder / "metrics.json", stage.name)
 # best one, within one standard error. So a dearer way must prove that it is better.
 
 # %%
-print(*metrics["verdict"]["sentences"], sep="\n")
+report.recommendation(metrics)
 
 # %% [markdown]
 # ## The figures behind it
@@ -259,21 +260,20 @@ print(*metrics["verdict"]["sentences"], sep="\n")
 # stands in the prompt, so it says least.
 
 # %%
-baselines_table(metrics)
+report.baselines_table(metrics)
 
 # %% tags=["nbval-ignore-output"]
-plot_baselines(metrics)
+report.plot_baselines(metrics)
 
 # %% [markdown]
 # ### What training adds
 #
-# The fine-tuned model against each of the others, in pairs, on the same questions. A difference is
-# called one only if its interval excludes zero. `metrics.json` has the other figures, too.
+# How many more answers of the fine-tuned model are right, in percentage points: against each of the
+# others, in pairs, on the same questions. If the interval includes zero, the difference may be
+# chance. `metrics.json` has the other figures, too.
 
 # %%
-pairs = metrics["differences"].items()
-right = {f"{pair}, {part}": {"right": entry["right"]} for pair, parts in pairs for part, entry in parts.items()}
-differences_table(right)
+report.training_table(metrics)
 
 # %% [markdown]
 # ### Read them

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import copy_of, run_tiny
 
-from tabletune.report.baselines import baselines_table
+from tabletune.report.baselines import baselines_table, recommendation, training_table
 from tabletune.report.pages import read_lines
 
 FEW = {"baseline_samples": 6, "max_new_tokens": 8, "bootstrap_samples": 50}
@@ -89,12 +89,28 @@ def test_the_table_has_a_line_for_each_part_and_way(metrics):
     assert list(table.index.get_level_values("way")[: len(WAYS)]) == WAYS
 
 
+def test_the_recommendation_is_a_heading(metrics):
+    lines = recommendation(metrics).data.splitlines()
+    assert lines[0].startswith("### Do not fine-tune for this table: copy")
+    assert all(line.startswith("- ") for line in lines[2:])
+
+
+def test_the_table_of_training_has_a_line_for_each_other_way(metrics):
+    table = training_table(metrics)
+    assert list(table.index) == [f"adapter against {name}" for name in WAYS[:-1]]
+    assert list(table.columns) == [
+        "reworded questions",
+        "the table's own questions",
+        "new questions",
+    ]
+    assert table.loc["adapter against base", "new questions"].endswith(", may be chance")
+
+
 def test_a_second_pass_changes_no_file(compared, capsys):
     before = all_files(compared)
     run_tiny("05_baselines", compared, **FEW)
     said = capsys.readouterr().out
     assert "All is done already: baselines/metrics.json" in said
-    assert "Do not fine-tune for this table: copy" in said
     assert all_files(compared) == before
 
 

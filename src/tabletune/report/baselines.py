@@ -1,9 +1,10 @@
-"""The table and the plot of notebook 5: every way to answer, on the same questions."""
+"""What notebook 5 shows: the recommendation, and all ways to answer as tables and as a plot."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from IPython.display import Markdown
 
 from tabletune.report.text import PARTS, with_interval
 
@@ -17,6 +18,18 @@ def parts_of(metrics: Mapping) -> list[str]:
     """The parts that were asked, in ORDER."""
     first = next(iter(metrics["ways"].values()))
     return [part for part in ORDER if part in first["content"]]
+
+
+def recommendation(metrics: Mapping) -> Markdown:
+    """What to ship, as a heading, and the reasons below it."""
+    first, *reasons = metrics["verdict"]["sentences"]
+    return Markdown(f"### {first}\n\n" + "\n".join(f"- {reason}" for reason in reasons))
+
+
+def perplexity_text(value: float | None, ci95: list[float] | None) -> str:
+    """A perplexity with its interval; large ones without decimals."""
+    form = ",.0f" if value is not None and value >= 100 else ",.2f"
+    return with_interval(value, ci95, form)
 
 
 def baselines_table(metrics: Mapping) -> pd.DataFrame:
@@ -34,14 +47,32 @@ def baselines_table(metrics: Mapping) -> pd.DataFrame:
                     "way": name,
                     "right": with_interval(content["right"], content["right_ci95"], ".0%"),
                     "chrF": with_interval(content["chrf"], content["chrf_ci95"], ".0f"),
-                    "perplexity of the references": with_interval(
-                        reading.get("response"), reading.get("response_ci95"), ",.2f"
+                    "perplexity of the references": perplexity_text(
+                        reading.get("response"), reading.get("response_ci95")
                     ),
                     "tokens a question": f"{entry['tokens_a_question']:,.0f}",
                     "seconds a question": f"{entry['seconds_a_question']:.2g}",
                 }
             )
     return pd.DataFrame(lines).set_index(["questions", "way"])
+
+
+def training_table(metrics: Mapping) -> pd.DataFrame:
+    """How many more answers of the fine-tuned model are right than of each other way, as texts.
+
+    In percentage points: a line a way, a column for each part of the questions.
+    """
+    lines = {}
+    for pair, differences in metrics["differences"].items():
+        trained, _, other = pair.partition(" - ")
+        line = {}
+        for part in parts_of(metrics):
+            entry = differences[part]["right"]
+            points = [100 * value for value in (entry["difference"], *entry["ci95"])]
+            text = with_interval(points[0], points[1:], "+.0f")
+            line[PARTS[part]] = text if entry["significant"] else f"{text}, may be chance"
+        lines[f"{trained} against {other}"] = line
+    return pd.DataFrame.from_dict(lines, orient="index")
 
 
 def plot_baselines(metrics: Mapping) -> "Figure":
