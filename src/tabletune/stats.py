@@ -1,9 +1,9 @@
 """How sure a figure is: its 95% interval, and which differences are real.
 
 Other test rows would have given other numbers. Rows of one question are no independent witnesses,
-so whole questions (`groups`, a key a row) are what is drawn again. Fewer than `FEWEST_GROUPS` of
-them never suffice: even if all agree, chance alone does that more often than once in twenty. Then
-there is no interval, and None stands in its place.
+so whole questions (`groups`, the question's id for each row) are what is drawn again. Fewer than
+`FEWEST_GROUPS` of them never suffice: even if all agree, chance alone does that more often than
+once in twenty. Then there is no interval, and None stands in its place.
 """
 
 import math

@@ -48,6 +48,11 @@ def test_questions_of_files(tmp_path, name, text, expected):
     [
         ("q.txt", " \n", "has no questions"),
         ("q.csv", "a,b\n1,2\n", "no column question. Its columns: a, b"),
+        (
+            "q.csv",
+            'question\n"Cold?\nGas?\n',
+            "begins in line 2: a double quote is missing",
+        ),
         ("q.jsonl", '{"question": "Cold?"}\n{oops\n', "line 2"),
         ("q.json", '{"question": "Cold?"}', "must be a list"),
         ("q.jsonl", "3\n", "is neither a question nor a row"),

@@ -73,7 +73,7 @@ def test_architecture_names_files_and_functions_that_exist():
     assert len(pairs) > 5
     for name, file in pairs:
         source = (package / file).read_text(encoding="utf-8")
-        assert re.search(rf"(?m)^(?:def |class )?{name}\b", source), (name, file)
+        assert re.search(rf"(?m)^ *(?:def |class )?{name}\b", source), (name, file)
 
 
 def test_what_make_is_asked_for_is_there():

@@ -242,7 +242,13 @@ def earlier_answer_spans(
     An answer is located by its position, never by its text, which may occur anywhere ("a" is in
     "assistant"). The conversation is rendered once more with a mark in place of that answer: what
     is before and after the mark is the template's and the other turns', and what remains of `text`
-    between them is the answer. White space around an answer is left out, and so is a thought that
+    between them is the answer:
+
+        text:       [INST] Tea? [/INST] Yes. </s>[INST] Why? [/INST]
+        with mark:  [INST] Tea? [/INST] * </s>[INST] Why? [/INST]
+        the span:                       ^^^^
+
+    White space around an answer is left out, and so is a thought that
     the template drops. Raises StageError if the template writes an earlier answer otherwise than it
     stands in the data.
     """

@@ -106,18 +106,19 @@ def thinking_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Raises StageError if the prompt opens a block of thinking with a mark that is not known here.
     """
+    # opened: the prompt that asks for an answer; before: what stands before an answer in a chat
     opened, before, _ = around([USER], tokenizer)
-    # how far the open prompt and the conversation with an answer agree
-    shared = 0
+    shared = 0  # characters that both begin with
     while shared < len(opened) and opened[shared : shared + 1] == before[shared : shared + 1]:
         shared += 1
     if opened.rfind("<", 0, shared) > opened.rfind(">", 0, shared):
         shared = opened.rfind("<", 0, shared)  # two marks that begin alike are two marks
     only_in_prompt, only_before_answer = opened[shared:], before[shared:]
     if opened.rstrip().endswith("<think>"):
+        # before: "…<think>\n\n</think>\n\n". The template closes the thought itself: as it does.
         if not only_in_prompt and "</think>" in only_before_answer:
             return only_before_answer
-        # the template opens the thought and cannot close it: an empty one is closed here
+        # before: "…" without a thought. The template opens one and closes none: an empty one.
         line_break = "\n" if opened.endswith("\n") else "\n\n"
         return f"{line_break}</think>\n\n"
     opens_thinking = re.search(r"think|reason", only_in_prompt, re.IGNORECASE)
@@ -126,10 +127,11 @@ def thinking_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
             "The model's chat template begins to think in a way that this notebook cannot end "
             f"({only_in_prompt!r}). Take another base model."
         )
-    # the prompt closes the thought itself, and the answer's turn has no other text before it
+    # opened: "…<think>\n\n</think>\n\n". The prompt has closed the thought: nothing is missing.
     closes_itself = only_in_prompt and "think" in only_before_answer
     if closes_itself or not only_before_answer.strip():
         return ""
+    # before: "…<|channel|>final<|message|>". An answer has a header that the model would write.
     return only_before_answer
 
 

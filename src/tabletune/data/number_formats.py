@@ -78,6 +78,10 @@ def _sections(number_format: str) -> list[str]:
 
 
 def _date_text(value: datetime | date | time | timedelta, number_format: str) -> str:
+    """A date, a time or a duration as its format shows it.
+
+    The first of March 2026 with `dd.mm.yyyy` is 01.03.2026; thirty hours with `[h]:mm` are 30:00.
+    """
     section = _sections(number_format)[0]
     tokens = _tokens(section)
     if isinstance(value, timedelta) and not any(kind == "bracket" for kind, _ in tokens):
@@ -195,6 +199,11 @@ def general_text(value: int | float) -> str:
 
 
 def _number_text(value: int | float, number_format: str) -> str:
+    """A number as its format shows it.
+
+    1234.5 with `#,##0.00` is 1,234.50; 0.5 with `0%` is 50%; 0 with `0;-0;"none"` is none; -2 with
+    `0;(0)` is (2).
+    """
     section, absolute = _section_of(value, _sections(number_format))
     tokens = _tokens(section)
     places = [

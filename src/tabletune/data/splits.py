@@ -1,4 +1,9 @@
-"""Which question a row asks, and which split it is in."""
+"""Which question a row asks, and which split it is in.
+
+A question is its words (`question_key`). All rows of one question are in one split, by a hash of
+these words and the seed. The same question in other words is another question here. Rows of a table
+with splits of its own stay in them, and `report.json` counts those that are asked in training, too.
+"""
 
 import hashlib
 import re
@@ -84,7 +89,8 @@ def assign_splits(
 ) -> np.ndarray:
     """The split of each row, "train", "validation" or "test", as an array of names.
 
-    It follows from the positions of their questions.
+    It follows from the positions of their questions: with fractions of 0.1 a question at 0.05 is in
+    the test split, one at 0.15 in validation, one at 0.7 in training.
 
     `official` has the split that a row must stay in, or ""; the held-out splits that no row has
     officially come from the rows for training, "" or "train". Where the fractions leave one empty,

@@ -85,7 +85,7 @@ def read_questions(path: Path) -> list[AskedQuestion]:
         raise StageError(f"QUESTIONS={path} cannot be read: {error}.") from None
     kind = path.suffix.lower()
     if kind in (".csv", ".tsv"):
-        questions = questions_of_rows(rows_of_csv(text, kind), path)
+        questions = questions_of_rows(rows_of_csv(text, kind, path), path)
     elif kind in (".json", ".jsonl", ".ndjson"):
         questions = questions_of_rows(rows_of_json(text, kind, path), path)
     else:
@@ -95,14 +95,22 @@ def read_questions(path: Path) -> list[AskedQuestion]:
     return questions
 
 
-def rows_of_csv(text: str, kind: str) -> list[dict]:
+def rows_of_csv(text: str, kind: str, path: Path) -> list[dict]:
     """The rows of a CSV text.
 
-    Its delimiter is the commonest of comma, semicolon and tab in the header.
+    Its delimiter is the commonest of comma, semicolon and tab in the header. Raises StageError for
+    a quoted cell that does not end, or that goes on behind its quote.
     """
     header = text.lstrip().partition("\n")[0]
     delimiter = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
-    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        return list(rows)
+    except csv.Error as error:
+        raise StageError(
+            f"QUESTIONS={path}, the row that begins in line {rows.line_num + 1}: a double quote is "
+            f'missing, or one too many ({error}). Write a quote inside a quoted cell twice: "".'
+        ) from None
 
 
 def rows_of_json(text: str, kind: str, path: Path) -> list[Any]:
