@@ -68,6 +68,7 @@ answers_shown = 5  # how many questions are shown with their answers
 import matplotlib.pyplot as plt
 
 from tabletune.report import pages
+from tabletune.report.baselines import plot_baselines
 from tabletune.report.pages import FIGURES, at, figures_table, say, show, show_table
 from tabletune.report.plots import plot_column
 from tabletune.report.tables import all_differences, content_table, form_table
@@ -133,7 +134,13 @@ for group in groups:
 # answers (`make rate`).
 
 # %%
-say(*(at(info["baselines"], "verdict", "sentences") or ["Not measured in this run: `make baselines`."]))
+first, *others = at(info["baselines"], "verdict", "sentences") or ["Not measured in this run: `make baselines`."]
+say(first, kind="headline" if others else "")
+say(*others)
+if "ways" in info["baselines"]:
+    show(plot_baselines(info["baselines"]), "Dot chart of the right answers of each way to answer")
+
+# %%
 say(*(info["rating"].get("sentences") or ["No person has rated the answers: `make rate`."]))
 
 # %% [markdown]

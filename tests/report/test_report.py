@@ -344,7 +344,12 @@ def test_the_verdict_on_content_comes_first(render, tmp_path):
         "content": {"reworded": {"questions": 40, "right": 0.025, "right_ci95": [0.0, 0.13]}}
     }
     change(run / "evaluation" / "metrics.json", verdict=verdict, merged=merged)
-    write_json(run / "baselines" / "metrics.json", {"verdict": {"sentences": ["Copy the row."]}})
+    content = {"new": {"questions": 9, "right": 0.5, "right_ci95": [0.2, 0.8]}}
+    baselines = {
+        "verdict": {"sentences": ["Copy the row."]},
+        "ways": {"base": {"model": "base", "content": content}},
+    }
+    write_json(run / "baselines" / "metrics.json", baselines)
     write_json(run / "rating" / "metrics.json", {"sentences": ["A reader preferred the base."]})
     line = {
         "part": "reworded",
@@ -366,6 +371,7 @@ def test_the_verdict_on_content_comes_first(render, tmp_path):
     assert "<b>Item:</b> Mint … [cut: max_new_tokens]" in page.source
     assert "✗ wrong" in page.text
     assert "Copy the row." in page.text
+    assert 'alt="Dot chart of the right answers of each way to answer"' in page.source
     assert "A reader preferred the base." in page.text
 
 

@@ -417,6 +417,8 @@ def say(*sentences: str, kind: str = "") -> None:
 
     The page about a run has styles for the kinds "headline" and "doubt".
     """
+    if not sentences:
+        return
     texts = [re.sub("`([^`]+)`", r"<code>\1</code>", escape(sentence)) for sentence in sentences]
     if kind == "headline":
         texts = [f"<b>{text}</b>" for text in texts]
