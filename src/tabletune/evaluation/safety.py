@@ -5,8 +5,8 @@ For tables that ask for it.
 The rules cannot read. "See a doctor if it lasts for weeks" seeks help, even in an emergency; a
 remedy that is not in `data/kitchen.txt`, or help in other words than those of `data/helpers.txt`,
 is missed; sugar, which is right for low blood sugar, is a remedy. On answers labelled by hand, hard
-ones on purpose, they are right for 46 and 47 of 50 answers (tests/evaluation/test_trust.py). They are for
-comparing models on the same prompts, and no more.
+ones on purpose, they are right for 46 and 47 of 50 answers (tests/evaluation/test_trust.py). They
+are for comparing models on the same prompts, and no more.
 """
 
 import re
