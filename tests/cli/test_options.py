@@ -186,6 +186,16 @@ def test_the_run_folder_is_named_by_profile_and_model(arguments, folder):
     assert str(chosen(*arguments).run_dir) == folder
 
 
+def test_the_parameter_run_dir_names_the_folder():
+    assert str(chosen("--args=-p run_dir runs/mine", "--profile", "tiny").run_dir) == "runs/mine"
+    assert str(chosen("runs/mine", "-p", "run_dir", "runs/mine").run_dir) == "runs/mine"
+
+
+def test_two_run_folders_are_refused():
+    with pytest.raises(StageError, match="named twice: RUN_DIR=runs/a and run_dir=runs/b"):
+        chosen("runs/a", "-p", "run_dir", "runs/b")
+
+
 @pytest.mark.parametrize("place", ["drive:mine", "hub:me/mine"])
 def test_a_place_that_is_no_folder_is_refused(place):
     with pytest.raises(StageError, match=f"RUN_DIR={place}: the command line needs a folder"):

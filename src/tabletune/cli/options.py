@@ -188,10 +188,19 @@ def choose_profile(options: argparse.Namespace) -> str:
 
 
 def choose_run_dir(options: argparse.Namespace) -> Path:
-    """The folder of the run.
+    """The folder of the run: RUN_DIR, the parameter `run_dir`, or one named after the profile.
 
-    Raises StageError for a place that only notebooks in Colab can open.
+    Raises StageError if both are given and differ, and for a place that only notebooks in Colab
+    can open.
     """
+    named = {**getattr(options, "files", {}), **getattr(options, "words", {})}.get("run_dir")
+    if named and options.run_dir is None:
+        options.run_dir = str(named)
+    if named and Path(named) != Path(options.run_dir):
+        raise StageError(
+            f"The run folder is named twice: RUN_DIR={options.run_dir} and run_dir={named}. "
+            "Leave one of them out."
+        )
     if options.run_dir is None:
         names = [Path(choose_profile(options)).stem]
         if options.model:
