@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tabletune.data.calibration import calibrate
+from tabletune.data.calibration import MOST_THRESHOLD, calibrate
 from tabletune.data.context import ContextSettings, TableContext
 from tabletune.data.english import FUNCTION_WORDS
 from tabletune.data.lookup import CONTEXT_TEMPLATE, lookup_text
@@ -247,6 +247,18 @@ def test_thresholds_separate_reworded_questions_from_new_ones():
     assert 0 < calibration.unknown_threshold < 1
     assert np.mean(np.array(calibration.answerable_scores) < calibration.unknown_threshold) <= 0.05
     assert calibration == calibrate(RowIndex.build(numbered(60)), 1)
+
+
+def test_paraphrases_that_share_no_letters_do_not_lower_the_threshold():
+    rows = numbered(60)
+    texts = ["zyx wvu", "qpo nml", "rst kji", "hgf edc"]
+    others = [TableRow(text, row.answer, text) for text, row in zip(texts, rows, strict=False)]
+    assert calibrate(RowIndex.build(rows + others), 1).unknown_threshold > 0.1
+
+
+def test_the_threshold_is_not_high_where_rules_change_little():
+    rows = [TableRow(f"你好{number}世界问题", str(number), str(number)) for number in range(40)]
+    assert calibrate(RowIndex.build(rows), 1).unknown_threshold <= MOST_THRESHOLD
 
 
 def test_a_table_of_one_question_can_be_calibrated():
