@@ -117,7 +117,9 @@ def answer_limit(
     and to write it takes most of the time. Where the answers begin with the model's thinking, which
     has no usual length, it is `most`.
     """
-    answers = [row["completion"][0]["content"] or "" for split in splits.values() for row in split]
+    answers = []
+    for split in splits.values():
+        answers += [row["completion"][0]["content"] or "" for row in split]
     if any("</think>" in answer for answer in answers):
         return most
     longest = sorted(answers, key=len)[-100:]  # by characters, as tokens take time to count

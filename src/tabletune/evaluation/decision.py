@@ -44,9 +44,9 @@ class Decision:
 
         Those with training, or, if it was trained itself, those without.
         """
-        names = [name for rights in self.rights.values() for name in rights]
+        names = self.rights[self.parts[0]]  # each part has them all
         is_trained = self.subject in TRAINED
-        return [name for name in dict.fromkeys(names) if (name in TRAINED) != is_trained]
+        return [name for name in names if (name in TRAINED) != is_trained]
 
     def difference(self, part: str, rival: str) -> dict:
         """How much more often the subject is right than a rival, in pairs.

@@ -120,8 +120,8 @@ def mean_point(points: Sequence[Point]) -> Point:
     right: dict[str, float] = {}
     spread_of_right = 0.0
     if all(point.right and point.right.keys() == first.right.keys() for point in points):
-        for asked in first.right:
-            right[asked] = float(np.mean([point.right[asked] for point in points]))
+        for question in first.right:
+            right[question] = float(np.mean([point.right[question] for point in points]))
         rates = [point.right_rate for point in points]
         spread_of_right = max(rates) - min(rates)
     nats = [point.nats for point in points]
@@ -172,13 +172,14 @@ def plot_curves(curves: list[list[Point]]) -> "Figure":
             rates = [point.right_rate for point in curve]
             limits = [point.right_interval() for point in curve]
             axes[0][1].errorbar(sizes, rates, error_bars(rates, limits), **style)
-    read = {point.scores["group"].nunique() for curve in curves for point in curve}
+    points = [point for curve in curves for point in curve]
+    read = {point.scores["group"].nunique() for point in points}
     axes[0][0].set(ylabel="perplexity (lower is better)", title=title_of(read))
     if measured:
-        asked = {len(point.right) for curve in curves for point in curve}
-        axes[0][1].set(ylabel="right answers", title=title_of(asked), ylim=(-0.03, 1.03))
+        answered = {len(point.right) for point in points}
+        axes[0][1].set(ylabel="right answers", title=title_of(answered), ylim=(-0.03, 1.03))
         axes[0][1].yaxis.set_major_formatter("{x:.0%}")
-    sizes = sorted({point.questions for curve in curves for point in curve})
+    sizes = sorted({point.questions for point in points})
     for panel in axes[0]:
         panel.set_xscale("log", base=2)
         panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
@@ -268,8 +269,8 @@ def compare_right(most: Point, half: Point) -> dict | None:
     """
     if not most.right or most.right.keys() != half.right.keys():
         return None
-    one = np.array([most.right[asked] for asked in most.right])
-    other = np.array([half.right[asked] for asked in most.right])
+    one = np.array([most.right[question] for question in most.right])
+    other = np.array([half.right[question] for question in most.right])
     if set(one) | set(other) <= {0.0, 1.0}:
         return rate_difference(one.astype(bool), other.astype(bool))
     return mean_difference(one, other, np.ones(len(one)))
