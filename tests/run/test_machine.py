@@ -22,7 +22,7 @@ def test_pinned_has_the_version_of_the_clone():
 def test_pinned_has_the_version_of_an_installation(monkeypatch):
     requirements = ['gradio==6.20.0; extra == "chat"', 'lm_eval==0.4.13; extra == "peers"']
     monkeypatch.setattr(machine, "__file__", "/a/site-packages/tabletune/run/machine.py")
-    monkeypatch.setattr(machine, "requires", lambda package: requirements)
+    monkeypatch.setattr("importlib.metadata.requires", lambda package: requirements)
     assert pinned("gradio") == "gradio==6.20.0"
     assert pinned("lm_eval") == "lm_eval==0.4.13"
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 from conftest import ROOT
 
-from tabletune.run import provenance
 from tabletune.run.provenance import commit_noted_by_pip, commit_of_clone
 
 
@@ -42,7 +41,7 @@ def test_a_machine_without_git_has_no_commit(tmp_path, monkeypatch):
 def note(monkeypatch, text):
     """Let pip have noted `text` as the origin of this package."""
     distribution = SimpleNamespace(read_text=lambda name: text)
-    monkeypatch.setattr(provenance, "distribution", lambda name: distribution)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: distribution)
 
 
 def test_pips_note_has_the_commit_of_an_installation_from_a_repository(monkeypatch):

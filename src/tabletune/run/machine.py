@@ -2,8 +2,6 @@
 
 import re
 import sys
-import tomllib
-from importlib.metadata import PackageNotFoundError, requires, version
 from itertools import chain
 from pathlib import Path
 
@@ -26,9 +24,11 @@ def peak_memory_gib() -> dict[str, float]:
 
 def installed(package: str) -> str | None:
     """The version of a package, or None if it is not installed."""
+    from importlib import metadata  # slow to import, and `tabletune --help` imports this module
+
     try:
-        return version(package)
-    except PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
 
 
@@ -47,6 +47,9 @@ def pinned(package: str) -> str:
 
 def extra_requirements() -> list[str]:
     """What the extras of this package need: by the clone that we run in, or as it was installed."""
+    import tomllib
+    from importlib import metadata
+
     # an installed copy's metadata may be older than the clone's file
     project = Path(__file__).parents[3] / "pyproject.toml"
     if project.exists():
@@ -54,6 +57,6 @@ def extra_requirements() -> list[str]:
         groups = extras.get("optional-dependencies", {}).values()
         return list(chain.from_iterable(groups))
     try:
-        return requires("tabletune") or []
-    except PackageNotFoundError:
+        return metadata.requires("tabletune") or []
+    except metadata.PackageNotFoundError:
         return []

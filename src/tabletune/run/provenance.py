@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import tabletune
@@ -21,9 +20,11 @@ def git_commit() -> str | None:
 
 def commit_noted_by_pip() -> str | None:
     """The commit from which pip installed this package; None if it was installed from elsewhere."""
+    from importlib import metadata  # slow to import, and `tabletune --help` imports this module
+
     try:
-        text = distribution("tabletune").read_text("direct_url.json")
-    except PackageNotFoundError:
+        text = metadata.distribution("tabletune").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
         return None
     origin = json.loads(text) if text else {}
     return origin.get("vcs_info", {}).get("commit_id")
