@@ -328,7 +328,7 @@ plot_losses(read_json(run / "training" / "log_history.json", stage.name), metric
 # ## Before and after
 #
 # A loss says little about what a model writes. So we ask both models, the base model and the
-# fine-tuned one, the first question of the training split. To save time an answer is cut after 64
+# fine-tuned one, the first question of the training split. To save time an answer is cut after 48
 # tokens. Notebook 4 asks many questions, new ones too, and says how many answers are right.
 
 # %% tags=["nbval-ignore-output"]

@@ -20,7 +20,7 @@ FILE = "training/answers.json"
 NOT_ASKED = (
     "<p>Not asked: the rows are texts without questions, or the model is spread over GPUs.</p>"
 )
-MOST_TOKENS = 64  # of an answer: enough to see what it is like
+MOST_TOKENS = 48  # of an answer: enough to see what it is like
 
 
 def answer_before_and_after(
