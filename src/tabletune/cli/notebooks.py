@@ -10,6 +10,7 @@ from typing import Any
 from tabletune.cli.options import NUMBERED, read_settings
 from tabletune.cli.paths import repository
 from tabletune.cli.progress import register_engine
+from tabletune.cli.warm_kernel import QUIET_KERNEL
 from tabletune.errors import StageError
 from tabletune.run.lock import run_lock
 from tabletune.run.parameters import PARAMETERS, check_names
@@ -55,14 +56,15 @@ def run_notebook(
     words: dict[str, Any],
     processes: int = 1,
     prepare_only: bool = False,
+    kernel: Any = None,
 ) -> None:
     """Execute a notebook with the settings of the run folder that `target` is in.
 
     `words` are parameters on top of these settings.
 
     Until it has ended without an error, what it wrote has the name NAME.partial.ipynb. With several
-    `processes`, each has a GPU. Raises NotebookError if the notebook stops, other StageErrors if it
-    cannot begin.
+    `processes`, each has a GPU. `kernel` is a kernel that has started already (`WarmKernel.take`).
+    Raises NotebookError if the notebook stops, other StageErrors if it cannot begin.
     """
     name = source.stem
     values = notebook_values(source, target, words)
@@ -74,23 +76,34 @@ def run_notebook(
         if processes > 1:
             launch(source, target, words, processes)
         else:
-            execute(source, target, values, prepare_only)
+            execute(source, target, values, prepare_only, kernel)
 
 
-def execute(source: Path, target: Path, values: dict[str, Any], prepare_only: bool = False) -> None:
-    """Execute a notebook in this process's kernel.
+def set_kernel_environment() -> None:
+    """Set the environment variables that a notebook's kernel starts with."""
+    os.environ.update(
+        PYTHONWARNINGS="ignore",
+        PYDEVD_DISABLE_FILE_VALIDATION="1",
+        PYTHONUTF8="1",
+        JUPYTER_PREFER_ENV_PATH="1",
+    )
+
+
+def execute(
+    source: Path,
+    target: Path,
+    values: dict[str, Any],
+    prepare_only: bool = False,
+    kernel: Any = None,
+) -> None:
+    """Execute a notebook in `kernel`, or in a kernel that this process starts.
 
     Of several processes the first one's notebook is kept.
 
     Raises NotebookError if it stops.
     """
     check_environment()
-    os.environ.update(  # for the kernel
-        PYTHONWARNINGS="ignore",
-        PYDEVD_DISABLE_FILE_VALIDATION="1",
-        PYTHONUTF8="1",
-        JUPYTER_PREFER_ENV_PATH="1",
-    )
+    set_kernel_environment()
     # slow to import, so only here
     from papermill import PapermillExecutionError, execute_notebook
 
@@ -101,10 +114,10 @@ def execute(source: Path, target: Path, values: dict[str, Any], prepare_only: bo
     label = f"{source.stem}.process{rank}" if rank else source.stem
     partial = target.with_name(f"{label}.partial.ipynb")
     options: dict[str, Any] = {"prepare_only": prepare_only, "progress_bar": False}
-    # a newer ipykernel warns that others on this machine could listen
-    options["extra_arguments"] = ["--log-level=ERROR"]
+    options["extra_arguments"] = [QUIET_KERNEL]
     if source.stem in NUMBERED and not rank and not prepare_only:
-        options |= {"engine_name": register_engine(), "stage_name": source.stem}
+        options["engine_name"] = register_engine()
+        options |= {"stage_name": source.stem, "kernel": kernel}
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         try:
@@ -113,6 +126,8 @@ def execute(source: Path, target: Path, values: dict[str, Any], prepare_only: bo
             # Two kernels that start at the same moment can pick the same port.
             if "died before replying" not in str(error):
                 raise
+            if "kernel" in options:
+                options["kernel"] = None
             execute_notebook(source, partial, values, **options)
     except PapermillExecutionError as error:
         raise stopped(label, partial, error.ename, error.evalue.strip()) from None

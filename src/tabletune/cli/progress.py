@@ -17,6 +17,7 @@ BAR = re.compile(r"([^\r\n|]*?\d+%)(?:\|[^|\r\n]*\|)?\s*(\S+/\S+ \[[^\r\n]*)")
 TRAINING = re.compile(r"\[\s*(\d+/\d+ [\d:]+ < [\d:]+|\d+/\d+ [\d:]+)[^\]]*\]")
 REFRESH_SECONDS = 0.5
 LOG_SECONDS = 60  # between lines, where the output is no terminal
+WARM_UP_TIMEOUT = 600  # seconds until a kernel that imports first must answer
 
 
 class ProgressLine:
@@ -116,15 +117,27 @@ def shown_progress(name: str, cells: list[dict[str, Any]]) -> Iterator[None]:
 
 
 def register_engine() -> str:
-    """Make papermill's usual engine show its progress in this way. Returns the engine's name."""
+    """Make papermill's usual engine show its progress in this way. Returns the engine's name.
+
+    The engine has two options more: `stage_name`, and `kernel`, the manager of a kernel that has
+    started already, or None.
+    """
     # slow to import, so only here
+    from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
 
     class EngineWithProgress(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
+            kernel = options.pop("kernel")
             with shown_progress(options.pop("stage_name"), nb_man.nb.cells):
-                return super().execute_managed_notebook(nb_man, kernel_name, **options)
+                if kernel is None:
+                    return super().execute_managed_notebook(nb_man, kernel_name, **options)
+                client = PapermillNotebookClient(
+                    nb_man, km=kernel, timeout=None, startup_timeout=WARM_UP_TIMEOUT
+                )
+                client.owns_km = True  # so it ends the kernel, as it does with one of its own
+                return client.execute()
 
     papermill_engines.register("with_progress", EngineWithProgress)
     return "with_progress"

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from tabletune.cli.base_models import make_base_model
-from tabletune.cli.notebooks import SERIES, check_environment, notebook_values, run_notebook
+from tabletune.cli.notebooks import (
+    SERIES,
+    check_environment,
+    notebook_values,
+    run_notebook,
+    set_kernel_environment,
+)
 from tabletune.cli.options import RunChoice, read_run_choice, write_settings
 from tabletune.cli.paths import notebook
 from tabletune.cli.summary import print_summary
+from tabletune.cli.warm_kernel import WarmKernel
 from tabletune.errors import StageError
 from tabletune.run.artifacts import adapter_digest
 from tabletune.run.files import read_json
@@ -35,18 +42,31 @@ def run_all(options: argparse.Namespace) -> None:
 
 
 def make_series(choice: RunChoice, until: str = SERIES[-1]) -> None:
-    """Run the notebooks of a run up to `until`, as far as they are not done. Raises StageError."""
+    """Run the notebooks of a run up to `until`, as far as they are not done. Raises StageError.
+
+    While one runs, the kernel of the next one imports its libraries.
+    """
     check_environment()
     make_base_model(choice.values.get("base_model"))
-    with run_lock(choice.run_dir, "run-all"):
+    stages = SERIES[: SERIES.index(until) + 1]
+    set_kernel_environment()
+    with run_lock(choice.run_dir, "run-all"), WarmKernel() as warm_kernel:
         write_settings(choice)
-        for stage in SERIES[: SERIES.index(until) + 1]:
+        for number, stage in enumerate(stages):
             target = choice.run_dir / f"{stage}.ipynb"
             if is_up_to_date(stage, target):
                 continue
             print(f"{stage}  ({choice.profile} profile, in {choice.run_dir})", flush=True)
-            processes = choice.gpus if stage in USES_GPUS else 1
-            run_notebook(notebook(stage), target, {}, processes)
+            kernel = warm_kernel.take(notebook(stage))
+            following = stages[number + 1 : number + 2]
+            if following and processes_of(following[0], choice) == 1:
+                warm_kernel.start(notebook(following[0]))
+            run_notebook(notebook(stage), target, {}, processes_of(stage, choice), kernel=kernel)
+
+
+def processes_of(stage: str, choice: RunChoice) -> int:
+    """How many processes a notebook runs in, each with a GPU."""
+    return choice.gpus if stage in USES_GPUS else 1
 
 
 # --- is a stage done?
