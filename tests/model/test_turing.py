@@ -5,14 +5,21 @@ Linux with CUDA, or after `pip install triton`; without it these tests are skipp
 """
 
 import importlib.util
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from test_fused_lora import adapted
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 from tabletune.model.devices import compute_dtype
+from tabletune.model.fused_lora import fuse_adapters
 from tabletune.model.loading import attention_implementation
+from tabletune.model.recompute import recompute_cheap_parts
 
 HAS_TRITON = all(map(importlib.util.find_spec, ("triton", "liger_kernel")))
 needs_triton = pytest.mark.skipif(
@@ -116,3 +123,45 @@ def test_a_t4_computes_in_fp16_with_attention_that_it_has(monkeypatch):
     assert compute_dtype("auto") == torch.float16
     for config in (LlamaConfig(**SHAPE), Qwen3Config(**SHAPE), Gemma3TextConfig(**SHAPE)):
         assert attention_implementation(config) in ("sdpa", "eager")
+
+
+@needs_triton
+def test_the_kernels_of_bitsandbytes_are_compiled_for_a_t4():
+    """In its libraries for the releases of CUDA that Colab and Kaggle have. Triton brings cuobjdump."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    folder = Path(importlib.util.find_spec("bitsandbytes").origin).parent
+    libraries = [folder / f"libbitsandbytes_cuda{release}.so" for release in (124, 126, 128)]
+    for library in libraries:
+        command = [tool, "--list-elf", library]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert f".sm_{TURING}." in listed, library.name
+
+
+class Dtypes(TorchDispatchMode):
+    """Notes the dtypes of all tensors that operations take and give."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        leaves = tree_leaves((arguments, options, result))
+        self.seen |= {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        return result
+
+
+def test_no_tensor_of_a_training_step_in_fp16_is_bf16():
+    """Forward and backward pass of fused adapters and recomputed parts, on any device."""
+    model = adapted()
+    fuse_adapters(model)
+    recompute_cheap_parts(model, torch.float16)
+    ids = torch.arange(32)[None]
+    with Dtypes() as dtypes:
+        with torch.autocast("cpu", torch.float16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+    assert torch.float16 in dtypes.seen
+    assert torch.bfloat16 not in dtypes.seen
