@@ -35,6 +35,7 @@ from common import (
 )
 from random_models import make_base_model
 from trainers import notebook_trainer, trl_trainer, unsloth_trainer
+from whole_job import STAGES, run_all
 
 WARM_UP, STEPS = 5, 20
 
@@ -160,7 +161,6 @@ for title, model in {"Llama 3.1 8B": "llama-3.1-8b-instruct", "Qwen3 4B": "qwen3
     }
 ROWS["a100 profile, a row a step"] = ("notebook", None, {"profile": "a100", "batch_size": 1})
 
-STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate"]
 # The whole job: who does it, the limit in GiB, and the settings. Others' jobs begin with the data
 # set that ours has made.
 JOBS = {
@@ -323,40 +323,50 @@ def child(command, folder):
     }
 
 
-def do_job(command, folder, stages):
-    """The whole job in a folder: the seconds of each part, and the peak GiB.
+def do_job(command, folder):
+    """Others' whole job in a folder: the seconds of each part, and the peak GiB.
 
-    A process's start and end count for its first part. Merged models are deleted at the end, since
-    those of all jobs would fill a disk.
+    The process's start and end count for its first part.
     """
+    begun = time.perf_counter()
+    result = child([*command, "--run-dir", str(folder / "run")], folder)
+    if "error" not in result:
+        seconds = result["seconds"]
+        seconds[next(iter(seconds))] += time.perf_counter() - begun - sum(seconds.values())
+    return result
+
+
+def do_our_job(settings, limit, base_model, folder):
+    """Our whole job in a folder: the seconds of each notebook, and the peak GiB."""
+    import torch
+
     folder.mkdir(exist_ok=True)
-    if STAGES[0] in stages:  # others' go on from the data set that ours made
-        shutil.rmtree(folder / "run", ignore_errors=True)
-    seconds, peak = {}, 0
-    for stage in stages:
-        begun = time.perf_counter()
-        found = child([*command, "--run-dir", str(folder / "run"), "--stage", stage], folder)
-        if "error" in found:
-            return found
-        parts = found.pop("seconds", {stage: 0})
-        parts[next(iter(parts))] += time.perf_counter() - begun - sum(parts.values())
-        seconds |= {part: round(value, 1) for part, value in parts.items()}
-        peak = max(peak, found["peak_gib"])
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    share = min(1.0, limit / total)
+    return run_all(settings, share, base_model, folder / "run", folder / "run_all.txt")
+
+
+def finish_job(result, folder):
+    """The result of a job with the sum of its seconds.
+
+    Merged models are deleted, since those of all jobs would fill a disk.
+    """
     for merged in (folder / "run").glob("**/merged"):
         shutil.rmtree(merged)
-    return {
-        "seconds": seconds,
-        "all": round(sum(seconds.values()), 1),
-        **found,
-        "peak_gib": peak,
-        "measured": now(),
-    }
+    if "error" in result:
+        return result
+    seconds = {part: round(value, 1) for part, value in result["seconds"].items()}
+    total = round(sum(seconds.values()), 1)
+    return {**result, "seconds": seconds, "all": total, "measured": now()}
 
 
-def middle(runs):
-    """Of several runs of a job the one with the median of the seconds, and the seconds of all."""
-    done = sorted((run for run in runs if "error" not in run), key=lambda run: run["all"])
-    return {**done[len(done) // 2], "runs": [run["all"] for run in done]} if done else runs[-1]
+def middle(runs, key):
+    """Of several runs the one with the median of `key`, and the values of all as `runs`."""
+    done = sorted((run for run in runs if "error" not in run), key=lambda run: run[key])
+    if not done:
+        return runs[-1]
+    return {**done[len(done) // 2], "runs": [run[key] for run in done]}
 
 
 def table_of_jobs(jobs):
@@ -391,8 +401,11 @@ def table(results):
             peak = f"{result['peak_gib']:.1f}"
             if result.get("expected_gib"):
                 peak += f" ({result['expected_gib']:.1f} expected)"
+            rate = f"{result['tokens_per_second']:,}"
+            if len(result.get("runs", [])) > 1:
+                rate += f" ({result['runs'][0]:,} to {result['runs'][-1]:,})"
             lines.append(
-                f"| {row} | {result['tokens_per_second']:,} | {result['seconds_per_step']:.3f} | "
+                f"| {row} | {rate} | {result['seconds_per_step']:.3f} | "
                 f"{result['tokens_per_step']:,} | {peak} | {result['of_limit']:.0%} |"
             )
     return "\n".join(lines)
@@ -471,11 +484,16 @@ def read_options():
         action="append",
         metavar="ROW",
         choices=[*ROWS, *JOBS],
-        help="a row to run; may be repeated. A job that is named several times runs as often, and "
-        "the median counts. What results.json has of other rows stays",
+        help="a row to run; may be repeated. What results.json has of other rows stays",
+    )
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=1,
+        help="how often to run each row, all in turn; the run with the median counts",
     )
     parser.add_argument("--out", type=Path, default=HERE)
-    for name in ("--row", "--run-dir", "--stage"):
+    for name in ("--row", "--run-dir"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -486,15 +504,9 @@ def measure_here(options):
         import whole_job
 
         doer, limit, settings = JOBS[options.row]
-        if doer == "notebooks":  # as they do themselves, before PyTorch is imported
-            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         limit_memory(limit)
-        parts = {
-            "notebooks": whole_job.notebook,
-            "unsloth": whole_job.unsloth,
-            "trl": whole_job.trl,
-        }
-        result = parts[doer](options.stage, settings, options.base_model, options.run_dir)
+        parts = {"unsloth": whole_job.unsloth, "trl": whole_job.trl}
+        result = parts[doer](settings, options.base_model, options.run_dir)
     else:
         result = measure(options.row, options.base_model, options.run_dir)
     if os.environ.get("RANK", "0") == "0":
@@ -534,18 +546,19 @@ class Results:
             stored = json.loads(self.file.read_text(encoding="utf-8"))
         self.rows = stored.get("rows", {})
         self.jobs = stored.get("jobs", {})
-        self.runs = {}  # of each job, those of today
+        self.runs = {}  # of each row and job, those of today
 
     def add_row(self, row, result):
-        """Store and print a row."""
-        self.rows[row] = result
+        """Store the median run of a row, and print this one."""
+        self.runs.setdefault(row, []).append(result)
+        self.rows[row] = middle(self.runs[row], "tokens_per_second")
         self.write()
         print(table({row: result}).splitlines()[-1], flush=True)
 
     def add_job(self, job, result):
         """Store the median run of a job, and print this one."""
         self.runs.setdefault(job, []).append(result)
-        self.jobs[job] = middle(self.runs[job])
+        self.jobs[job] = middle(self.runs[job], "all")
         self.write()
         print(table_of_jobs({job: result}).splitlines()[-1], flush=True)
 
@@ -584,7 +597,7 @@ def main():
     torch.cuda.empty_cache()
     print(f"{machine['gpu']}: {machine['bf16_flops'] / 1e12:,.0f} TFLOP/s in bf16\n", flush=True)
     results = Results(options, machine)
-    for row in wanted:
+    for row in wanted * options.runs:
         engine, limit, settings = (ROWS | JOBS)[row]
         gpus = settings.get("gpus", 1)
         python = options.peer_python if engine == "unsloth" else sys.executable
@@ -593,8 +606,12 @@ def main():
         base_model = base_models.path(settings.get("model", "7b"))
         command = [python, __file__, "--row", row, "--base-model", base_model]
         if row in JOBS:
-            stages = STAGES if engine == "notebooks" else [engine]
-            results.add_job(row, do_job(command, scratch / str(limit), stages))
+            folder = scratch / str(limit)  # others' begin with the data set that ours has made
+            if engine == "notebooks":
+                result = do_our_job(settings, limit, base_model, folder)
+            else:
+                result = do_job(command, folder)
+            results.add_job(row, finish_job(result, folder))
             continue
         result = child(launched([*command, "--run-dir", str(scratch)], gpus), scratch)
         if "error" not in result:

@@ -1,37 +1,72 @@
-"""The whole job, a part in a process of its own: a notebook of ours, or all of Unsloth's or TRL's.
+"""The whole job: notebooks 1 to 4 by one command, as `make run-all` does, or all of Unsloth's or TRL's.
 
 The bundled table and a base model go in. An adapter trained for one epoch, the answers to the
 questions of the test split by base and adapter, and a merged model in 16 bits come out. `run.py`
-starts the parts and takes the time, Python's start and imports included.
+starts the others' and takes the time, Python's start and imports included.
 """
 
 import gc
+import json
 import os
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
-from common import (
-    ATTENTION,
-    ROOT,
-    installed_packages,
-    parameters_of,
-    peak_gib,
-    run_notebook,
-    token_ids,
-)
+from common import ATTENTION, ROOT, installed_packages, peak_gib, token_ids
 from trainers import trl_trainer
 
+STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate"]
 
-def notebook(stage, settings, base_model, run_dir):
-    """Run a notebook of ours with a profile and settings on top, as Papermill would.
 
-    Returns its peak GiB.
-    """
-    parameters = parameters_of(settings, base_model, run_dir)
+def run_all_command(settings, base_model, run_dir):
+    """The command that runs notebooks 1 to 4 with a profile and settings on top."""
+    parameters = {name: value for name, value in settings.items() if name != "profile"}
+    parameters["base_model"] = str(base_model)
     parameters["dataset"] = str(ROOT / "data" / "home_remedies.csv")
-    run_notebook(stage, parameters)
-    return {"peak_gib": peak_gib(), "packages": installed_packages()}
+    command = [sys.executable, "-m", "tabletune", "run-all", str(run_dir)]
+    return [*command, "--profile", settings["profile"], "-y", json.dumps(parameters)]
+
+
+def seconds_of_stages(moments, end):
+    """The seconds of each stage, from the moments at which it was announced, {stage: moment}."""
+    ends = [*list(moments.values())[1:], end]
+    return {stage: ends[i] - begun for i, (stage, begun) in enumerate(moments.items())}
+
+
+def run_all(settings, memory_share, base_model, run_dir, log):
+    """Run notebooks 1 to 4 with at most this share of the GPU's memory for each process.
+
+    Returns the seconds of each, and the peak GiB, or an error. Their output goes to the file `log`.
+    """
+    allocator = f"expandable_segments:True,per_process_memory_fraction:{memory_share:.4f}"
+    environment = {**os.environ, "PYTORCH_ALLOC_CONF": allocator}
+    command = run_all_command(settings, base_model, run_dir)
+    begun = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    moments = {}
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        name = line.split(maxsplit=1)[0] if line.strip() else ""
+        if name in STAGES:
+            moments[name] = time.perf_counter() if moments else begun
+    failed = process.wait() != 0
+    seconds = seconds_of_stages(moments, time.perf_counter())
+    log.write_text("".join(output), encoding="utf-8")
+    if failed:
+        return {"error": f"failed: {''.join(output).strip()[-300:]}"}
+    manifest = json.loads((Path(run_dir) / "manifest.json").read_text(encoding="utf-8"))
+    peak = max(manifest[stage]["peak_memory_gib"]["gpu"] for stage in STAGES)
+    return {"seconds": seconds, "peak_gib": round(peak, 2), "packages": installed_packages()}
 
 
 def answer(model, tokenizer, run_dir):
@@ -58,7 +93,7 @@ def measured(marks):
     return {"seconds": seconds, "peak_gib": peak_gib(), "packages": installed_packages()}
 
 
-def trl(_, settings, base_model, run_dir):
+def trl(settings, base_model, run_dir):
     """The same by TRL, trained as its QLoRA notebook has it, and merged by PEFT."""
     marks = {"start": time.perf_counter()}
     import torch
@@ -89,7 +124,7 @@ def trl(_, settings, base_model, run_dir):
     return measured(marks)
 
 
-def unsloth(_, settings, base_model, run_dir):
+def unsloth(settings, base_model, run_dir):
     """The same by Unsloth, as its Alpaca notebook has it, with our adapter and our data set."""
     marks = {"start": time.perf_counter()}
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
