@@ -190,12 +190,12 @@ room = planning.room_for_training(stage.parameters, config, dtype, targets, len(
 room.expected.round(2).to_frame()
 
 # %% [markdown]
-# ## The base model, in 4 bits
+# ## The base model is loaded
 #
 # With 4 bits a weight can have one of sixteen values. NF4 ("normal float") places them closely
 # where most weights of a neural network are, near zero. Every 64 weights share a scale; "double
 # quantization" stores those scales in 8 bits, too. Whenever a layer computes, its weights are
-# unpacked to 16 or 32 bits.
+# unpacked to 16 or 32 bits. With `quantization = "none"` the model is loaded as it was published.
 
 # %%
 quantization_config = BitsAndBytesConfig(

@@ -63,10 +63,11 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # %% [markdown]
 # ## Parameters
 #
-# The adapter was trained beside *quantized* weights, rounded to the 4 bits of NF4. `base_weights =
-# "original"` adds it to the weights as they were published. `"dequantized"` adds it to what the
-# training really saw: the weights after rounding. Neither is better in principle; notebook 6
-# measures both.
+# With `quantization = "nf4"` the adapter was trained beside *quantized* weights, rounded to the 4
+# bits of NF4. `base_weights = "original"` adds it to the weights as they were published.
+# `"dequantized"` adds it to what the training really saw: the weights after rounding. Neither is
+# better in principle; notebook 6 measures both. With `quantization = "none"` the training saw the
+# published weights.
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # that of notebooks 1 and 2; in Colab better "drive:home_remedies"
@@ -128,9 +129,9 @@ assert torch.allclose(merged, by_package, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
 # How much is that? Three things may change a matrix: the adapter; the rounding of the sum to the
-# number format of the files; and the rounding to NF4 that the training saw. Each is shown as a
-# share of the size of $W$. Size here is the Frobenius norm: the root of the sum of all squared
-# numbers.
+# number format of the files; and the rounding to NF4, which the training saw if its base was
+# quantized. Each is shown as a share of the size of $W$. Size here is the Frobenius norm: the root
+# of the sum of all squared numbers.
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd

@@ -155,8 +155,8 @@ show_table(reasons_table(examination.rules.reasons))
 # %% [markdown]
 # ## Base and adapter, in one
 #
-# The base model is loaded as it was for training, in 4 bits, and the adapter beside it. One model
-# serves for both: with the adapter switched off it is the base.
+# The base model is loaded as it was for training (in 4 bits with `quantization = "nf4"`), and the
+# adapter beside it. One model serves for both: with the adapter switched off it is the base.
 
 # %% tags=["nbval-ignore-output"]
 import torch
@@ -300,6 +300,10 @@ show_refusals(run, examination.context)
 # words of the questions, too. *Bits per byte* says the same as a perplexity, in a form that can be
 # compared between models with different tokens. For all three lower is better. *New tokens* are the
 # length of an answer.
+#
+# With `context_rows` the rows of these questions are kept out of the prompt: the model was taught
+# not to give their answers, so their perplexity may rise. The one to look at is *own rows in the
+# index*: how probable the right answers are when their rows can be found.
 
 # %%
 if metrics["base"]["too_small"]:

@@ -179,13 +179,14 @@ if not done:
 # %% [markdown]
 # ## The ways to merge
 #
-# The adapter was trained beside weights in NF4, the format of 4 bits. Notebook 3 can add it to the
-# published weights (`base_weights = "original"`) or to the rounded weights that the training saw
-# (`"dequantized"`). Whoever serves the model may round it to NF4 again. That makes four models, and
-# each differs a little from what was trained. By how much says the *Kullback-Leibler divergence*
-# (KL) of their predictions: the mean of $\log (p/q)$, where $p$ is the probability of a token as
-# trained and $q$ the one of the merged model. It is 0 for equal models; its unit, that of the
-# natural logarithm, is the nat. For one token, by hand and by the package:
+# With `quantization = "nf4"` the adapter was trained beside weights in 4 bits. Notebook 3 can add
+# it to the published weights (`base_weights = "original"`) or to the rounded weights that the
+# training saw (`"dequantized"`). Whoever serves the model may round it to NF4 again. That makes
+# four models, and each differs a little from what was trained. By how much says the
+# *Kullback-Leibler divergence* (KL) of their predictions: the mean of $\log (p/q)$, where $p$ is
+# the probability of a token as trained and $q$ the one of the merged model. It is 0 for equal
+# models; its unit, that of the natural logarithm, is the nat. For one token, by hand and by the
+# package:
 
 # %%
 from tabletune.evaluation.scoring import divergence

@@ -93,6 +93,16 @@ def test_plot_results_gives_a_model_one_grey_in_all_panels():
     assert reworded.patches[0].get_facecolor() == new.patches[1].get_facecolor()
 
 
+def test_plot_results_shows_the_perplexity_with_the_rows_where_there_are_rows():
+    """Without the rows of a question, a model with rows in its prompt is taught not to answer."""
+    merged = entry_of(True)
+    merged["perplexity"]["response_added"] = 1.06
+    metrics = {"base": entry_of(False), "merged": merged}
+    labels = [axes.get_ylabel() for axes in plot_results(metrics).axes]
+    assert "perplexity, own rows in the index (lower is better)" in labels
+    assert "response perplexity (lower is better)" not in labels
+
+
 def test_plot_results_of_texts_without_questions_has_no_number_of_questions():
     entry = {"perplexity": {"response": 6.0}, "generation": None, "questions": 12}
     [axes] = plot_results({"base": entry}).axes

@@ -14,13 +14,15 @@ if TYPE_CHECKING:  # matplotlib takes half a second, which notebook 2 needs only
     from matplotlib.figure import Figure
 
 GREYS = {"base": "0.85", "adapter": "0.6", "merged": "0.35"}  # one for each model, in all panels
+WITHOUT_ROWS, WITH_ROWS = "response perplexity", "perplexity, own rows in the index"
 PANELS = (  # of the plot of results, those that were measured: content first
     "reworded questions answered right",
     "table's own questions answered right",
     "new questions answered right",
     "added rows' questions answered right",
     "answers right word for word",
-    "response perplexity",
+    WITHOUT_ROWS,
+    WITH_ROWS,
     "answers that stop",
 )
 BESIDE = 1.25  # of the longest example: a limit up to here is drawn beside the lengths
@@ -66,6 +68,8 @@ def plot_results(metrics: dict) -> "Figure":
         for column in PANELS
         if any(stored(entry, column)[0] is not None for entry in models.values())
     ]
+    if WITH_ROWS in columns:  # without the rows the model was taught not to give these answers
+        columns.remove(WITHOUT_ROWS)
     rows = (len(columns) + 2) // 3
     across = min(3, len(columns))
     figure, panels = plt.subplots(
