@@ -391,23 +391,20 @@ def table_of_jobs(jobs):
 def table(results):
     """The results as a Markdown table."""
     lines = [
-        "| row | tokens/s | s/step | tokens/step | peak GiB | of the limit |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| row | tokens/s | peak GiB | of the limit |",
+        "|---|--:|--:|--:|",
     ]
     for row, result in results.items():
         if "error" in result:
-            lines.append(f"| {row} | {result['error']} | | | | |")
-        else:
-            peak = f"{result['peak_gib']:.1f}"
-            if result.get("expected_gib"):
-                peak += f" ({result['expected_gib']:.1f} expected)"
-            rate = f"{result['tokens_per_second']:,}"
-            if len(result.get("runs", [])) > 1:
-                rate += f" ({result['runs'][0]:,} to {result['runs'][-1]:,})"
-            lines.append(
-                f"| {row} | {rate} | {result['seconds_per_step']:.3f} | "
-                f"{result['tokens_per_step']:,} | {peak} | {result['of_limit']:.0%} |"
-            )
+            lines.append(f"| {row} | {result['error']} | | |")
+            continue
+        peak = f"{result['peak_gib']:.1f}"
+        if result.get("expected_gib"):
+            peak += f" ({result['expected_gib']:.1f} expected)"
+        rate = f"{result['tokens_per_second']:,}"
+        if len(result.get("runs", [])) > 1:
+            rate += f" ({result['runs'][0]:,} to {result['runs'][-1]:,})"
+        lines.append(f"| {row} | {rate} | {peak} | {result['of_limit']:.0%} |")
     return "\n".join(lines)
 
 
