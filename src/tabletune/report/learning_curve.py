@@ -46,6 +46,7 @@ class Point:
     scores: pd.DataFrame
     right: dict[str, float]
     spreads: tuple[float, float] = (0.0, 0.0)
+    has_seeds: bool = False
 
     @property
     def nats(self) -> float:
@@ -127,7 +128,8 @@ def mean_point(points: Sequence[Point]) -> Point:
     nats = [point.nats for point in points]
     spreads = (max(nats) - min(nats), spread_of_right)
     name = f"{first.name} ({len(points)} seeds)"
-    return Point(name, first.questions, first.scores.assign(response_nll=nll), right, spreads)
+    scores = first.scores.assign(response_nll=nll)
+    return Point(name, first.questions, scores, right, spreads, has_seeds=True)
 
 
 def key_of(folder: Path) -> str:
@@ -258,6 +260,11 @@ def last_doubling(curve: list[Point]) -> list[str]:
         sentences.append(
             "The last doubling gained nothing that can be told from chance: "
             "more rows of this kind would hardly help."
+        )
+    if not most.has_seeds or not half.has_seeds:
+        sentences.append(
+            "How much a seed alone changes is not known here: run each size with three seeds "
+            "(`seed: [1, 2, 3]` in the grid) before you trust a small change."
         )
     return sentences
 
