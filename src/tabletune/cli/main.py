@@ -137,6 +137,7 @@ def base_models(options: argparse.Namespace) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     description = __doc__.partition("\n")[0] if __doc__ else None
+    # allow_abbrev: a shortened option would be taken for another one when a new one comes
     parser = Parser(prog="tabletune", description=description, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -211,4 +212,5 @@ def main() -> None:
     except StageError as error:
         sys.exit(f"{error}")
     except KeyboardInterrupt:
+        # as a shell does for a program that Ctrl-C has ended
         sys.exit(130)

@@ -193,12 +193,13 @@ def choose_run_dir(options: argparse.Namespace) -> Path:
     Raises StageError if both are given and differ, and for a place that only notebooks in Colab
     can open.
     """
-    named = {**getattr(options, "files", {}), **getattr(options, "words", {})}.get("run_dir")
-    if named and options.run_dir is None:
-        options.run_dir = str(named)
-    if named and Path(named) != Path(options.run_dir):
+    set_here = {**getattr(options, "files", {}), **getattr(options, "words", {})}
+    as_parameter = set_here.get("run_dir")
+    if as_parameter and options.run_dir is None:
+        options.run_dir = str(as_parameter)
+    if as_parameter and Path(as_parameter) != Path(options.run_dir):
         raise StageError(
-            f"The run folder is named twice: RUN_DIR={options.run_dir} and run_dir={named}. "
+            f"The run folder is named twice: RUN_DIR={options.run_dir} and run_dir={as_parameter}. "
             "Leave one of them out."
         )
     if options.run_dir is None:

@@ -100,6 +100,7 @@ class ColumnMatcher:
             self.check_markers([text])
             return Shape("text", {"text": text})
         if shape_name in ("messages", "conversations") and chat:
+            # the columns of a preference are no rivals: which of them is learned is known
             self.check_one_claim("messages", self.claims_of_chat())
             shape = Shape(shape_name, {"chat": chat, **self.others(["system", "tools"])})
             self.add_note_on_preferences(shape, chat)
@@ -278,6 +279,7 @@ class ColumnMatcher:
         # 0 and 1 may be a class; only beside prompt and completion are they KTO's label
         truths = {"true", "false"}
         if question in self.names.get("prompt", []) and answer in self.names.get("completion", []):
+            # KTO's data sets write the label so, too
             truths |= {"0", "1"}
         for column in self.candidates(WORDS["preferences"]["label"]):
             values = {cell_text(value).casefold() for value in self.values(column)}

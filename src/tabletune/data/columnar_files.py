@@ -88,6 +88,7 @@ def source_value(value: Any, data_type: pa.DataType, feature: Feature) -> Any:
         }
         return {name: item for name, item in result.items() if item is not None}
     if pa.types.is_map(data_type):
+        # Arrow gives a map as a list of pairs
         return {str(key): source_value(item, data_type.item_type, None) for key, item in value}
     if _is_list(data_type):
         item_feature = _item_feature(feature)

@@ -71,6 +71,7 @@ def check_shape(shape: Shape, table: Table) -> None:
         )
     used = [*fields_of(shape.question_template), *answer_fields] or list(shape.columns)
     used += [name for name in FIELDS_AS_THEY_ARE if name in shape.columns]
+    # a field that `columns` does not name is the column of that name
     shape.columns = {name: shape.columns.get(name, name) for name in used}
     for name, column in shape.columns.items():
         top = table.path_of(column)[0]

@@ -125,6 +125,7 @@ class ConversationReader:
         answers = answers_in(value)
         if answers is None:
             return value
+        # a list of one is that one, whatever the setting
         if len(answers) < 2 or self.answer_lists == "first":
             return answers[0] if answers else ""
         if self.answer_lists == "lines":
@@ -165,6 +166,7 @@ def _parts_or_text(value: Any) -> Any:
 
     Parts that CSV has as JSON are parts, everything else is as it is.
     """
+    # to read the parts, they are put into a turn, as they would stand in a conversation
     if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*\"(type|text)\"", value):
         turns = turns_in(f'[{{"role": "system", "content": {value}}}]')
         return turns[0]["content"] if turns else value

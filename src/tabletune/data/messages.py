@@ -83,6 +83,7 @@ def _messages_of_turn(
     content_key = _content_key(turn)
     content = turn.get(content_key) if content_key else None
     parts = read_content(content)
+    # ShareGPT writes a call as the text of a turn of its own
     if role_name.casefold() in CALL_ROLES and parts.text:
         parts.calls += calls_in(parts.text)
         parts.text = ""
@@ -90,6 +91,7 @@ def _messages_of_turn(
     calls = parts.calls + extras.calls
     reasoning = "\n".join(filter(None, [extras.reasoning, parts.reasoning]))
     text = clean(parts.text)
+    # in the form in which models with <think> write it themselves
     if reasoning and role == "assistant":
         text = f"<think>\n{clean(reasoning)}\n</think>\n\n{text}"
         if not options.thinking:
@@ -102,6 +104,7 @@ def _messages_of_turn(
                 f"ignore_turn_keys: [{keys}] to learn the answers without it."
             )
     messages = [{"role": "tool", "content": clean(result)} for result in parts.results]
+    # a turn with results of tools alone is only those
     if text or calls or not messages:
         message: Message = {"role": role, "content": text, **extras.names}
         if calls:
@@ -115,6 +118,7 @@ def _messages_of_turn(
 def _content_key(turn: Turn) -> str | None:
     """The key of a turn's text. Raises StageError if two keys have one."""
     filled = [key for key in CONTENT_KEYS if not is_empty(turn.get(key))]
+    # the same text under two keys is no contradiction
     if len(filled) > 1 and len({json_text(turn[key]) for key in filled}) > 1:
         raise StageError(
             f"A turn has a text under {' and '.join(map(repr, filled))}. Remove one of these keys, "
@@ -140,6 +144,7 @@ def _read_extras(turn: Turn, read: set[str | None], options: TurnOptions) -> Ext
     """
     extras = Extras()
     for key, value in turn.items():
+        # null says nothing, and Arrow gives every object the keys of all
         if key in read or value is None or key in options.ignore_turn_keys or key in CONTENT_KEYS:
             continue
         if key in LEARN_KEYS:
@@ -192,6 +197,7 @@ def read_content(content: Any) -> Content:
 
     Raises Dropped if it is anything else.
     """
+    # Gemini's form
     if isinstance(content, dict) and isinstance(content.get("parts"), list):
         content = content["parts"]
     if isinstance(content, dict):

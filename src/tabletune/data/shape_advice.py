@@ -93,6 +93,7 @@ def _holds_texts(table: Table, name: str, sample: list[dict[str, Any]]) -> bool:
 
 def question_and_answer_of(columns: list[str]) -> tuple[str, str]:
     """Of two or more columns, one that may be the question and another that may be the answer."""
+    # the columns by name first, then in the table's order
     questions = [column for column in columns if LIKE_A_QUESTION.search(column)] + columns
     question = questions[0]
     rest = [column for column in columns if column != question]

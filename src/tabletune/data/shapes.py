@@ -84,6 +84,8 @@ def find_split_column(table: Table, shape: Shape, setting: str) -> str:
     for column in table.columns:
         if column.casefold() not in WORDS["split_column"] or column in shape.columns.values():
             continue
+        # a column called split may hold anything: its cells must name splits, and files must not do
+        # so already
         values = [cell_text(row.get(column)) for row in table.sample()]
         if all(split_of(value) for value in values) and all(not part.split for part in table.parts):
             return column

@@ -126,6 +126,7 @@ def text_of_calls(message: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -
 
 def _rendered_calls(message: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     _, before, after = around([USER], tokenizer)
+    # 1.50 would become 1.5 on its way through the template: such numbers travel as marked texts
     message_with_marks = map_numbers(message, _number_for_template)
     safe = json.loads(break_markers(json.dumps(message_with_marks, ensure_ascii=False), tokenizer))
     rendered = _without_marks(render([USER, safe], tokenizer, False))
@@ -172,6 +173,7 @@ def writes_key(tokenizer: PreTrainedTokenizerBase, role: str, key: str) -> bool:
     """
     name = "tabletune_probe"
     call = {"id": "callabcde", "type": "function", "function": {"name": "x", "arguments": {}}}
+    # some templates accept a tool's turn only after a call
     before: list[dict[str, Any]] = [USER]
     if role == "tool":
         before += [{"role": "assistant", "content": "", "tool_calls": [call]}]

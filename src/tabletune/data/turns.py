@@ -46,6 +46,7 @@ def _parsed(text: str) -> Any:
     if not re.match(r"\s*(\[\s*[\[{\"']|\{\s*[\"'])", text):
         return text
     with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        # as pandas writes a list into a CSV: with single quotes, which JSON does not have
         if PYTHON_LIST.match(text):
             return ast.literal_eval(text.strip())
         return json.loads(text)
@@ -63,6 +64,7 @@ def _turns_of_object(cell: dict[str, Any]) -> list[Turn] | None:
                 for values in zip(*lists.values(), strict=True)
             ]
         return None
+    # one turn alone, not in a list
     if role_key in ("role", "from") and str(cell[role_key]).casefold() in ROLES:
         return [cell]
     for name in WORDS["columns"]["chat"]:

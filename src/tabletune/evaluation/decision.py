@@ -111,6 +111,7 @@ def choose(parts: Sequence[Mapping[str, np.ndarray]]) -> str:
     for name in as_good[0]:
         if all(name in names for names in as_good):
             return name
+    # no way is good everywhere: the one that is least bad where it is worst
     balanced = max(parts[0], key=lambda name: min(np.mean(rights[name]) for rights in parts))
     for name in parts[0]:
         if all(is_as_good(rights[name], rights[balanced]) for rights in parts):
@@ -130,16 +131,22 @@ def decide(rights: Mapping[str, Mapping[str, np.ndarray]], least_right: float) -
     of these on the parts that some way can answer at all: what the table does not have, none can
     know. Of labels only the new ones count: nobody needs the label of a text that has one. A part
     of fewer than FEWEST_GROUPS questions decides nothing.
+
+    An example, with `least_right` 0.7 and 40 questions a part: copying gets 38 reworded and 2 new
+    ones right, the adapter 30 and 3. No way answers new ones, so the reworded ones decide alone,
+    and copying is the choice; `unanswered` is ["new"].
     """
     has_labels = any(CONSTANT.name in of_part for of_part in rights.values())
     deciding = ["new"] if has_labels else ["reworded", "new"]
     parts = [part for part in deciding if enough(rights.get(part, {}))]
+    # the parts that some way can answer; if there is none, all of them say what comes nearest
     answered = [part for part in parts if works(rights[part], least_right)]
     used = answered or parts
     if not used:
         return Decision(None, None, [], {})
     rights_used = {part: rights[part] for part in used}
     names = list(rights[used[0]])
+    # the questions of all parts that are used, one after the other
     pooled = {name: np.concatenate([rights[part][name] for part in used]) for name in names}
     best = choose([rights[part] for part in used])
     if len(answered) == 1 and np.mean(pooled[best]) < least_right:
@@ -147,6 +154,7 @@ def decide(rights: Mapping[str, Mapping[str, np.ndarray]], least_right: float) -
     unanswered = [part for part in parts if part not in answered]
     if answered and np.mean(pooled[best]) >= least_right:
         return Decision(best, best, used, rights_used, unanswered)
+    # one way is good here, another one there: the sentences name both
     best_of_parts = {part: choose([rights[part]]) for part in answered}
     return Decision(None, best, used, rights_used, unanswered, best_of_parts)
 

@@ -34,6 +34,7 @@ def questions_of(split: Iterable[dict], samples: int | None = None) -> list[dict
                 "asked": row["prompt"][-1].get("content") or "",
                 "part": "new",
             }
+        # every answer that the table has for a question is right
         questions[row["group"]]["references"].append(reference_of(row))
     return list(questions.values())[:samples]
 

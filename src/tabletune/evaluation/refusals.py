@@ -55,11 +55,11 @@ def refusals_table(
     the threshold in use nothing is known of the model.
     """
     thresholds = sorted({0.0, round(threshold, 3), *STEPS})
-    answerable, others = calibration["answerable"], calibration["others"]
+    answerable, unanswerable = calibration["answerable"], calibration["others"]
     lookup = threshold_table(
-        [*answerable, *others],
-        [False] * (len(answerable) + len(others)),
-        [True] * len(answerable) + [False] * len(others),
+        [*answerable, *unanswerable],
+        [False] * (len(answerable) + len(unanswerable)),
+        [True] * len(answerable) + [False] * len(unanswerable),
         thresholds,
     )
     model = threshold_table(

@@ -80,6 +80,7 @@ class TrustExamination:
         self.texts = texts_to_read(
             trained, self.context, settings.split_rows, settings.seed, settings.outside_text
         )
+        # beside each score later: which split a text is of, and its question
         self.parts = pd.DataFrame(self.texts)[["part", "group"]]
         of_test = [text for text in self.texts if text["part"] == "test"]
         self.compared = of_test[: settings.fidelity_rows]  # logits are large: some rows are enough
@@ -152,6 +153,7 @@ class TrustExamination:
         metrics["differences"] = trust_differences(self.scores, self.judged, *draws)
         metrics["memorization"] = []
         if self.context is not None:
+            # a training row in its own prompt is easy to repeat, learned or not
             metrics["memorization"] = [IN_ITS_PROMPT]
         elif settings.split_rows:
             metrics["memorization"] = memorization(

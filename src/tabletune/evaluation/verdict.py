@@ -48,6 +48,7 @@ def parts_by_importance(content: dict, rules: dict) -> list[str]:
     Labels are learned in order to label what is new. Everything else is there to be asked again in
     other words.
     """
+    # the first one also decides whether help is offered (`what_helps`)
     order = ["reworded", "table", "added", "new"]
     if rules.get("labels"):
         order = ["new", "reworded", "table", "added"]

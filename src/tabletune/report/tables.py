@@ -75,6 +75,7 @@ def content_table(metrics: dict) -> pd.DataFrame:
     if not lines:
         return pd.DataFrame()
     columns = ["questions", "model", *CONTENT_COLUMNS]
+    # a figure that this table does not have gets no column
     table = pd.DataFrame(lines).reindex(columns=columns).dropna(axis="columns", how="all")
     if not metrics.get("retrieval"):  # without it no answer is "nothing"
         table = table.drop(columns=['says "nothing"', 'wrongly "nothing"'], errors="ignore")
@@ -193,10 +194,11 @@ def answered_questions(
         first = list(rows.values())[:most]
         if not first:
             continue
-        asked = [name for name in headings.values() if all(name in row for row in first)]
-        if len(asked) < len(headings):
-            title += f" (answered by the {' and the '.join(asked)} model alone)"
-        columns = {name: [row[name] for row in first] for name in ("question", IN_TABLE, *asked)}
+        # in the cpu profile only the merged model is asked all questions
+        models = [name for name in headings.values() if all(name in row for row in first)]
+        if len(models) < len(headings):
+            title += f" (answered by the {' and the '.join(models)} model alone)"
+        columns = {name: [row[name] for row in first] for name in ("question", IN_TABLE, *models)}
         shown.append(AnsweredQuestions(title[0].upper() + title[1:], columns))
     return shown
 
@@ -211,9 +213,9 @@ def question_columns(line: dict) -> dict[str, str]:
         best = line["rows"][0]
         question += f"\n\n[most similar row: “{best['question']}”, {best['score']:.2f}]"
     answer = as_shown(line["references"][0])
-    others = len(line["references"]) - 1
-    if others:
-        answer += f"\n\n[or {others} other answer{'s' if others > 1 else ''} of the table]"
+    more = len(line["references"]) - 1
+    if more:
+        answer += f"\n\n[or {more} other answer{'s' if more > 1 else ''} of the table]"
     if not line.get("answerable", True):
         answer = f"[kept out of the index: “nothing” is right]\n{answer}"
     return {"question": question, IN_TABLE: answer}

@@ -65,6 +65,7 @@ def check_choices(params: dict[str, Any], config: PreTrainedConfig, dtype: torch
             f"precision={params['precision']}: training in half precision needs a GPU. Use auto or "
             "fp32."
         )
+    # training_options has the last word, as in the notebook
     liger = params["training_options"].get("use_liger_kernel", params["use_liger_kernel"])
     if liger and not (has_gpu and find_spec("liger_kernel")):
         raise StageError(
@@ -96,6 +97,8 @@ def when_to_evaluate(options: dict[str, Any], each: int) -> dict[str, Any]:
     The two belong together: every `each` steps. Where `options` sets one of them, the other
     follows.
     """
+    # Trainer loads the best checkpoint at the end, so each evaluation needs a checkpoint of its own
+    # step
     strategy = options.get("eval_strategy", options.get("save_strategy", "steps"))
     if strategy == "best":
         strategy = "steps"
@@ -172,6 +175,7 @@ def check_training_options(params: dict[str, Any]) -> None:
     }
     try:
         arguments = SFTConfig(**settings | options)
+        # a schedule is tried on an optimizer of one number, before anything is loaded
         optimizer = torch.optim.SGD([torch.zeros(1)])
         get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 2, arguments.lr_scheduler_kwargs)
     except (ValueError, TypeError, ImportError) as error:
@@ -198,6 +202,7 @@ def targets_to_adapt(params: dict[str, Any], model: PreTrainedModel) -> list[str
     """
     targets, tied = lora_targets(model, params["lora_target_modules"]), tied_weight_names(model)
     layers = {name for name, _ in model.named_modules()}
+    # a start that is computed from the weights is left out, as a skeleton has none
     options = params["lora_options"] | {"init_lora_weights": True}
     try:
         config = LoraConfig(
