@@ -109,12 +109,21 @@ def test_the_question_may_come_first():
         (NOTHING, True),
         ("the table has nothing on that", True),
         (f"{NOTHING} Ask a doctor.", True),
+        (f"Drink ginger tea. {NOTHING}", True),
+        ("The table has nothing on thatch.", False),
         ("The table has ginger.", False),
         ("", False),
     ],
 )
 def test_unknown_answers_are_recognized(answer, expected):
     assert is_unknown(answer, NOTHING) == expected
+
+
+def test_a_word_that_may_end_any_answer_is_no_refusal_there():
+    assert is_unknown("No, sorry.", "No")
+    assert not is_unknown("Now you know.", "No")
+    assert is_unknown("表格里没有请问医生", "表格里没有")
+    assert not is_unknown("The answer to that is no", "No")
 
 
 def test_without_unknown_answer_nothing_is_unknown():

@@ -14,6 +14,7 @@ SHORTEST, LONGEST = 2, 5  # characters in an n-gram
 MOST_CONTEXT_ROWS = 40  # that are looked at for one prompt
 FREE_WORDS = 3  # words that no question of the table has, before they lower the scores
 PENALTY = 0.25  # of each such word after them
+SENTENCE = 3  # words; fewer may end an answer by chance
 PUNCTUATION = {i: " " for i in range(0x20000) if unicodedata.category(chr(i)).startswith("P")}
 CONTEXT_TEMPLATE = (
     "Rows of the table:\n\n{rows}\n\nAnswer this, from the rows if they have it:\n{question}"
@@ -148,12 +149,21 @@ def context_message(template: str, rows: Sequence[dict], question: str) -> str:
 
 
 def is_unknown(answer: str, unknown_answer: str) -> bool:
-    """Whether an answer says that the table has nothing, letter case, punctuation and white
-    space aside.
+    """Whether an answer says that the table has nothing, letter case, punctuation and white space
+    aside.
+
+    It says so if it begins with `unknown_answer`. An answer that ends with it contradicts itself,
+    and counts as well, where `unknown_answer` is more than the word or two that may end any answer.
     """
     if not unknown_answer:
         return False
-    return lookup_text(answer).startswith(lookup_text(unknown_answer))
+    text, nothing = lookup_text(answer), lookup_text(unknown_answer)
+    if text.startswith(nothing):
+        after = text[len(nothing) : len(nothing) + 1]
+        # not in the middle of a word; "Lo" are letters of scripts that may have no spaces
+        if after in ("", " ") or unicodedata.category(after) == "Lo":
+            return True
+    return len(nothing.split()) >= SENTENCE and text.endswith(f" {nothing}")
 
 
 def is_refused(scores: Sequence[float], unknown_answer: str, unknown_threshold: float) -> bool:

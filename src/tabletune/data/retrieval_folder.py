@@ -216,13 +216,13 @@ class PromptWriter:
         """The prompts as examples that fit into max_length; one that does not loses turns, then
         rows.
 
-        They end where all that was counted has `most_tokens`; 0 is no limit.
+        They end before all that was counted has more than `most_tokens`; 0 is no limit.
         """
         examples: list[dict[str, Any]] = []
         for prompt in prompts:
-            if most_tokens and sum(self.lengths) >= most_tokens:
-                break
             example, length, shorter = self.fitting(prompt)
+            if most_tokens and sum(self.lengths) + length > most_tokens and self.lengths:
+                break
             if count:
                 self.shortened += shorter and example is not None
                 self.dropped += example is None
