@@ -186,6 +186,8 @@ print("examples begin at tokens", (batch["position_ids"][0] == 0).nonzero().flat
 # every layer, and gets the rest of a layer when it is needed.
 
 # %% tags=["nbval-ignore-output"]
+model = trainer = None  # of an earlier pass, or they would count as taken
+free_memory()
 room = planning.room_for_training(stage.parameters, config, dtype, targets, len(packed), processes)
 room.expected.round(2).to_frame()
 
@@ -205,8 +207,6 @@ quantization_config = BitsAndBytesConfig(
 )
 
 # %% tags=["nbval-ignore-output"]
-model = trainer = None  # of an earlier pass
-free_memory()
 how = quantization_config if quantization == "nf4" else quantization
 model = load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, how)
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import DistributedType, PartialState
-from conftest import TINY
+from conftest import ROOT, TINY
 from transformers import AutoConfig
 
 from tabletune.errors import StageError
@@ -257,3 +257,12 @@ def test_a_7b_trains_on_both_cards_with_little_recomputed(llama, targets, lora_r
     assert room.fits(rows)
     assert rows * max_length >= 2048
     assert recomputed <= 32 / 3
+
+
+def test_a_model_of_an_earlier_pass_is_gone_before_memory_is_planned():
+    """Run All, pressed twice: what the first model takes would not be there for the second."""
+    text = (ROOT / "notebooks_py" / "02_finetune_qlora.py").read_text(encoding="utf-8")
+    forgets = text.index("model = trainer = None")
+    frees = text.index("free_memory()\n")
+    plans = text.index("planning.room_for_training(")
+    assert forgets < frees < plans
