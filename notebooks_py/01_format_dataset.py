@@ -43,7 +43,7 @@
 # | Chicken Soup | Common Cold | Make a light soup with chicken, garlic, carrot and a pinch of salt, and have a warm bowl at lunch and dinner while the cold lasts. | Shavasana |
 #
 # - **In:** a table: a `.csv`, `.tsv`, `.xlsx`, `.json`, `.jsonl` or `.parquet` file, a folder, or a
-#   Hub data set.
+#   data set on the Hub (huggingface.co, where models and data sets are shared).
 # - **Out:** `dataset/` in the run folder: conversations, divided into training, validation and test
 #   rows, and `dataset/report.json`.
 # - **Time:** under a minute anywhere for a table of some ten thousand rows; no GPU is used.
@@ -81,7 +81,8 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 #
 # For your own table, `dataset` is often all that you change: the notebook recognizes how its rows
 # become conversations, and shows it below. Rarely changed settings are folded away and come first;
-# the cell after them can override them.
+# the cell after them can override them. When `make` runs a notebook, it adds one more cell, with
+# the settings of its profile. These override all others.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed: how a table is read
@@ -176,9 +177,9 @@ show_table(describe_template(tokenizer, stops))
 # %% [markdown]
 # ## The table
 #
-# Every cell is read as the text that was written: `007`, `1.50`, `None`. What can be understood in
-# two ways, such as a row with more cells than the header, is refused, because guessing could
-# silently corrupt or drop rows.
+# Every cell is read as the text that was written: `007`, `1.50`, `None`. Where a file is ambiguous,
+# such as a row with more cells than the header, the notebook stops with a message instead of
+# guessing.
 
 # %%
 from tabletune.data.table_file import ReadOptions
@@ -189,8 +190,9 @@ table = open_table(dataset, dataset_revision, dataset_config, splits, options)
 print(*table.descriptions, sep="\n")
 
 # %% [markdown]
-# The notebook recognizes from the columns how rows become conversations. `shape`, `columns` and the
-# templates override that.
+# The notebook recognizes from the columns how rows become conversations. If question and answer are
+# put together from several columns, two templates say how. `shape`, `columns` and the templates
+# override what it recognizes.
 
 # %%
 from tabletune.data.shapes import recognize, with_example
@@ -213,9 +215,9 @@ row = first["texts"]
 show_table({field: text[:500] for field, text in row.items()})
 
 # %% [markdown]
-# **Cleaned.** By default little is changed: Unicode is composed (é becomes one character), line
-# ends become the same, and white space around a text is removed. Everything inside a text stays as
-# you wrote it.
+# **Cleaned.** By default little is changed: where a letter such as é can be stored in two ways, one
+# is chosen; line ends become the same; and white space around a text is removed. Everything inside
+# a text stays as you wrote it.
 
 # %%
 import unicodedata
@@ -223,7 +225,7 @@ import unicodedata
 from tabletune.data.cleaning import Cleaning
 
 texts = [unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip() for text in row.values()]
-print("by hand as by the package:", texts == [Cleaning()(text) for text in row.values()])
+print("our own line and the package agree:", texts == [Cleaning()(text) for text in row.values()])
 
 # %% [markdown]
 # Other rules are parameters that are off by default. With the parameters of this table the row
@@ -242,7 +244,8 @@ messages = first["prompt"] + first["completion"]
 print(*(f"{turn['role'].upper()}\n{turn['content'][:500]}" for turn in messages), sep="\n\n")
 
 # %% [markdown]
-# **Rendered** by the model's own template:
+# **Rendered** by the model's own template. If there is a system message that you did not write, the
+# template has added it:
 
 # %%
 rendered = messages[0]["content"]  # if the row is a text without a question
@@ -253,9 +256,9 @@ print(rendered[:2000])
 # %% [markdown]
 # **As numbers.** The text becomes the numbers of its tokens, with a mask that is 1 for the tokens
 # that the model is to learn: those of the answer, and the one that ends it. Only they count in the
-# *loss*, the error that training makes smaller. The question does not count. By hand we render the
-# row twice, without the answer and with it, and compare. `encode` does the same for any template,
-# and for conversations with several answers.
+# *loss*, the error that training makes smaller. By hand: the tokens of the prompt come first, and
+# what follows them in the rendered text is the answer. `encode` does the same for any template, and
+# for conversations with several answers.
 
 # %%
 from tabletune.chat.encoding import encode, encode_prompt, show_tokens
@@ -265,7 +268,7 @@ prompt = encode_prompt(first["prompt"], tokenizer)
 by_hand = tokenizer(rendered, add_special_tokens=False)["input_ids"]
 answer = by_hand[len(prompt) : len(encoded["input_ids"])]
 print(f"{len(encoded['input_ids'])} tokens, {sum(encoded['completion_mask'])} of them in the loss")
-print("by hand as by the package:", encoded["input_ids"] == prompt + answer)
+print("put together, they equal what the package returns:", encoded["input_ids"] == prompt + answer)
 
 # %% [markdown]
 # The same, token by token. **Bold** tokens are special: they are no text but marks, such as the end
@@ -280,8 +283,8 @@ show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 # Three kinds of rows are dropped:
 #
 # - rows without a question or an answer: they teach nothing;
-# - copies of other rows: they would be learned twice, and a copy among the test rows would make the
-#   test too easy;
+# - copies of other rows, also those that differ only in capitals and punctuation (near duplicates):
+#   they would be learned twice, and a copy among the test rows would make the test too easy;
 # - rows that are too long. They are not cut: an answer without its end teaches the model to ramble
 #   on.
 #
@@ -289,7 +292,9 @@ show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 #
 # The others are divided into three *splits*: training rows, validation rows, by which the training
 # is watched, and test rows for the end. All rows with the same question go to the same split. If a
-# test question had also been asked in training, the test would measure memory.
+# test question had also been asked in training, the test would measure memory. (Notebook 4 asks
+# training questions, too, but counts them apart.) If all this was done before, with the same table
+# and settings, it is not done again.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.data.pipeline import format_table
@@ -340,12 +345,16 @@ print(*report["notes"] or ["None: nothing about it stands out."], sep="\n")
 # ## Rows of the table in the prompt
 #
 # A small model that is fine-tuned on a table learns how answers look, but hardly what they say.
-# With `context_rows = 3`, each question is first looked up: the three rows with the most similar
-# questions stand in the prompt, in training as in use. The model learns to answer from them. It
-# also learns to say that they do not have the answer: in training some questions get only rows of
-# *other* questions, and their answer is `unknown_answer`. To save time, a training prompt asks
-# several questions about the same rows. [docs/right-answers.md](../docs/right-answers.md) has the
-# measurements.
+# With `context_rows = 3`, each question is first looked up: both in training and later, when you
+# ask it, the prompt contains the three rows whose questions are most similar. The model learns to
+# answer from them. It also learns to say that they do not have the answer: in training some
+# questions get only rows of *other* questions, and their answer is `unknown_answer`.
+# [docs/right-answers.md](../docs/right-answers.md) has the measurements.
+#
+# A training prompt has some rows and asks several questions about them, half of them in other words
+# than the table's. `practice_prompts` are about made-up tables; they teach to recognize a question
+# in other words. `unknown_threshold` is for use: if no row is as similar (0 to 1), the lookup
+# refuses the question, and the model is not even asked.
 
 # %%
 from tabletune.data.context import load_context
@@ -354,8 +363,9 @@ from tabletune.data.retrieval_report import OFF, example_prompt, prompts_table
 show_table(prompts_table(report), OFF)
 
 # %% [markdown]
-# What the model is asked, for one question of the validation split. With `context_rows`, the rows
-# are searched among the training rows, so that no validation or test question finds its own row:
+# What the model is asked, and what is right: for a question of the training split, and for one of
+# the validation split. Only training rows are searched. So a validation or test question never
+# finds its own row here, and to say that the table has nothing is right.
 
 # %%
 print(example_prompt(run, load_context(run)))
@@ -376,6 +386,9 @@ plot_data_set(report, max_length)
 # %%
 pd.DataFrame({"rows": report["splits"], "questions": report["questions"]})
 
+# %% [markdown]
+# With `push_dataset_to`, the data set goes to the Hub, too:
+
 # %%
 if push_dataset_to:
     import datasets
@@ -391,8 +404,8 @@ print(*sentences_on_data_set(report), sep="\n")
 # %% [markdown]
 # Two things to try:
 #
-# - Set `max_length` to the number of tokens that half of the rows exceed. What does the notebook
-#   say?
+# - Set `max_length` to the number of tokens that half of the rows exceed (see above). What does the
+#   notebook say?
 # - Set `system_prompt` to a sentence of your own, and find it among the tokens above.
 #
 # Next: [2 · fine-tune](02_finetune_qlora.ipynb).

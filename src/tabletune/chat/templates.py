@@ -162,7 +162,11 @@ def describe_template(
 ) -> dict[str, str]:
     """What a reader should know of the format, {what: a short text}."""
     opened = render([USER], tokenizer)
-    opening = opened if len(opened) <= 60 else f"…{opened[-60:]}"
+    opening = opened
+    if len(opened) > 60:  # from a mark on, such as "<|im_start|>"
+        start = max(opened.find("<", len(opened) - 60), len(opened) - 60)
+        opening = f"…{opened[start:]}"
+    opening = opening.replace("\n", "⏎")
     system = "no place: it goes before the first question"
     if takes_system(tokenizer):
         system = "has a place"
@@ -174,7 +178,7 @@ def describe_template(
     # the formats of dates that the templates in the menu of models write
     dated = re.search(r"\d{1,2} \w{3} 20\d\d|20\d\d-\d\d-\d\d|[A-Z]\w+ \d{1,2}, 20\d\d", opened)
     return {
-        "a prompt ends with": repr(opening),
+        "a prompt ends with": opening,
         "an answer stops at": ", ".join(tokenizer.convert_ids_to_tokens(stop_token_ids)),
         "system message": system,
         "thinking": thinking,

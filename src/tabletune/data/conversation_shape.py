@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 
+from tabletune.data.example import read_example
 from tabletune.data.field_templates import check_template, fields_of
 from tabletune.data.shape_advice import headless_hint, shown_columns
 from tabletune.data.tables import Table
 from tabletune.errors import StageError, suggestion
 
+EXAMPLE_SETTINGS = {"drop_values", "strip_addresses", "collapse_spaces"}  # that a reader may miss
 FIELDS_AS_THEY_ARE = ("system", "tools", "history", "keep")  # in no template
 
 
@@ -42,6 +44,11 @@ class Shape:
         lines = [f"shape: {self.name}"]
         if self.example:
             lines[0] += f", with the settings of the example {self.example}"
+            others = read_example(self.example).keys() & EXAMPLE_SETTINGS
+            lines.append(f"other settings of the example: {', '.join(sorted(others))}")
+        if self.name == "columns":
+            lines.append(f"question_template: {self.question_template!r}")
+            lines.append(f"answer_template: {self.answer_template!r}")
         lines += [f"{field} = column {column!r}" for field, column in self.columns.items()]
         if self.split_column:
             lines.append(f"the split of a row = column {self.split_column!r}")

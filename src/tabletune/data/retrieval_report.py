@@ -9,12 +9,13 @@ from tabletune.data.context import TableContext
 from tabletune.run.artifacts import load_dataset_of_run
 
 OFF = "`context_rows` is 0: the model is asked without rows of the table."
+LOOKUP = "refused by the lookup alone"
 NO_QUESTIONS = "These rows are texts without questions."
 KINDS = {
-    "own row": "questions whose own row is in the prompt",
-    "other wording": "questions whose answer is there under another wording",
-    "missing": "questions whose rows are missing",
-    "practice": "questions about practice tables",
+    "own row": "– with their own row in the prompt",
+    "other wording": "– with their answer under another wording",
+    "missing": "– with no row that answers them",
+    "practice": "– about made-up tables, for practice",
 }
 
 
@@ -23,34 +24,47 @@ def prompts_table(report: dict[str, Any]) -> pd.DataFrame:
     context = report.get("context")
     if context is None:
         return pd.DataFrame()
+    questions = context["questions"]
     lines = {
         "training prompts": context["prompts"]["train"],
-        "validation prompts": context["prompts"]["validation"],
+        "questions that they ask": sum(questions.values()),
     }
     for kind, text in KINDS.items():
-        lines[text] = context["questions"].get(kind, 0)
+        lines[text] = questions.get(kind, 0)
     lines["prompts made shorter to fit max_length"] = context["shortened"]
     lines["prompts dropped, too long"] = context["dropped"]
     lines["tokens of a training prompt, half of them up to"] = context["tokens"]["p50"]
     lines["tokens of the longest"] = context["tokens"]["max"]
     lines["tokens of all training prompts"] = context["tokens"]["sum"]
+    lines["validation prompts, of one question each"] = context["prompts"]["validation"]
     if context["unknown_answer"]:
         lines["unknown_threshold"] = context["unknown_threshold"]
-        lines["reworded questions that it refuses"] = f"{context['false_nothing']:.0%}"
-        lines["questions without a row that it refuses"] = f"{context['refused']:.0%}"
+        lines[f"{LOOKUP}: reworded questions of the table"] = f"{context['false_nothing']:.0%}"
+        lines[f"{LOOKUP}: questions without a row"] = f"{context['refused']:.0%}"
     return pd.Series(lines, name="with rows in the prompt", dtype=object).to_frame()
 
 
 def example_prompt(run: Path, context: TableContext | None) -> str:
-    """The last turn of the first prompt of the validation split; with rows in it, and their scores,
-    if there is a context.
+    """The last turn of the first prompt of the validation split; with a context, a prompt of the
+    training split and one of the validation split, with rows in them, and what is right.
     """
     splits, _ = load_dataset_of_run(run)
-    messages = next(iter(splits["validation"]["prompt"]), None) or []
-    if not messages:
+    rows = {name: next(iter(splits[name]), None) for name in ("train", "validation")}
+    if any(row is None or not row["prompt"] for row in rows.values()):
         return NO_QUESTIONS
     if context is None:
-        return messages[-1]["content"]
-    prompt = context.prompt(messages)
+        return rows["validation"]["prompt"][-1]["content"]
+    return "\n\n".join(prompt_and_answer(name, row, context) for name, row in rows.items())
+
+
+def prompt_and_answer(split: str, row: dict[str, Any], context: TableContext) -> str:
+    """A row's question as it is put to the model, with the scores of its rows, and what is right."""
+    prompt = context.prompt(row["prompt"])
+    answer = row["completion"][0]["content"]
+    if not context.has_answer([answer]):
+        answer = context.settings.unknown_answer or answer
     scores = ", ".join(f"{hit.score:.2f}" for hit in prompt.hits)
-    return f"{prompt.messages[-1]['content']}\n\n(similarity of the rows: {scores})"
+    heading = f"--- {split.upper()} SPLIT; similarity of the rows: {scores}"
+    if prompt.refused:
+        heading += f"; below {context.settings.unknown_threshold:g}, so the model is not asked"
+    return f"{heading}\n\n{prompt.messages[-1]['content']}\n\n--- RIGHT\n\n{answer}"
