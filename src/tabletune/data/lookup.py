@@ -233,7 +233,7 @@ def source_row(answer: str, rows: Sequence[dict]) -> dict:
     words = set(lookup_text(answer).split())
 
     def common_share(row: dict) -> float:
-        others = set(lookup_text(row["answer"]).split())
-        return len(words & others) / max(1, len(words | others))
+        of_row = set(lookup_text(row["answer"]).split())
+        return len(words & of_row) / max(1, len(words | of_row))
 
     return max(rows, key=common_share)

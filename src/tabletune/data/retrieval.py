@@ -62,12 +62,12 @@ def table_rows(rows: Iterable[dict]) -> list[TableRow]:
     for row in rows:
         questions = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
         if questions:
-            answer = shown_answer(row["completion"][0]["content"])
+            answer = answer_without_thoughts(row["completion"][0]["content"])
             result.append(TableRow(questions[-1], answer, row["group"]))
     return result
 
 
-def shown_answer(answer: str) -> str:
+def answer_without_thoughts(answer: str) -> str:
     """An answer as it stands in a prompt: without the thoughts before it."""
     return answer.rpartition("</think>")[2].strip()
 

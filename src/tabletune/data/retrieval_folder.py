@@ -19,7 +19,7 @@ from tabletune.chat.encoding import decode_all, encode_all
 from tabletune.data.arrow import features_of
 from tabletune.data.calibration import Calibration, calibrate, share_below
 from tabletune.data.context import FOLDER, ContextSettings, TableContext
-from tabletune.data.retrieval import RowIndex, TableRow, shown_answer, table_rows
+from tabletune.data.retrieval import RowIndex, TableRow, answer_without_thoughts, table_rows
 from tabletune.data.splits import question_id, question_key
 from tabletune.data.training_prompts import (
     PromptMaker,
@@ -250,7 +250,7 @@ class PromptWriter:
             if len(prompt.turns) > 1:
                 prompt.turns.pop()
                 continue
-            answer = shown_answer(prompt.turns[0].answer)
+            answer = answer_without_thoughts(prompt.turns[0].answer)
             spare = [row for row in prompt.rows if row.answer != answer]
             if not spare or len(prompt.rows) == 1:
                 return None, len(ids), shorter

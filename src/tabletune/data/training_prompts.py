@@ -18,7 +18,7 @@ import numpy as np
 
 from tabletune.data.context import TableContext
 from tabletune.data.lookup import MOST_CONTEXT_ROWS, lookup_text
-from tabletune.data.retrieval import TableRow, shown_answer
+from tabletune.data.retrieval import TableRow, answer_without_thoughts
 from tabletune.data.rewording import Rewording, same_answer
 
 Message = dict[str, str]
@@ -94,7 +94,7 @@ def training_rows(rows: Iterable[dict[str, Any]]) -> list[TrainingRow]:
         if not users:
             continue
         answer = row["completion"][0]["content"]
-        shown = shown_answer(answer)
+        shown = answer_without_thoughts(answer)
         question = row["prompt"][users[-1]]["content"]
         history = tuple((turn["role"], turn["content"]) for turn in row["prompt"][: users[-1]])
         result.append(TrainingRow(TableRow(question, shown, row["group"]), answer, history))

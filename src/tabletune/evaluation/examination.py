@@ -2,7 +2,7 @@
 
 The same test rows are scored, and the same questions asked, with each model.
 
-With `context_rows` the rows of the table come into the prompt, in the words of the training prompts:
+With `context_rows` rows of the table stand in the prompt, worded as in training:
 for new questions from the index for evaluation, which has the rows of the training split alone. The
 test questions are then asked a second time with the index for use, which has their own rows, too:
 as if these had been added after training.
