@@ -136,7 +136,7 @@ def has_room() -> bool:
     return (os.cpu_count() or 1) > 1 and free_gib >= FREE_GIB
 
 
-def main() -> None:
+def be_kernel() -> None:
     """Be a kernel that imports before it answers. The first argument is the notebook.
 
     The kernel stands when the imports begin: transformers and tqdm look then whether they are in a
@@ -154,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    be_kernel()

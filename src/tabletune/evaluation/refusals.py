@@ -1,9 +1,9 @@
 """Both errors of saying "the table has nothing on that", and how the threshold moves them.
 
-A run with `context_rows` and an `unknown_answer` says it in two ways: the lookup refuses a question
-whose most similar row scores below `unknown_threshold`, and an answer that was taken from a row
-below it; and the model refuses a question that its rows do not answer. A higher threshold refuses more: fewer questions get an answer that the table does not
-have, and more are refused although it has one.
+A run with `context_rows` and an `unknown_answer` says it in three cases: no row of a question
+scores `unknown_threshold`, the model's answer was taken from a row that scores less, or the model
+itself refuses. A higher threshold refuses more: fewer questions get an answer that the table does
+not have, and more are refused although it has one.
 """
 
 from collections.abc import Mapping, Sequence
