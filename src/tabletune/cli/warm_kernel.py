@@ -2,8 +2,8 @@
 
 Each notebook runs in a process of its own, and each imports PyTorch, transformers and more: 7 to 15
 seconds, four times in `make run-all`. Imports keep one core busy, and there are at least two. So
-the kernel of the next notebook starts early, imports what that notebook imports, and waits.
-`python -m tabletune.cli.warm_kernel NOTEBOOK …` is such a kernel.
+the kernel of the next notebook starts early, imports what that notebook imports, and waits. This
+module, started with the path of a notebook, is such a kernel.
 """
 
 import ast
