@@ -3,7 +3,11 @@
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-from tabletune.training.results import base_model_loss
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig
+
+from tabletune.model.loading import skeleton
+from tabletune.training.results import base_model_loss, training_metrics
 
 
 class FakeTrainer:
@@ -47,3 +51,34 @@ def test_the_callbacks_hear_of_what_comes_after_the_loss_of_the_base():
     base_model_loss(trainer)
     trainer.evaluate()
     assert trainer.heard == [{"eval_loss": 1.8}]
+
+
+def adapted_model(rank=8, **options):
+    """A small Llama with an adapter, without memory, and how many weights it had before."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 100}
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+    base = skeleton(config)
+    weights = base.num_parameters()
+    lora_config = LoraConfig(r=rank, target_modules=["q_proj", "v_proj"], **options)
+    return get_peft_model(base, lora_config), weights
+
+
+def metrics_of(model):
+    """The metrics of a training of three steps that ended in the second epoch."""
+    history = [{"step": 3, "loss": 1.6, "seconds": 2.0}]
+    state = SimpleNamespace(log_history=history, epoch=1.5, global_step=3, best_metric=1.8)
+    return training_metrics(SimpleNamespace(model=model, state=state), 100, 10, 3.9)
+
+
+def test_the_share_of_trained_weights_is_beside_the_base_without_its_adapter():
+    model, base_weights = adapted_model()
+    adapter_weights = 2 * 2 * 8 * (32 + 32)  # layers, matrices of each, rank, rows and columns
+    expected = round(100 * adapter_weights / base_weights, 4)
+    assert metrics_of(model)["trainable_percent"] == expected
+
+
+def test_a_trained_part_of_the_base_counts_in_the_base():
+    """With modules_to_save a copy of the head is trained; the base still has its own."""
+    model, base_weights = adapted_model(modules_to_save=["lm_head"])
+    expected = round(100 * (2 * 2 * 8 * (32 + 32) + 100 * 32) / base_weights, 4)
+    assert metrics_of(model)["trainable_percent"] == expected

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from tabletune.chat.tokenizer import save_tokenizer
+from tabletune.model.loading import skeleton
 from tabletune.run.files import archive, atomic_write, write_json
 from tabletune.run.hub import upload_result
 from tabletune.run.machine import peak_memory_gib
@@ -36,7 +37,8 @@ def training_metrics(
 ) -> dict[str, Any]:
     """The content of `training/metrics.json`.
 
-    Steps, tokens without padding, seconds, losses in nats a token.
+    Steps, tokens without padding, seconds, losses in nats a token. `trainable_percent` is beside the
+    weights of the base model alone.
     """
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry] or [history[-1]["train_loss"]]
@@ -45,6 +47,8 @@ def training_metrics(
     seconds = of_training[-1]["seconds"]
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     trainable = sum(parameter.numel() for parameter in trained)
+    # those of the base alone: `trainer.model` has the adapter in it, and may hold packed weights
+    base_parameters = skeleton(trainer.model.config).num_parameters()
     tokens = round(tokens_an_epoch * trainer.state.epoch)
     peak = peak_memory_gib()
     after = trainer.state.best_metric
@@ -59,9 +63,7 @@ def training_metrics(
         "tokens_per_second": round(tokens / seconds, 1),
         "peak_memory_gib": peak.get("gpu", peak["host"]),
         "trainable_parameters": trainable,
-        "trainable_percent": round(
-            100 * trainable / trainer.model.base_model.model.num_parameters(), 4
-        ),
+        "trainable_percent": round(100 * trainable / base_parameters, 4),
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "eval_loss_before": before,
