@@ -1,5 +1,6 @@
 """The verification of a merge: a wrong one does not pass, however weak the adapter."""
 
+import json
 import shutil
 
 import pytest
@@ -16,7 +17,6 @@ from tabletune.merging import plan as plan_module
 from tabletune.merging import verification
 from tabletune.merging import write as write_module
 from tabletune.merging.verification import difference_to_effect
-from tabletune.model.weights import weight_files
 
 REFUSED = "is not the base model with its adapter"
 
@@ -89,28 +89,125 @@ def test_a_right_merge_of_a_weak_adapter_is_kept_and_its_rounding_is_said(
     assert "Rounding to torch.bfloat16 hides" in capsys.readouterr().out
 
 
+def test_that_holds_for_float32(tmp_path, capsys):
+    run = weaken(make_run(tmp_path / "run", TINY), 1e-7)
+    assert merge(run)["difference_to_effect"] > verification.MAX_SHARE
+    assert "Rounding to torch.float32 hides" in capsys.readouterr().out
+
+
+def change_written(monkeypatch, change):
+    """Have `change(tensors)` alter the tensors of the merged model before they are written."""
+    real = write_module.save_file
+
+    def save_changed(tensors, path, metadata):
+        change(tensors)
+        real(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(write_module, "save_file", save_changed)
+
+
+def one_number(name):
+    """A change of one number of a tensor."""
+
+    def change(tensors):
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[-1] += 1
+
+    return change
+
+
+@pytest.mark.parametrize("strength", [1, 0.001])
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_a_damaged_tensor_that_the_adapter_does_not_change_is_refused(
+    tmp_path, monkeypatch, name, strength
+):
+    """The last number of the embeddings belongs to a token that the compared rows do not have."""
+    run = weaken(make_run(tmp_path / "run", TINY), strength)
+    change_written(monkeypatch, one_number(name))
+    with pytest.raises(StageError, match=f"{REFUSED}.*Wrong: {name}"):
+        merge(run)
+    assert not list(run.glob("merged*"))
+
+
+@pytest.mark.parametrize("base_weights", ["original", "dequantized"])
+def test_so_is_one_beside_an_adapter_that_rounding_hides(tmp_path, monkeypatch, base_weights):
+    base = cached("llama_tied")
+    run = weaken(make_run(tmp_path / "run", base), 0.001)
+    change_written(monkeypatch, one_number("model.norm.weight"))
+    with pytest.raises(StageError, match=rf"{REFUSED}.*Wrong: model\.norm\.weight"):
+        merge(run, base, base_weights)
+
+
+def test_so_is_one_beside_an_adapter_that_peft_merges(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", TINY, use_dora=True)
+    change_written(monkeypatch, one_number("model.norm.weight"))
+    with pytest.raises(StageError, match=rf"{REFUSED}.*Wrong: model\.norm\.weight"):
+        merge(run)
+
+
+def test_so_is_one_where_memory_does_not_suffice_for_the_logits(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", TINY)
+    monkeypatch.setattr(verification, "available_memory_gib", lambda: 0.001)
+    change_written(monkeypatch, one_number("model.norm.weight"))
+    with pytest.raises(StageError, match=REFUSED):
+        merge(run)
+
+
+def to_half(tensors):
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
+
+
+CHANGES = {
+    "one that is missing": lambda tensors: tensors.pop("model.norm.weight"),
+    "one of another dtype": to_half,
+    "one too many": lambda tensors: tensors.update(extra=torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_tensors_than_the_base_models_are_refused(tmp_path, monkeypatch, change):
+    run = make_run(tmp_path / "run", TINY)
+    change_written(monkeypatch, CHANGES[change])
+    with pytest.raises(StageError, match=REFUSED):
+        merge(run)
+
+
+def test_a_number_that_the_adapter_does_not_change_is_compared_too(tmp_path, monkeypatch):
+    """Rounding to bf16 hides most of this adapter, and the damage is in one number of a layer."""
+    base = cached("llama_tied")
+    run = weaken(make_run(tmp_path / "run", base), 0.001)
+    change_written(monkeypatch, one_number("model.layers.0.self_attn.q_proj.weight"))
+    with pytest.raises(
+        StageError, match=rf"{REFUSED}.* Wrong: model\.layers\.0\.self_attn\.q_proj"
+    ):
+        merge(run, base)
+
+
+@pytest.mark.parametrize("base_weights", ["original", "dequantized"])
+def test_right_weights_with_other_settings_of_the_model_are_refused(
+    tmp_path, monkeypatch, base_weights
+):
+    """Rounding hides the adapter, so its share of the difference says nothing."""
+    base = cached("llama_tied")
+    run = weaken(make_run(tmp_path / "run", base), 0.001)
+    real = write_module.write_model_settings
+
+    def write_other_settings(plan, folder, *rest):
+        real(plan, folder, *rest)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 10.0}))
+
+    monkeypatch.setattr(write_module, "write_model_settings", write_other_settings)
+    with pytest.raises(StageError, match=REFUSED):
+        merge(run, base, base_weights)
+
+
 @pytest.mark.parametrize("strength", [1, 0.03, 0.001, 0])
 def test_a_right_merge_reproduces_what_the_adapter_does(tmp_path, strength):
     run = weaken(make_run(tmp_path / "run", TINY), strength)
     assert merge(run)["difference_to_effect"] < 0.001
-
-
-@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
-def test_a_tensor_that_the_adapter_does_not_change_must_be_the_bases(tmp_path, monkeypatch, name):
-    run = make_run(tmp_path / "run", TINY)
-    real = write_module.write_tensors
-
-    def write_and_damage(plan, folder, shards):
-        real(plan, folder, shards)
-        file = weight_files(folder)[name]
-        tensors = load_file(file)
-        tensors[name] = tensors[name] * 1.5
-        save_file(tensors, file, metadata={"format": "pt"})
-
-    monkeypatch.setattr(write_module, "write_tensors", write_and_damage)
-    with pytest.raises(StageError, match=rf"{REFUSED}.* Wrong: {name}\."):
-        merge(run)
-    assert not list(run.glob("merged*"))
 
 
 def test_a_wrong_factor_is_refused(tmp_path, monkeypatch):

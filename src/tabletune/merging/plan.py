@@ -280,6 +280,18 @@ class MergePlan:
             return stored.to(dtype)
         return stored
 
+    def changed_tensors(self) -> list[str]:
+        """The names of the tensors whose numbers merging may change. All others are copied."""
+        if self.plain:
+            return list(self.modules)
+        changed_modules = self.adapted | self.quantized
+        changed = []
+        for name, new_names in self.names.items():
+            owners = {new_name.rpartition(".")[0] for new_name in new_names}
+            if owners & changed_modules:
+                changed.append(name)
+        return changed
+
     def read_stored(self, name: str) -> torch.Tensor:
         """A tensor as it is stored, on the CPU; dequantized to fp32 if that is in 4 bits."""
         tensor = OnDisk(self.files[name], name, "cpu")[...]
@@ -323,10 +335,9 @@ class MergePlan:
         model = load_model(self.base, None, self.dtype, device="cpu")
         model = merge_in_memory(model, self.folder, self.base_weights, self.training_dtype)
         # under the names that the files have, whatever transformers calls them
-        weights, changed = stored_state_dict(model), self.adapted | self.quantized
-        for name, new_names in self.names.items():
-            if any(new_name.rpartition(".")[0] in changed for new_name in new_names):
-                self.merged[name] = weights[name]
+        weights = stored_state_dict(model)
+        for name in self.changed_tensors():
+            self.merged[name] = weights[name]
 
     def gib(self, shards: Iterable[Iterable[str]]) -> float:
         """RAM in GiB that merging takes beside what is used already.

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from tabletune.errors import StageError, first_line
@@ -17,34 +16,39 @@ from tabletune.model.adapters import attach_adapter
 from tabletune.model.devices import available_memory_gib
 from tabletune.model.loading import load_model
 from tabletune.model.quantization import load_base
-from tabletune.model.weights import weight_files
+from tabletune.model.weights import OnDisk, tensors_on_meta, weight_files
 
 MAX_TOKENS = 512  # of a row that is compared: their logits take 0.3 GiB with a large vocabulary
-# Of the adapter's effect, by how large a share a merged model may differ from base and adapter.
-# Rounding gives 0 to 0.05; half of the adapter left out gives 0.5 to 1.
-MAX_SHARE = 0.05  # up to here the logits alone are proof; above it the files' tensors are compared
-MAX_SHARE_BY_LOGITS = 0.2  # for what PEFT has merged, whose tensors nobody can compute otherwise
-MAX_WRONG = 0.05  # of the numbers that the adapter changes in a matrix: sums may round otherwise
+# Shares of the adapter's effect that the merged model may differ by. Rounding gives 0 to 0.05 unless
+# the adapter is weak; leaving out half of the adapter gives 0.5 to 1.
+MAX_SHARE = 0.05  # above this, the weights are compared number by number
+MAX_SHARE_BY_LOGITS = 0.2  # above this, a merge whose weights cannot be compared so is refused
+# Rounding may hide a weak adapter, but it moves the logits by a few percent only.
+MAX_SHARE_OF_LOGITS = 0.2
+MAX_WRONG = 0.05  # share of the numbers of a matrix that may be rounded otherwise, as sums may
+
+Logits = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of base, base and adapter, merged model
 
 
 def verify_merge(plan: MergePlan, folder: Path, rows: list[list[int]]) -> dict[str, float | None]:
-    """Compare the logits of the merged model in `folder` with those of base and adapter.
+    """Compare the merged model in `folder` with the base model and its adapter.
 
-    They are computed for `rows` of token ids.
+    Every tensor that merging does not change must be as the base model stores it. Then the logits
+    are compared, for `rows` of token ids: what the merged model adds to the base must be what the
+    adapter adds. The difference is measured as a share of the adapter's own effect, so that a merge
+    that left out a weak adapter does not pass. All is computed in float32; only the rounding of the
+    merged weights is left. An adapter so weak that this rounding hides it is compared number by
+    number.
 
-    What the merged model adds to the base must be what the adapter adds: their difference is
-    measured as a share of the adapter's own effect, so that a merge that left out a weak adapter
-    does not pass. All is computed in float32; only the rounding of the merged weights is left. An
-    adapter so weak that this rounding hides it is compared number by number. Returns
-    `max_logit_difference`, `logit_range`, `same_next_token` and `difference_to_effect`; all are
-    None if memory does not suffice, which is printed. Raises StageError if the merged model is
-    another one.
+    Returns `max_logit_difference`, `logit_range`, `same_next_token` and `difference_to_effect`; all
+    are None if memory does not suffice for the logits, which is printed. Raises StageError if the
+    merged model is another one.
     """
+    check_copied_tensors(plan, folder)
     names = ("max_logit_difference", "logit_range", "same_next_token", "difference_to_effect")
     rows = [row[:MAX_TOKENS] for row in rows]
     # 1.05: the model in its own dtype, and one layer of it in fp32
-    needed = 1.05 * plan.size / 2**30
-    available = available_memory_gib()
+    needed, available = 1.05 * plan.size / 2**30, available_memory_gib()
     if available < needed:
         print(
             f"UNPROVEN: comparing takes {needed:.1f} GiB of memory, and there are "
@@ -60,34 +64,75 @@ def verify_merge(plan: MergePlan, folder: Path, rows: list[list[int]]) -> dict[s
         return dict.fromkeys(names)
     share = difference_to_effect(base, adapted, merged)
     difference = (merged - adapted).abs().max().item()
-    if not share <= MAX_SHARE:  # written so that a share of NaN is looked into, too
-        check_tensors(plan, folder, share, difference)
+    # written so that a share of NaN is checked, too
+    if not share <= MAX_SHARE:
+        check_difference(plan, folder, (base, adapted, merged))
     # of the tokens of both rows: a share from 0 to 1
     same = (merged.argmax(-1) == adapted.argmax(-1)).float().mean().item()
     span = (adapted.max() - adapted.min()).item()
     return dict(zip(names, (difference, span, same, share), strict=True))
 
 
-def check_tensors(plan: MergePlan, folder: Path, share: float, difference: float) -> None:
-    """Raise StageError unless a merged model differs from base and adapter by rounding alone.
+def check_copied_tensors(plan: MergePlan, folder: Path) -> None:
+    """Compare each tensor that merging copies with the base model's, byte by byte.
 
-    `share` is that of `difference_to_effect`, `difference` the largest one of a logit.
+    One tensor is read at a time. Raises StageError if a tensor is missing in `folder`, or has
+    another shape, dtype or value.
     """
-    wrong = wrong_tensors(plan, folder)
-    if wrong is None and share <= MAX_SHARE_BY_LOGITS:
-        return
-    if wrong == []:
+    files = weight_files(folder)
+    written = tensors_on_meta(files)
+    wrong = sorted(plan.tensors.keys() ^ written.keys())
+    for name in plan.tensors.keys() & written.keys():
+        expected = plan.tensors[name]
+        if (written[name].shape, written[name].dtype) != (expected.shape, expected.dtype):
+            wrong.append(name)
+    if not wrong:
+        for name in plan.tensors.keys() - set(plan.changed_tensors()):
+            expected = plan.read_stored(name).to(plan.tensors[name].dtype)
+            if not same_bytes(OnDisk(files[name], name, "cpu")[...], expected):
+                wrong.append(name)
+    if wrong:
+        raise StageError(
+            "The merged model is not the base model with its adapter: tensors that the adapter "
+            "does not change are not as in the base model. It is not kept. Wrong: "
+            f"{', '.join(sorted(wrong)[:3])}."
+        )
+
+
+def same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype have the same bytes; so NaN equals NaN."""
+    # flat, since a tensor without dimensions cannot be viewed as bytes
+    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+
+
+def check_difference(plan: MergePlan, folder: Path, logits: Logits) -> None:
+    """Check a merged model whose logits differ by more than rounding usually gives.
+
+    Right weights and a small difference of the logits show that it is rounding, which is printed.
+    Raises StageError if it is not.
+    """
+    base, adapted, merged = logits
+    share = difference_to_effect(base, adapted, merged)
+    wrong = wrongly_merged_layers(plan, folder)
+    if wrong is None:
+        is_refused = not share <= MAX_SHARE_BY_LOGITS
+    else:
+        # the logits themselves are the adapter's effect on a base that gives zeros
+        of_logits = difference_to_effect(torch.zeros_like(adapted), adapted, merged)
+        is_refused = bool(wrong) or not of_logits <= MAX_SHARE_OF_LOGITS
+    if is_refused:
+        difference = (merged - adapted).abs().max().item()
+        layers = f" Wrong: {', '.join(wrong[:3])}." if wrong else ""
+        raise StageError(
+            "The merged model is not the base model with its adapter: it differs by "
+            f"{share:.0%} of what the adapter changes (a logit by {difference:.3g}). It is not "
+            f"kept.{layers}"
+        )
+    if wrong is not None:
         print(
             f"Rounding to {plan.dtype} hides {min(share, 1):.0%} of what the adapter changes. "
             "Each merged weight is right."
         )
-        return
-    names = f" Wrong: {', '.join(wrong[:3])}." if wrong else ""
-    raise StageError(
-        "The merged model is not the base model with its adapter: it differs by "
-        f"{share:.0%} of what the adapter changes (a logit by {difference:.3g}). It is not "
-        f"kept.{names}"
-    )
 
 
 def difference_to_effect(base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor) -> float:
@@ -106,9 +151,7 @@ def difference_to_effect(base: torch.Tensor, adapted: torch.Tensor, merged: torc
     return shares.median().item()
 
 
-def logits_to_compare(
-    plan: MergePlan, folder: Path, rows: list[list[int]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def logits_to_compare(plan: MergePlan, folder: Path, rows: list[list[int]]) -> Logits:
     """The logits of the base model, of base and adapter, and of the merged model.
 
     The last one is in `folder`.
@@ -128,9 +171,7 @@ def logits_to_compare(
     return compute_logits(plan, folder, rows, exactly=False)
 
 
-def compute_logits(
-    plan: MergePlan, folder: Path, rows: list[list[int]], exactly: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def compute_logits(plan: MergePlan, folder: Path, rows: list[list[int]], exactly: bool) -> Logits:
     """`logits_to_compare` in float32, if `exactly`, or in the models' own dtype."""
     release_memory()
     if plan.base_weights == "original":
@@ -208,48 +249,47 @@ def in_fp32(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def wrong_tensors(plan: MergePlan, folder: Path) -> list[str] | None:
-    """The names of the tensors in `folder` that are not what the merge should have made of them.
+def wrongly_merged_layers(plan: MergePlan, folder: Path) -> list[str] | None:
+    """The names of the changed layers whose merged weight is not base + adapter, rounded.
 
-    The weight of an adapted layer must be base + adapter, rounded (`is_adapted_right`). Every other
-    tensor must be the base's. None for what PEFT has merged: that is not plain B · A, and nothing
-    here can compute it otherwise.
+    A change that is lost in the rounding of all numbers is no mistake of the merge. None if it is
+    unknown: what PEFT merges is not plain B · A.
     """
     if not plan.plain:
         return None
-    files = weight_files(folder)
-    wrong = []
-    for name in plan.tensors:
-        layer_name = plan.modules.get(name)
-        with safe_open(files[name], framework="pt") as file:
-            merged = file.get_tensor(name)
+    files, wrong = weight_files(folder), []
+    for name, layer_name in plan.modules.items():
+        layer = plan.model.get_submodule(layer_name)
+        base = plan.read(name)  # float32, [out, in]
+        summed = base
         if layer_name in plan.adapted:
-            is_right = is_adapted_right(plan, name, layer_name, merged)
-        else:
-            is_right = torch.equal(merged, plan.merge(name))
-        if not is_right:
-            wrong.append(layer_name or name)
+            a, b = lora_matrices(plan.adapter, layer_name)  # [r, in], [out, r]
+            summed = base + scaling(plan.config, layer_name) * (b @ a)
+        expected = summed.to(plan.tensors[name].dtype)
+        merged = transpose_conv1d(layer, OnDisk(files[name], name, "cpu")[...])
+        if is_wrong(base.to(expected.dtype), expected, merged):
+            wrong.append(layer_name)
     return wrong
 
 
-def is_adapted_right(plan: MergePlan, name: str, layer_name: str, merged: torch.Tensor) -> bool:
-    """Whether the merged weight of an adapted layer is base + adapter, rounded.
+def is_wrong(base: torch.Tensor, expected: torch.Tensor, merged: torch.Tensor) -> bool:
+    """Whether a merged weight is another one than expected; all three are [out, in], of one dtype.
 
-    Compared are the numbers that the adapter changes after rounding, and those that it does not
-    change must be the base's. A change that is lost in the rounding of all of them is no mistake of
-    the merge.
+    Sums in another order may be rounded otherwise: few numbers, by little. The share of those is
+    taken of the numbers that the adapter changes, and of the others.
     """
-    merged = transpose_conv1d(plan.model.get_submodule(layer_name), merged)  # [out, in]
-    base = plan.read(name)  # float32, [out, in]
-    a, b = lora_matrices(plan.adapter, layer_name)  # [r, in], [out, r]
-    update = scaling(plan.config, layer_name) * (b @ a)
-    expected = (base + update).to(plan.tensors[name].dtype)
-    is_wrong = merged != expected
-    if is_wrong.float().mean() > MAX_WRONG:
+    differs = merged != expected
+    if not differs.any():
         return False
-    # where rounding leaves something of the update: a few numbers, if the adapter is weak
-    changed = expected != base.to(expected.dtype)
-    return not changed.any() or bool(is_wrong[changed].float().mean() <= MAX_WRONG)
+    changed = expected != base
+    for numbers in (changed, ~changed):
+        if numbers.any() and differs[numbers].float().mean() > MAX_WRONG:
+            return True
+    # no number is further away than the largest of them can be by rounding
+    step = torch.finfo(expected.dtype).eps * expected.abs().max().float()
+    distance = (merged.float() - expected.float()).abs()
+    # written so that NaN is wrong, too
+    return not bool((distance <= step).all())
 
 
 def release_memory() -> None:
