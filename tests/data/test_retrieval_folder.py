@@ -226,6 +226,13 @@ def test_a_file_without_the_columns_is_refused(tmp_path):
         read_rewordings(str(path), formatter_of())
 
 
+def test_rewordings_that_a_quote_has_swallowed_are_refused(tmp_path):
+    path = tmp_path / "words.csv"
+    path.write_text('question,rewording\na,"b\nc,d\ne,f"\n', encoding="utf-8")
+    with pytest.raises(StageError, match=r"rewordings=.*words\.csv, line 2: a double quote opens"):
+        read_rewordings(str(path), formatter_of())
+
+
 def test_a_file_of_rewordings_is_an_input(tmp_path):
     path = tmp_path / "words.csv"
     path.write_text("question,rewording\na,b\n", encoding="utf-8")

@@ -20,6 +20,10 @@ from tabletune.evaluation.content import ContentRules
 FREE_TEXT = ContentRules("same_text", ("right",), {})
 
 
+# the quote before Ginger is never closed, and the next one stands two lines below
+SWALLOWED = 'question,answer\nCold?,"Ginger\nGas?,Fennel\nFlu?,Rest"\n'
+
+
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
@@ -48,14 +52,17 @@ def test_questions_of_files(tmp_path, name, text, expected):
     [
         ("q.txt", " \n", "has no questions"),
         ("q.csv", "a,b\n1,2\n", "no column question. Its columns: a, b"),
-        (
-            "q.csv",
-            'question\n"Cold?\nGas?\n',
-            "begins in line 2: a double quote is missing",
-        ),
+        ("q.csv", 'question\n"Cold?\nGas?\n', "line 2 has a double quote too many or too few"),
         ("q.jsonl", '{"question": "Cold?"}\n{oops\n', "line 2"),
         ("q.json", '{"question": "Cold?"}', "must be a list"),
         ("q.jsonl", "3\n", "is neither a question nor a row"),
+        (
+            "q.csv",
+            SWALLOWED,
+            r"QUESTIONS=.*q\.csv, line 2: a double quote opens a cell that ends 2",
+        ),
+        ("q.csv", 'question,answer\n"Cold?,Ginger\n', "line 2 has a double quote too many"),
+        ("q.csv", "question\nCold, or flu?\n", "this row has 2 cells, the first 1"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path, name, text, message):

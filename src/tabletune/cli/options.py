@@ -126,7 +126,10 @@ def split_args(arguments: list[str]) -> list[str]:
     rest = iter(arguments)
     for argument in rest:
         if argument == "--args":
-            text = next(rest, "")
+            text = next(rest, None)
+            if text is None:
+                result.append(argument)  # argparse says what is missing
+                continue
         elif argument.startswith("--args="):
             text = argument.removeprefix("--args=")
         else:
@@ -134,7 +137,7 @@ def split_args(arguments: list[str]) -> list[str]:
             continue
         # make passes ARGS on as one text, which no shell has split
         try:
-            result += shlex.split(text)
+            result += split_args(shlex.split(text))
         except ValueError as error:
             raise StageError(
                 f"ARGS={text}: {error}. A value with spaces or quotes goes into quotes: {QUOTES}"
@@ -270,7 +273,8 @@ def read_run_values(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """
     run_dir = choose_run_dir(options)
     set_here = {**options.files, **options.words}
-    check_names(set_here.keys() - LAUNCH_DEFAULTS.keys(), NUMBERED)
+    # how many processes is no notebook's parameter, but a profile may say it
+    check_names(set_here.keys() - {"gpus"}, NUMBERED)
     return run_dir, read_settings(run_dir) | set_here
 
 

@@ -158,6 +158,13 @@ def current_inputs(
         from tabletune.data.retrieval_folder import rewordings_digest
 
         current |= rewordings_digest(parameters)
+    if "retrieval" in recorded:
+        from tabletune.data.context import INPUT_NAMES, index_fingerprints
+
+        fingerprints = index_fingerprints(run_dir)
+        for name in INPUT_NAMES.values():
+            if name in recorded:
+                current[name] = fingerprints.get(name)
     if "dataset" in recorded:
         report = read_json(run_dir / "dataset" / "report.json", "01_format_dataset")
         current["dataset"] = report["fingerprint"]

@@ -30,6 +30,8 @@ from tabletune.errors import StageError
 
 FOLDER = "retrieval"
 INDEXES = ("evaluation", "use")
+# what the manifest calls an index among the things that a result was made from
+INPUT_NAMES = {"evaluation": "retrieval", "use": "retrieval_in_use"}
 Message = dict[str, str]
 
 
@@ -163,6 +165,20 @@ def load_context(
     if unknown_threshold != "auto":
         values["unknown_threshold"] = float(unknown_threshold)
     return TableContext(index, ContextSettings(**values))
+
+
+def index_fingerprints(run: Path, indexes: Sequence[str] = INDEXES) -> dict[str, str]:
+    """The fingerprints of some indexes of a run, by their INPUT_NAMES; {} without indexes.
+
+    A renewed index gives other prompts, and with them other results. Raises StageError if the
+    folder is damaged.
+    """
+    fingerprints = {}
+    for which in indexes:
+        context = load_context(run, which)
+        if context is not None:
+            fingerprints[INPUT_NAMES[which]] = context.fingerprint
+    return fingerprints
 
 
 def messages_of(prompt: Any) -> list[Message]:

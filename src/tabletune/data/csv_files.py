@@ -17,6 +17,7 @@ csv.field_size_limit(2**31 - 1)
 HEAD_CHARACTERS = 2**16  # what the delimiter is found in
 HEADER_SEARCH_ROWS = 20
 QUOTES = ("auto", "cells", "letters")
+LETTERS = "If double quotes are ordinary letters in this table, set quotes: letters."
 Record = tuple[int, list[str]]  # the line that a row begins in, and its cells
 
 
@@ -31,10 +32,10 @@ def read_csv(path: Path, name: str, options: ReadOptions) -> TableFile:
     encoding, encoding_description = choose_encoding(path, name, options.encoding)
     delimiter = choose_delimiter(path, name, encoding, options)
     shown_delimiter = "tabs" if delimiter == "\t" else repr(delimiter)
-    records = CsvRecords(path, name, encoding, delimiter, options.quotes)
+    records = CsvRecords(path, name, encoding, delimiter, options)
     header_line, first = find_header(records, name, options)
     if options.quotes == "auto":
-        check_swallowed_rows(first, delimiter, name, header_line)
+        check_swallowed_rows(first, delimiter, f"{name}, line {header_line}", options)
     columns = first if options.header else [str(number) for number in range(1, len(first) + 1)]
 
     def rows(wanted: list[str]) -> Iterator[dict[str, Any]]:
@@ -43,10 +44,11 @@ def read_csv(path: Path, name: str, options: ReadOptions) -> TableFile:
                 continue
             if len(record) != len(columns):
                 raise StageError(
-                    wrong_length(name, line, len(record), len(columns), shown_delimiter)
+                    f"{name}, line {line}: this row has {len(record)} cells, the first "
+                    f"{len(columns)}. {length_advice(line, len(columns), shown_delimiter, options)}"
                 )
             if options.quotes == "auto":
-                check_swallowed_rows(record, delimiter, name, line)
+                check_swallowed_rows(record, delimiter, f"{name}, line {line}", options)
             yield dict(zip(columns, record, strict=True))
 
     description = f"{encoding_description}, {shown_delimiter} between cells"
@@ -55,12 +57,21 @@ def read_csv(path: Path, name: str, options: ReadOptions) -> TableFile:
     return TableFile(columns, rows, description)
 
 
-def wrong_length(name: str, line: int, cells: int, columns: int, shown_delimiter: str) -> str:
-    """What to say of a row that has other cells than the first."""
-    hint = f"Put double quotes around a cell that has {shown_delimiter} or line breaks."
-    if columns == 1:
-        hint += f" If line {line} has the column names, set header_row: {line}."
-    return f"{name}, line {line}: this row has {cells} cells, the first {columns}. {hint}"
+def read_small_csv(path: Path, name: str) -> list[dict[str, str]]:
+    """All rows of a file of cells for which there are no parameters: {column: cell}.
+
+    Raises StageError as `read_csv` does, and OSError if the file cannot be read.
+    """
+    table = read_csv(path, name, ReadOptions(settable=False))
+    return list(table.rows(table.columns))
+
+
+def length_advice(line: int, columns: int, shown_delimiter: str, options: ReadOptions) -> str:
+    """What to do about a row that has more or fewer cells than the first, which has `columns`."""
+    advice = f"Put double quotes around a cell that has {shown_delimiter} or line breaks."
+    if columns == 1 and options.settable:
+        advice += f" If line {line} has the column names, set header_row: {line}."
+    return advice
 
 
 class CsvRecords:
@@ -69,11 +80,14 @@ class CsvRecords:
     Rows of empty cells are left out.
     """
 
-    def __init__(self, path: Path, name: str, encoding: str, delimiter: str, quotes: str) -> None:
+    def __init__(
+        self, path: Path, name: str, encoding: str, delimiter: str, options: ReadOptions
+    ) -> None:
         self.path = path
         self.name = name
         self.encoding = encoding
-        self.options = csv_options(delimiter, quotes)
+        self.options = csv_options(delimiter, options.quotes)
+        self.advice = f" {LETTERS}" if options.settable else ""
 
     def __iter__(self) -> Iterator[Record]:
         line = 1
@@ -91,8 +105,7 @@ class CsvRecords:
                 raise StageError(
                     f"{self.name}: the row that begins in line {line} has a double quote too many "
                     f"or too few ({error}). Inside a quoted cell, write a double quote twice: "
-                    '"". If double quotes are ordinary letters in this table, set quotes: '
-                    "letters."
+                    f'"".{self.advice}'
                 ) from error
 
 
@@ -191,21 +204,24 @@ def looks_like_names(cells: list[str]) -> bool:
     return all(0 < len(text) < 60 and not re.fullmatch(r"[-+\d.,%]+", text) for text in texts)
 
 
-def check_swallowed_rows(record: list[str], delimiter: str, name: str, line: int) -> None:
-    """Raise StageError if a quoted cell holds whole rows.
+def check_swallowed_rows(
+    record: list[str], delimiter: str, place: str, options: ReadOptions
+) -> None:
+    """Raise StageError if a quoted cell holds whole rows; `place` is the file and its line.
 
     Its opening quote was a letter, or its end is missing.
     """
+    advice = 'Inside a quoted cell, write a double quote twice: "".'
+    if options.settable:
+        advice = f"{LETTERS} If the cell is right as it is, set quotes: cells."
     for position, cell in enumerate(record):
         if "\n" not in cell and "\r" not in cell:
             continue
         if holds_rows(cell, position, len(record), delimiter):
             lines = len(cell.splitlines())
             raise StageError(
-                f"{name}, line {line}: a double quote opens a cell that ends {lines - 1} lines "
-                "later and seems to contain whole rows. If double quotes are ordinary letters in "
-                "this table, set quotes: letters. If the cell is right as it is, set quotes: "
-                "cells."
+                f"{place}: a double quote opens a cell that ends {lines - 1} lines later and "
+                f"seems to contain whole rows. {advice}"
             )
 
 

@@ -2,7 +2,6 @@
 prompts.
 """
 
-import csv
 import hashlib
 import json
 from collections import Counter
@@ -19,6 +18,7 @@ from tabletune.chat.encoding import decode_all, encode_all
 from tabletune.data.arrow import features_of
 from tabletune.data.calibration import Calibration, calibrate, share_below
 from tabletune.data.context import FOLDER, ContextSettings, TableContext
+from tabletune.data.csv_files import read_small_csv
 from tabletune.data.retrieval import RowIndex, TableRow, answer_without_thoughts, table_rows
 from tabletune.data.splits import question_id, question_key
 from tabletune.data.training_prompts import (
@@ -354,11 +354,11 @@ def pairs_of(source: str, formatter: "TableFormatter") -> Iterable[tuple[str, st
 
 
 def lines_of(path: Path) -> list[dict[str, str]]:
-    """The lines of a .csv or .jsonl file as dicts. Raises StageError if it cannot be read."""
+    """The lines of a .csv, .tsv or .jsonl file as dicts. Raises StageError if it cannot be read."""
     try:
+        if path.suffix.lower() in (".csv", ".tsv"):
+            return read_small_csv(path, f"rewordings={path}")
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                return list(csv.DictReader(file))
             return [json.loads(line) for line in file if line.strip()]
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]

@@ -18,6 +18,8 @@ class ReadOptions:
     header: bool = True
     header_row: int = 0  # 0: it is searched for
     sheet: str = ""
+    # whether these are parameters for this file, so that an error may say which to set
+    settable: bool = True
 
 
 @dataclass(frozen=True)

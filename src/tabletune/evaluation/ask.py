@@ -4,8 +4,6 @@ With `context_rows` the rows of the whole table come into the prompt, those that
 included. Where the file has expected answers, it is said which answers are right.
 """
 
-import csv
-import io
 import json
 import shutil
 import textwrap
@@ -17,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from tabletune.data.context import TableContext, answer_with_context, load_context
+from tabletune.data.csv_files import read_small_csv
 from tabletune.errors import StageError
 from tabletune.evaluation.answers import generate
 from tabletune.evaluation.content import (
@@ -57,7 +56,11 @@ def answer_questions(run_dir: Path, questions: Path, part: str, values: Mapping[
     asked_questions = read_questions(questions)
     settings = PARAMETERS["04_evaluate"] | dict(values)
     trained = open_trained_run(
-        Path(run_dir), str(run_dir), settings["base_model"], with_merged=part == "merged"
+        Path(run_dir),
+        str(run_dir),
+        settings["base_model"],
+        with_merged=part == "merged",
+        indexes=(),
     )
     context = load_context(trained.folder, "use", settings["unknown_threshold"])
     answers = ask_part(trained, part, prompts_of(trained, asked_questions), context, settings)
@@ -78,39 +81,27 @@ def read_questions(path: Path) -> list[AskedQuestion]:
     EXPECTED_NAMES, a text or a list of texts. Raises StageError if the file cannot be read, or has
     no questions.
     """
+    kind = path.suffix.lower()
     try:
-        # spreadsheets write a byte order mark at the beginning
-        text = path.read_text(encoding="utf-8-sig")
+        if kind in (".csv", ".tsv"):
+            rows = read_small_csv(path, f"QUESTIONS={path}")
+            questions = questions_of_rows(rows, path)
+        else:
+            # spreadsheets write a byte order mark at the beginning
+            questions = questions_of_text(path.read_text(encoding="utf-8-sig"), path)
     except (OSError, UnicodeDecodeError) as error:
         raise StageError(f"QUESTIONS={path} cannot be read: {error}.") from None
-    kind = path.suffix.lower()
-    if kind in (".csv", ".tsv"):
-        questions = questions_of_rows(rows_of_csv(text, kind, path), path)
-    elif kind in (".json", ".jsonl", ".ndjson"):
-        questions = questions_of_rows(rows_of_json(text, kind, path), path)
-    else:
-        questions = [AskedQuestion(line.strip()) for line in text.splitlines() if line.strip()]
     if not questions:
         raise StageError(f"QUESTIONS={path} has no questions.")
     return questions
 
 
-def rows_of_csv(text: str, kind: str, path: Path) -> list[dict]:
-    """The rows of a CSV text.
-
-    Its delimiter is the commonest of comma, semicolon and tab in the header. Raises StageError for
-    a quoted cell that does not end, or that goes on behind its quote.
-    """
-    header = text.lstrip().partition("\n")[0]
-    delimiter = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        return list(rows)
-    except csv.Error as error:
-        raise StageError(
-            f"QUESTIONS={path}, the row that begins in line {rows.line_num + 1}: a double quote is "
-            f'missing, or one too many ({error}). Write a quote inside a quoted cell twice: "".'
-        ) from None
+def questions_of_text(text: str, path: Path) -> list[AskedQuestion]:
+    """The questions of a JSON file's text, or of one with a question a line."""
+    kind = path.suffix.lower()
+    if kind in (".json", ".jsonl", ".ndjson"):
+        return questions_of_rows(rows_of_json(text, kind, path), path)
+    return [AskedQuestion(line.strip()) for line in text.splitlines() if line.strip()]
 
 
 def rows_of_json(text: str, kind: str, path: Path) -> list[Any]:

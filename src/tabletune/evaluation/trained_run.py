@@ -3,6 +3,7 @@
 The data set, the adapter and the merged model of a run, if they belong together.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from tabletune.chat.tokenizer import load_tokenizer_of_run
-from tabletune.data.context import load_context
+from tabletune.data.context import INDEXES, index_fingerprints
 from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
 from tabletune.model import run_models
 from tabletune.run.artifacts import check_run, load_dataset_of_run
@@ -44,11 +45,16 @@ class TrainedRun:
 
 
 def open_trained_run(
-    folder: Path, run_dir: str, base_model: str, with_merged: bool = True
+    folder: Path,
+    run_dir: str,
+    base_model: str,
+    with_merged: bool = True,
+    indexes: Sequence[str] = INDEXES,
 ) -> TrainedRun:
     """Open a run folder, the parameter `run_dir` as it was set.
 
-    Without the merged model if it is not needed.
+    Without the merged model if it is not needed. `indexes` are those of the run's indexes that the
+    results depend on.
 
     Raises StageError if a part is missing, or if the parts do not belong together: this adapter
     must have been trained on this data set, and this merged model made from this adapter.
@@ -58,10 +64,7 @@ def open_trained_run(
     adapter = check_run(folder, merged, report, base_model)
     tokenizer, stop_token_ids = load_tokenizer_of_run(folder / "adapter")
     inputs = {"dataset": report["fingerprint"], "adapter": adapter}
-    # an index that was renewed gives other prompts, and with them other results
-    context = load_context(folder, "evaluation")
-    if context is not None:
-        inputs["retrieval"] = context.fingerprint
+    inputs |= index_fingerprints(folder, indexes)
     return TrainedRun(
         folder,
         splits,

@@ -14,7 +14,7 @@ from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from tabletune.chat.tokenizer import load_tokenizer_of_run
-from tabletune.data.context import ContextPrompt, TableContext, load_context
+from tabletune.data.context import INPUT_NAMES, ContextPrompt, TableContext, load_context
 from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
 from tabletune.errors import StageError
 from tabletune.model.run_models import find_merged
@@ -102,7 +102,10 @@ class ExportRun:
     def inputs(self) -> dict[str, str]:
         """What the export depends on, for the manifest."""
         figures = json.dumps(self.models).encode()
-        return {**self.sources, "figures": hashlib.sha256(figures).hexdigest()}
+        inputs = {**self.sources, "figures": hashlib.sha256(figures).hexdigest()}
+        if self.context is not None:
+            inputs[INPUT_NAMES["use"]] = self.context.fingerprint
+        return inputs
 
     @property
     def outputs(self) -> list[str]:

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from tabletune.chat.encoding import encode, encode_prompt
+from tabletune.data.context import INPUT_NAMES
 from tabletune.errors import StageError
 from tabletune.evaluation.answers import generate
 from tabletune.evaluation.scoring import perplexity, score
@@ -54,6 +55,9 @@ def verify_files(export_run: ExportRun, files: Mapping[str, Path]) -> dict[str, 
     move to `earlier/`, and StageError is raised.
     """
     settings = {name: export_run.parameters[name] for name in SETTINGS}
+    if export_run.context is not None:
+        # rows of the table stand in the prompts, and other rows after `make index`
+        settings[INPUT_NAMES["use"]] = export_run.context.fingerprint
     earlier = read_json(export_run.folder / "metrics.json", "07_export")
     # measuring takes minutes, and files of the same name and settings are the same
     if earlier.get("settings") == settings and files.keys() <= earlier.keys():

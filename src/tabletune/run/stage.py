@@ -40,6 +40,9 @@ PACKAGES = [
 ]
 # no result depends on these parameters, so changing one does not run a stage again
 NOT_IN_RESULTS = {"run_dir", "push_dataset_to", "your_question", "ignore_memory"}
+# What a result was computed on. A finished one counts on another machine, too: whoever trained on a
+# GPU and opens the run on a laptop keeps the adapter.
+COMPUTED_ON = {"dtype", "device", "processes", "sharded"}
 
 
 @dataclass
@@ -126,12 +129,18 @@ class Stage:
 def is_made_from(entry: dict[str, Any], inputs: dict[str, Any], parameters: dict[str, Any]) -> bool:
     """Whether an entry of a manifest is of these inputs and parameters.
 
-    Or of other parameters that give the same result.
+    Or of other parameters that give the same result. What it was computed on does not count.
     """
+    recorded = entry.get("inputs")
     # inputs are fingerprints, so equal ones mean equal content
-    if entry.get("inputs") != inputs:
+    if recorded is None or identifying(recorded) != identifying(inputs):
         return False
     return normalized_parameters(entry.get("parameters", {})) == normalized_parameters(parameters)
+
+
+def identifying(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that say what a result was made from, without what it was computed on."""
+    return {name: value for name, value in inputs.items() if name not in COMPUTED_ON}
 
 
 def normalized_parameters(parameters: dict[str, Any]) -> dict[str, Any]:

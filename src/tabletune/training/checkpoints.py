@@ -14,15 +14,14 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from tabletune.run.files import archive, remove, write_json
-from tabletune.run.stage import Stage
+from tabletune.run.stage import COMPUTED_ON, Stage
 
 
 def claim_checkpoints(stage: Stage, inputs: dict[str, Any], processes: PartialState) -> bool:
-    """Whether this training is done.
+    """Whether this training is done, on this machine or on another.
 
-    If not, what the run has of other settings or data is archived.
-
-    `inputs` are what it depends on beside its parameters. Checkpoints of the same settings stay, to
+    If not, what the run has of other settings or data is archived. `inputs` are what it depends on
+    beside its parameters. Checkpoints of the same settings, on the same kind of hardware, stay to
     go on from.
     """
     run, file = stage.folder, stage.folder / "checkpoints" / "settings.json"
@@ -32,6 +31,7 @@ def claim_checkpoints(stage: Stage, inputs: dict[str, Any], processes: PartialSt
     with processes.main_process_first():
         done = stage.is_done(inputs, ["adapter", "training/metrics.json"])
         if done:
+            print_other_hardware(stage, inputs)
             return done
         is_other = file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings
         if is_other:
@@ -41,6 +41,22 @@ def claim_checkpoints(stage: Stage, inputs: dict[str, Any], processes: PartialSt
             archive(run, "adapter", "training")
             write_json(file, settings)
     return False
+
+
+def print_other_hardware(stage: Stage, inputs: dict[str, Any]) -> None:
+    """Say on what a finished training was computed, if that is not what there is here."""
+    recorded = stage.entries()[stage.name]["inputs"]
+    there = []
+    here = []
+    for name in sorted(COMPUTED_ON & inputs.keys()):
+        if recorded.get(name) != inputs[name]:
+            there.append(f"{name} {recorded.get(name)}")
+            here.append(f"{name} {inputs[name]}")
+    if there:
+        print(
+            f"It was trained with {', '.join(there)}; here it would be {', '.join(here)}. It is "
+            "kept. To train it here, delete adapter/ and run this notebook again."
+        )
 
 
 def newest_checkpoint(folder: Path) -> str | None:
