@@ -4,6 +4,7 @@ time.
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 from conftest import ROOT, STAGES, TABLE, copy_of
@@ -11,6 +12,8 @@ from conftest import ROOT, STAGES, TABLE, copy_of
 from tabletune.cli import series
 from tabletune.cli.options import RunChoice, read_settings, write_settings
 from tabletune.cli.series import current_inputs, is_up_to_date
+from tabletune.data.context import ContextSettings
+from tabletune.data.retrieval import RowIndex, TableRow
 from tabletune.errors import StageError
 from tabletune.run.parameters import PARAMETERS
 
@@ -115,6 +118,14 @@ def test_a_result_that_was_made_in_jupyter_with_other_parameters_is_noticed(run_
     assert fresh(run_dir) == ["01_format_dataset", "03_merge_adapter", "04_evaluate"]
 
 
+def test_a_training_on_other_hardware_counts(run_dir):
+    """As in the notebook: whoever trained on a GPU keeps the adapter on a laptop."""
+    entry = json.loads((run_dir / "manifest.json").read_text())["02_finetune_qlora"]
+    gpus = {"dtype": "float16", "device": "cuda", "processes": 2, "sharded": True}
+    change_manifest(run_dir, "02_finetune_qlora", inputs=entry["inputs"] | gpus)
+    assert fresh(run_dir) == STAGES
+
+
 def test_a_damaged_notebook_is_noticed(run_dir):
     (run_dir / "03_merge_adapter.ipynb").write_text('{"cells": [')
     assert fresh(run_dir) == ["01_format_dataset", "02_finetune_qlora", "04_evaluate"]
@@ -175,6 +186,24 @@ def test_a_changed_file_of_rewordings_is_noticed(tmp_path):
     assert current_inputs(tmp_path, parameters, before) == before
     rewordings.write_text("question,rewording\na,b\n", encoding="utf-8")
     assert current_inputs(tmp_path, parameters, before) != before
+
+
+@pytest.mark.parametrize("which", ["evaluation", "use"])
+def test_a_renewed_index_is_noticed(tmp_path, which):
+    rows = [TableRow("Cold?", "Ginger.", "a"), TableRow("Gas?", "Fennel.", "b")]
+    for name in ("evaluation", "use"):
+        RowIndex.build(rows).save(tmp_path / "retrieval" / name)
+    settings = ContextSettings(3, 0, "{rows}{question}", "Nothing.")
+    (tmp_path / "retrieval" / "settings.json").write_text(json.dumps(asdict(settings)))
+    before = current_inputs(tmp_path, {}, {"retrieval": "", "retrieval_in_use": ""})
+    assert current_inputs(tmp_path, {}, before) == before
+    new_rows = [*rows, TableRow("Flu?", "Rest.", "c")]
+    RowIndex.build(new_rows).save(tmp_path / "retrieval" / which)
+    assert current_inputs(tmp_path, {}, before) != before
+
+
+def test_an_index_that_is_gone_is_noticed(tmp_path):
+    assert current_inputs(tmp_path, {}, {"retrieval": "abc"}) != {"retrieval": "abc"}
 
 
 def test_a_table_of_the_hub_is_not_asked_for_again(tmp_path):

@@ -11,7 +11,7 @@ from conftest import TINY
 from table_helpers import formatted, tokenizer_of, write
 
 from tabletune.chat.encoding import encode_all
-from tabletune.data.context import load_context
+from tabletune.data.context import index_fingerprints, load_context
 from tabletune.data.retrieval import TableRow, table_rows
 from tabletune.data.retrieval_folder import (
     PromptWriter,
@@ -175,6 +175,19 @@ def test_make_index_reads_a_table(run, capsys):
     assert TableRow("Hiccups?", "Water.", question_id(question_key(["Hiccups?"]))) in (
         load_context(run, "use").index.rows
     )
+
+
+def test_a_renewed_index_is_another_input_and_no_other_is(run):
+    write_retrieval(run, settings_of(), formatter_of())
+    before = index_fingerprints(run)
+    renew_index(run, [TableRow("Hiccups?", "Water.", "c")])
+    after = index_fingerprints(run)
+    assert after["retrieval"] == before["retrieval"]
+    assert after["retrieval_in_use"] != before["retrieval_in_use"]
+
+
+def test_a_run_without_index_has_no_such_input(tmp_path):
+    assert index_fingerprints(tmp_path) == {}
 
 
 def test_a_run_without_index_says_how_to_get_one(tmp_path):

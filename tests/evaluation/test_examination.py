@@ -34,6 +34,17 @@ def run_with_rows(finished_run, tmp_path_factory):
     return run_dir
 
 
+def test_both_indexes_are_inputs_of_the_examination(run_with_rows):
+    inputs = open_trained_run(run_with_rows, str(run_with_rows), str(TINY)).inputs
+    assert inputs.keys() == {"dataset", "adapter", "retrieval", "retrieval_in_use"}
+
+
+def test_baselines_depend_on_the_index_for_evaluation_alone(run_with_rows):
+    place = (run_with_rows, str(run_with_rows), str(TINY))
+    inputs = open_trained_run(*place, indexes=["evaluation"]).inputs
+    assert inputs.keys() == {"dataset", "adapter", "retrieval"}
+
+
 class Recorded:
     """Stands in for models: remembers what was scored and asked, and answers everything alike."""
 

@@ -7,8 +7,9 @@ import json
 import pandas as pd
 import pytest
 from conftest import copy_of, make
-from export_runs import read, run_dir  # noqa: F401
+from export_runs import read, run_dir, with_rows  # noqa: F401
 
+from tabletune.data.retrieval import RowIndex, TableRow
 from tabletune.errors import StageError
 from tabletune.export import gguf, verification
 
@@ -95,6 +96,27 @@ def test_a_16_bit_file_that_lost_something_moves_away_with_those_made_from_it(ru
     assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", "run-Q4_K_M.gguf"]
     archived = run_dir.glob("earlier/*/export/gguf/*")
     assert sorted(path.name for path in archived) == ["run-F16.gguf", "run-Q8_0.gguf"]
+
+
+def test_figures_are_measured_again_with_other_rows_in_the_prompts(run_dir, monkeypatch):
+    with_rows(run_dir)
+    measured = []
+
+    def measure(model, export_run):
+        measured.append(export_run)
+        columns = ["response_nll", "response_tokens", "full_nll", "full_tokens"]
+        rows = len(export_run.test_rows())
+        return verification.Measurement(pd.DataFrame(1.0, range(rows), columns), ["a"])
+
+    monkeypatch.setattr(verification, "load_reference", lambda folder: None)
+    monkeypatch.setattr(verification, "measure", measure)
+    verification.verify_files(read(run_dir, window=4096), {})
+    verification.verify_files(read(run_dir, window=4096), {})
+    assert len(measured) == 1
+    rows = [TableRow("Cold?", "Ginger.", "a"), TableRow("Gas?", "Fennel.", "b")]
+    RowIndex.build(rows).save(run_dir / "retrieval" / "use")
+    verification.verify_files(read(run_dir, window=4096), {})
+    assert len(measured) == 2
 
 
 def test_a_window_that_is_too_small_for_a_question(run_dir):

@@ -4,8 +4,9 @@ import json
 import shutil
 
 import pytest
-from export_runs import cards_of, read, run_dir  # noqa: F401
+from export_runs import cards_of, read, run_dir, with_rows  # noqa: F401
 
+from tabletune.data.retrieval import RowIndex, TableRow
 from tabletune.errors import StageError
 
 
@@ -14,7 +15,7 @@ from tabletune.errors import StageError
     [
         (
             {"push_to_hub": "me/x"},
-            "The base model was the folder .*tiny-llama: set base_model_on_hub",
+            "The base model was the folder .*tiny-llama, which others do not have: set",
         ),
         ({"push_to_hub": "no owner"}, 'push_to_hub="no owner": use owner/name'),
         ({"base_model_on_hub": "a/b/c"}, 'base_model_on_hub="a/b/c": use owner/name'),
@@ -40,6 +41,14 @@ def test_an_unfinished_run(run_dir, missing, first):
     shutil.rmtree(run_dir / missing)
     with pytest.raises(StageError, match=f"is missing. Run {first}"):
         read(run_dir)
+
+
+def test_other_rows_are_another_input(run_dir):
+    with_rows(run_dir)
+    before = read(run_dir).inputs
+    rows = [TableRow("Cold?", "Ginger.", "a"), TableRow("Gas?", "Fennel.", "b")]
+    RowIndex.build(rows).save(run_dir / "retrieval" / "use")
+    assert read(run_dir).inputs != before
 
 
 def test_what_another_model_left_is_set_aside_and_what_this_one_left_stays(run_dir, capsys):

@@ -113,6 +113,20 @@ def test_is_done_wherever_the_run_folder_is(recorded, tmp_path):
     assert stage.is_done({"adapter": "a"}, ["merged"])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dtype", "float16"), ("device", "cuda"), ("processes", 2), ("sharded", True)],
+)
+def test_is_done_on_whatever_it_was_computed(recorded, name, value):
+    stage, _ = started(recorded)
+    assert stage.is_done({"adapter": "a", name: value}, ["merged"])
+
+
+def test_is_not_done_without_an_entry(tmp_path):
+    stage, _ = started(tmp_path / "run")
+    assert not stage.is_done({}, [])
+
+
 def test_is_not_done_with_another_input(recorded):
     stage, _ = started(recorded)
     assert not stage.is_done({"adapter": "b"}, ["merged"])

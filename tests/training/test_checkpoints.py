@@ -6,8 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from tabletune.run.stage import Stage
 from tabletune.training import checkpoints
-from tabletune.training.checkpoints import checkpoint_to_resume, newest_checkpoint
+from tabletune.training.checkpoints import (
+    checkpoint_to_resume,
+    claim_checkpoints,
+    newest_checkpoint,
+)
 
 
 def make_checkpoint(folder, step, state):
@@ -50,6 +55,61 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path):
     make_checkpoint(tmp_path, 5, "{}")
     newest = make_checkpoint(tmp_path, 12, "{}")
     assert newest_checkpoint(tmp_path) == str(newest)
+
+
+# --- a training that is done
+
+
+class OneProcess:
+    """A PartialState of a single process."""
+
+    @contextmanager
+    def main_process_first(self):
+        yield
+
+
+ON_CPU = {"dataset": "abc", "dtype": "float32", "device": "cpu", "processes": 1, "sharded": False}
+ON_GPU = ON_CPU | {"dtype": "float16", "device": "cuda"}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A stage that has trained on a CPU."""
+    for folder in ("adapter", "training", "checkpoints"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "training" / "metrics.json").write_text("{}")
+    stage = Stage("02_finetune_qlora", tmp_path, {"epochs": 1})
+    (tmp_path / "checkpoints" / "settings.json").write_text(json.dumps(stage.settings | ON_CPU))
+    stage.record("abc", ON_CPU, ["adapter", "training/metrics.json"])
+    return stage
+
+
+def test_a_finished_training_is_kept_on_other_hardware_and_that_is_said(trained, capsys):
+    assert claim_checkpoints(trained, ON_GPU, OneProcess())
+    assert (trained.folder / "adapter").exists()
+    assert not (trained.folder / "earlier").exists()
+    assert (
+        "It was trained with device cpu, dtype float32; here it would be device cuda, dtype float16"
+        in capsys.readouterr().out
+    )
+
+
+def test_on_the_same_hardware_nothing_is_said_of_it(trained, capsys):
+    assert claim_checkpoints(trained, ON_CPU, OneProcess())
+    assert "It was trained with" not in capsys.readouterr().out
+
+
+def test_a_finished_training_of_other_data_moves_aside(trained):
+    assert not claim_checkpoints(trained, ON_CPU | {"dataset": "def"}, OneProcess())
+    assert not (trained.folder / "adapter").exists()
+    assert list(trained.folder.glob("earlier/*/adapter"))
+
+
+def test_checkpoints_of_other_hardware_are_not_gone_on_from(trained):
+    """Another dtype gives other figures, so an unfinished training begins anew."""
+    (trained.folder / "adapter").rmdir()
+    assert not claim_checkpoints(trained, ON_GPU, OneProcess())
+    assert list(trained.folder.glob("earlier/*/checkpoints/settings.json"))
 
 
 @pytest.mark.parametrize(("ended", "epochs"), [(True, 0), (False, 1)])
