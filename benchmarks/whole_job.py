@@ -65,7 +65,7 @@ def run_all(settings, memory_share, base_model, run_dir, log):
     if failed:
         return {"error": f"failed: {''.join(output).strip()[-300:]}"}
     manifest = json.loads((Path(run_dir) / "manifest.json").read_text(encoding="utf-8"))
-    peak = max(manifest[stage]["peak_memory_gib"]["gpu"] for stage in STAGES)
+    peak = max(manifest[stage]["peak_memory_gib"].get("gpu", 0) for stage in STAGES)
     return {"seconds": seconds, "peak_gib": round(peak, 2), "packages": installed_packages()}
 
 
