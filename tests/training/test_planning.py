@@ -137,6 +137,13 @@ def test_the_step_is_said_in_one_line(capsys):
     assert "fewer than min_steps=300" in said
 
 
+def test_a_step_of_one_row_that_is_one_example_is_said_in_the_singular(capsys):
+    chosen = CHOSEN | {"batch_size": 1, "min_steps": 1}
+    examples = range(86)
+    planning.plan_steps(chosen, examples, examples, room_of(100), SimpleNamespace(num_processes=1))
+    assert capsys.readouterr().out.startswith("a step is 1 row, 1 example; 86 steps")
+
+
 # --- the whole plan of a model
 
 

@@ -58,7 +58,11 @@ def look_and_check(
     check_choices(chosen, config, dtype)
     model = skeleton(config)
     summary = summarize_base_model(
-        model, *(chosen[n] for n in ("lora_target_modules", "attn_implementation", "quantization"))
+        model,
+        chosen["lora_target_modules"],
+        chosen["attn_implementation"],
+        chosen["quantization"],
+        dtype,
     )
     summary |= describe_template(tokenizer, stops)
     table = pd.Series(summary, name="this base").to_frame()
@@ -170,7 +174,7 @@ def plan_steps(
 ) -> tuple[int, int, int]:
     """`divide_steps` for these rows of examples; prints in one line what a step will be."""
     batch_size, accumulation, steps = divide_steps(chosen, len(rows), room, processes.num_processes)
-    parts = [f"{batch_size} rows"]
+    parts = [counted(batch_size, "row")]
     if accumulation > 1:
         parts.append(f"× {accumulation} accumulated")
     if processes.num_processes > 1:
@@ -179,11 +183,19 @@ def plan_steps(
     note = ""
     if steps < chosen["min_steps"] and chosen["batch_size"] != "auto":
         note = f", fewer than min_steps={chosen['min_steps']}: batch_size=auto makes smaller ones"
-    print(f"a step is {' '.join(parts)}, about {of_all:.0f} examples; {steps:,} steps{note}")
+    in_step = f"about {of_all:.0f} examples"
+    if len(rows) == len(examples):  # not packed
+        in_step = counted(round(of_all), "example")
+    print(f"a step is {' '.join(parts)}, {in_step}; {steps:,} steps{note}")
     advice = few_steps_advice(steps, len(examples), chosen["epochs"])
     if advice:
         print(advice)
     return batch_size, accumulation, steps
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: "1 row", "2 rows"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def count_trained(
