@@ -141,9 +141,10 @@ processes = PartialState(cpu=not torch.cuda.is_available())  # one of several un
 splits, report = examples.load_examples(run, published_dataset, processes)
 
 # %% [markdown]
-# They become token ids, as notebook 1 showed them, and labels: the ids of the answers, and -100 for
-# all that is not in the loss. The model learns from the training split alone; the validation split
-# shows on the way how it does on other questions, and the test split waits for notebook 4.
+# Each example becomes token ids, and as many labels. A label is the id that the model should
+# predict, or -100 where nothing is to be learned. The model learns from the training split alone;
+# the validation split shows on the way how it does on other questions, and the test split waits for
+# notebook 4 (it is counted here without rows of the table in its prompts).
 
 # %%
 tokenizer, stops = load_tokenizer(base_model, base_model_revision, *template_settings(report))
@@ -168,7 +169,8 @@ show_table(summary)
 # Examples differ in length. If the shorter ones of a batch were filled up to the longest, about a
 # third of the work would be for nothing. *Packing* puts several examples into one row of
 # `max_length` tokens instead. They must not see each other. So positions start at 0 again with each
-# example: by that transformers knows where one begins, and hides the earlier ones from it.
+# example: by that transformers knows where one begins, and hides the earlier ones from it. With
+# `packing = False` the training does not use these rows. The first of them:
 
 # %%
 from trl.data_utils import pack_dataset
@@ -282,20 +284,20 @@ trainer = TokenTrainer(
 # %% [markdown]
 # ## Train
 #
-# Both losses below should fall. If the validation loss rises again while the training loss goes on
-# falling, the model has begun to learn its rows by heart. TensorBoard shows it live: `tensorboard
-# --logdir runs`.
+# Both losses below should fall. The training loss jumps, since each step reads other rows. If the
+# validation loss rises again while the training loss goes on falling, the model has begun to learn
+# its rows by heart; with `evaluations = 1` there is only one such figure, at the end. TensorBoard
+# shows it live: `tensorboard --logdir runs`.
 
 # %% tags=["nbval-ignore-output"]
 if not done:
     trainer.train(resume_from_checkpoint=checkpoints.checkpoint_to_resume(trainer))
 
 # %% [markdown]
-# The best checkpoint is loaded again at the end. With its adapter switched off, the model is the
-# base model again: its validation loss is the one to beat. We take it only now, since a Trainer
-# that has evaluated before the training does not average the gradients of several GPUs
-# (`Trainer.evaluation_loop` in transformers 5.13 prepares the model without DDP, and `train` leaves
-# it so).
+# The best checkpoint, a copy of the adapter on the way, is loaded again at the end. With its
+# adapter switched off, the model is the base model again: its validation loss is the one to beat.
+# (It is measured only now: a Trainer that has evaluated before the training does not average the
+# gradients of several GPUs.)
 
 # %% tags=["nbval-ignore-output"]
 if not done:
@@ -328,8 +330,9 @@ plot_losses(read_json(run / "training" / "log_history.json", stage.name), metric
 # ## Before and after
 #
 # A loss says little about what a model writes. So we ask both models, the base model and the
-# fine-tuned one, the first question of the training split. To save time an answer is cut after 48
-# tokens. Notebook 4 asks many questions, new ones too, and says how many answers are right.
+# fine-tuned one, the first question of the training split; with `context_rows` both get the rows in
+# the prompt. To save time an answer is cut after 64 tokens. Notebook 4 asks many questions, new
+# ones too, and says how many answers are right.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.evaluation.before_after import answer_before_and_after, before_and_after
@@ -350,11 +353,12 @@ before_and_after(run)
 # %% tags=["nbval-ignore-output"]
 import math
 
-lower = math.exp(metrics["eval_loss_before"] - metrics["eval_loss_after"])
+likely = [math.exp(-metrics[f"eval_loss_{when}"]) for when in ("before", "after")]
+share = 1 / (100 / metrics["trainable_percent"] - 1)  # the percentage is of base and adapter
 weights = f"{metrics['trainable_parameters']:,} weights"
-print(f"{weights} were trained, {metrics['trainable_percent']:.1f}% as many as the base model has.")
+print(f"{weights} were trained, {share:.1%} as many as the base model has.")
 print(f"{metrics['steps']:,} steps over {metrics['tokens']:,} tokens, {metrics['seconds']:,.0f} s.")
-print(f"Validation rows: the right next token is {lower:,.1f} times as likely as before, on average.")
+print("The right token of a validation row had a probability of", " before and ".join(f"{p:.1%}" for p in likely), "after, on average.")
 
 # %% [markdown]
 # Two things to try:

@@ -36,8 +36,8 @@
 #
 # An adapter works only beside its base model. *Merging* adds it to the base model's weights, so
 # that one plain model remains. The usual way, PEFT's `merge_and_unload`, holds the whole base model
-# in memory: 13 GB for a 7B model, more than free Colab has. But an adapter changes each matrix for
-# itself. So this notebook reads, merges and writes one matrix after the other.
+# in memory: 13 GB for a 7B model, more than free Colab has. But each matrix can be merged on its
+# own. So this notebook reads, merges and writes one matrix after the other.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
@@ -131,21 +131,22 @@ assert torch.allclose(merged, by_package, rtol=1e-4, atol=1e-5)
 # How much is that? Three things may change a matrix: the adapter; the rounding of the sum to the
 # number format of the files; and the rounding to NF4, which the training saw if its base was
 # quantized. Each is shown as a share of the size of $W$. Size here is the Frobenius norm: the root
-# of the sum of all squared numbers.
+# of the sum of all squared numbers. The rounding to NF4 can be larger than the adapter. But it has
+# no direction, so it matters less than its size says.
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
 from tabletune.merging.lora import nf4_round_trip
 
-changes = pd.Series(
-    {
-        "the adapter": merged - weight,
-        f"rounding to {plan.dtype}": merged.to(plan.dtype).float() - merged,
-        "NF4 and back": nf4_round_trip(weight, plan.training_dtype) - weight,
-    }
-)
-changes.map(lambda change: f"{(change.norm() / weight.norm()).item():.3%}").to_frame("changes W by")
+changes = {
+    "the adapter": merged - weight,
+    f"rounding to {plan.dtype}": merged.to(plan.dtype).float() - merged,
+}
+if plan.provenance.get("quantization", "nf4") == "nf4":
+    changes["NF4 and back"] = nf4_round_trip(weight, plan.training_dtype) - weight
+sizes = {name: change.norm() / weight.norm() for name, change in changes.items()}
+pd.Series({name: f"{size.item():.3%}" for name, size in sizes.items()}).to_frame("changes W by")
 
 # %% [markdown]
 # ## All of them
@@ -154,10 +155,10 @@ changes.map(lambda change: f"{(change.norm() / weight.norm()).item():.3%}").to_f
 # merged on the way. So whatever has no adapter, such as the layers of a model that also sees
 # images, stays bit for bit what it was. The files appear under a temporary name.
 #
-# Then the result is verified: the merged model is read back from its files, and must add to the
-# base model what the adapter adds. The base model, the base with its adapter, and the merged model
-# read the same two rows of the test split. With `"dequantized"` the base is the quantized model. A
-# merged model that differs by more than rounding is not kept.
+# Then the result is verified. Three models read the same two rows of the test split: the base
+# model, the base with its adapter, and the merged model, read back from its files. The last two
+# must give the same scores but for rounding. With `"dequantized"` the base is the quantized model.
+# A merged model that differs by more is not kept.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.merging.write import merge_adapter
@@ -166,8 +167,8 @@ merged_folder, report = merge_adapter(plan, stage, max_shard_gb)
 
 # %% [markdown]
 # The difference is measured beside the adapter's own effect: 0% is a perfect merge, 100% one that
-# left the adapter out. Rounding makes some percent of it with numbers in bf16, well under 1% with
-# those in fp16, which have more digits.
+# left the adapter out. With files in bf16 rounding alone gives a few percent; with fp16, which has
+# more digits, well under 1%.
 
 # %%
 verified = report["difference_to_effect"] is not None
@@ -225,17 +226,18 @@ else:
 # %% [markdown]
 # ## What we have now
 #
-# One plain model in safetensors files, a format for weights that can hold no program. What merging
-# took, beside what the usual way would have held in memory:
+# One plain model in safetensors files, a format for weights that can hold no program. The memory
+# below includes the libraries, which take more than a small model does. For a 7B model it is a
+# tenth of what the usual way would hold.
 
 # %% tags=["nbval-ignore-output"]
 show_table(
     {
         "merged": f"{report['merged_modules']} layers, into the {report['base_weights']} weights",
         "stored": f"as {report['dtype']}, in {report['shards']} file(s)",
-        "time": f"{report['seconds']:.0f} s",
-        "most memory of this process": f"{report['peak_rss_gib']:.2f} GiB, libraries included",
-        "the whole model in memory": f"{plan.size / 2**30:.2f} GiB",
+        "time": f"{report['seconds']:.1f} s",
+        "most memory of this process": f"{report['peak_rss_gib']:.2f} GiB",
+        "size of the model": f"{plan.size / 2**30:.2f} GiB",
     }
 )
 

@@ -30,8 +30,8 @@
 # - **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
 # - **Out:** `evaluation/metrics.json`, `answers.jsonl`, `samples.jsonl`, `scores.parquet` and
 #   `results.png`.
-# - **Time:** some minutes on a T4; one to two minutes on two CPU cores with the small model of the
-#   `cpu` profile, longer with `context_rows`.
+# - **Time:** some minutes on a T4; about a minute on two CPU cores with the small model of the
+#   `cpu` profile, about four with `context_rows`.
 #
 # Are the model's answers right? And how probable are the table's own answers to it? Three models
 # answer the same questions: the base model, the base model with the adapter, and the merged model.
@@ -132,8 +132,8 @@ done = stage.is_done(trained.inputs, ["evaluation/metrics.json"])
 #   phrases and other errors.
 # - **New questions**: those of the test split, which training did not see.
 # - **Rows added after training**, with `context_rows` only: the new questions once more, now with
-#   their rows in the index. So this shows whether the model answers from rows that it was not
-#   trained on.
+#   their rows in the index, among the rows that are searched. So this shows whether the model
+#   answers from rows that it was not trained on.
 #
 # Each question is asked once, up to `samples` of each kind. With `ask_all_models = False` only the
 # merged model is asked all of them; the base model and the adapter get the new ones alone. In a
@@ -174,7 +174,8 @@ adapted = None if done else load_adapted(run / "adapter", *source)
 # next: it is $\exp$ of the mean of $-\log p$. A perplexity of 50 means that the model was as
 # uncertain as in a choice among 50 equally likely tokens; 1 is certainty, and lower is better. Here
 # it is for one row, and only for its answer (the *response*), since any model soon knows the fixed
-# words of the question by heart.
+# words of the question by heart. (With `context_rows` the row itself is kept out of the prompt, so
+# the answer is a surprise.)
 
 # %% tags=["nbval-ignore-output"]
 if not done:
@@ -262,7 +263,9 @@ say_verdict(metrics["verdict"])
 # %% [markdown]
 # In brackets are 95% intervals: other questions would have given other figures, most likely within
 # them. A line is one kind of question and one model that was asked. A dash stands where there is
-# nothing to measure.
+# nothing to measure. With `context_rows` new questions have no row: to say that the table has
+# nothing is right, and the lookup says so for many of them before a model is asked, for the base
+# model, too.
 
 # %%
 content_table(metrics)
@@ -285,10 +288,10 @@ samples_table(folder, warning)
 # With `context_rows` and an `unknown_answer` there are two errors: to refuse a question that the
 # table has an answer to (*wrongly "nothing"* above), and to answer one that it has none for.
 # `unknown_threshold` trades one for the other. The lookup scores how similar the question of a row
-# is, from 0 to 1. If even the best row is below the threshold, the model is not asked, and an
-# answer that it takes from a row below the threshold is not given. Above it the model can still
-# refuse. (*Copied from a row*: the model refused, but a row has nearly the same question, so its
-# answer was given.)
+# is, from 0 to 1. If even the best row is below the threshold, the model is not asked. If it is
+# asked, but takes its answer from a row below the threshold, that answer is replaced by "nothing".
+# And the model can refuse by itself. (*Copied from a row*: the model refused, but a row has nearly
+# the same question, so its answer was given.)
 
 # %%
 show_refusals(run, examination.context)
@@ -302,8 +305,9 @@ show_refusals(run, examination.context)
 # length of an answer.
 #
 # With `context_rows` the rows of these questions are kept out of the prompt: the model was taught
-# not to give their answers, so their perplexity may rise. The one to look at is *own rows in the
-# index*: how probable the right answers are when their rows can be found.
+# not to give their answers, so their perplexity may rise, and most answers are refusals, which have
+# no structure and few tokens, or none if the lookup refused. The figure to look at is *own rows in
+# the index*: how probable the right answers are when their rows can be found.
 
 # %%
 if metrics["base"]["too_small"]:

@@ -12,7 +12,7 @@ from tabletune.data.context import answer_with_context, load_context
 from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
 from tabletune.evaluation.answers import generate
 from tabletune.evaluation.questions import questions_of
-from tabletune.report.tables import IN_TABLE, as_shown, side_by_side
+from tabletune.report.tables import IN_TABLE, as_shown, references_shown, side_by_side
 from tabletune.run.artifacts import load_dataset_of_run
 from tabletune.run.files import read_json, write_json
 
@@ -20,7 +20,7 @@ FILE = "training/answers.json"
 NOT_ASKED = (
     "<p>Not asked: the rows are texts without questions, or the model is spread over GPUs.</p>"
 )
-MOST_TOKENS = 48  # of an answer: enough to see what it is like
+MOST_TOKENS = 64  # of an answer: enough to see what it is like
 
 
 def answer_before_and_after(
@@ -35,7 +35,10 @@ def answer_before_and_after(
     without questions.
     """
     splits, _ = load_dataset_of_run(run)
-    questions = questions_of([splits["train"][0]])
+    train = splits["train"]
+    group = train["group"][0]
+    rows = [place for place, other in enumerate(train["group"]) if other == group]
+    questions = questions_of(train.select(rows))  # one question, with all of its answers
     if not questions:
         return
     context = load_context(run)
@@ -43,7 +46,8 @@ def answer_before_and_after(
     def generate_answers(prompts: list) -> tuple[pd.DataFrame, float]:
         return generate(model, tokenizer, stop_token_ids, prompts, 1, MOST_TOKENS)
 
-    answers = {"question": questions[0]["asked"], IN_TABLE: questions[0]["references"][0]}
+    in_table = references_shown(questions[0]["references"])
+    answers = {"question": questions[0]["asked"], IN_TABLE: in_table}
     with model.disable_adapter():
         before, _ = answer_with_context(context, questions, generate_answers)
     after, _ = answer_with_context(context, questions, generate_answers)

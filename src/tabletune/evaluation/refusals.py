@@ -17,7 +17,7 @@ from tabletune.data.lookup import source_row
 from tabletune.report.pages import read_lines, say, show_table
 from tabletune.run.files import read_json
 
-HAS, LACKS = "refuses what the table has", "answers what it has not"
+HAS, LACKS = "wrongly refused", "wrongly answered"
 NO_ROWS = "Not measured: without `context_rows` the model is not taught to say that the table has nothing."
 NO_ANSWER = (
     "Not measured: `unknown_answer` is empty, so the model never says that the table has nothing."
@@ -41,7 +41,8 @@ def show_refusals(run: Path, context: TableContext | None) -> None:
     lines = [line for line in lines if line["model"] == "merged"]
     calibration = read_json(run / FOLDER / "settings.json", "01_format_dataset")["calibration"]
     threshold = context.settings.unknown_threshold
-    show_table(refusals_table(lines, calibration, threshold))
+    table = refusals_table(lines, calibration, threshold)
+    show_table(table.rename_axis("unknown_threshold").reset_index())
     say(*refusal_sentences(lines, calibration, threshold))
 
 

@@ -22,6 +22,7 @@ from tabletune.report.text import (
 )
 
 OUTCOMES = {"right": "✓ right", "wrong": "✗ wrong", "nothing": "– says nothing"}
+OF_ANSWERS = ("copied", "exact_match", "right_item", "facts", "chrf")  # not of refusals
 MODELS = ("base", "adapter", "merged")
 IN_TABLE = "in the table"
 MOST_CHARACTERS = 600  # of an answer that are shown
@@ -69,6 +70,8 @@ def content_table(metrics: dict) -> pd.DataFrame:
                 title = "new questions, their rows kept out"
             line = {"questions": f"{title} ({content['questions']})", "model": model}
             for column, (name, form) in CONTENT_COLUMNS.items():
+                if content.get("answerable") == 0 and name in OF_ANSWERS:
+                    continue  # all of them are to be refused
                 if content.get(name) is not None:
                     line[column] = with_interval(content[name], content.get(f"{name}_ci95"), form)
             lines.append(line)
@@ -212,13 +215,19 @@ def question_columns(line: dict) -> dict[str, str]:
     if line.get("rows"):
         best = line["rows"][0]
         question += f"\n\n[most similar row: “{best['question']}”, {best['score']:.2f}]"
-    answer = as_shown(line["references"][0])
-    more = len(line["references"]) - 1
-    if more:
-        answer += f"\n\n[or {more} other answer{'s' if more > 1 else ''} of the table]"
+    answer = references_shown(line["references"])
     if not line.get("answerable", True):
         answer = f"[kept out of the index: “nothing” is right]\n{answer}"
     return {"question": question, IN_TABLE: answer}
+
+
+def references_shown(references: Sequence[str]) -> str:
+    """The first answer of the table to a question, and how many others it has."""
+    answer = as_shown(references[0])
+    more = len(references) - 1
+    if more:
+        answer += f"\n\n[or {more} other answer{'s' if more > 1 else ''} of the table]"
+    return answer
 
 
 def samples_table(folder: Path, disclaimer: str, of_each: int = 3) -> HTML:

@@ -324,11 +324,10 @@ def rows_to_train_on(
             f"they do not see each other ({leak:.1%})"
         )
         return packed
-    reason = "packed examples would see each other in this model" if packing else "as asked"
-    print(
-        f"not packed, {reason} ({leak:.1%}): a row is one example, "
-        "and a batch has rows of like length"
-    )
+    reason = "as `packing` is off"
+    if packing:
+        reason = f"as packed examples would see each other in this model ({leak:.1%})"
+    print(f"not packed, {reason}: a row is one example, and a batch has rows of like length")
     return examples
 
 
