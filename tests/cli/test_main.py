@@ -146,6 +146,13 @@ def test_a_name_that_no_notebook_has_is_refused(command, tmp_path, monkeypatch):
         main_module.main()
 
 
+@pytest.mark.parametrize("command", ["ask --questions q.txt", "index", "rate", "summary"])
+def test_a_run_that_is_not_there_is_said(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tabletune", *command.split(), str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"none is no run folder\. Make one with: make run-all"):
+        main_module.main()
+
+
 def test_compare_takes_folders_as_arguments():
     options = build_parser().parse_args(["compare", "runs/a", "runs/my run", "--out", "x.html"])
     assert options.runs == ["runs/a", "runs/my run"]

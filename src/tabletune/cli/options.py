@@ -269,9 +269,13 @@ def in_repository(values: dict[str, Any], path: Path) -> dict[str, Any]:
 def read_run_values(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """The folder of a finished run, and its settings with what the command line says on top.
 
-    Raises StageError for a name that no notebook of the series has.
+    Raises StageError if there is no such folder, and for a name that no notebook of the series has.
     """
     run_dir = choose_run_dir(options)
+    if not run_dir.is_dir():
+        raise StageError(
+            f"{run_dir} is no run folder. Make one with: make run-all RUN_DIR={run_dir}"
+        )
     set_here = {**options.files, **options.words}
     # how many processes is no notebook's parameter, but a profile may say it
     check_names(set_here.keys() - {"gpus"}, NUMBERED)
