@@ -44,8 +44,8 @@
 #
 # - **In:** a table: a `.csv`, `.tsv`, `.xlsx`, `.json`, `.jsonl` or `.parquet` file, a folder, or a
 #   data set on the Hub (huggingface.co, where models and data sets are shared).
-# - **Out:** `dataset/` in the run folder: conversations, divided into training, validation and test
-#   rows, and `dataset/report.json`.
+# - **Out:** `dataset/` in the *run folder*, which is `run_dir` below: conversations, divided into
+#   training, validation and test rows, and `dataset/report.json`.
 # - **Time:** under a minute anywhere for a table of some ten thousand rows; no GPU is used.
 #
 # In Colab each notebook gets a machine of its own. So that notebook 2 finds what this one writes,
@@ -103,7 +103,7 @@ answer_lists = ""  # what a list in an answer is: "rows", "first", "lines" or "j
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed: what becomes of its rows
 drop_values = []  # cells that mean empty, such as "n/a"; for one column {yoga: ["n/a"]}
-drop_patterns = []  # the same as regular expressions
+drop_patterns = []  # the same as regular expressions: patterns such as "^see page"
 strip_addresses = False  # remove web addresses from all texts
 collapse_spaces = False  # single spaces, no invisible characters; not for code
 html_to_text = False
@@ -115,7 +115,7 @@ split_seed = 42  # decides which questions are test questions
 train_rows = 1.0  # a share of the training questions, or above 1 how many: does a larger table help?
 loss_on_last_answer = False  # true: of the answers of a conversation only the last one is learned
 safety_rows = 0  # mix our own rows about emergencies into training: true for all, or how many
-push_dataset_to = ""  # a Hub id to publish the result under; only this needs a token
+push_dataset_to = ""  # a Hub id to publish the result under; only this needs a Hub access token
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed: prompts with rows of the table in them, where context_rows is above 0
@@ -152,8 +152,8 @@ test_fraction = 0.15
 # %%
 from tabletune.run.stage import start_stage
 
-stage = start_stage("01_format_dataset", globals())
-run = stage.folder
+stage = start_stage("01_format_dataset", globals())  # checks the parameters above
+run = stage.folder  # the run folder, as a path
 
 # %% [markdown]
 # ## The model's format

@@ -30,14 +30,15 @@
 # - **In:** `dataset/` in the run folder, from notebook 1.
 # - **Out:** `adapter/`, what was learned, some hundred megabytes or less; `training/metrics.json`
 #   and the loss curves.
-# - **Time:** minutes for a table of some hundred rows on a GPU; about three minutes on two CPU
-#   cores with the small model of the `cpu` profile.
+# - **Time:** minutes for a table of some hundred rows on a GPU; three to six minutes on two CPU
+#   cores with the small model of the profiles `cpu` and `knowledge`.
 #
 # A model of seven billion weights (7B) takes 13 GB, and training all of them several times that.
-# *LoRA* ([Hu et al., 2021](https://arxiv.org/abs/2106.09685)) leaves the model as it is and trains
-# a small *adapter* beside it, of a 7B about one weight in a hundred. *QLoRA* ([Dettmers et al.,
-# 2023](https://arxiv.org/abs/2305.14314)) also stores the frozen model with 4 bits a weight, in a
-# format called NF4. So a 7B model trains on a card of 15 GB.
+# *LoRA* ([Hu et al., 2021](https://arxiv.org/abs/2106.09685)) leaves the weights of the model as
+# they are, *frozen*, and trains a small *adapter* beside them, of a 7B about one weight in a
+# hundred. *QLoRA* ([Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)) also stores the
+# frozen model with 4 bits a weight, in a format called NF4. So a 7B model trains on a card of 15
+# GB.
 #
 # In Colab this notebook has a machine of its own, which does not see what notebook 1 wrote on its.
 # Set `run_dir = "drive:home_remedies"` below and in notebook 1: both then work in that folder of
@@ -67,7 +68,9 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # %% [markdown]
 # ## Parameters
 #
-# Rarely changed settings are folded away and come first; the next cell can override them.
+# Rarely changed settings are folded away and come first; the next cell can override them. When
+# `make` runs a notebook, it adds one more cell, with the settings of its profile. These override
+# all others.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed parameters
@@ -120,8 +123,8 @@ from tabletune.training.collator import Collator
 from tabletune.training.lora_targets import shortest_target_names
 from tabletune.training.trainer import TokenTrainer, free_memory, training_callbacks
 
-stage = start_stage("02_finetune_qlora", globals())
-run = stage.folder
+stage = start_stage("02_finetune_qlora", globals())  # checks the parameters above
+run = stage.folder  # the run folder, as a path
 
 # %% [markdown]
 # ## The examples
@@ -155,8 +158,10 @@ counts
 # ## The base model, before anything long
 #
 # What is it, which layers get an adapter, and can it be trained at all? Its config and its layers,
-# without their weights, say so. Attention is the part of a model in which a token looks at those
-# before it; "sdpa" is PyTorch's fast implementation of that (scaled dot-product attention).
+# without their weights, say so. Most models have two parts in each layer. In the *attention* a
+# token looks at those before it; "sdpa" is PyTorch's fast implementation of that (scaled
+# dot-product attention). Its matrices are often called `q_proj`, `k_proj`, `v_proj` and `o_proj`.
+# The other part changes each token by itself, with `gate_proj`, `up_proj` and `down_proj`.
 
 # %%
 config, dtype = base_config(base_model, base_model_revision), compute_dtype(precision)
@@ -176,14 +181,17 @@ show_table(summary)
 from trl.data_utils import pack_dataset
 
 packed = pack_dataset(encoded["train"], max_length)
-batch = Collator(tokenizer.pad_token_id, max_length)([packed[0]])
-print("examples begin at tokens", (batch["position_ids"][0] == 0).nonzero().flatten().tolist())
+positions = Collator(tokenizer.pad_token_id, max_length)([packed[0]])["position_ids"][0]
+print(f"{packing = }; examples begin at tokens", (positions == 0).nonzero()[:, 0].tolist())
 
 # %% [markdown]
 # ## Is there room?
 #
 # We estimate the memory from the model's layers and the parameters, before anything large is
-# downloaded. With several GPUs, each holds a full copy of the model if it fits (DDP, distributed
+# downloaded. Each trained weight also has a *gradient*, the direction in which the loss falls, and
+# what the *optimizer* remembers of earlier gradients to choose the size of a change. *Activations*
+# are the results of the layers, which the gradients are computed from. (On a CPU, weights of 4 bits
+# are unpacked once if there is room, and then take more than the table above says.) With several GPUs, each holds a full copy of the model if it fits (DDP, distributed
 # data parallel). If not, they share it (FSDP, fully sharded data parallel): each keeps a part of
 # every layer, and gets the rest of a layer when it is needed.
 
@@ -199,7 +207,8 @@ room.expected.round(2).to_frame()
 # With 4 bits a weight can have one of sixteen values. NF4 ("normal float") places them closely
 # where most weights of a neural network are, near zero. Every 64 weights share a scale; "double
 # quantization" stores those scales in 8 bits, too. Whenever a layer computes, its weights are
-# unpacked to 16 or 32 bits. With `quantization = "none"` the model is loaded as it was published.
+# unpacked to 16 or 32 bits. With `quantization = "none"` there is no NF4: all weights are loaded in
+# 16 or 32 bits.
 
 # %%
 quantization_config = BitsAndBytesConfig(
@@ -213,10 +222,11 @@ how = quantization_config if quantization == "nf4" else quantization
 model = load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, how)
 
 # %% [markdown]
-# Can packed examples see each other in this model? We test it: change the first of two packed
-# examples, and check that the *logits* of the second stay the same. Logits are the scores that the
-# model gives to each token of its vocabulary for being the next one. Then we compute how many rows
-# an optimizer step takes, and how many steps there are.
+# Can packed examples see each other in this model? With `packing` we test it: change the first of
+# two packed examples, and check that the *logits* of the second stay the same. Logits are the
+# scores that the model gives to each token of its vocabulary for being the next one. Then we
+# compute how many rows are read before the optimizer changes the adapter once, which is a *step*,
+# and how many steps there are.
 
 # %%
 train = planning.rows_to_train_on(model, encoded["train"], packed, packing)
@@ -228,8 +238,9 @@ rows_at_once, accumulated, steps = planning.plan_steps(
 # ## The adapter
 #
 # LoRA adds to a frozen matrix of weights $W$ the product of two thin matrices: $W +
-# \frac{\alpha}{r} B A$. Only $A$, with $r$ rows, and $B$, with $r$ columns, are trained. $B$ starts
-# at zero, so before training the model with its adapter is the base model.
+# \frac{\alpha}{r} B A$. Only $A$, with $r$ rows, and $B$, with $r$ columns, are trained. The *rank*
+# $r$ (`lora_r`) is how much the adapter can learn, $\alpha$ (`lora_alpha`) how strongly it counts.
+# $B$ starts at zero, so before training the model with its adapter is the base model.
 
 # %%
 from peft import LoraConfig, get_peft_model
@@ -244,9 +255,9 @@ with model.device:  # where the adapter is made
 # %% [markdown]
 # ## The trainer
 #
-# Run this notebook again after an interruption: it goes on from the newest complete checkpoint, and
-# ends where an undisturbed run would have ended. Checkpoints of other settings or other data are
-# archived in `earlier/`.
+# A *checkpoint* is the state of a training on the way, saved to disk. Run this notebook again after
+# an interruption: it goes on from the newest complete checkpoint, and ends where an undisturbed run
+# would have ended. Checkpoints of other settings or other data are archived in `earlier/`.
 
 # %%
 inputs = planning.inputs_of(report, dtype, processes, room)
@@ -268,9 +279,9 @@ training_arguments = SFTConfig(
 #
 # - Its validation loss, which chooses the checkpoint that is kept, counts each batch by its tokens,
 #   not its rows.
-# - The adapter stays in numbers of 32 bits (fp32). TRL would turn that of a 4-bit model into bf16,
-#   which keeps only eight bits of precision: small updates would be lost. A T4 would stop at the
-#   first step ([trl#4901](https://github.com/huggingface/trl/issues/4901)).
+# - The adapter stays in numbers of 32 bits (fp32). TRL would turn that of a 4-bit model into bf16, a
+#   format of 16 bits in which small updates would be lost, and which a T4 cannot train with
+#   ([trl#4901](https://github.com/huggingface/trl/issues/4901)).
 # - On a CPU the 4-bit weights are unpacked once and not in every step, if there is room: the same
 #   numbers, a sixth sooner.
 

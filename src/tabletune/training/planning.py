@@ -174,7 +174,7 @@ def plan_steps(
 ) -> tuple[int, int, int]:
     """`divide_steps` for these rows of examples; prints in one line what a step will be."""
     batch_size, accumulation, steps = divide_steps(chosen, len(rows), room, processes.num_processes)
-    parts = [counted(batch_size, "row")]
+    parts = [with_noun(batch_size, "row")]
     if accumulation > 1:
         parts.append(f"× {accumulation} accumulated")
     if processes.num_processes > 1:
@@ -185,7 +185,7 @@ def plan_steps(
         note = f", fewer than min_steps={chosen['min_steps']}: batch_size=auto makes smaller ones"
     in_step = f"about {of_all:.0f} examples"
     if len(rows) == len(examples):  # not packed
-        in_step = counted(round(of_all), "example")
+        in_step = with_noun(round(of_all), "example")
     print(f"a step is {' '.join(parts)}, {in_step}; {steps:,} steps{note}")
     advice = few_steps_advice(steps, len(examples), chosen["epochs"])
     if advice:
@@ -193,7 +193,7 @@ def plan_steps(
     return batch_size, accumulation, steps
 
 
-def counted(number: int, noun: str) -> str:
+def with_noun(number: int, noun: str) -> str:
     """A number and its noun: "1 row", "2 rows"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
