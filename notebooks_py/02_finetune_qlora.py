@@ -365,11 +365,11 @@ before_and_after(run)
 import math
 
 likely = [math.exp(-metrics[f"eval_loss_{when}"]) for when in ("before", "after")]
-share = 1 / (100 / metrics["trainable_percent"] - 1)  # the percentage is of base and adapter
 weights = f"{metrics['trainable_parameters']:,} weights"
-print(f"{weights} were trained, {share:.1%} as many as the base model has.")
+print(f"{weights} were trained, {metrics['trainable_percent']:.1f}% as many as the base model has.")
 print(f"{metrics['steps']:,} steps over {metrics['tokens']:,} tokens, {metrics['seconds']:,.0f} s.")
-print("The right token of a validation row had a probability of", " before and ".join(f"{p:.1%}" for p in likely), "after, on average.")
+print("Validation rows: how likely the right next token was, on average (geometric mean):")
+print(f"{likely[0]:.1%} with the base model, {likely[1]:.1%} after training.")
 
 # %% [markdown]
 # Two things to try:
