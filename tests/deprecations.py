@@ -66,7 +66,7 @@ def is_muted(text, kind):
 @contextmanager
 def own_deprecations():
     """A list that fills, while the block runs, with the deprecations that our own code causes."""
-    found = []
+    reports = []
     warn = warnings.warn
     log_warning = logging.Logger.warning
 
@@ -75,7 +75,7 @@ def own_deprecations():
             return
         place = cause(frame)
         if place is not None:
-            found.append(f"{place}: {text}")
+            reports.append(f"{place}: {text}")
 
     def watched_warn(message, category=None, stacklevel=1, *args, **kwargs):
         kind = type(message) if isinstance(message, Warning) else category
@@ -95,19 +95,19 @@ def own_deprecations():
     warnings.warn = watched_warn
     logging.Logger.warning = watched_log
     try:
-        yield found
+        yield reports
     finally:
         warnings.warn = warn
         logging.Logger.warning = log_warning
 
 
-FOUND = pytest.StashKey()
+REPORTS = pytest.StashKey()
 
 
 def pytest_configure(config):
     """Watch from before the tests are imported until the end."""
     watch = own_deprecations()
-    config.stash[FOUND] = watch.__enter__()
+    config.stash[REPORTS] = watch.__enter__()
     config.add_cleanup(lambda: watch.__exit__(None, None, None))
 
 
@@ -115,9 +115,9 @@ def pytest_configure(config):
 def no_own_deprecations(request):
     """Fail a test in which our own code uses what a library has deprecated."""
     yield
-    found = list(request.config.stash[FOUND])
-    request.config.stash[FOUND].clear()
+    reports = list(request.config.stash[REPORTS])
+    request.config.stash[REPORTS].clear()
     transformers_log = sys.modules.get("transformers.utils.logging")
     if transformers_log is not None:
         transformers_log.warning_once.cache_clear()  # for the next test, it has said nothing yet
-    assert found == [], "our own code uses what is deprecated"
+    assert reports == [], "our own code uses what is deprecated"

@@ -71,8 +71,8 @@ def colab(text: str, runtime: str, python: tuple[int, ...]) -> list[str]:
 if __name__ == "__main__":
     pins = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     if sys.argv[1] == "newest":
-        found = newest(pins, sys.version_info)
+        lines = newest(pins, sys.version_info)
     else:
         runtime = (ROOT / "tests" / "colab" / "latest.txt").read_text(encoding="utf-8")
-        found = colab(pins, runtime, sys.version_info)
-    print("\n".join(found))
+        lines = colab(pins, runtime, sys.version_info)
+    print("\n".join(lines))

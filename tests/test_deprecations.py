@@ -77,9 +77,9 @@ def module(monkeypatch):
 @pytest.mark.parametrize("name", ["tabletune.some.module", "02_finetune_qlora"])
 @pytest.mark.filterwarnings("ignore")
 def test_what_our_code_causes_is_noticed(module, name, source, expected):
-    with own_deprecations() as found:
+    with own_deprecations() as reports:
         module(name, f"import library, trl\n{source}")
-    assert found == [f"{name}.py:2: {expected}"]
+    assert reports == [f"{name}.py:2: {expected}"]
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ def test_what_our_code_causes_is_noticed(module, name, source, expected):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_a_library_causes_is_not_ours(module, source):
-    with own_deprecations() as found:
+    with own_deprecations() as reports:
         module("tabletune.some.module", f"import library, trl\n{source}")
-    assert found == []
+    assert reports == []
 
 
 def test_a_warning_names_the_same_line_while_it_is_watched():

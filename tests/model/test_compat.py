@@ -21,6 +21,7 @@ from unittest import mock
 import accelerate
 import bitsandbytes
 import huggingface_hub
+import jupyter_client
 import nbformat
 import papermill.engines
 import papermill.parameterize
@@ -106,7 +107,8 @@ def loading_order_counts(folder):
 
 def state_dict_is_read_when_it_is_needed(folder):
     """`from_pretrained(None, state_dict=...)` asks each value for `[...]`, and once only."""
-    asked, config = [], AutoConfig.from_pretrained(TINY)
+    asked = []
+    config = AutoConfig.from_pretrained(TINY)
     with safe_open(TINY / "model.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -317,6 +319,15 @@ def papermill_says_what_runs(folder):
     assert running_cell(manager.nb.cells)[0] == 1
 
 
+def papermill_has_a_client(folder):
+    """It takes a kernel, and says whether it has to end it."""
+    from papermill.clientwrap import PapermillNotebookClient
+
+    manager = papermill.engines.NotebookExecutionManager(empty_notebook(), progress_bar=False)
+    assert PapermillNotebookClient(manager).owns_km is True
+    assert PapermillNotebookClient(manager, km=jupyter_client.KernelManager()).owns_km is False
+
+
 def kernels_die_with_this_message(folder):
     assert "died before replying" in source("jupyter_client.client")
 
@@ -374,12 +385,12 @@ def resolve(path):
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
         try:
-            found = importlib.import_module(".".join(parts[:length]))
+            target = importlib.import_module(".".join(parts[:length]))
         except ModuleNotFoundError:
             continue
         for name in parts[length:]:
-            found = getattr(found, name)
-        return found
+            target = getattr(target, name)
+        return target
     raise ImportError(path)
 
 
@@ -486,6 +497,10 @@ def rename_first_line(monkeypatch, path):
     monkeypatch.setattr(translator, "codify", lambda values, comment: codify(values, "Values"))
 
 
+def rename_settings_of_llama(monkeypatch, path):
+    monkeypatch.delattr(sys.modules["llama_cpp"].llama_cpp, "llama_model_default_params")
+
+
 def rename_status(monkeypatch, path):
     monkeypatch.setattr(papermill.engines.NotebookExecutionManager, "RUNNING", "at work")
 
@@ -553,11 +568,14 @@ CANARIES = {
     "IPython: In": Canary(shell_keeps_the_cells, rename_cells),
     "papermill: # Parameters": Canary(papermill_writes_its_first_line, rename_first_line),
     "papermill: metadata.papermill.status": Canary(papermill_says_what_runs, rename_status),
+    "papermill.clientwrap.PapermillNotebookClient": Canary(papermill_has_a_client),
     "jupyter_client: died before replying": Canary(
         kernels_die_with_this_message, rename_in_source("died before replying")
     ),
     "huggingface_hub.errors.HTTPError": Canary(unreachable_hub_is_recognized),
-    "llama_cpp.llama_cpp.llama_model_default_params": Canary(llama_takes_its_settings_from_it),
+    "llama_cpp: llama_model_default_params": Canary(
+        llama_takes_its_settings_from_it, rename_settings_of_llama
+    ),
 }
 
 

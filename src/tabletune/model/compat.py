@@ -248,6 +248,12 @@ INTERNALS = (
         f"{PAPERMILL}/engines.py",
     ),
     Internal(
+        "papermill.clientwrap.PapermillNotebookClient",
+        "cli/progress.py",
+        "the engine starts a kernel itself, and has no argument for one that has started early",
+        f"{PAPERMILL}/clientwrap.py",
+    ),
+    Internal(
         "jupyter_client: died before replying",
         "cli/notebooks.py",
         "two kernels that start at one moment can pick the same port: then it is tried again",
@@ -262,7 +268,7 @@ INTERNALS = (
     ),
     # --- export
     Internal(
-        "llama_cpp.llama_cpp.llama_model_default_params",
+        "llama_cpp: llama_model_default_params",
         "export/llama_cpp.py",
         "`Llama` has no argument for the layout of weights, with which it crashes on some Xeons",
         "https://github.com/abetlen/llama-cpp-python/blob/main/llama_cpp/llama_cpp.py",
