@@ -153,6 +153,13 @@ def test_a_run_that_is_not_there_is_said(command, tmp_path, monkeypatch):
         main_module.main()
 
 
+def test_what_only_a_profile_says_is_refused(tmp_path, monkeypatch):
+    words = ["tabletune", "summary", str(tmp_path), "-p", "extends", "tiny"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match="No notebook has a parameter 'extends'"):
+        main_module.main()
+
+
 def test_compare_takes_folders_as_arguments():
     options = build_parser().parse_args(["compare", "runs/a", "runs/my run", "--out", "x.html"])
     assert options.runs == ["runs/a", "runs/my run"]

@@ -68,6 +68,13 @@ def test_a_value_has_the_same_type_from_every_source(tmp_path, source, name, tex
     assert type(choice.values[name]) is type(value)
 
 
+def test_args_within_args_are_options_too():
+    assert split_args(["--args", "--args='-p epochs 2' -p seed 1"]) == [
+        *("-p", "epochs", "2"),
+        *("-p", "seed", "1"),
+    ]
+
+
 def test_later_words_go_before_earlier_ones_and_all_before_files(tmp_path):
     for name, rate in (("one", 0.1), ("two", 0.2)):
         (tmp_path / f"{name}.yaml").write_text(f"learning_rate: {rate}\nseed: {rate * 10}")
@@ -111,6 +118,7 @@ def test_a_mistake_is_said_in_one_line(arguments, message):
         (["--args=-p system_prompt You are kind"], "ARGS=\"-p system_prompt 'You are kind.'\""),
         (["-p", "epochs"], "with a space between: -p epochs 3"),
         (["--args=-p epochs=3"], "with a space between: -p epochs 3"),
+        (["--args"], "argument --args: expected one argument"),
         (["run", "epochs=3"], "A parameter is set with -p NAME VALUE"),
     ],
 )

@@ -19,8 +19,8 @@ from tabletune.model.quantization import load_base
 from tabletune.model.weights import OnDisk, tensors_on_meta, weight_files
 
 MAX_TOKENS = 512  # of a row that is compared: their logits take 0.3 GiB with a large vocabulary
-# Shares of the adapter's effect that the merged model may differ by. Rounding gives 0 to 0.05 unless
-# the adapter is weak; leaving out half of the adapter gives 0.5 to 1.
+# Shares of the adapter's effect by which the merged model may differ. Rounding gives 0 to 0.05
+# unless the adapter is weak; leaving out half of the adapter gives 0.5 to 1.
 MAX_SHARE = 0.05  # above this, the weights are compared number by number
 MAX_SHARE_BY_LOGITS = 0.2  # above this, a merge whose weights cannot be compared so is refused
 # Rounding may hide a weak adapter, but it moves the logits by a few percent only.

@@ -46,16 +46,17 @@ def claim_checkpoints(stage: Stage, inputs: dict[str, Any], processes: PartialSt
 def print_other_hardware(stage: Stage, inputs: dict[str, Any]) -> None:
     """Say on what a finished training was computed, if that is not what there is here."""
     recorded = stage.entries()[stage.name]["inputs"]
-    there = []
-    here = []
+    trained_on = []
+    available = []
     for name in sorted(COMPUTED_ON & inputs.keys()):
         if recorded.get(name) != inputs[name]:
-            there.append(f"{name} {recorded.get(name)}")
-            here.append(f"{name} {inputs[name]}")
-    if there:
+            trained_on.append(f"{name} {recorded.get(name)}")
+            available.append(f"{name} {inputs[name]}")
+    if trained_on:
         print(
-            f"It was trained with {', '.join(there)}; here it would be {', '.join(here)}. It is "
-            "kept. To train it here, delete adapter/ and run this notebook again."
+            f"It was trained with {', '.join(trained_on)}; here it would be "
+            f"{', '.join(available)}. It is kept. To train it here, move adapter/ elsewhere and "
+            "run this notebook again."
         )
 
 
