@@ -373,7 +373,8 @@ print(example_prompt(run, load_context(run)))
 # %% [markdown]
 # ## Look at it
 #
-# How long the examples are, in tokens, and how many rows ask the same question:
+# How long the examples are, in tokens, and how many rows ask the same question. A bar that stands
+# alone on the right is a row that is much longer than the others:
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.report.plots import plot_data_set

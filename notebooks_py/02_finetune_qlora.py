@@ -145,9 +145,10 @@ splits, report = examples.load_examples(run, published_dataset, processes)
 
 # %% [markdown]
 # Each example becomes token ids, and as many labels. A label is the id that the model should
-# predict, or -100 where nothing is to be learned. The model learns from the training split alone;
-# the validation split shows on the way how it does on other questions, and the test split waits for
-# notebook 4 (it is counted here without rows of the table in its prompts).
+# predict, or -100 where nothing is to be learned. Those in the loss are the tokens of the answers.
+# The model learns from the training split alone; the validation split shows on the way how it does
+# on other questions, and the test split waits for notebook 4 (it is counted here without rows of
+# the table in its prompts).
 
 # %%
 tokenizer, stops = load_tokenizer(base_model, base_model_revision, *template_settings(report))
@@ -342,8 +343,9 @@ plot_losses(read_json(run / "training" / "log_history.json", stage.name), metric
 #
 # A loss says little about what a model writes. So we ask both models, the base model and the
 # fine-tuned one, the first question of the training split; with `context_rows` both get the rows in
-# the prompt. To save time an answer is cut after 64 tokens. Notebook 4 asks many questions, new
-# ones too, and says how many answers are right.
+# the prompt. A small base model often only repeats what it was asked. If the table has several
+# answers to the question, any of them is right. To save time an answer is cut after 64 tokens.
+# Notebook 4 asks many questions, new ones too, and says how many answers are right.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.evaluation.before_after import answer_before_and_after, before_and_after
@@ -367,7 +369,8 @@ import math
 likely = [math.exp(-metrics[f"eval_loss_{when}"]) for when in ("before", "after")]
 weights = f"{metrics['trainable_parameters']:,} weights"
 print(f"{weights} were trained, {metrics['trainable_percent']:.1f}% as many as the base model has.")
-print(f"{metrics['steps']:,} steps over {metrics['tokens']:,} tokens, {metrics['seconds']:,.0f} s.")
+print(f"{metrics['steps']:,} steps over {metrics['tokens']:,} tokens.")
+print(f"{metrics['seconds']:,.0f} s, with the evaluations on the way.")
 print("Validation rows: how likely the right next token was, on average (geometric mean):")
 print(f"{likely[0]:.1%} with the base model, {likely[1]:.1%} after training.")
 
