@@ -372,7 +372,7 @@ print(f"{weights} were trained, {metrics['trainable_percent']:.1f}% as many as t
 print(f"{metrics['steps']:,} steps over {metrics['tokens']:,} tokens.")
 print(f"{metrics['seconds']:,.0f} s, with the evaluations on the way.")
 print("Validation rows: how likely the right next token was, on average (geometric mean):")
-print(f"{likely[0]:.1%} with the base model, {likely[1]:.1%} after training.")
+print(f"{likely[0]:.2%} with the base model, {likely[1]:.2%} after training.")
 
 # %% [markdown]
 # Two things to try:
