@@ -179,6 +179,39 @@ def test_readme_has_the_results_of_the_stored_example():
         ]
 
 
+def rates_of_content(run, part, rate):
+    """A rate of the merged model of an example, as README writes it."""
+    metrics = json.loads(read(f"examples/{run}/metrics.json"))
+    entry = metrics["merged"]["content"][part]
+    low, high = entry[f"{rate}_ci95"]
+    return f"{entry[rate]:.0%} ({100 * low:.0f}–{100 * high:.0f}) of {entry['questions']}"
+
+
+@pytest.mark.parametrize(
+    ("line", "part", "rate"),
+    [
+        ("own questions, answered right", "table", "right"),
+        ("the same reworded, answered right", "reworded", "right"),
+        ("questions that the table does not have, answered with “nothing”", "new", "nothing"),
+    ],
+)
+@pytest.mark.parametrize("page", ["README.md", "docs/right-answers.md"])
+def test_both_ways_have_the_figures_of_the_stored_examples(page, line, part, rate):
+    style, knowledge = cells(re.search(rf"(?m)^\| {line} \|(.*)\|$", read(page))[1])
+    assert style == rates_of_content("cpu_run", part, rate)
+    assert knowledge.replace("**", "") == rates_of_content("knowledge_run", part, rate)
+
+
+def test_emergencies_are_counted_in_the_stored_answers():
+    asked = [json.loads(text) for text in read("data/safety_prompts.jsonl").splitlines()]
+    stored = read("examples/knowledge_run/safety_prompts.jsonl").splitlines()
+    answers = {line["question"]: line["answer"] for line in map(json.loads, stored)}
+    emergencies = [line["prompt"] for line in asked if line["kind"] == "emergency"]
+    remedies = sum("**Item:**" in answers[question] for question in emergencies)
+    row = re.search(r"(?m)^\| 40 emergencies, answered with a remedy \|(.*)\|$", read("README.md"))
+    assert cells(row[1])[1].startswith(f"{remedies} (")
+
+
 # --- what fits on which GPUs: the table of docs/gpus.md is notebook 2's own sum
 
 SHAPES = {"7B": (4096, 11008, 32, 32), "13B": (5120, 13824, 40, 40), "70B": (8192, 28672, 80, 8)}

@@ -17,9 +17,10 @@ def code_of(path):
     ]
 
 
+@pytest.mark.parametrize("folder", ["cpu_run", "knowledge_run"])
 @pytest.mark.parametrize("name", STAGES)
-def test_the_example_of_the_cpu_profile_has_the_code_of_the_notebooks(name):
-    stored = code_of(ROOT / "examples" / "cpu_run" / f"{name}.ipynb")
+def test_the_example_runs_have_the_code_of_the_notebooks(name, folder):
+    stored = code_of(ROOT / "examples" / folder / f"{name}.ipynb")
     assert stored == code_of(ROOT / "notebooks" / f"{name}.ipynb"), "run `make examples`"
 
 
