@@ -186,4 +186,5 @@ def test_questions_that_differ_in_a_sign_find_their_own_row_first(sign):
 def test_a_row_is_not_copied_if_another_question_is_as_similar():
     rows = [{**row, "score": 0.99} for row in SIGNS]
     assert final_answer(NOTHING, rows, NOTHING, 0.3, 0.9) == (NOTHING, True)
-    assert final_answer(NOTHING, rows[:1] * 2, NOTHING, 0.3, 0.9) == ("+", False)
+    same = [rows[0], {**rows[0], "question": "WHAT is 30 + 5?", "answer": "35"}]
+    assert final_answer(NOTHING, same, NOTHING, 0.3, 0.9) == ("+", False)

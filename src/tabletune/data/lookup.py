@@ -220,8 +220,9 @@ def final_answer(
 def is_tied(rows: Sequence[dict]) -> bool:
     """Whether another question is as similar as that of the best row."""
     best = rows[0]
+    asked = exact_text(best["question"])
     for row in rows[1:]:
-        if row["score"] == best["score"] and row["question"] != best["question"]:
+        if row["score"] == best["score"] and exact_text(row["question"]) != asked:
             return True
     return False
 

@@ -49,9 +49,12 @@ def example_prompt(run: Path, context: TableContext | None) -> str:
     training split and one of the validation split, with rows in them, and what is right.
     """
     splits, _ = load_dataset_of_run(run)
-    rows = {name: next(iter(splits[name]), None) for name in ("train", "validation")}
-    if any(row is None or not row["prompt"] for row in rows.values()):
-        return NO_QUESTIONS
+    rows: dict[str, dict[str, Any]] = {}
+    for name in ("train", "validation"):
+        row = next(iter(splits[name]), None)
+        if row is None or not row["prompt"]:
+            return NO_QUESTIONS
+        rows[name] = row
     if context is None:
         return rows["validation"]["prompt"][-1]["content"]
     return "\n\n".join(prompt_and_answer(name, row, context) for name, row in rows.items())
