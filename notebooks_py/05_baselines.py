@@ -105,9 +105,7 @@ run = stage.folder
 # other words, as people would ask.
 
 # %%
-trained = open_trained_run(
-    run, run_dir, base_model, with_merged=False, indexes=["evaluation"]
-)
+trained = open_trained_run(run, run_dir, base_model, with_merged=False, indexes=["evaluation"])
 done = stage.is_done(trained.inputs, ["baselines/metrics.json"])
 
 # %%
