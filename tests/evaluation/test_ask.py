@@ -119,6 +119,15 @@ def test_an_expected_item_is_right_alone_and_in_a_whole_answer():
     assert not is_expected(answer, False, ["**Item:** Mint\n**Remedy:** Sip it."], rules, None)
 
 
+def test_an_answer_that_rests_on_nothing_does_not_name_a_row_as_its_reason():
+    row = {"question": "Do you have internet?", "score": 0.32}
+    line = {"question": "A sauna?", "answer": "Nothing.", "stopped": True}
+    known = table_of_answers([{**line, "rows": [row], "unknown": False}], "")
+    refused = table_of_answers([{**line, "rows": [row], "unknown": True}], "")
+    assert "nothing; nearest:" not in known
+    assert "nothing; nearest:" in refused
+
+
 def test_the_table_of_answers():
     answers = pd.DataFrame(
         {

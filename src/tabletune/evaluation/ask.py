@@ -305,6 +305,8 @@ def table_of_answers(lines: Sequence[dict], disclaimer: str) -> str:
         if line["rows"]:
             best = line["rows"][0]
             cells["rests on"] = f"{best['question']} ({best['score']:.2f})"
+            if line["unknown"]:
+                cells["rests on"] = f"nothing; nearest: {cells['rests on']}"
         wrapped = {name: wrap(cells[name], size) for name, size in sizes.items()}
         height = max(len(column) for column in wrapped.values())
         for i in range(height):
