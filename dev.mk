@@ -83,7 +83,7 @@ example-knowledge:
 	@$(TABLETUNE) run-all --profile knowledge runs/knowledge_example
 	@mkdir -p examples/knowledge_run
 	@cp runs/knowledge_example/0*.ipynb runs/knowledge_example/evaluation/* examples/knowledge_run
-	@$(TABLETUNE) ask runs/knowledge_example --questions data/safety_prompts.jsonl > runs/knowledge_example/asked.txt
+	@$(TABLETUNE) ask runs/knowledge_example --questions src/tabletune/resources/texts/safety_prompts.jsonl > runs/knowledge_example/asked.txt
 	@cp runs/knowledge_example/answers.jsonl examples/knowledge_run/safety_prompts.jsonl
 	@$(TIDY) examples/knowledge_run/*.ipynb
 $(OWN_TABLES): example-%:
