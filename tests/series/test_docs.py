@@ -203,7 +203,10 @@ def test_both_ways_have_the_figures_of_the_stored_examples(page, line, part, rat
 
 
 def test_emergencies_are_counted_in_the_stored_answers():
-    asked = [json.loads(text) for text in read("src/tabletune/resources/texts/safety_prompts.jsonl").splitlines()]
+    asked = [
+        json.loads(text)
+        for text in read("src/tabletune/resources/texts/safety_prompts.jsonl").splitlines()
+    ]
     stored = read("examples/knowledge_run/safety_prompts.jsonl").splitlines()
     answers = {line["question"]: line["answer"] for line in map(json.loads, stored)}
     emergencies = [line["prompt"] for line in asked if line["kind"] == "emergency"]
