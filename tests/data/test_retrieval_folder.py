@@ -177,6 +177,19 @@ def test_make_index_reads_a_table(run, capsys):
     )
 
 
+def test_make_index_keeps_the_rows_on_emergencies(tmp_path, capsys):
+    path = tmp_path / "table.csv"
+    write(path, ["question", "answer"], ROWS)
+    values = {"safety_rows": True, "max_length": 2000, "base_model": str(TINY)}
+    formatted(tmp_path, path, **values)
+    write_retrieval(tmp_path, settings_of(**values), formatter_of())
+    before = load_context(tmp_path, "use").index.rows
+    assert len(before) > len(ROWS) + 50
+    renew_from_table(tmp_path, {"dataset": str(path), **values})
+    assert "0 questions came, 0 went" in capsys.readouterr().out
+    assert set(load_context(tmp_path, "use").index.rows) == set(before)
+
+
 def test_a_renewed_index_is_another_input_and_no_other_is(run):
     write_retrieval(run, settings_of(), formatter_of())
     before = index_fingerprints(run)

@@ -422,9 +422,13 @@ def renew_from_table(run: Path, values: Mapping[str, Any]) -> None:
         settings["template_date"],
     )
     formatter = TableFormatter(table, shape, settings, tokenizer, stop_token_ids)
-    rows = [{**row, "group": question_id(row["key"])} for row in formatter.conversations()]
-    if not rows:
+    conversations = list(formatter.conversations())
+    if not conversations:
         formatter.check_lost()
+    if settings["safety_rows"] not in (0, False):
+        # they were in the index before, as rows of the train split
+        conversations += formatter.safety_rows(set())
+    rows = [{**row, "group": question_id(row["key"])} for row in conversations]
     changes = renew_index(run, table_rows(rows))
     print(
         f"The index for use has {changes['rows']:,} rows now: {changes['came']:,} questions came, "
