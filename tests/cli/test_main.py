@@ -170,13 +170,13 @@ def test_compare_without_runs_says_how(monkeypatch):
         run_command(monkeypatch, "compare")
 
 
-def test_a_stage_error_ends_the_process_with_its_line(monkeypatch):
+def test_a_stage_error_ends_the_process_with_its_line(monkeypatch, tmp_path):
     def refuse(run_dir):
         raise StageError("nothing here")
 
     monkeypatch.setattr(main_module, "print_summary", refuse)
     with pytest.raises(SystemExit, match=r"^nothing here$"):
-        run_command(monkeypatch, "summary", "x")
+        run_command(monkeypatch, "summary", str(tmp_path))
 
 
 def test_the_package_is_also_a_program():

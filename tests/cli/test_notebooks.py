@@ -166,9 +166,10 @@ def test_a_bug_of_ours_shows_its_traceback(tmp_path):
     program = (
         "import sys\nfrom tabletune.cli import main\n"
         "def broken(options): raise ValueError('a bug')\n"
-        "main.print_summary = broken\nsys.argv = ['tabletune', 'summary', 'x']\nmain.main()"
+        "main.print_summary = broken\nsys.argv[0:1] = ['tabletune', 'summary']\nmain.main()"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert "Traceback" in done.stderr
     assert "ValueError: a bug" in done.stderr
 

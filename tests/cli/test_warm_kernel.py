@@ -56,6 +56,16 @@ def test_names_that_a_library_imports_late_are_asked_for(write_notebook, monkeyp
     assert sys.modules["a_late_library"].asked == ["first", "second"]
 
 
+def test_pandas_shows_tables_as_in_any_notebook(write_notebook, tmp_path):
+    source = write_notebook("import pandas as pd", "print(pd.get_option('display.max_columns'))")
+    with WarmKernel() as warm:
+        warm.start(source)
+        manager = warm.take(source)
+        assert manager is not None
+        early = run_in(manager, source, tmp_path / "early.ipynb")
+    assert early[1] == run_in(None, source, tmp_path / "usual.ipynb")[1]
+
+
 def test_no_other_statement_runs(write_notebook, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     warm_up(write_notebook("import math\nopen('trace', 'w').close()\nif True:\n    import nothing"))

@@ -73,8 +73,9 @@ def changed_by(code=""):
 def test_importing_every_module_changes_no_setting_of_a_library():
     changed, added = changed_by()
     assert changed == ["environment"]
-    # the same bits from the same sums; and Gradio reports to nobody
-    assert added == {"MKL_CBWR": "AUTO,STRICT", "GRADIO_ANALYTICS_ENABLED": "False"}
+    # the same bits from the same sums; and Gradio, where it is installed, reports to nobody
+    assert added.pop("GRADIO_ANALYTICS_ENABLED", "False") == "False"
+    assert added == {"MKL_CBWR": "AUTO,STRICT"}
 
 
 @pytest.mark.parametrize(

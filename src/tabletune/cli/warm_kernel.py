@@ -149,7 +149,9 @@ def be_kernel() -> None:
     notebook = Path(sys.argv.pop(1))
     app = IPKernelApp.instance()
     app.initialize()
-    warm_up(notebook)
+    # as in a cell: libraries such as pandas ask `get_ipython` whether they are in a notebook
+    with app.shell.builtin_trap:
+        warm_up(notebook)
     app.start()
 
 
