@@ -161,10 +161,10 @@ def current_inputs(
     if "retrieval" in recorded:
         from tabletune.data.context import INPUT_NAMES, index_fingerprints
 
-        fingerprints = index_fingerprints(run_dir)
-        for name in INPUT_NAMES.values():
-            if name in recorded:
-                current[name] = fingerprints.get(name)
+        needed = [which for which, name in INPUT_NAMES.items() if name in recorded]
+        fingerprints = index_fingerprints(run_dir, needed)
+        for which in needed:
+            current[INPUT_NAMES[which]] = fingerprints.get(INPUT_NAMES[which])
     if "dataset" in recorded:
         report = read_json(run_dir / "dataset" / "report.json", "01_format_dataset")
         current["dataset"] = report["fingerprint"]

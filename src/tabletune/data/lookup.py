@@ -34,6 +34,11 @@ def exact_text(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def answer_without_thoughts(answer: str) -> str:
+    """An answer as it is shown: without the thoughts before it."""
+    return answer.rpartition("</think>")[2].strip()
+
+
 def char_ngrams(text: str, analyzer: str = "char_wb") -> list[str]:
     """The n-grams of a lookup text, as scikit-learn's analyzers `char_wb` and `char` cut them.
 
@@ -95,6 +100,7 @@ class PlainIndex:
         self.words: frozenset[str] | None = None
         if function_words is not None:
             self.words = known_words((row["question"] for row in self.rows), function_words)
+        self.exact_texts = [exact_text(row["question"]) for row in self.rows]
         counts = [Counter(char_ngrams(lookup_text(row["question"]), analyzer)) for row in self.rows]
         in_rows = Counter(ngram for count in counts for ngram in count)
         self.idf = {
@@ -130,8 +136,7 @@ class PlainIndex:
         same = exact_text(question)
 
         def rank(number: int) -> tuple[float, bool]:
-            differs = exact_text(self.rows[number]["question"]) != same
-            return -round(scores[number], 6), differs
+            return -round(scores[number], 6), self.exact_texts[number] != same
 
         best = sorted(range(len(scores)), key=rank)[:k]
         factor = familiarity(question, self.words)

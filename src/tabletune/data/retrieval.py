@@ -15,6 +15,7 @@ from tabletune.data.english import FUNCTION_WORDS, looks_english
 from tabletune.data.lookup import (
     LONGEST,
     SHORTEST,
+    answer_without_thoughts,
     exact_text,
     familiarity,
     known_words,
@@ -65,11 +66,6 @@ def table_rows(rows: Iterable[dict]) -> list[TableRow]:
             answer = answer_without_thoughts(row["completion"][0]["content"])
             result.append(TableRow(questions[-1], answer, row["group"]))
     return result
-
-
-def answer_without_thoughts(answer: str) -> str:
-    """An answer as it stands in a prompt: without the thoughts before it."""
-    return answer.rpartition("</think>")[2].strip()
 
 
 def analyzer_for(texts: Iterable[str]) -> str:

@@ -19,7 +19,8 @@ from tabletune.data.arrow import features_of
 from tabletune.data.calibration import Calibration, calibrate, share_below
 from tabletune.data.context import FOLDER, ContextSettings, TableContext
 from tabletune.data.csv_files import read_small_csv
-from tabletune.data.retrieval import RowIndex, TableRow, answer_without_thoughts, table_rows
+from tabletune.data.lookup import answer_without_thoughts
+from tabletune.data.retrieval import RowIndex, TableRow, table_rows
 from tabletune.data.splits import question_id, question_key
 from tabletune.data.training_prompts import (
     PromptMaker,

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from tabletune.data.context import TableContext
-from tabletune.data.lookup import MOST_CONTEXT_ROWS, lookup_text
-from tabletune.data.retrieval import TableRow, answer_without_thoughts
+from tabletune.data.lookup import MOST_CONTEXT_ROWS, answer_without_thoughts, lookup_text
+from tabletune.data.retrieval import TableRow
 from tabletune.data.rewording import Rewording, same_answer
 
 Message = dict[str, str]

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from tabletune.data.example import example_settings
+from tabletune.data.lookup import answer_without_thoughts
 from tabletune.evaluation.grounding import PLACES, item_values, locate_items, table_of_items
 from tabletune.evaluation.structure import fixed_text
 from tabletune.stats import (
@@ -169,7 +170,7 @@ def rows_with_questions(split: Iterable[dict]) -> list[dict]:
 
 def reference_of(row: dict) -> str:
     """The answer of a row of the data set, without the model's thinking."""
-    return (row["completion"][0]["content"] or "").rpartition("</think>")[2].strip()
+    return answer_without_thoughts(row["completion"][0]["content"] or "")
 
 
 def classification_labels(answers: Sequence[str]) -> tuple[str, ...]:

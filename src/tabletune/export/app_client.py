@@ -20,6 +20,7 @@ from pathlib import Path
 from tabletune.data.lookup import (
     MOST_CONTEXT_ROWS,
     PlainIndex,
+    answer_without_thoughts,
     choose_rows,
     context_message,
     final_answer,
@@ -132,7 +133,7 @@ class App:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             completion = json.load(response)
         text = completion["choices"][0]["message"]["content"] or ""
-        return text.rpartition("</think>")[2].strip()
+        return answer_without_thoughts(text)
 
 
 def answer_as_text(result: dict) -> str:
