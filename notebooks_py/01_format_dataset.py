@@ -68,13 +68,15 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"])):
-    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+needed = ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"]
+if "google.colab" in sys.modules and not all(map(find_spec, needed)):
+    # a wrong address is an error, and no question for a password
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
     lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
-        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
+        sys.exit(f"Nothing came from {series}: set `series` to an address or an uploaded ./FOLDER.")
 
 # %% [markdown]
 # ## Parameters
@@ -112,7 +114,7 @@ near_duplicate_threshold = 1.0  # above 1 keeps answers that differ in capitals 
 keep_duplicates = False  # true: rows that are there twice on purpose stay
 split_by = "question"  # "row": for one prompt with many answers, which would all be in one split
 split_seed = 42  # decides which questions are test questions
-train_rows = 1.0  # a share of the training questions, or above 1 how many: does a larger table help?
+train_rows = 1.0  # a share of the training questions; above 1, how many: do more rows help?
 loss_on_last_answer = False  # true: of the answers of a conversation only the last one is learned
 safety_rows = 0  # mix our own rows about emergencies into training: true for all, or how many
 push_dataset_to = ""  # a Hub id to publish the result under; only this needs a Hub access token

@@ -57,13 +57,15 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"])):
-    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+needed = ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"]
+if "google.colab" in sys.modules and not all(map(find_spec, needed)):
+    # a wrong address is an error, and no question for a password
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
     lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
-        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
+        sys.exit(f"Nothing came from {series}: set `series` to an address or an uploaded ./FOLDER.")
 
 # %% [markdown]
 # ## Parameters
@@ -192,9 +194,10 @@ print(f"{packing = }; examples begin at tokens", (positions == 0).nonzero()[:, 0
 # downloaded. Each trained weight also has a *gradient*, the direction in which the loss falls, and
 # what the *optimizer* remembers of earlier gradients to choose the size of a change. *Activations*
 # are the results of the layers, which the gradients are computed from. (On a CPU, weights of 4 bits
-# are unpacked once if there is room, and then take more than the table above says.) With several GPUs, each holds a full copy of the model if it fits (DDP, distributed
-# data parallel). If not, they share it (FSDP, fully sharded data parallel): each keeps a part of
-# every layer, and gets the rest of a layer when it is needed.
+# are unpacked once if there is room, and then take more than the table above says.) With several
+# GPUs, each holds a full copy of the model if it fits (DDP, distributed data parallel). If not, they
+# share it (FSDP, fully sharded data parallel): each keeps a part of every layer, and gets the rest
+# of a layer when it is needed.
 
 # %% tags=["nbval-ignore-output"]
 model = trainer = None  # of an earlier pass, or they would count as taken
@@ -219,8 +222,9 @@ quantization_config = BitsAndBytesConfig(
 )
 
 # %% tags=["nbval-ignore-output"]
-how = quantization_config if quantization == "nf4" else quantization
-model = load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, how)
+base_quantization = quantization_config if quantization == "nf4" else quantization
+source = (base_model, base_model_revision, dtype, attn_implementation)
+model = load_base(*source, room.sharded, base_quantization)
 
 # %% [markdown]
 # Can packed examples see each other in this model? With `packing` we test it: change the first of
@@ -231,9 +235,7 @@ model = load_base(base_model, base_model_revision, dtype, attn_implementation, r
 
 # %%
 train = planning.rows_to_train_on(model, encoded["train"], packed, packing)
-rows_at_once, accumulated, steps = planning.plan_steps(
-    stage.parameters, train, encoded["train"], room, processes
-)
+plan = planning.plan_steps(stage.parameters, train, encoded["train"], room, processes)
 
 # %% [markdown]
 # ## The adapter
@@ -267,10 +269,10 @@ done = checkpoints.claim_checkpoints(stage, inputs, processes)
 # %%
 from trl import SFTConfig
 
-settings = planning.trainer_settings(stage, done, dtype, room, rows_at_once, steps, train is packed)
+settings = planning.trainer_settings(stage, done, dtype, room, plan, train is packed)
 training_arguments = SFTConfig(
     num_train_epochs=epochs, learning_rate=learning_rate, optim=optim, remove_unused_columns=False,
-    per_device_train_batch_size=rows_at_once, gradient_accumulation_steps=accumulated,
+    per_device_train_batch_size=plan.batch_size, gradient_accumulation_steps=plan.accumulated,
     dataset_kwargs={"skip_prepare_dataset": True},  # the rows are token ids and labels already
     **settings | training_options,
 )
@@ -280,8 +282,8 @@ training_arguments = SFTConfig(
 #
 # - Its validation loss, which chooses the checkpoint that is kept, counts each batch by its tokens,
 #   not its rows.
-# - The adapter stays in numbers of 32 bits (fp32). TRL would turn that of a 4-bit model into bf16, a
-#   format of 16 bits in which small updates would be lost, and which a T4 cannot train with
+# - The adapter stays in numbers of 32 bits (fp32). TRL would turn that of a 4-bit model into bf16,
+#   a format of 16 bits in which small updates would be lost, and which a T4 cannot train with
 #   ([trl#4901](https://github.com/huggingface/trl/issues/4901)).
 # - On a CPU the 4-bit weights are unpacked once and not in every step, if there is room: the same
 #   numbers, a sixth sooner.
@@ -290,7 +292,7 @@ training_arguments = SFTConfig(
 trainer = TokenTrainer(
     model=model, args=training_arguments, processing_class=tokenizer, train_dataset=train,
     eval_dataset=encoded["validation"], data_collator=Collator(tokenizer.pad_token_id, max_length),
-    callbacks=training_callbacks(early_stopping_patience, room.recomputed_layers(rows_at_once)),
+    callbacks=training_callbacks(early_stopping_patience, room.recomputed_layers(plan.batch_size)),
 )
 
 # %% [markdown]

@@ -52,13 +52,15 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"])):
-    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+needed = ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"]
+if "google.colab" in sys.modules and not all(map(find_spec, needed)):
+    # a wrong address is an error, and no question for a password
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
     lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
-        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
+        sys.exit(f"Nothing came from {series}: set `series` to an address or an uploaded ./FOLDER.")
 
 # %% [markdown]
 # ## Parameters
@@ -89,7 +91,8 @@ from tabletune.run.stage import start_stage
 stage = start_stage("03_merge_adapter", globals())
 run = stage.folder
 plan = MergePlan(run, base_model, base_model_revision, base_weights)
-print(f"{len(plan.adapted)} adapted layers, {len(plan.tensors)} tensors in the base, r = {plan.config.r}")
+sizes = f"{len(plan.adapted)} adapted layers, {len(plan.tensors)} tensors in the base"
+print(f"{sizes}, r = {plan.config.r}")
 
 # %% [markdown]
 # ## One matrix
@@ -173,9 +176,10 @@ merged_folder, report = merge_adapter(plan, stage, max_shard_gb)
 # %%
 verified = report["difference_to_effect"] is not None
 if verified:
-    share = max(report["difference_to_effect"], 0.001)
-    print(f"At a typical token the merged model differs by {share:.1%} of what the adapter changes.")
-    print(f"It finds the same next token most likely at {report['same_next_token']:.0%} of the places.")
+    part = max(report["difference_to_effect"], 0.001)
+    same = report["same_next_token"]
+    print(f"At a typical token the merged model differs by {part:.1%} of what the adapter changes.")
+    print(f"It finds the same next token most likely at {same:.0%} of the places.")
 else:
     print("Not verified: there was not enough memory to compare the models.")
 
@@ -210,15 +214,16 @@ if context is not None:
 # %% tags=["nbval-ignore-output"]
 if verified:
     model = load_model(merged_folder, None, compute_dtype("auto"))
-    ask = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(merged_folder))
+    tokenizer = AutoTokenizer.from_pretrained(merged_folder)
+    ask = pipeline("text-generation", model=model, tokenizer=tokenizer)
     greedy = GenerationConfig(max_new_tokens=60, do_sample=False)
     written = ask(start, generation_config=greedy)[0]["generated_text"]
-    asked = start[-1]["content"] if row["prompt"] else start
+    question = start[-1]["content"] if row["prompt"] else start
     answer = written[-1]["content"] if row["prompt"] else written
     if context is not None:
         answer, _ = context.final_answer(answer, prompt)
     warning = example_settings(dataset_report).get("disclaimer", NEUTRAL_DISCLAIMER)
-    columns = {"asked": [asked], "the merged model, at most 60 tokens": [answer]}
+    columns = {"asked": [question], "the merged model, at most 60 tokens": [answer]}
     display(side_by_side(columns, 1, warning))
 else:
     print("Not asked: loading the model takes more memory than there was.")

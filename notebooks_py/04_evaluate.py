@@ -50,13 +50,15 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"])):
-    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+needed = ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"]
+if "google.colab" in sys.modules and not all(map(find_spec, needed)):
+    # a wrong address is an error, and no question for a password
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
     lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
-        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
+        sys.exit(f"Nothing came from {series}: set `series` to an address or an uploaded ./FOLDER.")
 
 # %% [markdown]
 # ## Parameters
@@ -72,16 +74,16 @@ eval_batch_size = 32  # rows to score, or questions to answer, at once, where me
 window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
 stride = 512  # by which a window moves on
 samples = 20  # questions to answer: so many new ones, of the table, and reworded
-ask_all_models = True  # False: only the merged model answers more than the new questions, which saves time on a CPU
+ask_all_models = True  # False saves time: all but the merged model answer the new questions only
 max_new_tokens = 256
 do_sample = False  # greedy answers can be reproduced; sampled ones vary with temperature and top_p
 temperature = 0.7
 top_p = 0.9
 bootstrap_samples = 2000
-item_field = ""  # the field of the answer template that names what is recommended; "" for the example's, "none"
-unknown_threshold = "auto"  # with context_rows: below this lookup score, 0 to 1, the answer is "nothing"
+item_field = ""  # the answer template's field of what is recommended, or "none"; "": the example's
+unknown_threshold = "auto"  # with context_rows: below this score, 0 to 1, the answer is "nothing"
 disclaimer = ""  # above every answer; "" for the example's, or a neutral one
-your_question = ""  # one more question, of your own; "" for the example's, or the first of the test split
+your_question = ""  # one more, of your own; "": the example's, or the first of the test split
 
 # %%
 import pandas as pd
@@ -94,16 +96,9 @@ from tabletune.evaluation.scoring import perplexity, score
 from tabletune.evaluation.trained_run import open_trained_run
 from tabletune.model.devices import compute_dtype
 from tabletune.model.run_models import load_adapted, load_merged
+from tabletune.report import tables
 from tabletune.report.pages import say_verdict, show_table
 from tabletune.report.plots import plot_results
-from tabletune.report.tables import (
-    all_differences,
-    content_table,
-    form_table,
-    own_answers_table,
-    reasons_table,
-    samples_table,
-)
 from tabletune.report.text import stored, with_interval
 from tabletune.run.files import archive, atomic_write, read_json, write_json
 from tabletune.run.stage import start_stage
@@ -150,7 +145,7 @@ examination.overview()
 # have nearly the words of the table's answer, and the same numbers and names. For this table:
 
 # %%
-show_table(reasons_table(examination.rules.reasons))
+show_table(tables.reasons_table(examination.rules.reasons))
 
 # %% [markdown]
 # ## Base and adapter, in one
@@ -162,7 +157,8 @@ show_table(reasons_table(examination.rules.reasons))
 import torch
 from accelerate import PartialState
 
-processes = PartialState(cpu=not torch.cuda.is_available())  # under `accelerate launch` one of several
+# under `accelerate launch` one of several
+processes = PartialState(cpu=not torch.cuda.is_available())
 source = (base_model, base_model_revision, compute_dtype(precision), attn_implementation)
 adapted = None if done else load_adapted(run / "adapter", *source)
 
@@ -180,10 +176,12 @@ adapted = None if done else load_adapted(run / "adapter", *source)
 # %% tags=["nbval-ignore-output"]
 if not done:
     shortest = min(examination.rows, key=lambda row: len(row["input_ids"]))
-    row = {name: values[-window:] for name, values in shortest.items()}  # the response is at the end
+    # the response is at the end
+    row = {name: values[-window:] for name, values in shortest.items()}
     ids = torch.tensor([row["input_ids"]], device=adapted.device)
     with torch.no_grad():
-        log_p = adapted(ids).logits[0, :-1].float().log_softmax(-1)  # [tokens, vocabulary]: of the next token
+        # [tokens, vocabulary]: of the next token
+        log_p = adapted(ids).logits[0, :-1].float().log_softmax(-1)
     nll = -log_p.gather(-1, ids[0, 1:, None])[:, 0].cpu()
     by_hand = nll[torch.tensor(row["completion_mask"][1:]) == 1].mean().exp().item()
     scored = score(adapted, [row], trained.tokenizer.pad_token_id, 1, window, stride)
@@ -204,7 +202,8 @@ if not done:
 # for it.
 
 # %% tags=["nbval-ignore-output"]
-yours, your_questions = own_question(your_question or trained.example.get("your_question"), examination.questions)
+your_text = your_question or trained.example.get("your_question")
+yours, your_questions = own_question(your_text, examination.questions)
 if not done:
     with adapted.disable_adapter():
         examination.examine("base", adapted, yours)
@@ -268,7 +267,7 @@ say_verdict(metrics["verdict"])
 # model, too.
 
 # %%
-content_table(metrics)
+tables.content_table(metrics)
 
 # %% tags=["nbval-ignore-output"]
 plot_results(metrics)
@@ -280,7 +279,7 @@ plot_results(metrics)
 # `max_new_tokens`, and says so. What an answer repeats again and again is shown twice.
 
 # %%
-samples_table(folder, warning)
+tables.samples_table(folder, warning)
 
 # %% [markdown]
 # ### When it says that the table has nothing
@@ -313,7 +312,7 @@ show_refusals(run, examination.context)
 if metrics["base"]["too_small"]:
     questions = metrics["base"]["questions"]
     print(f"The test split has {questions} questions: too few to say how sure these figures are.")
-form_table(metrics)
+tables.form_table(metrics)
 
 # %% [markdown]
 # ### How sure is a number?
@@ -358,7 +357,7 @@ print("perplexity:", with_interval(*stored(metrics["adapter"], "response perplex
 # does so by chance alone: do not trust a single one at the edge.
 
 # %%
-all_differences(metrics)
+tables.all_differences(metrics)
 
 # %% [markdown]
 # ### Against the joined training texts
@@ -388,7 +387,7 @@ if set(your_questions) - set(answers):
         write_json(folder / "your_questions.json", answers)
 
 # %%
-own_answers_table(answers, your_questions, warning)
+tables.own_answers_table(answers, your_questions, warning)
 
 # %% [markdown]
 # ## What we have now

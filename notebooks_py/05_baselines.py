@@ -50,13 +50,15 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"])):
-    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+needed = ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"]
+if "google.colab" in sys.modules and not all(map(find_spec, needed)):
+    # a wrong address is an error, and no question for a password
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
     lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
-        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
+        sys.exit(f"Nothing came from {series}: set `series` to an address or an uploaded ./FOLDER.")
 
 # %% [markdown]
 # ## Parameters
@@ -69,13 +71,13 @@ base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
 precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
 attn_implementation = "auto"  # "sdpa" where the model has it
 eval_batch_size = 32  # rows to score, or questions to answer, at once, where memory allows
-window = 1024  # tokens of a prompt and its answer together; rows that do not fit are left out of the prompt
+window = 1024  # tokens of a prompt and its answer; rows that do not fit are left out
 baseline_samples = 16  # questions of each kind: new, of the table, and these reworded
 few_rows = 3  # rows in a prompt, where the run has no context_rows
 least_right = 0.5  # the share of right answers below which nothing is worth shipping
 max_new_tokens = 256
-item_field = ""  # the field of the answer template that names what is recommended; "" for the example's, "none"
-unknown_threshold = "auto"  # with context_rows: below this look-up score, 0 to 1, the answer is "nothing"
+item_field = ""  # the answer template's field of what is recommended, or "none"; "": the example's
+unknown_threshold = "auto"  # with context_rows: below this score, 0 to 1, the answer is "nothing"
 bootstrap_samples = 2000
 disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 
@@ -112,8 +114,7 @@ done = stage.is_done(trained.inputs, ["baselines/metrics.json"])
 import pandas as pd
 
 sets = question_sets(trained.splits, baseline_samples)
-questions = [question for part in sets.values() for question in part]
-baselines.check_questions(questions)
+questions = baselines.all_questions(sets)
 pd.DataFrame(questions).groupby("part", sort=False)["asked"].agg(["count", "first"])
 
 # %% [markdown]
@@ -148,7 +149,7 @@ print(question, "→", rows[shared.index(max(shared))].question)
 context = load_context(run, unknown_threshold=unknown_threshold)
 index = context.index if context else RowIndex.build(rows)
 hits = index.search(sets["reworded"][0]["asked"], 3)
-pd.DataFrame({"question": [hit.row.question for hit in hits], "similarity": [hit.score for hit in hits]})
+pd.DataFrame([(hit.row.question, hit.score) for hit in hits], columns=["question", "similarity"])
 
 # %% [markdown]
 # ## The ways to answer
@@ -200,22 +201,22 @@ def answer_prompts(chats):
 
 
 def ask_model(way):
-    """The Result of a way that asks a model: its answers, and how likely it finds the references."""
+    """The Result of a way that asks a model: answers, and how likely it finds the references."""
     chats = prompts.questions(way, questions)
     references = prompts.references(way, questions, stops)
-    longest = max(len(row["input_ids"]) for row in references)
+    length = max(len(row["input_ids"]) for row in references)
     with nullcontext() if way.model == "adapter" else adapted.disable_adapter():
         if way.rows == "context":
             answers, seconds = answer_with_context(context, questions, answer_prompts)
         else:
             answers, seconds = answer_prompts(chats)
-        scores = score(adapted, references, tokenizer.pad_token_id, eval_batch_size, longest, longest)
+        scores = score(adapted, references, tokenizer.pad_token_id, eval_batch_size, length, length)
     return baselines.Result(way, answers, seconds, prompts.lengths(chats), scores)
 
 
 # %% tags=["nbval-ignore-output"]
 if not done:
-    results = [baselines.without_model(way, prompts, questions) for way in possible_ways if not way.model]
+    results = baselines.results_without_model(possible_ways, prompts, questions)
     results += [ask_model(way) for way in possible_ways if way.model]
     adapted = None
 
@@ -235,7 +236,8 @@ if not done and processes.is_main_process:
     with atomic_write(folder) as partial:
         partial.mkdir()
         write_json(partial / "metrics.json", metrics)
-        write_lines(partial / "answers.jsonl", baselines.lines_of_answers(results, checked, questions))
+        lines = baselines.lines_of_answers(results, checked, questions)
+        write_lines(partial / "answers.jsonl", lines)
         report.plot_baselines(metrics).savefig(partial / "results.png", dpi=150)
     stage.record(trained.report["fingerprint"], trained.inputs)
 processes.wait_for_everyone()
@@ -278,7 +280,7 @@ report.training_table(metrics)
 # %% [markdown]
 # ### Read them
 #
-# Two of the reworded questions, and what each way answers. The last line has the table's own answer.
+# Two of the reworded questions, and what each way answers. The last line has the table's answer.
 
 # %%
 answered = pd.DataFrame(read_lines(folder / "answers.jsonl")).query("part == 'reworded'")

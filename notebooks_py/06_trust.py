@@ -58,13 +58,15 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"])):
-    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+needed = ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"]
+if "google.colab" in sys.modules and not all(map(find_spec, needed)):
+    # a wrong address is an error, and no question for a password
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
     lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
-        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
+        sys.exit(f"Nothing came from {series}: set `series` to an address or an uploaded ./FOLDER.")
 
 # %% [markdown]
 # ## Parameters
@@ -79,12 +81,12 @@ attn_implementation = "auto"
 eval_batch_size = 32  # rows to score, or prompts to answer, at once, where memory allows
 window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
 stride = 512  # by which a window moves on
-split_rows = 100  # rows of the training and of the validation split to score besides the test split; 0 leaves that out
+split_rows = 100  # rows of training and of validation to score besides the test split; 0: none
 fidelity_rows = 50  # test rows on which to compare the ways to merge; 0 leaves that out
 bootstrap_samples = 2000
-item_field = ""  # the field of the answer template that names what is recommended; "" for the example's, "none"
-outside_text = "bundled"  # or a text file of yours, on anything but the table's subject; "" leaves that out
-safety_prompts = ""  # "bundled", a .jsonl file of yours with "kind" and "prompt", "none"; "" for the example's
+item_field = ""  # the answer template's field of what is recommended, or "none"; "": the example's
+outside_text = "bundled"  # or a text file of yours, on anything but the table's subject; "": none
+safety_prompts = ""  # "bundled", "none", or a .jsonl of "kind" and "prompt"; "": the example's
 safety_samples = 40  # prompts of each kind
 safety_tokens = 96  # the most that an answer to one of them may have
 disclaimer = ""  # above every answer; "" for the example's, or a neutral one
@@ -156,7 +158,8 @@ if len(trust.prompts):
 # If this was done before, with the same parameters and models, the results are only shown again.
 
 # %%
-processes = PartialState(cpu=not torch.cuda.is_available())  # under `accelerate launch` one of several
+# under `accelerate launch` one of several
+processes = PartialState(cpu=not torch.cuda.is_available())
 inputs = inputs_of_trust(trained, stage.entries())
 done = stage.is_done(inputs, ["trust/metrics.json"])
 
@@ -225,7 +228,8 @@ if not done:
 stored = base_config(base_model, base_model_revision)
 if not done and trust.compared and not evaluated_in and not hasattr(stored, "quantization_config"):
     other = "dequantized" if made_from == "original" else "original"
-    remade = load_model(base_model, base_model_revision, stored.dtype or torch.float16, attn_implementation)
+    stored_dtype = stored.dtype or torch.float16
+    remade = load_model(base_model, base_model_revision, stored_dtype, attn_implementation)
     trained_in = getattr(torch, provenance["dtype"])
     remade = merge_in_memory(remade, run / "adapter", other, trained_in).to(source[2])
     trust.compare_way(f"merged, {other}", remade)
@@ -294,7 +298,8 @@ print(grounding_finding(metrics["adapter"]["grounding"]))
 # prove nothing: they may be easier.)
 
 # %%
-print(*metrics["memorization"] or ["Not measured: no training rows were read (split_rows)."], sep="\n")
+not_measured = ["Not measured: no training rows were read (split_rows)."]
+print(*metrics["memorization"] or not_measured, sep="\n")
 
 # %% [markdown]
 # ### What did it forget?
@@ -313,7 +318,8 @@ print(forgetting(forgot) if forgot else "Not measured: no other text was read (o
 # two of these values. Rounding again can undo all that was learned.
 
 # %%
-print(*metrics["shipping"] or ["Not measured: the ways to merge were not compared (fidelity_rows)."], sep="\n")
+not_measured = ["Not measured: the ways to merge were not compared (fidelity_rows)."]
+print(*metrics["shipping"] or not_measured, sep="\n")
 show_table(figures_table(metrics["fidelity"]))
 
 # %% [markdown]

@@ -53,13 +53,15 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"])):
-    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+needed = ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"]
+if "google.colab" in sys.modules and not all(map(find_spec, needed)):
+    # a wrong address is an error, and no question for a password
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
     lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
-        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
+        sys.exit(f"Nothing came from {series}: set `series` to an address or an uploaded ./FOLDER.")
 
 # %% [markdown]
 # ## Parameters
@@ -71,21 +73,21 @@ if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl",
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # of notebooks 1 to 4; in Colab better "drive:home_remedies"
 seed = 42
-license = ""  # of the model, as the Hub writes it: "llama2" or "apache-2.0"; it follows the base model's
+license = ""  # of the model, as the Hub writes it ("apache-2.0"); it follows the base model's
 language = "en"
 tags = "qlora"  # separated by commas; tags that fit every such model are added
-base_model_on_hub = ""  # the base model's id on the Hub, if base_model was a folder: "HuggingFaceTB/SmolLM2-135M-Instruct"
-push_to_hub = ""  # "owner/name" for the merged model; the adapter goes to "owner/name-adapter"; "" uploads nothing
+base_model_on_hub = ""  # if base_model was a folder: its id, "HuggingFaceTB/SmolLM2-135M-Instruct"
+push_to_hub = ""  # "owner/name" of the merged model, whose adapter becomes "owner/name-adapter"
 private = True  # only you can see the uploads
-gguf_types = ["F16", "Q8_0", "Q4_K_M"]  # [] needs no llama.cpp; F16 is always made, the others are made from it
+gguf_types = ["F16", "Q8_0", "Q4_K_M"]  # [] needs no llama.cpp; the others are made from F16
 proof_rows = 30  # rows of the test split that each file is scored on
 proof_questions = 5  # questions that each file answers
 max_new_tokens = 256
 window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
 stride = 512  # by which a window moves on
 bootstrap_samples = 2000
-unknown_threshold = "auto"  # similarity from 0 to 1 below which the table has nothing; "auto": what notebook 1 found
-disclaimer = ""  # on the cards, in the Modelfile and in the app; "" for the example's, or a neutral one
+unknown_threshold = "auto"  # similarity, 0 to 1, below which the table has nothing; or notebook 1's
+disclaimer = ""  # on cards, in Modelfile and app; "" for the example's, or a neutral one
 
 # %% [markdown]
 # Everything that is exported must belong together: this data set, this adapter, this merged model,
@@ -301,7 +303,8 @@ for kind in files:
 # To run them, in the run folder:
 #
 # ```bash
-# llama-server -m export/gguf/NAME-Q8_0.gguf -c 1024     # or: ollama create NAME -f export/gguf/Modelfile
+# llama-server -m export/gguf/NAME-Q8_0.gguf -c 1024
+# ollama create NAME -f export/gguf/Modelfile  # or this
 # python export/app/app.py "A question"
 # ```
 #

@@ -46,13 +46,15 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"])):
-    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+needed = ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"]
+if "google.colab" in sys.modules and not all(map(find_spec, needed)):
+    # a wrong address is an error, and no question for a password
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
     lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
-        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
+        sys.exit(f"Nothing came from {series}: set `series` to an address or an uploaded ./FOLDER.")
 
 # %% [markdown]
 # ## Parameters
@@ -65,7 +67,7 @@ precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware compu
 attn_implementation = "auto"
 window = 1024  # tokens of a question, its rows and its answer together
 max_new_tokens = 256
-unknown_threshold = "auto"  # similarity from 0 to 1 below which the table has nothing; "auto": what notebook 1 found
+unknown_threshold = "auto"  # similarity, 0 to 1, below which the table has nothing; or notebook 1's
 wait = False  # True: the last cell runs until you interrupt it; `make chat` sets this
 disclaimer = ""  # above the page; "" for the example's, or a neutral one
 

@@ -43,13 +43,15 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"])):
-    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+needed = ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"]
+if "google.colab" in sys.modules and not all(map(find_spec, needed)):
+    # a wrong address is an error, and no question for a password
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
     lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
-        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
+        sys.exit(f"Nothing came from {series}: set `series` to an address or an uploaded ./FOLDER.")
 
 # %% [markdown] tags=["not-in-report"]
 # ## Parameters
@@ -112,7 +114,9 @@ show_table(compare.pairs_table(settings, part), "There is no second setting to c
 # %%
 figures = [compare.RIGHT, compare.BITS] if part else [compare.BITS]
 size = (5.6 * len(figures), 1.2 + 0.42 * len(settings))
-figure, panels = plt.subplots(1, len(figures), figsize=size, layout="constrained", dpi=200, squeeze=False)
+figure, panels = plt.subplots(
+    1, len(figures), figsize=size, layout="constrained", dpi=200, squeeze=False
+)
 for axes, name in zip(panels[0], figures, strict=True):
     compare.plot_settings(axes, settings, name, part)
 show(figure, "Dot chart of right answers and of bits per byte of each setting")
@@ -122,7 +126,8 @@ show(figure, "Dot chart of right answers and of bits per byte of each setting")
 
 # %%
 curve, sentences = learning_curve({run.name: run.folder for run in comparable})
-say(*(sentences or ["These runs do not differ in `train_rows`: `make sweep GRID=grids/rows.yaml`."]))
+none = "These runs do not differ in `train_rows`: `make sweep GRID=grids/rows.yaml`."
+say(*(sentences or [none]))
 if curve is not None:
     show(curve, "Line chart of right answers and perplexity by the number of training questions")
 
@@ -132,7 +137,8 @@ if curve is not None:
 # Of the fine-tuned models, the merged one where there is one.
 
 # %%
-show_table(figures_table({run.name: run.entry for run in every_run if run.entry}), "Not evaluated yet.")
+evaluated = {run.name: run.entry for run in every_run if run.entry}
+show_table(figures_table(evaluated), "Not evaluated yet.")
 
 # %% [markdown]
 # ## What differs
@@ -153,7 +159,8 @@ for what in ("parameters", "surroundings"):
 show_table(figures_table({run.name: run.info["training"] for run in every_run}))
 
 # %%
-figure, axes = plt.subplots(figsize=(5.6, 3.2 + 0.24 * len(every_run)), layout="constrained", dpi=200)
+size = (5.6, 3.2 + 0.24 * len(every_run))
+figure, axes = plt.subplots(figsize=size, layout="constrained", dpi=200)
 for place, run in enumerate(every_run):
     style = "os^Dv*P"[place % 7] + ["-", "--", ":", "-."][place % 4]
     axes.plot(losses(run.info)["eval_loss"].dropna(), style, label=run.name)

@@ -43,19 +43,21 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
-if "google.colab" in sys.modules and not all(map(find_spec, ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"])):
-    os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a wrong address is an error, and no question for a password
+needed = ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"]
+if "google.colab" in sys.modules and not all(map(find_spec, needed)):
+    # a wrong address is an error, and no question for a password
+    os.environ["GIT_TERMINAL_PROMPT"] = "0"
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
     lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
     get_ipython().run_line_magic("pip", f"install -qqq --no-deps {series} {lacking}")
     if find_spec("tabletune") is None:
-        sys.exit(f'Nothing came from {series}: set `series` to the address, or upload the folder and set "./FOLDER".')
+        sys.exit(f"Nothing came from {series}: set `series` to an address or an uploaded ./FOLDER.")
 
 # %% [markdown] tags=["not-in-report"]
 # ## Parameters
 
 # %% tags=["parameters"]
-run_dir = "runs/home_remedies"  # that of notebooks 1 to 5; in Colab "drive:home_remedies" if it lives there
+run_dir = "runs/home_remedies"  # that of notebooks 1 to 5; in Colab perhaps "drive:home_remedies"
 price_per_hour = (
     1.0  # of your machine, in your currency: a stage costs its hours times this; 0 shows no costs
 )
@@ -134,9 +136,11 @@ for group in groups:
 # answers (`make rate`).
 
 # %%
-first, *others = at(info["baselines"], "verdict", "sentences") or ["Not measured in this run: `make baselines`."]
-say(first, kind="headline" if others else "")
-say(*others)
+sentences = at(info["baselines"], "verdict", "sentences")
+if sentences:
+    pages.say_verdict(sentences)
+else:
+    say("Not measured in this run: `make baselines`.")
 if "ways" in info["baselines"]:
     show(plot_baselines(info["baselines"]), "Dot chart of the right answers of each way to answer")
 
@@ -219,7 +223,9 @@ if emergencies:
 # %%
 if metrics.get("differences"):
     differences = all_differences(metrics).reset_index()
-    show_table(differences.sort_values("is it one?", ascending=False, kind="stable", ignore_index=True))
+    # stable: within "yes" and "cannot be told" the order stays
+    differences = differences.sort_values("is it one?", ascending=False, kind="stable")
+    show_table(differences.reset_index(drop=True))
 
 # %% [markdown]
 # ## Merging

@@ -19,7 +19,7 @@ from tabletune.evaluation.baselines import (
     COPY,
     Prompts,
     Result,
-    check_questions,
+    all_questions,
     fixed_rows,
     last_part,
     ways_for,
@@ -89,7 +89,7 @@ def test_the_adapter_gets_rows_only_where_it_was_trained_with_them():
 
 def test_a_table_without_questions_is_refused_in_one_line():
     with pytest.raises(StageError, match="nothing to compare") as error:
-        check_questions([])
+        all_questions({"new": [], "reworded": []})
     assert "\n" not in str(error.value)
 
 

@@ -34,7 +34,7 @@ from tabletune.training import results as results_module
 from tabletune.training.checkpoints import newest_checkpoint
 from tabletune.training.collator import Collator
 from tabletune.training.fsdp import ShardedTraining, check_sharding
-from tabletune.training.planning import room_for_training
+from tabletune.training.planning import StepPlan, room_for_training
 from tabletune.training.validation import targets_to_adapt, when_to_evaluate
 
 FAST = {"max_length": 128, "evaluations": 2, "batch_size": 4, "report_to": "none"}
@@ -280,7 +280,7 @@ def test_rows_that_may_not_be_packed_are_not(stage, capsys, monkeypatch):
     assert examples is stage.encoded["train"]
     assert "8.5%" in capsys.readouterr().out
     settings = planning.trainer_settings(
-        stage.stage, False, torch.float32, stage.room, 2, 10, packed=False
+        stage.stage, False, torch.float32, stage.room, StepPlan(2, 1, 10), packed=False
     )
     assert settings["train_sampling_strategy"] == "group_by_length"
     batch = Collator(0, 128)([stage.encoded["train"][i] for i in range(3)])
@@ -480,7 +480,7 @@ def test_activations_are_kept_where_a_model_cannot_recompute_them(stage, monkeyp
                              "auto", 40, stage.processes)  # fmt: skip
     assert "LlamaForCausalLM does not support gradient checkpointing" in capsys.readouterr().out
     settings = planning.trainer_settings(
-        stage.stage, False, torch.float32, room, 2, 10, packed=True
+        stage.stage, False, torch.float32, room, StepPlan(2, 1, 10), packed=True
     )
     assert settings[checkpointing_name()] is False
 

@@ -264,8 +264,8 @@ class TableFormatter:
     def examples(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield the rows that fit into max_length as examples.
 
-            `text` is what their ids say. `group` is the hash of `key`: what intervals and comparisons call
-        a question (with split_by: row, a question with its answer).
+        `text` is what their ids say. `group` is the hash of `key`: what intervals and comparisons
+        call a question (with split_by: row, a question with its answer).
         """
         statistics = self.statistics
         for batch in batches(rows):

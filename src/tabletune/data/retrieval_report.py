@@ -61,7 +61,7 @@ def example_prompt(run: Path, context: TableContext | None) -> str:
 
 
 def prompt_and_answer(split: str, row: dict[str, Any], context: TableContext) -> str:
-    """A row's question as it is put to the model, with the scores of its rows, and what is right."""
+    """A row's question as the model gets it, with the scores of its rows, and what is right."""
     prompt = context.prompt(row["prompt"])
     answer = row["completion"][0]["content"]
     if not context.has_answer([answer]):

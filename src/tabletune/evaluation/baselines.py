@@ -98,12 +98,16 @@ def fixed_rows(
     return examples
 
 
-def check_questions(questions: Sequence[dict]) -> None:
-    """Raise StageError if there is nothing to ask."""
+def all_questions(sets: Mapping[str, Sequence[dict]]) -> list[dict]:
+    """The questions of all sets in one list, set after set. Raises StageError if there is none."""
+    questions: list[dict] = []
+    for questions_of_set in sets.values():
+        questions += questions_of_set
     if not questions:
         raise StageError(
             "The rows of this table are texts without questions: there is nothing to compare."
         )
+    return questions
 
 
 def answer_limit(
@@ -250,6 +254,13 @@ def without_model(way: Way, prompts: Prompts, questions: Sequence[dict]) -> Resu
     seconds = time.perf_counter() - begun
     table = pd.DataFrame({"answer": answers, "stopped": True, "new_tokens": 0})
     return Result(way, table, seconds, [0] * len(answers))
+
+
+def results_without_model(
+    ways: Iterable[Way], prompts: Prompts, questions: Sequence[dict]
+) -> list[Result]:
+    """The Results of those of the ways that ask no model."""
+    return [without_model(way, prompts, questions) for way in ways if not way.model]
 
 
 # --- figures

@@ -386,7 +386,10 @@ def summarize_content(
 
 
 def rate_entry(name: str, values: pd.Series) -> dict:
-    """A share of true values with its interval, {name: rate, name_ci95: limits}; None without any."""
+    """A share of true values with its interval, {name: rate, name_ci95: limits}.
+
+    None without any values.
+    """
     values = values.astype(bool)
     rate = values.mean().item() if len(values) else None
     return {name: rate, f"{name}_ci95": rate_interval(values)}

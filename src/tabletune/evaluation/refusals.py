@@ -18,7 +18,10 @@ from tabletune.report.pages import read_lines, say, show_table
 from tabletune.run.files import read_json
 
 HAS, LACKS = "wrongly refused", "wrongly answered"
-NO_ROWS = "Not measured: without `context_rows` the model is not taught to say that the table has nothing."
+NO_ROWS = (
+    "Not measured: without `context_rows` the model is not taught to say that the table has "
+    "nothing."
+)
 NO_ANSWER = (
     "Not measured: `unknown_answer` is empty, so the model never says that the table has nothing."
 )

@@ -270,7 +270,8 @@ def pair_difference(one: Setting, other: Setting, figure: str, part: str | None)
     As `stats.difference` gives it.
 
     It is `significant` only if it is also larger than what seeds alone do, where one of the
-    settings has several, and, of bits, than LEAST_BITS. None if they have no right answers to compare.
+    settings has several, and, of bits, than LEAST_BITS. None if they have no right answers to
+    compare.
     """
     if figure == RIGHT:
         first, second = one.right(part or ""), other.right(part or "")

@@ -52,7 +52,8 @@ def lora_targets(model: PreTrainedModel, wanted: str | list[str] = "auto") -> li
         if is_embedding or is_tied:
             raise StageError(
                 f'lora_target_modules: "{name}" is an embedding or tied to one, and an adapter on '
-                'it cannot be merged. Leave it out; "all-linear" takes every layer that can have one.'
+                'it cannot be merged. Leave it out; "all-linear" takes every layer that can have '
+                "one."
             )
         adaptable = [n for n in matching if n in layers or modules[n] is output]
         targets |= dict.fromkeys(adaptable or refuse_unknown(name, layers))

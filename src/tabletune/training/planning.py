@@ -5,7 +5,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -147,10 +147,16 @@ def rows_of_step(chosen: dict[str, Any], rows: int, processes: int) -> int:
     return max(1, min(MOST_ROWS, int(rows * chosen["epochs"] / steps)))
 
 
-def divide_steps(
-    chosen: dict[str, Any], rows: int, room: Room, processes: int
-) -> tuple[int, int, int]:
-    """(rows that each GPU takes at once, how often before a step, how many steps there are).
+class StepPlan(NamedTuple):
+    """What a step of the optimizer is."""
+
+    batch_size: int  # rows in one forward pass, on each GPU
+    accumulated: int  # forward passes before a step
+    steps: int  # of the whole training
+
+
+def divide_steps(chosen: dict[str, Any], rows: int, room: Room, processes: int) -> StepPlan:
+    """The StepPlan of a training on so many rows.
 
     A number as `batch_size` is taken at once, whatever it takes.
     """
@@ -162,7 +168,7 @@ def divide_steps(
     max_steps = chosen["training_options"].get("max_steps", -1)
     if max_steps > 0:  # then it counts, and not the epochs
         steps = max_steps
-    return at_once, accumulated, steps
+    return StepPlan(at_once, accumulated, steps)
 
 
 def plan_steps(
@@ -171,26 +177,27 @@ def plan_steps(
     examples: Sized,
     room: Room,
     processes: PartialState,
-) -> tuple[int, int, int]:
+) -> StepPlan:
     """`divide_steps` for these rows of examples; prints in one line what a step will be."""
-    batch_size, accumulation, steps = divide_steps(chosen, len(rows), room, processes.num_processes)
-    parts = [with_noun(batch_size, "row")]
-    if accumulation > 1:
-        parts.append(f"× {accumulation} accumulated")
+    plan = divide_steps(chosen, len(rows), room, processes.num_processes)
+    parts = [with_noun(plan.batch_size, "row")]
+    if plan.accumulated > 1:
+        parts.append(f"× {plan.accumulated} accumulated")
     if processes.num_processes > 1:
         parts.append(f"× {processes.num_processes} GPUs")
-    of_all = batch_size * accumulation * processes.num_processes * len(examples) / len(rows)
+    rows_in_step = plan.batch_size * plan.accumulated * processes.num_processes
+    examples_in_step = rows_in_step * len(examples) / len(rows)
     note = ""
-    if steps < chosen["min_steps"] and chosen["batch_size"] != "auto":
+    if plan.steps < chosen["min_steps"] and chosen["batch_size"] != "auto":
         note = f", fewer than min_steps={chosen['min_steps']}: batch_size=auto makes smaller ones"
-    in_step = f"about {of_all:.0f} examples"
+    in_words = f"about {examples_in_step:.0f} examples"
     if len(rows) == len(examples):  # not packed
-        in_step = with_noun(round(of_all), "example")
-    print(f"a step is {' '.join(parts)}, {in_step}; {steps:,} steps{note}")
-    advice = few_steps_advice(steps, len(examples), chosen["epochs"])
+        in_words = with_noun(round(examples_in_step), "example")
+    print(f"a step is {' '.join(parts)}, {in_words}; {plan.steps:,} steps{note}")
+    advice = few_steps_advice(plan.steps, len(examples), chosen["epochs"])
     if advice:
         print(advice)
-    return batch_size, accumulation, steps
+    return plan
 
 
 def with_noun(number: int, noun: str) -> str:
@@ -359,8 +366,7 @@ def trainer_settings(
     done: bool,
     dtype: torch.dtype,
     room: Room,
-    batch_size: int,
-    steps: int,
+    plan: StepPlan,
     packed: bool,
 ) -> dict[str, Any]:
     """The arguments of `SFTConfig` that follow from the plan: where, on what, when to evaluate.
@@ -375,9 +381,9 @@ def trainer_settings(
     same_names = ("seed", "use_liger_kernel", "max_length", "lr_scheduler_type", "max_grad_norm")
     settings = {name: parameters[name] for name in same_names}
     settings |= when_to_evaluate(
-        parameters["training_options"], math.ceil(steps / parameters["evaluations"])
+        parameters["training_options"], math.ceil(plan.steps / parameters["evaluations"])
     )
-    recomputes = room.recomputed_layers(batch_size) > 0
+    recomputes = room.recomputed_layers(plan.batch_size) > 0
     # Without dropout nothing random is recomputed, and a CUDA graph could not restore it.
     options = {"use_reentrant": False, "preserve_rng_state": room.draws}
     settings |= checkpointing_arguments(recomputes, options, parameters["training_options"])
@@ -388,7 +394,7 @@ def trainer_settings(
         "use_cpu": not gpu,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
-        "per_device_eval_batch_size": evaluation_rows(room, batch_size),
+        "per_device_eval_batch_size": evaluation_rows(room, plan.batch_size),
         "train_sampling_strategy": "random" if packed else "group_by_length",
         "fsdp": room.sharded,
         "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},

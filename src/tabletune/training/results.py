@@ -37,8 +37,8 @@ def training_metrics(
 ) -> dict[str, Any]:
     """The content of `training/metrics.json`.
 
-    Steps, tokens without padding, seconds, losses in nats a token. `trainable_percent` is beside the
-    weights of the base model alone.
+    Steps, tokens without padding, seconds, losses in nats a token. `trainable_percent` is beside
+    the weights of the base model alone.
     """
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry] or [history[-1]["train_loss"]]
