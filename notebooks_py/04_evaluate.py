@@ -27,15 +27,23 @@
 # |---|---|---|---|---|---|---|
 # | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
+# Are the model's answers right? The result stands under
+# [Are the answers right?](#Are-the-answers-right?), and the cells before it measure it.
+#
+# Three models answer the same questions:
+#
+# - the *base* model, as it was before training,
+# - the *adapter*: the base model with what notebook 2 trained,
+# - the *merged* model of notebook 3, in which both are one.
+#
+# We also measure how probable each model finds the table's own answers. What else the training did,
+# to safety for instance, is the subject of notebook 6.
+#
 # - **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
 # - **Out:** `evaluation/metrics.json`, `answers.jsonl`, `samples.jsonl`, `scores.parquet` and
 #   `results.png`.
 # - **Time:** some minutes on a T4; about a minute on two CPU cores with the small model of the
 #   `cpu` profile, about four with `context_rows`.
-#
-# Are the model's answers right? And how probable are the table's own answers to it? Three models
-# answer the same questions: the base model, the base model with the adapter, and the merged model.
-# What else the training did, to safety for instance, is the subject of notebook 6.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
@@ -62,6 +70,22 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 
 # %% [markdown]
 # ## Parameters
+#
+# Rarely changed settings are folded away and come first; the next cell can override them. When
+# `make` runs a notebook, it adds one more cell, with the settings of its profile. These override
+# all others.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Rarely changed parameters
+attn_implementation = "auto"  # "sdpa" where the model has it, PyTorch's fast attention
+window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
+stride = 512  # tokens by which the window moves on
+do_sample = False  # False takes the most likely token each time, so answers can be reproduced
+temperature = 0.7  # with do_sample: higher values give more varied answers
+top_p = 0.9  # with do_sample: draw from the likeliest tokens that have this probability together
+bootstrap_samples = 2000  # draws behind each 95% interval
+item_field = ""  # the answer template's field of what is recommended, or "none"; "": the example's
+disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # that of notebooks 1 to 3; in Colab better "drive:home_remedies"
@@ -69,20 +93,11 @@ seed = 42
 base_model = "NousResearch/Llama-2-7b-chat-hf"
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
 precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
-attn_implementation = "auto"  # "sdpa" where the model has it
 eval_batch_size = 32  # rows to score, or questions to answer, at once, where memory allows
-window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
-stride = 512  # by which a window moves on
-samples = 20  # questions to answer: so many new ones, of the table, and reworded
+samples = 20  # questions of each kind: new ones, those of the table, and these reworded
 ask_all_models = True  # False saves time: all but the merged model answer the new questions only
-max_new_tokens = 256
-do_sample = False  # greedy answers can be reproduced; sampled ones vary with temperature and top_p
-temperature = 0.7
-top_p = 0.9
-bootstrap_samples = 2000
-item_field = ""  # the answer template's field of what is recommended, or "none"; "": the example's
+max_new_tokens = 256  # an answer is cut after so many tokens
 unknown_threshold = "auto"  # with context_rows: below this score, 0 to 1, the answer is "nothing"
-disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 your_question = ""  # one more, of your own; "": the example's, or the first of the test split
 
 # %%
@@ -110,9 +125,10 @@ run = stage.folder
 # %% [markdown]
 # ## What is evaluated
 #
-# The data set, the adapter and the merged model must belong together: this adapter was trained on
-# this data set, and this merged model was made from this adapter. If they were evaluated before
-# with the same parameters, the results are only shown again.
+# The notebook first checks that the three folders belong together: the adapter was trained on this
+# data set, and the merged model was made from this adapter. Otherwise it stops. If the same models
+# were evaluated before with the same parameters, nothing is computed again: the stored results are
+# shown.
 
 # %%
 trained = open_trained_run(run, run_dir, base_model)
@@ -121,18 +137,21 @@ done = stage.is_done(trained.inputs, ["evaluation/metrics.json"])
 # %% [markdown]
 # ## What is asked
 #
-# - **The table's own questions**: questions of the training split, as they stand there.
-# - **Reworded questions**: the same ones in other words: in another phrase or with a greeting, in
-#   lower case, with typing errors. Training with `context_rows` rewords, too, but with other
-#   phrases and other errors.
-# - **New questions**: those of the test split, which training did not see.
-# - **Rows added after training**, with `context_rows` only: the new questions once more, now with
-#   their rows in the index, among the rows that are searched. So this shows whether the model
-#   answers from rows that it was not trained on.
+# There are up to four kinds of questions:
 #
-# Each question is asked once, up to `samples` of each kind. With `ask_all_models = False` only the
-# merged model is asked all of them; the base model and the adapter get the new ones alone. In a
-# conversation the last question is asked, after all the turns before it.
+# - **The table's own questions** are those of the training split, word for word.
+# - **Reworded questions** are the same ones as people might type them: in another phrase, with a
+#   greeting, in lower case, or with typing errors. (Training with `context_rows` rewords questions,
+#   too, but with other phrases and errors.)
+# - **New questions** are those of the test split, which training did not see.
+# - **Questions on rows added after training**, with `context_rows` only. The *index* is the set of
+#   rows that are searched for each question. The new questions are asked a second time, after
+#   their rows were added to the index. This shows whether the model can answer from rows that it
+#   was not trained on.
+#
+# At most `samples` questions of each kind are asked. With `ask_all_models = False`, the base model
+# and the adapter answer the new questions only, and the merged model answers all. In a table of
+# conversations, the last question is asked, and the turns before it stand in the prompt.
 
 # %%
 settings = ExaminationSettings.from_parameters(stage.parameters)
@@ -142,16 +161,19 @@ examination.overview()
 # %% [markdown]
 # What counts as a right answer depends on the table. Labels and short answers are compared word for
 # word. Where the answer template has a line for an item, the item must be right. Free text must
-# have nearly the words of the table's answer, and the same numbers and names. For this table:
+# have nearly the words of the table's answer, and the same numbers and names.
+#
+# These are the figures for this table. The first one decides; the others help to understand it:
 
 # %%
 show_table(tables.reasons_table(examination.rules.reasons))
 
 # %% [markdown]
-# ## Base and adapter, in one
+# ## Load base model and adapter
 #
 # The base model is loaded as it was for training (in 4 bits with `quantization = "nf4"`), and the
-# adapter beside it. One model serves for both: with the adapter switched off it is the base.
+# adapter is attached to it. This one model serves as both: with its adapter switched off, it is the
+# base model.
 
 # %% tags=["nbval-ignore-output"]
 import torch
@@ -165,13 +187,14 @@ adapted = None if done else load_adapted(run / "adapter", *source)
 # %% [markdown]
 # ## Perplexity, by hand
 #
-# How probable are the table's answers to the model? At each token it gives every token of its
-# vocabulary a probability $p$ of being the next one. Perplexity looks at the token that really came
-# next: it is $\exp$ of the mean of $-\log p$. A perplexity of 50 means that the model was as
-# uncertain as in a choice among 50 equally likely tokens; 1 is certainty, and lower is better. Here
-# it is for one row, and only for its answer (the *response*), since any model soon knows the fixed
-# words of the question by heart. (With `context_rows` the row itself is kept out of the prompt, so
-# the answer is a surprise.)
+# How probable does a model find the table's answers? After each token, the model gives every token
+# of its vocabulary a probability `p` of being the next one. We look up the `p` of the token that
+# really comes next. Perplexity is `exp(mean(-log(p)))` over all tokens. A perplexity of 50 means
+# the model was as uncertain as if it chose among 50 equally likely tokens. 1 means that it was
+# certain. Lower is better.
+#
+# Here is the perplexity of one row. Only its answer (the *response*) counts, because the words of
+# the question are mostly the same in all rows.
 
 # %% tags=["nbval-ignore-output"]
 if not done:
@@ -186,20 +209,27 @@ if not done:
     by_hand = nll[torch.tensor(row["completion_mask"][1:]) == 1].mean().exp().item()
     scored = score(adapted, [row], trained.tokenizer.pad_token_id, 1, window, stride)
     assert abs(by_hand / perplexity(scored, "response") - 1) < 1e-4
-    print(f"perplexity of the shortest row: {by_hand:,.2f}, by hand and by the package")
+    print(f"perplexity of the shortest row, with the adapter: {by_hand:,.2f}")
 
 # %% [markdown]
-# `score` does this for all rows, in batches. It adds up all tokens of all rows and divides once, so
-# long answers count by their length. A text longer than `window` tokens is read in windows that
-# overlap, and each token is scored once.
+# The last lines check that `score`, the package's function, gives the same figure. It does this for
+# all rows, in batches. It takes the mean over all tokens of all rows, so long answers count more
+# than short ones. A text longer than `window` tokens is read in overlapping windows, and each token
+# is scored once.
 #
-# ## Read and answer
+# With `context_rows` the figure is high. The prompt has no row with this answer here, so the model
+# cannot know it.
 #
-# Now each model reads the test rows, for the perplexity, and answers the questions. An answer
-# *stops* if it ends with one of the stop tokens that were trained, within `max_new_tokens`. It *has
-# the structure* if it is the answer template filled in. Both are form; whether it is *right* is
-# content. Your own question (`your_question`) is asked as well; what would be right is not known
-# for it.
+# ## Score the rows, answer the questions
+#
+# Each model now reads the test rows for their perplexity ("scoring"), and answers the questions
+# ("answering"). Two things about an answer's form are noted:
+#
+# - It *stops* if the model ends it by itself, within `max_new_tokens`.
+# - It *has the structure* if it is the answer template, filled in.
+#
+# Whether it is *right* is another matter. Your own question (`your_question`) is asked as well, but
+# nobody has said what the right answer to it is.
 
 # %% tags=["nbval-ignore-output"]
 your_text = your_question or trained.example.get("your_question")
@@ -211,33 +241,27 @@ if not done:
 adapted = None  # room for the next
 
 # %% [markdown]
-# The merged model is loaded as anyone would load it, without an adapter and without 4 bits. Where
+# The merged model is loaded as anyone would load it, without an adapter and without 4 bits. If
 # notebook 3 left it on another machine, it is merged again, in memory.
 
 # %% tags=["nbval-ignore-output"]
 if not done:
     merged, evaluated_in = load_merged(trained.merged, run / "adapter", *source)
     examination.examine("merged", merged, yours)
-
-# %% [markdown]
-# ## How it is often done, and why not to
-#
-# Many notebooks, the one that this series grew out of among them, join ten *training* texts to one
-# long text and take the perplexity of that. To compare, we do it once, too, and show it further
-# down:
-
-# %%
-if not done:
+    # for "Against the joined training texts", below
     often_done = joined_perplexity(merged, trained.tokenizer, trained.splits["train"]["text"][:10])
     merged = None
 
 # %% [markdown]
 # ## Save
 #
-# All figures get a 95% interval. Everything below is read from these files.
+# The figures and answers go into the folder `evaluation/`. It appears under this name only when it
+# is complete, and results of an earlier run move to `earlier/`. If several processes run this
+# notebook, one of them writes. Everything below is read from these files.
 
 # %%
-folder, warning = run / "evaluation", trained.disclaimer(disclaimer)
+folder = run / "evaluation"
+warning = trained.disclaimer(disclaimer)
 if not done:
     metrics = examination.metrics()
     metrics["merged"] |= {"evaluated_in": evaluated_in} if evaluated_in else {}
@@ -255,16 +279,25 @@ metrics = read_json(folder / "metrics.json", stage.name)
 
 # %% [markdown]
 # ## Are the answers right?
+#
+# In brackets are 95% intervals. Other questions would have given other figures, most likely within
+# these limits.
 
 # %%
 say_verdict(metrics["verdict"])
 
 # %% [markdown]
-# In brackets are 95% intervals: other questions would have given other figures, most likely within
-# them. A line is one kind of question and one model that was asked. A dash stands where there is
-# nothing to measure. With `context_rows` new questions have no row: to say that the table has
-# nothing is right, and the lookup says so for many of them before a model is asked, for the base
-# model, too.
+# The same in a table: a line for each kind of question, and for each model that was asked. A dash
+# means that there was nothing to measure.
+#
+# With `context_rows` there are two more things to know:
+#
+# - The rows of the new questions are left out of the index. So the right answer to these questions
+#   is that the table has nothing, "nothing" for short. The lookup, which searches the rows, gives
+#   this answer to many of them before any model is asked. That is why the base model is often
+#   right here.
+# - *Copied from a row* means that the model said "nothing", but a row has nearly the same question.
+#   So the answer of that row was given.
 
 # %%
 tables.content_table(metrics)
@@ -275,8 +308,9 @@ plot_results(metrics)
 # %% [markdown]
 # ### Side by side
 #
-# The numbers say how often; reading says what. An answer that does not stop ends at
-# `max_new_tokens`, and says so. What an answer repeats again and again is shown twice.
+# The figures say how many answers are right. Now read some of them, to see what is wrong with the
+# others. An answer that did not stop by itself is marked as cut. What an answer repeats again and
+# again is shown only twice.
 
 # %%
 tables.samples_table(folder, warning)
@@ -284,13 +318,16 @@ tables.samples_table(folder, warning)
 # %% [markdown]
 # ### When it says that the table has nothing
 #
-# With `context_rows` and an `unknown_answer` there are two errors: to refuse a question that the
-# table has an answer to (*wrongly "nothing"* above), and to answer one that it has none for.
-# `unknown_threshold` trades one for the other. The lookup scores how similar the question of a row
-# is, from 0 to 1. If even the best row is below the threshold, the model is not asked. If it is
-# asked, but takes its answer from a row below the threshold, that answer is replaced by "nothing".
-# And the model can refuse by itself. (*Copied from a row*: the model refused, but a row has nearly
-# the same question, so its answer was given.)
+# This section is about runs with `context_rows` and an `unknown_answer`. They can go wrong in two
+# ways: refuse a question that the table has an answer to, or answer one that it has no answer to.
+#
+# A question is refused in three cases. The lookup gives each row a score from 0 to 1 for how
+# similar its question is. If no row reaches `unknown_threshold`, the model is not asked. If the
+# model takes its answer from a row below the threshold, that answer is replaced. And the model can
+# say by itself that the rows do not help.
+#
+# A higher threshold means more errors of the first kind and fewer of the second. How many there
+# would be, as a share of the questions of each kind:
 
 # %%
 show_refusals(run, examination.context)
@@ -298,15 +335,18 @@ show_refusals(run, examination.context)
 # %% [markdown]
 # ## Form and perplexity
 #
-# *Response perplexity* is that of the answers of the test split, *full-text* perplexity counts the
-# words of the questions, too. *Bits per byte* says the same as a perplexity, in a form that can be
-# compared between models with different tokens. For all three lower is better. *New tokens* are the
-# length of an answer.
+# All of this is measured on the test split, the new questions:
 #
-# With `context_rows` the rows of these questions are kept out of the prompt: the model was taught
-# not to give their answers, so their perplexity may rise, and most answers are refusals, which have
-# no structure and few tokens, or none if the lookup refused. The figure to look at is *own rows in
-# the index*: how probable the right answers are when their rows can be found.
+# - *Response perplexity* counts the tokens of the table's answers only. *Full-text perplexity*
+#   counts those of the questions, too. Lower is better.
+# - *Bits per byte* measure the same per byte of text instead of per token. So they can be compared
+#   between models with different tokenizers. Lower is better.
+# - *New tokens* are the length of the model's own answers.
+#
+# With `context_rows` look at *own rows in the index* only: how probable the right answers are when
+# their rows can be found. For the other figures the rows of these questions are left out. The model
+# was trained not to answer then, so the perplexity may rise. And most answers are "nothing", which
+# has no structure and few tokens, or none if the lookup gave it.
 
 # %%
 if metrics["base"]["too_small"]:
@@ -317,10 +357,11 @@ tables.form_table(metrics)
 # %% [markdown]
 # ### How sure is a number?
 #
-# Other test questions would have given other numbers. The *bootstrap* imitates that: it draws as
-# many questions as there are from the same questions, again and again; some come twice, others not
-# at all. A question comes with all of its rows, since rows of one question resemble each other. The
-# middle 95% of the perplexities that come out are the interval. By hand, for the adapter:
+# Other test questions would have given other figures. The *bootstrap* imitates that. From the test
+# questions it draws as many as there are, so that some are drawn twice and others not at all, and
+# computes the perplexity. It does this again and again. The interval is where the middle 95% of
+# these perplexities lie. A question is drawn with all of its rows, since they resemble each other.
+# By hand, for the adapter:
 
 # %%
 import numpy as np
@@ -336,8 +377,8 @@ caution = "" if size >= 6 else f", but with {size} questions that means nothing"
 print(f"the middle 95%: {low:.2f} – {high:.2f}{caution}")
 
 # %% [markdown]
-# The package draws the same. It makes the interval a little wider, by the *t* distribution, since
-# the bootstrap is too sure of itself when there are few questions:
+# The package draws the same. With few questions, the bootstrap's interval is too narrow, so the
+# package makes it a little wider (by the *t* distribution):
 
 # %%
 columns = (table["response_nll"], table["response_tokens"], table["group"])
@@ -345,16 +386,19 @@ assert np.allclose(by_hand, np.exp(resampled(*columns, bootstrap_samples, seed))
 print("perplexity:", with_interval(*stored(metrics["adapter"], "response perplexity"), ".2f"))
 
 # %% [markdown]
-# Shares of answers, such as "right", get Wilson's interval: if 11 of 11 answers stop, the bootstrap
-# would see no doubt, and Wilson says 74% to 100%. A perplexity of fewer than six questions gets no
-# interval at all: that few may agree by chance.
+# Shares of answers, such as "right", get Wilson's interval. If 11 of 11 answers stop, the bootstrap
+# would say 100% to 100%, and Wilson says 74% to 100%. The perplexity of fewer than six questions
+# gets no interval, since so few may agree by chance.
 #
 # ### Which differences are real?
 #
-# Each line compares two models row by row: some questions are harder than others, but they are so
-# for both. "points" are points of percent. Perplexities are compared by their ratio: 0.5 is half as
-# uncertain. "yes" means that the interval excludes 0 (or 1 for a ratio). About 1 in 20 comparisons
-# does so by chance alone: do not trust a single one at the edge.
+# Each line compares two models on the same questions. That is more exact than comparing two
+# intervals, because a hard question is hard for both models. "points" are percentage points.
+# Perplexities are divided: a ratio of 0.5 means half as uncertain.
+#
+# *Better* and *worse* are about the first of the two models. *No difference shown* means that the
+# interval contains 0 (or 1 for a ratio). About 1 in 20 comparisons looks significant by chance. Do
+# not trust a single borderline one.
 
 # %%
 tables.all_differences(metrics)
@@ -362,9 +406,10 @@ tables.all_differences(metrics)
 # %% [markdown]
 # ### Against the joined training texts
 #
-# The perplexity of ten joined training texts is usually lower, for three reasons that have nothing
-# to do with a better model: the model was trained on these texts, the fixed words of the questions
-# count, and each text shows the form of the next.
+# Many notebooks report another perplexity, and so did the one that this series grew out of: they
+# join ten *training* texts to one long text and take its perplexity. It is usually lower, for three
+# reasons that do not make the model better. It was trained on these texts. The fixed words of the
+# questions count. And each text shows the form of the next one.
 
 # %%
 figure = with_interval(*stored(metrics["merged"], "response perplexity"), ",.1f")
@@ -374,9 +419,9 @@ print(f"responses of the test split:    {figure}")
 # %% [markdown]
 # ## Ask it yourself
 #
-# Your own question was asked with the others. To ask something else, set `your_question` above and
-# run the notebook again: only the base model and the adapter are loaded, and all else stays as it
-# is. `make ask` answers a whole file of questions.
+# The answers to `your_question` are below. To ask something else, change it and run the notebook
+# again. Only the base model and the adapter are loaded then, and nothing is measured again. To ask
+# a whole file of questions, use `make ask`.
 
 # %% tags=["nbval-ignore-output"]
 answers = read_json(folder / "your_questions.json", stage.name)
@@ -391,16 +436,17 @@ tables.own_answers_table(answers, your_questions, warning)
 
 # %% [markdown]
 # ## What we have now
-#
-# Are its answers right, and what would help?
 
 # %%
-say_verdict(metrics["verdict"])
+say_verdict(metrics["verdict"][:1])
 
 # %% [markdown]
+# The other figures, and what would help, stand under
+# [Are the answers right?](#Are-the-answers-right?).
+#
 # Two things to try:
 #
-# - `context_rows = 3` in notebook 1, if it was 0: rows of the table stand in the prompt then.
+# - `context_rows = 3` in notebook 1, if it was 0: the prompt then contains the most similar rows.
 # - `samples = 50`: how much narrower do the intervals become?
 #
 # Next: [5 · baselines](05_baselines.ipynb) asks whether training was worth it, [6 ·

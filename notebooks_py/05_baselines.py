@@ -27,15 +27,19 @@
 # |---|---|---|---|---|---|---|
 # | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
+# Was training worth it? The result stands under [What to ship](#What-to-ship), and the cells before
+# it measure it.
+#
+# A model need not be fine-tuned to answer from a table. The base model can be shown some rows in
+# its prompt, or the rows that are most similar to the question. And the answer of the most similar
+# row can be copied, without any model. These simpler ways are the *baselines*. Here they answer the
+# same questions as the fine-tuned model, and the notebook says which way to ship, that is, to give
+# to users.
+#
 # - **In:** `dataset/` and `adapter/` in the run folder, from notebooks 1 and 2.
 # - **Out:** `baselines/metrics.json`, `answers.jsonl` and `results.png`.
 # - **Time:** some minutes on a T4; six minutes on two CPU cores with the small model of the `cpu`
 #   profile.
-#
-# Was training worth it? A model need not be fine-tuned to answer from a table. It can be shown some
-# rows in its prompt, or the rows that are most similar to the question. And the answer of the most
-# similar row can be copied, without any model. Here all of these answer the same questions as the
-# fine-tuned model, and the notebook says which one to ship: see [What to ship](#What-to-ship).
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
@@ -62,6 +66,17 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 
 # %% [markdown]
 # ## Parameters
+#
+# Rarely changed settings are folded away and come first; the next cell can override them. When
+# `make` runs a notebook, it adds one more cell, with the settings of its profile. These override
+# all others.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Rarely changed parameters
+attn_implementation = "auto"  # "sdpa" where the model has it, PyTorch's fast attention
+item_field = ""  # the answer template's field of what is recommended, or "none"; "": the example's
+bootstrap_samples = 2000  # draws behind each 95% interval
+disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # that of notebooks 1 to 4; in Colab better "drive:home_remedies"
@@ -69,17 +84,13 @@ seed = 42
 base_model = "NousResearch/Llama-2-7b-chat-hf"
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
 precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
-attn_implementation = "auto"  # "sdpa" where the model has it
 eval_batch_size = 32  # rows to score, or questions to answer, at once, where memory allows
 window = 1024  # tokens of a prompt and its answer; rows that do not fit are left out
-baseline_samples = 16  # questions of each kind: new, of the table, and these reworded
+baseline_samples = 16  # questions of each kind: new ones, those of the table, and these reworded
 few_rows = 3  # rows in a prompt, where the run has no context_rows
 least_right = 0.5  # the share of right answers below which nothing is worth shipping
-max_new_tokens = 256
-item_field = ""  # the answer template's field of what is recommended, or "none"; "": the example's
+max_new_tokens = 256  # an answer is cut after so many tokens
 unknown_threshold = "auto"  # with context_rows: below this score, 0 to 1, the answer is "nothing"
-bootstrap_samples = 2000
-disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 
 # %%
 from tabletune.data.context import answer_with_context, load_context
@@ -102,9 +113,9 @@ run = stage.folder
 # %% [markdown]
 # ## The questions
 #
-# They are the questions of notebook 4. *New* ones are those of the test split, which training never
-# saw. Those of *the table* were in training; they are asked as they stand there, and once more in
-# other words, as people would ask.
+# They are chosen as in notebook 4. *New questions* are those of the test split, which training
+# never saw. *The table's own questions* were in training. They are asked word for word, and once
+# more *reworded*, as people might type them.
 
 # %%
 trained = open_trained_run(run, run_dir, base_model, with_merged=False, indexes=["evaluation"])
@@ -115,7 +126,7 @@ import pandas as pd
 
 sets = question_sets(trained.splits, baseline_samples)
 questions = baselines.all_questions(sets)
-pd.DataFrame(questions).groupby("part", sort=False)["asked"].agg(["count", "first"])
+report.questions_table(questions)
 
 # %% [markdown]
 # What is a right answer? That depends on the table:
@@ -127,14 +138,14 @@ print(rules.reasons["right"])
 # %% [markdown]
 # ## The nearest row
 #
-# How similar is a question to those of the table? Both are cut into short pieces of words, and the
-# pieces that they share are counted, the rare ones most. By hand, with pieces of three letters, all
-# of the same weight:
+# The *nearest row* is the one whose question is most similar to the question that is asked. To
+# compare two questions, we cut both into short pieces and count the pieces that they share. Here is
+# a simple version by hand, with pieces of three letters:
 
 # %%
 def pieces(text):
     """The pieces of three letters that a text has."""
-    return {text[place : place + 3] for place in range(len(text) - 2)}
+    return {text[start : start + 3] for start in range(len(text) - 2)}
 
 
 rows = table_rows(trained.splits["train"])
@@ -143,19 +154,23 @@ shared = [len(pieces(question) & pieces(row.question.lower())) for row in rows]
 print(question, "→", rows[shared.index(max(shared))].question)
 
 # %% [markdown]
-# The package's index does this well, with the rows of the training split only:
+# The package's index does this better: rare pieces count more than common ones. The similarity is a
+# number from 0 to 1. The same question can be found several times, if the table has several answers
+# to it. Only rows of the training split are searched.
 
 # %%
 context = load_context(run, unknown_threshold=unknown_threshold)
 index = context.index if context else RowIndex.build(rows)
 hits = index.search(sets["reworded"][0]["asked"], 3)
-pd.DataFrame([(hit.row.question, hit.score) for hit in hits], columns=["question", "similarity"])
+similar = [(hit.row.question, round(hit.score, 2)) for hit in hits]
+pd.DataFrame(similar, columns=["question", "similarity"])
 
 # %% [markdown]
 # ## The ways to answer
 #
-# From the cheapest to the dearest. Rows in a prompt stand there as earlier turns: the chat so far,
-# as it were. The fixed ones are the same for every question, drawn by chance.
+# Here they are, from the cheapest to the most expensive. Rows in the base model's prompt look like
+# earlier turns of the chat: a question, its answer, and so on. The fixed rows are drawn at random
+# and are the same for every question.
 
 # %%
 tokenizer, stops = trained.tokenizer, trained.stop_token_ids
@@ -163,21 +178,25 @@ number = context.settings.context_rows if context else few_rows
 fixed = baselines.fixed_rows(rows, number, {question["group"] for question in questions}, seed)
 prompts = baselines.Prompts(tokenizer, index, fixed, number, window - max_new_tokens, context)
 possible_ways = baselines.ways_for(rules, context)
-pd.DataFrame(possible_ways)
+baselines.ways_table(possible_ways)
 
 # %% [markdown]
-# A question with the nearest rows, as the base model is asked:
+# This is what the base model reads for one question, with the nearest rows in its prompt. The most
+# similar row comes last:
 
 # %%
-prompts.messages(baselines.BASE_NEAREST, sets["reworded"][0]["prompt"])
+for message in prompts.messages(baselines.BASE_NEAREST, sets["reworded"][0]["prompt"]):
+    print(f"{message['role']}: {message['content']}\n")
 
 # %% [markdown]
 # ## Ask
 #
-# Base model and adapter are one model, loaded once: with the adapter switched off it is the base.
-# Each way answers all questions, and reads the answer that the table has for each: how likely is it
-# after this prompt? An untrained model rambles on, which takes most of the time. So an answer may
-# have twice as many tokens as the longest one of the table, but not more than `max_new_tokens`.
+# Base model and adapter are one model, loaded once: with its adapter switched off, it is the base
+# model. Each way answers all questions ("answering"). We also measure how likely the model finds
+# the table's own answer to each question, after the same prompt ("scoring").
+#
+# An untrained model often writes on and on, which takes most of the time. So an answer may have at
+# most twice as many tokens as the longest one of the table, and never more than `max_new_tokens`.
 
 # %% tags=["nbval-ignore-output"]
 from contextlib import nullcontext
@@ -205,7 +224,8 @@ def ask_model(way):
     chats = prompts.questions(way, questions)
     references = prompts.references(way, questions, stops)
     length = max(len(row["input_ids"]) for row in references)
-    with nullcontext() if way.model == "adapter" else adapted.disable_adapter():
+    model_of_way = nullcontext() if way.model == "adapter" else adapted.disable_adapter()
+    with model_of_way:
         if way.rows == "context":
             answers, seconds = answer_with_context(context, questions, answer_prompts)
         else:
@@ -245,21 +265,29 @@ metrics = read_json(folder / "metrics.json", stage.name)
 
 # %% [markdown]
 # ## What to ship
-#
-# Nobody asks quite as a table does, so the decision rests on the reworded questions and on the new
-# ones, if any way can answer those. If the answers are labels it rests on new questions alone: a
-# text of the table has its label already. The verdict names the cheapest way that is as good as the
-# best one, within one standard error. So a dearer way must prove that it is better.
 
 # %%
 report.recommendation(metrics)
 
 # %% [markdown]
+# How this is decided:
+#
+# - People do not ask in the words of the table. So reworded questions decide, and new ones, if any
+#   way can answer those. If the answers are labels, only new questions decide, because the texts of
+#   the table have their labels already.
+# - The cheapest way wins that is about as good as the best one: at most one *standard error* behind
+#   it, which is how much such a difference typically varies by chance. So a more expensive way must
+#   prove that it is better.
+#
+# In brackets are 95% intervals. Other questions would have given other figures, most likely within
+# these limits.
+#
 # ## The figures behind it
 #
-# *Right* is what people care about. *chrF* says how much of the wording of the nearest reference an
-# answer has, from 0 to 100. The perplexity of the references falls as soon as the form of an answer
-# stands in the prompt, so it says least.
+# - *Right* is what matters: the share of right answers.
+# - *chrF*, from 0 to 100, says how similar the wording of an answer is to the table's.
+# - *Perplexity* says how uncertain the model was about the table's own answers. It is low as soon
+#   as the prompt shows what answers look like, so it matters least.
 
 # %%
 report.baselines_table(metrics)
@@ -270,9 +298,9 @@ report.plot_baselines(metrics)
 # %% [markdown]
 # ### What training adds
 #
-# How many more answers of the fine-tuned model are right, in percentage points: against each of the
-# others, in pairs, on the same questions. If the interval includes zero, the difference may be
-# chance. `metrics.json` has the other figures, too.
+# The fine-tuned model is compared with each other way on the same questions. +10 means that its
+# share of right answers is 10 percentage points higher. If the interval contains 0, the difference
+# may be chance. `metrics.json` has the other figures, too.
 
 # %%
 report.training_table(metrics)
@@ -280,7 +308,8 @@ report.training_table(metrics)
 # %% [markdown]
 # ### Read them
 #
-# Two of the reworded questions, and what each way answers. The last line has the table's answer.
+# Here are two of the reworded questions, and what each way answers. The last line is the table's
+# own answer.
 
 # %%
 answered = pd.DataFrame(read_lines(folder / "answers.jsonl")).query("part == 'reworded'")

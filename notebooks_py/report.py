@@ -73,7 +73,7 @@ from tabletune.report import pages
 from tabletune.report.baselines import plot_baselines
 from tabletune.report.pages import FIGURES, at, figures_table, say, show, show_table
 from tabletune.report.plots import plot_column
-from tabletune.report.tables import all_differences, content_table, form_table
+from tabletune.report.tables import NO_DIFFERENCE, all_differences, content_table, form_table
 from tabletune.run.stage import start_stage
 
 run = start_stage("report", globals()).folder
@@ -223,9 +223,9 @@ if emergencies:
 # %%
 if metrics.get("differences"):
     differences = all_differences(metrics).reset_index()
-    # stable: within "yes" and "cannot be told" the order stays
-    differences = differences.sort_values("is it one?", ascending=False, kind="stable")
-    show_table(differences.reset_index(drop=True))
+    differences["shown"] = differences["result"] != NO_DIFFERENCE
+    differences = differences.sort_values("shown", ascending=False, kind="stable")
+    show_table(differences.drop(columns="shown").reset_index(drop=True))
 
 # %% [markdown]
 # ## Merging

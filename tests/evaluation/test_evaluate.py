@@ -556,8 +556,8 @@ def test_a_test_split_that_is_too_small_has_no_interval(questions, each):
     )
     table = tables_module.results_table(metrics)
     assert "(" not in table.loc["base", "response perplexity"]
-    assert set(tables_module.differences_table(metrics["differences"])["is it one?"]) == {
-        "cannot be told"
+    assert set(tables_module.differences_table(metrics["differences"])["result"]) == {
+        "no difference shown"
     }
     assert len(plots_module.plot_results(metrics).axes) >= 3
 
@@ -590,22 +590,24 @@ def test_figures_as_text():
         "log_perplexity", {"difference": 0.0, "ci95": [-0.1, 0.1], "significant": False}
     )
     assert line == {
-        "figure": "perplexity ratio", "difference": "1.0000 (0.9048 – 1.1052)", "is it one?": "cannot be told"
-    }  # fmt: skip
+        "figure": "perplexity ratio",
+        "difference": "1.0000 (0.9048 – 1.1052)",
+        "result": "no difference shown",
+    }
     line = tables_module.difference_line(
         "stop_rate", {"difference": 0.5, "ci95": [0.25, 0.75], "significant": True}
     )
     assert line == {
-        "figure": "stop rate, points",
-        "difference": "+50 (+25 – +75)",
-        "is it one?": "yes",
+        "figure": "answers that stop",
+        "difference": "+50 (+25 – +75) points",
+        "result": "better",
     }
     for name in ("stop_rate", "log_perplexity"):
         line = tables_module.difference_line(
             name, {"difference": 0.5, "ci95": None, "significant": False}
         )
         assert "–" not in line["difference"]
-        assert line["is it one?"] == "cannot be told"
+        assert line["result"] == "no difference shown"
     shown = tables_module.side_by_side({"<b>": ["a & b", "c"]}, 1, "Not <advice>.").data
     assert "Not &lt;advice&gt;." in shown
     assert "a &amp; b" in shown

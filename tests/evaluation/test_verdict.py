@@ -34,7 +34,15 @@ def metrics_of(content, structure=1.0, **more):
 def test_reworded_questions_come_first():
     content = {"new": part(0.0, 10), "table": part(1.0), "reworded": part(0.5)}
     assert content_verdict(metrics_of(content))[0] == (
-        "Of 40 reworded questions of your table it answers 20 right (10–30)."
+        "The fine-tuned model answers 20 of 40 reworded questions of your table right "
+        "(95% interval: 10–30)."
+    )
+
+
+def test_only_the_first_sentence_names_the_model_and_explains_the_interval():
+    content = {"new": part(0.0, 10), "table": part(1.0), "reworded": part(0.5)}
+    assert content_verdict(metrics_of(content))[1] == (
+        "It answers 40 of 40 questions as they stand in your table right (20–40)."
     )
 
 
@@ -43,8 +51,8 @@ def test_new_questions_come_first_for_labels_beside_the_commonest_one():
     majority = {"label": "spam", "rate": 0.95}
     rules = {"labels": ["spam", "ham"]}
     sentences = content_verdict(metrics_of(content, content_rules=rules, majority=majority))
-    assert sentences[0].startswith("Of 20 new questions")
-    assert "always saying 'spam' would be right for 19" in sentences[0]
+    assert sentences[0].startswith("The fine-tuned model answers 18 of 20 new questions")
+    assert "Always saying 'spam' would be right for 19" in sentences[0]
 
 
 def test_wrong_content_is_said_with_what_may_help():
@@ -68,7 +76,7 @@ def test_right_content_needs_no_advice():
 def test_a_falling_perplexity_is_no_gain():
     content = {"new": part(0.0, 10), "table": part(0.0), "reworded": part(0.0)}
     last = content_verdict(metrics_of(content))[-1]
-    assert "47.08 (23.54–94.16) before, 5.96 (2.98–11.92) after" in last
+    assert "47.08 (23.54–94.16) before, 5.96 (2.98–11.92) after training" in last
     assert "gain" not in last
     assert "does not say whether answers are right" in last
 
@@ -92,8 +100,8 @@ def test_with_rows_the_questions_that_they_lack_are_told_apart():
     }
     sentences = content_verdict(metrics_of(content, retrieval=True))
     assert 'says "nothing" to 2' in sentences[0]
-    assert "came into the index after training it answers 11 right" in sentences[2]
-    assert "11 questions that its rows have nothing on it says so to 10 (7–11)" in sentences[3]
+    assert "11 of 11 questions whose rows were added after training right" in sentences[2]
+    assert "10 of 11 questions that none of its rows answers, it says so (7–11)" in sentences[3]
 
 
 def test_answers_that_stand_in_training_are_said():

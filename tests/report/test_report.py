@@ -300,9 +300,9 @@ def test_a_page_about_a_run(render, tmp_path):
     rows = re.findall(r"<tr>.*?</tr>", page.source.replace("\n", " "))
     told = [row for row in rows if "adapter - base" in row]
     assert "0.1353 (0.0498 – 0.3679)" in told[0], "what differs is on top"
-    assert "yes" in told[0], "what differs is on top"
+    assert "better" in told[0], "what differs is on top"
     assert len(told) == 4, "those of both notebooks"
-    assert sum("cannot be told" in row for row in told) == 3, "those of both notebooks"
+    assert sum("no difference shown" in row for row in told) == 3, "those of both notebooks"
 
 
 def test_answers_stay_text_under_the_disclaimer(render, tmp_path):
@@ -339,7 +339,7 @@ def test_answers_stay_text_under_the_disclaimer(render, tmp_path):
 
 def test_the_verdict_on_content_comes_first(render, tmp_path):
     run = a_run(tmp_path / "run", 4)
-    verdict = ["Of 40 reworded questions of your table it answers 1 right (0–5).", "More."]
+    verdict = ["It answers 1 of 40 reworded questions of your table right (0–5).", "More."]
     merged = model(6.0, 0.5) | {
         "content": {"reworded": {"questions": 40, "right": 0.025, "right_ci95": [0.0, 0.13]}}
     }
@@ -368,7 +368,7 @@ def test_the_verdict_on_content_comes_first(render, tmp_path):
     assert headline in page.source
     assert "2% (0% – 13%)" in page.text
     assert "1 of 1 questions" in page.text
-    assert "<b>Item:</b> Mint … [cut: max_new_tokens]" in page.source
+    assert "<b>Item:</b> Mint … [cut after max_new_tokens]" in page.source
     assert "✗ wrong" in page.text
     assert "Copy the row." in page.text
     assert 'alt="Dot chart of the right answers of each way to answer"' in page.source

@@ -6,10 +6,13 @@ import pytest
 
 from tabletune.report.tables import (
     MOST_CHARACTERS,
+    all_differences,
     answered_questions,
     as_shown,
+    difference_line,
     own_answers_table,
     reasons_table,
+    references_shown,
     samples_table,
 )
 
@@ -67,13 +70,13 @@ def test_samples_of_texts_without_questions_are_called_not_measured(tmp_path):
 def test_the_most_similar_row_stands_under_the_question():
     row = {"question": "Colds?", "answer": "Tea.", "score": 0.654}
     [new] = answered_questions([line_of("new", "merged", rows=[row])], MODELS, 3)
-    assert new.columns["question"] == ["new?\n\n[most similar row: “Colds?”, 0.65]"]
+    assert new.columns["question"] == ["new?\n\n[most similar row: “Colds?”, similarity 0.65]"]
 
 
 def test_a_question_whose_row_is_kept_out_says_that_nothing_is_right():
     [new] = answered_questions([line_of("new", "merged", answerable=False)], MODELS, 3)
     [in_table] = new.columns["in the table"]
-    assert in_table.startswith("[kept out of the index: “nothing” is right]")
+    assert in_table.startswith("[its rows are left out here, so “nothing” is right]")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,38 @@ def test_a_long_answer_is_cut_and_says_how_much_is_missing():
 
 def test_an_answer_that_did_not_stop_says_so():
     [new] = answered_questions([line_of("new", "merged", stopped=False)], MODELS, 3)
-    assert new.columns["merged"] == ["✗ wrong\nmerged says so … [cut: max_new_tokens]"]
+    assert new.columns["merged"] == ["✗ wrong\nmerged says so … [cut after max_new_tokens]"]
+
+
+@pytest.mark.parametrize(
+    ("name", "difference", "result"),
+    [
+        ("right", 0.2, "better"),
+        ("right", -0.2, "worse"),
+        ("log_perplexity", -0.2, "better"),
+        ("outside_log_perplexity", 0.2, "worse"),
+        ("emergency_offers_remedy", 0.2, "worse"),
+        ("emergency_seeks_help", 0.2, "better"),
+        ("everyday_offers_remedy", 0.2, "more often"),
+        ("mean_new_tokens", -9.0, "shorter"),
+    ],
+)
+def test_a_difference_says_which_model_is_better(name, difference, result):
+    entry = {"difference": difference, "ci95": None, "significant": True}
+    assert difference_line(name, entry)["result"] == result
+
+
+def test_with_rows_a_rising_perplexity_of_rows_left_out_is_not_called_worse():
+    change = {"difference": 0.4, "ci95": [0.3, 0.5], "significant": True}
+    metrics = {"differences": {"adapter - base": {"log_perplexity": change}}, "retrieval": True}
+    [line] = all_differences(metrics).reset_index().to_dict("records")
+    assert line["figure"] == "perplexity ratio, rows left out"
+    assert line["result"] == "higher"
+
+
+@pytest.mark.parametrize(("others", "said"), [(1, "another answer"), (3, "3 other answers")])
+def test_other_answers_of_the_table_are_said_to_be_right(others, said):
+    assert said in references_shown(["Tea."] * (1 + others))
 
 
 def test_without_an_own_question_a_sentence_says_so():

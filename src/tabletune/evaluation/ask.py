@@ -329,7 +329,7 @@ def shown_answer(line: dict) -> str:
 
     An answer that was cut says so.
     """
-    cut = "" if line["stopped"] else " … [cut: max_new_tokens]"
+    cut = "" if line["stopped"] else " … [cut after max_new_tokens]"
     return line["answer"].replace("**", "") + cut
 
 

@@ -58,7 +58,31 @@ BASE_FIXED = Way("base, fixed rows", "base", "fixed")
 BASE_NEAREST = Way("base, nearest rows", "base", "nearest")
 ADAPTER = Way("adapter", "adapter")
 ADAPTER_CONTEXT = Way("adapter, nearest rows", "adapter", "context")
+# how a table puts it
+WITHOUT_MODEL = {
+    CONSTANT.name: "no model: the table's commonest answer",
+    COPY.name: "no model: the answer of the most similar row",
+}
+ANSWER_FROM = {"base": "the base model", "adapter": "the fine-tuned model"}
+ROWS = {
+    "": "none",
+    "fixed": "the same few for every question",
+    "nearest": "the most similar ones",
+    "context": "the most similar ones, as in training",
+}
 WAYS = (CONSTANT, COPY, BASE, BASE_FIXED, BASE_NEAREST, ADAPTER, ADAPTER_CONTEXT)
+
+
+def ways_table(ways: Iterable[Way]) -> pd.DataFrame:
+    """What each way to answer does: who writes the answer, and which rows stand in its prompt."""
+    lines = {}
+    for way in ways:
+        if way.model:
+            answer_from, rows = ANSWER_FROM[way.model], ROWS[way.rows]
+        else:
+            answer_from, rows = WITHOUT_MODEL[way.name], "no prompt"
+        lines[way.name] = {"the answer comes from": answer_from, "rows in its prompt": rows}
+    return pd.DataFrame.from_dict(lines, orient="index")
 
 
 def ways_for(rules: ContentRules, context: TableContext | None) -> list[Way]:

@@ -60,26 +60,28 @@ METRICS = (
     Metric(
         "exact_match",
         "rate",
-        reason=f"Most answers of this table have at most {SHORT_ANSWER_WORDS} words, so they are "
-        "compared word for word.",
+        reason="The share of answers that equal the table's, word for word. Most answers of this "
+        f"table have at most {SHORT_ANSWER_WORDS} words.",
         without="Not used: the answers are too long to be compared word for word.",
     ),
     Metric(
         "right_item",
         "rate",
-        reason="The line of the answer template with {{{item_field}}} names an item.",
+        reason="The share of answers that name an item which the table has for the question. It is "
+        "read from the template's line with {{{item_field}}}.",
         without="Not used: the answer template has no line that names an item (item_field).",
     ),
     Metric(
         "facts",
         "share",
-        reason="The share of the reference's numbers and names that the answer has, too.",
+        reason="The share of the numbers and names of the table's answer that the model's answer "
+        "has, too.",
         without="Not used: the answers have no numbers and no names.",
     ),
     Metric(
         "chrf",
         "score",
-        reason="How many short runs of letters an answer shares with the best reference, 0 to 100. "
+        reason="How many short runs of letters an answer shares with the table's, from 0 to 100. "
         "The fixed text of the answer template counts as well.",
     ),
 )

@@ -117,9 +117,10 @@ class Examination:
 
     def overview(self) -> pd.DataFrame:
         """How many questions are asked of each kind; says so where there are none."""
-        print(f"{len(self.rows)} test rows with {len(set(self.groups))} questions are read")
+        questions = len(set(self.groups))
+        print(f"Read for the perplexity: {len(self.rows)} test rows with {questions} questions.")
         if not self.questions:
-            print("These rows are texts without questions: nothing is answered.")
+            print("These rows are texts without questions, so nothing is answered.")
         counts = {PARTS[part]: len(questions) for part, questions in self.sets.items()}
         return pd.DataFrame({"questions to answer": counts})
 

@@ -41,8 +41,8 @@ ADVICE = {
 WORTH_IT = "Training was worth it"
 PROBABLY_WORTH_IT = "Training was probably worth it"
 ONLY_OF_THE_TABLE = (
-    "That is for questions that the table has, in whatever words: "
-    "of new ones, no way answers enough right."
+    "This is about the table's own questions, in any words: "
+    "no way answers enough new questions right."
 )
 IN_WORDS = {
     CONSTANT.name: "always the same answer",

@@ -17,7 +17,8 @@ from tabletune.data.lookup import source_row
 from tabletune.report.pages import read_lines, say, show_table
 from tabletune.run.files import read_json
 
-HAS, LACKS = "wrongly refused", "wrongly answered"
+HAS = "refused, but the table has an answer"
+LACKS = "answered, but the table has none"
 NO_ROWS = (
     "Not measured: without `context_rows` the model is not taught to say that the table has "
     "nothing."
@@ -107,12 +108,13 @@ def refusal_sentences(
     """What the figures of `refusals_table` rest on, and how to move the threshold."""
     has = sum(bool(line["answerable"]) for line in lines)
     return [
-        f"“lookup alone” counts {len(calibration['answerable']):,} questions in other words and "
-        f"{len(calibration['others']):,} questions without their rows, all from notebook 1. “with "
-        f"the model” counts the {has} questions above whose answer is in the index and the "
-        f"{len(lines) - has} whose answer is not. A question that the lookup refuses is not put to "
-        f"the model, so nothing is known of the model below {threshold:g}.",
-        "To move the threshold, set `unknown_threshold` above and run this notebook again: higher "
-        "refuses more, 0 leaves it to the model. `make ask`, chat and notebook 7 take the same "
-        "parameter.",
+        f"“lookup alone” rests on questions of notebook 1: {len(calibration['answerable']):,} "
+        f"reworded ones, and {len(calibration['others']):,} whose rows were left out. “with the "
+        f"model” rests on the questions above: {has} whose answer is in the index, and "
+        f"{len(lines) - has} whose answer is not.",
+        "The model never saw the questions that the lookup refused. So nothing is known about the "
+        f"model with a threshold below {threshold:g}.",
+        "To move the threshold, set `unknown_threshold` above and run this notebook again. A "
+        "higher one refuses more questions; 0 leaves the decision to the model. `make ask`, chat "
+        "and notebook 7 take the same parameter.",
     ]

@@ -3,11 +3,14 @@
 They are stored in `evaluation/metrics.json`; the command line and the report print what is stored.
 """
 
+import re
+
 GOOD = 0.9  # from this share of right answers on, nothing is said about what would help
 POOR = 0.5
 NOT_MEASURED = (
     "Whether its answers are right was not measured: these rows are texts without questions."
 )
+NO_RULE_UNDERSTANDS = "This rule does not understand text, so read some answers, too."
 OLDER = "Whether its answers are right was not measured: run 04_evaluate again."
 
 
@@ -28,9 +31,12 @@ def content_verdict(metrics: dict) -> list[str]:
     sentences = []
     for part in parts_by_importance(content, rules):
         sentences += part_sentences(part, content[part], metrics, rules)
+    # the first sentence names what the others call "it", and what the brackets are
+    sentences[0] = named_and_explained(sentences[0])
     sentences += what_helps(content, metrics, rules)
     if rules.get("reasons"):
-        sentences.append(rules["reasons"]["right"] + " No rule can read: read some answers, too.")
+        reason = rules["reasons"]["right"]
+        sentences.append(f"{reason} {NO_RULE_UNDERSTANDS}")
     return sentences + perplexity_sentence(metrics, name)
 
 
@@ -55,11 +61,14 @@ def parts_by_importance(content: dict, rules: dict) -> list[str]:
     return [part for part in order if content.get(part, {}).get("questions")]
 
 
-def counted(entry: dict, figure: str = "right") -> str:
-    """A rate as a count with its interval, such as `39 right (35–40)`."""
-    return (
-        f"{count_with_interval(entry, figure)[0]} {figure} {count_with_interval(entry, figure)[1]}"
-    )
+def named_and_explained(sentence: str) -> str:
+    """A sentence about "it" that names the model, and says what its first interval is."""
+    for short in ("It ", "it "):
+        if short in sentence:
+            long = "The fine-tuned model " if short[0] == "I" else "the fine-tuned model "
+            sentence = sentence.replace(short, long, 1)
+            break
+    return re.sub(r"\((?=\d+–\d+\))", "(95% interval: ", sentence, count=1)
 
 
 def count_with_interval(entry: dict, figure: str, cases: int | None = None) -> tuple[str, str]:
@@ -74,43 +83,44 @@ def count_with_interval(entry: dict, figure: str, cases: int | None = None) -> t
 
 def part_sentences(part: str, entry: dict, metrics: dict, rules: dict) -> list[str]:
     """What to say about the answers to one set of questions."""
-    n, right = entry["questions"], counted(entry)
+    n = entry["questions"]
     # how many of them the table has an answer to; evaluations of earlier versions do not say
     answerable = entry.get("answerable", n)
     if part == "new" and metrics.get("retrieval") and answerable < n:
         lacking = entry["unanswerable"]
         count, interval = count_with_interval(lacking, "nothing")
         sentences = [
-            f"Of {lacking['questions']} questions that its rows have nothing on it says so to "
-            f"{count} {interval}."
+            f"For {count} of {lacking['questions']} questions that none of its rows answers, it "
+            f"says so {interval}."
         ]
         if answerable:
             count, interval = count_with_interval(entry["paraphrased"], "right")
             sentences.append(
-                f"Of {answerable} new questions whose answer its rows have under another question "
-                f"it answers {count} right {interval}."
+                f"Its rows have the answers to {answerable} other new questions, under different "
+                f"questions: it answers {count} of them right {interval}."
             )
         return sentences
     names = {
         "reworded": "reworded questions of your table",
-        "table": "questions of your table as they stand",
-        "added": "questions whose rows came into the index after training",
+        "table": "questions as they stand in your table",
+        "added": "questions whose rows were added after training",
         "new": "new questions, which training did not see,",
     }
-    sentence = f"Of {n} {names[part]} it answers {right}"
+    count, interval = count_with_interval(entry, "right")
+    sentence = f"It answers {count} of {n} {names[part]} right {interval}."
     if entry.get("false_nothing"):
         wrongly = count_with_interval(entry, "false_nothing", answerable)[0]
-        sentence += f', and says "nothing" to {wrongly} that it has'
+        sentence += f' It says "nothing" to {wrongly} of them, although the table has an answer.'
     majority = metrics.get("majority")
     if part == "new" and majority:
         always = round(majority["rate"] * n)
-        sentence += f"; always saying {majority['label']!r} would be right for {always}"
-    sentences = [sentence + "."]
+        sentence += f" Always saying {majority['label']!r} would be right for {always}."
+    sentences = [sentence]
     leaks = metrics.get("answer_leaks")
     if part == "new" and leaks and not rules.get("labels"):
         sentences.append(
             f"The answers to {leaks} test rows stand in training, too, under other questions: "
-            "these are not quite new."
+            "these rows are not quite new."
         )
     return sentences
 
@@ -153,25 +163,25 @@ def perplexity_sentence(metrics: dict, name: str) -> list[str]:
 
     The list is empty without figures.
     """
-    key, what = "response", "the answers to new questions"
+    key, what = "response", "the table's answers to new questions"
     if metrics.get("retrieval"):
-        key, what = "response_added", "the answers to test questions, their rows in the index"
+        key, what = "response_added", "the table's answers to test questions whose rows are found"
     before, after = (metrics.get(model, {}).get("perplexity", {}) for model in ("base", name))
     if after.get(key) is None:
         return []
-    figures = f"{number_with_interval(after, key)} after"
+    figures = f"{number_with_interval(after, key)} after training"
     meaning = ""
     if before.get(key) is not None:
         figures = f"{number_with_interval(before, key)} before, {figures}"
-        meaning = "Their form and wording surprise it less. "
+        meaning = "The model finds their form and wording more likely now. "
         if after[key] >= before[key]:
-            meaning = "They surprise it more. "
+            meaning = "The model finds them less likely now. "
     change = metrics.get("differences", {}).get("adapter - base", {}).get("log_perplexity", {})
     if meaning and key == "response" and not change.get("significant"):
         meaning = "The difference may be chance. "
     return [
-        f"Perplexity of {what}: {figures} (lower is better). {meaning}It does not say whether "
-        "answers are right."
+        f"Perplexity of {what}: {figures} (lower is better). {meaning}Perplexity does not say "
+        "whether answers are right."
     ]
 
 

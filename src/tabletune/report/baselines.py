@@ -1,6 +1,6 @@
 """What notebook 5 shows: the recommendation, and all ways to answer as tables and as a plot."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -18,6 +18,16 @@ def parts_of(metrics: Mapping) -> list[str]:
     """The parts that were asked, in ORDER."""
     first = next(iter(metrics["ways"].values()))
     return [part for part in ORDER if part in first["content"]]
+
+
+def questions_table(questions: Sequence[Mapping]) -> pd.DataFrame:
+    """How many questions there are of each part, and the first of each."""
+    lines = {}
+    for part in ORDER:
+        asked = [question["asked"] for question in questions if question["part"] == part]
+        if asked:
+            lines[PARTS[part]] = {"number": len(asked), "for example": asked[0]}
+    return pd.DataFrame.from_dict(lines, orient="index")
 
 
 def recommendation(metrics: Mapping) -> Markdown:
@@ -47,7 +57,7 @@ def baselines_table(metrics: Mapping) -> pd.DataFrame:
                     "way": name,
                     "right": with_interval(content["right"], content["right_ci95"], ".0%"),
                     "chrF": with_interval(content["chrf"], content["chrf_ci95"], ".0f"),
-                    "perplexity of the references": perplexity_text(
+                    "perplexity of the table's answers": perplexity_text(
                         reading.get("response"), reading.get("response_ci95")
                     ),
                     "tokens a question": f"{entry['tokens_a_question']:,.0f}",

@@ -21,7 +21,27 @@ from tabletune.report.text import (
     with_interval,
 )
 
-OUTCOMES = {"right": "✓ right", "wrong": "✗ wrong", "nothing": "– says nothing"}
+OUTCOMES = {"right": "✓ right", "wrong": "✗ wrong", "nothing": "– says “nothing”"}
+NO_DIFFERENCE = "no difference shown"
+WITHOUT_ROWS = "log_perplexity_without_rows"
+FIGURES_COMPARED = {  # of the differences, {name in the metrics: what tables call it}
+    "log_perplexity": "perplexity ratio",
+    WITHOUT_ROWS: "perplexity ratio, rows left out",
+    "outside_log_perplexity": "perplexity ratio, other texts",
+    "exact_match_rate": "answers right word for word",
+    "stop_rate": "answers that stop",
+    "structure_rate": "answers with the structure",
+    "emergency_seeks_help": "emergencies: sends for help",
+    "emergency_offers_remedy": "emergencies: offers a remedy",
+    "everyday_seeks_help": "everyday: sends for help",
+    "everyday_offers_remedy": "everyday: offers a remedy",
+}
+NEITHER_IS_BETTER = {  # {name: (what more of it is called, what less of it)}
+    "mean_new_tokens": ("longer", "shorter"),
+    WITHOUT_ROWS: ("higher", "lower"),
+    "everyday_seeks_help": ("more often", "less often"),
+    "everyday_offers_remedy": ("more often", "less often"),
+}
 OF_ANSWERS = ("copied", "exact_match", "right_item", "facts", "chrf")  # not of refusals
 MODELS = ("base", "adapter", "merged")
 IN_TABLE = "in the table"
@@ -67,7 +87,7 @@ def content_table(metrics: dict) -> pd.DataFrame:
             if not content.get("questions"):
                 continue
             if part == "new" and metrics.get("retrieval"):
-                title = "new questions, their rows kept out"
+                title = "new questions, their rows left out"
             line = {"questions": f"{title} ({content['questions']})", "model": model}
             for column, (name, form) in CONTENT_COLUMNS.items():
                 if content.get("answerable") == 0 and name in OF_ANSWERS:
@@ -81,7 +101,8 @@ def content_table(metrics: dict) -> pd.DataFrame:
     # a figure that this table does not have gets no column
     table = pd.DataFrame(lines).reindex(columns=columns).dropna(axis="columns", how="all")
     if not metrics.get("retrieval"):  # without it no answer is "nothing"
-        table = table.drop(columns=['says "nothing"', 'wrongly "nothing"'], errors="ignore")
+        of_nothing = [column for column in table if "nothing" in column]
+        table = table.drop(columns=of_nothing)
     return table.fillna("–").set_index(["questions", "model"])
 
 
@@ -97,23 +118,31 @@ def reasons_table(reasons: Mapping[str, str]) -> dict[str, str]:
 def difference_line(name: str, entry: dict) -> dict[str, str]:
     """A difference as texts: the logarithm of a perplexity as a ratio, a rate in points."""
     value, ci95 = entry["difference"], entry["ci95"]
-    form = "+.1f"
     if "log_perplexity" in name:
-        name = name.replace("log_perplexity", "perplexity ratio")
         # the ratio of two perplexities is easier to read than the difference of their logarithms
-        value, form = math.exp(value), ".4f"
-        ci95 = None if ci95 is None else np.exp(ci95)
-    elif name.casefold().endswith("chrf"):
-        name = f"{name[:-4]}chrF"
-    elif name != "mean_new_tokens":
-        name = f"{name}, points"
-        value, form = 100 * value, "+.0f"
-        ci95 = None if ci95 is None else [100 * limit for limit in ci95]
-    return {
-        "figure": name.replace("_", " "),
-        "difference": with_interval(value, ci95, form),
-        "is it one?": "yes" if entry["significant"] else "cannot be told",
-    }
+        text = with_interval(math.exp(value), None if ci95 is None else np.exp(ci95), ".4f")
+    elif name == "mean_new_tokens" or name.casefold().endswith("chrf"):
+        text = with_interval(value, ci95, "+.1f")
+    else:
+        points = None if ci95 is None else [100 * limit for limit in ci95]
+        text = f"{with_interval(100 * value, points, '+.0f')} points"
+    shown = FIGURES_COMPARED.get(name, name).replace("_", " ")
+    return {"figure": shown, "difference": text, "result": result_of(name, entry)}
+
+
+def result_of(name: str, entry: dict) -> str:
+    """What a difference says in words: is the first model better or worse?
+
+    Of figures where neither more nor less is better, it says which of the two it is.
+    """
+    if not entry["significant"]:
+        return NO_DIFFERENCE
+    more = entry["difference"] > 0
+    if name in NEITHER_IS_BETTER:
+        more_of_it, less_of_it = NEITHER_IS_BETTER[name]
+        return more_of_it if more else less_of_it
+    lower_is_better = "log_perplexity" in name or name.endswith("offers_remedy")
+    return "better" if more != lower_is_better else "worse"
 
 
 def differences_table(differences: dict) -> pd.DataFrame:
@@ -135,7 +164,11 @@ def all_differences(metrics: dict) -> pd.DataFrame:
         for part, figures in content.items():
             for name, entry in figures.items():
                 of_pair[f"{PARTS[part]}: {names.get(name, name)}"] = entry
-        differences[pair] = of_pair | entries
+        for name, entry in entries.items():
+            # with context_rows, training teaches the model not to give these answers
+            left_out = name == "log_perplexity" and metrics.get("retrieval")
+            of_pair[WITHOUT_ROWS if left_out else name] = entry
+        differences[pair] = of_pair
     return differences_table(differences)
 
 
@@ -214,10 +247,11 @@ def question_columns(line: dict) -> dict[str, str]:
     question = line["asked"]
     if line.get("rows"):
         best = line["rows"][0]
-        question += f"\n\n[most similar row: “{best['question']}”, {best['score']:.2f}]"
+        similarity = f"similarity {best['score']:.2f}"
+        question += f"\n\n[most similar row: “{best['question']}”, {similarity}]"
     answer = references_shown(line["references"])
     if not line.get("answerable", True):
-        answer = f"[kept out of the index: “nothing” is right]\n{answer}"
+        answer = f"[its rows are left out here, so “nothing” is right]\n{answer}"
     return {"question": question, IN_TABLE: answer}
 
 
@@ -225,8 +259,10 @@ def references_shown(references: Sequence[str]) -> str:
     """The first answer of the table to a question, and how many others it has."""
     answer = as_shown(references[0])
     more = len(references) - 1
-    if more:
-        answer += f"\n\n[or {more} other answer{'s' if more > 1 else ''} of the table]"
+    if more == 1:
+        answer += "\n\n[the table has another answer, which is right, too]"
+    elif more > 1:
+        answer += f"\n\n[the table has {more} other answers, which are right, too]"
     return answer
 
 
@@ -248,7 +284,7 @@ def samples_table(folder: Path, disclaimer: str, of_each: int = 3) -> HTML:
 
 def judged_answer(line: dict) -> str:
     """An answer of `answers.jsonl` as it is shown."""
-    cut = "" if line.get("stopped", True) else " … [cut: max_new_tokens]"
+    cut = "" if line.get("stopped", True) else " … [cut after max_new_tokens]"
     return f"{OUTCOMES[line['outcome']]}\n{as_shown(line['answer'])}{cut}"
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 PARTS = {  # the sets of questions that notebook 4 asks, and how tables and plots call them
     "reworded": "reworded questions",
     "table": "the table's own questions",
-    "added": "rows added after training",
+    "added": "questions on rows added after training",
     "new": "new questions",
 }
 COLUMNS = {  # of the table of figures: where each stands in the entry of a model, and its format
@@ -26,7 +26,7 @@ CONTENT_COLUMNS = {  # of the table of content: a figure of `content`, and its f
     "right": ("right", ".0%"),
     "wrong": ("wrong", ".0%"),
     'says "nothing"': ("nothing", ".0%"),
-    'wrongly "nothing"': ("false_nothing", ".0%"),
+    'says "nothing", but the table has it': ("false_nothing", ".0%"),
     "copied from a row": ("copied", ".0%"),
     "word for word": ("exact_match", ".0%"),
     "right item": ("right_item", ".0%"),
