@@ -104,7 +104,6 @@ from tabletune.evaluation.scoring import score
 from tabletune.evaluation.trained_run import open_trained_run
 from tabletune.report import baselines as report
 from tabletune.report.pages import read_lines
-from tabletune.report.tables import side_by_side
 from tabletune.run.stage import start_stage
 
 stage = start_stage("05_baselines", globals())
@@ -122,8 +121,6 @@ trained = open_trained_run(run, run_dir, base_model, with_merged=False, indexes=
 done = stage.is_done(trained.inputs, ["baselines/metrics.json"])
 
 # %%
-import pandas as pd
-
 sets = question_sets(trained.splits, baseline_samples)
 questions = baselines.all_questions(sets)
 report.questions_table(questions)
@@ -159,10 +156,12 @@ print(question, "→", rows[shared.index(max(shared))].question)
 # to it. Only rows of the training split are searched.
 
 # %%
+import pandas as pd
+
 context = load_context(run, unknown_threshold=unknown_threshold)
 index = context.index if context else RowIndex.build(rows)
 hits = index.search(sets["reworded"][0]["asked"], 3)
-similar = [(hit.row.question, round(hit.score, 2)) for hit in hits]
+similar = [(hit.row.question, f"{hit.score:.2f}") for hit in hits]
 pd.DataFrame(similar, columns=["question", "similarity"])
 
 # %% [markdown]
@@ -312,10 +311,8 @@ report.training_table(metrics)
 # own answer.
 
 # %%
-answered = pd.DataFrame(read_lines(folder / "answers.jsonl")).query("part == 'reworded'")
-some = answered.pivot_table("answer", "way", "question", "first", sort=False).iloc[:, :2]
-some.loc["the table"] = answered.groupby("question")["references"].first().str[0]
-side_by_side(some.reset_index().to_dict("list"), len(some), trained.disclaimer(disclaimer))
+lines = read_lines(folder / "answers.jsonl")
+report.answers_of_ways(lines, trained.disclaimer(disclaimer))
 
 # %% [markdown]
 # Two things to try: `baseline_samples = 50`, for narrower intervals; `context_rows = 3` in notebook

@@ -113,5 +113,5 @@ def test_the_reader_sees_both_errors_and_how_to_move_the_threshold(said, tmp_pat
     assert (
         table[f"with the model: {LACKS}"].tolist() == expected[f"with the model: {LACKS}"].tolist()
     )
-    assert "the 2 questions above whose answer is in the index and the 3 whose" in counts
+    assert "the questions above: 2 whose answer is in the index, and 3 whose" in counts
     assert "set `unknown_threshold` above" in advice

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
-from IPython.display import Markdown
+from IPython.display import HTML, Markdown
 
+from tabletune.report.tables import as_shown, side_by_side
 from tabletune.report.text import PARTS, with_interval
 
 if TYPE_CHECKING:
@@ -83,6 +84,18 @@ def training_table(metrics: Mapping) -> pd.DataFrame:
             line[PARTS[part]] = text if entry["significant"] else f"{text}, may be chance"
         lines[f"{trained} against {other}"] = line
     return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def answers_of_ways(lines: Sequence[Mapping], disclaimer: str, most: int = 2) -> HTML:
+    """The first `most` reworded questions, what each way answers, and the table's own answer.
+
+    `lines` are those of `baselines/answers.jsonl`.
+    """
+    answered = pd.DataFrame(lines).query("part == 'reworded'")
+    shown = answered.pivot_table("answer", "way", "question", "first", sort=False).iloc[:, :most]
+    shown.loc["the table"] = answered.groupby("question")["references"].first().str[0]
+    shown = shown.map(as_shown).reset_index()
+    return side_by_side(shown.to_dict("list"), len(shown), disclaimer)
 
 
 def plot_baselines(metrics: Mapping) -> "Figure":
