@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tabletune.data.calibration import MOST_THRESHOLD, calibrate
 from tabletune.data.context import ContextSettings, TableContext
 from tabletune.data.english import FUNCTION_WORDS
-from tabletune.data.lookup import CONTEXT_TEMPLATE, lookup_text
+from tabletune.data.lookup import CONTEXT_TEMPLATE, MOST_CONTEXT_ROWS, lookup_text
 from tabletune.data.retrieval import RowIndex, TableRow
 from tabletune.data.splits import SPLITS, assign_splits, question_id, question_key, split_position
 from tabletune.data.training_prompts import (
@@ -22,6 +22,7 @@ from tabletune.data.training_prompts import (
     practice_prompts,
     read_practice,
 )
+from tabletune.run.parameters import PARAMETERS
 
 NOTHING = "The table has nothing on that."
 WORDS = ["red", "green", "cold", "tea", "nose", "dry", "tired", "feet", "hair", "open", "shop"]
@@ -302,3 +303,22 @@ def test_prompts_that_are_too_long_lose_turns_then_rows(tokenizer):
     assert len(example["prompt"]) == 1
     assert prompt.turns[0].answer in {row.answer for row in prompt.rows}
     assert SimpleNamespace(**example).group == prompt.question_id
+
+
+def test_a_context_has_no_more_rows_than_one_in_use():
+    rows = [TableRow(f"tea {n}", f"a{n}", str(n)) for n in range(3 * MOST_CONTEXT_ROWS)]
+    maker = maker_of(rows, characters=10_000)
+    assert len(maker.context_of(0)) == MOST_CONTEXT_ROWS
+    assert len(maker.context.hits("tea 0")) == MOST_CONTEXT_ROWS
+
+
+def test_the_defaults_are_those_of_notebook_1():
+    options = PromptOptions()
+    parameters = PARAMETERS["01_format_dataset"]
+    assert vars(options) == {name: parameters[name] for name in vars(options)}
+
+
+def test_without_rows_of_their_own_all_questions_are_missing():
+    prompts = list(maker_of(numbered(), PromptOptions(0.0, 2)).prompts())
+    assert len(prompts) == 40
+    assert {turn.kind for prompt in prompts for turn in prompt.turns} == {"missing"}

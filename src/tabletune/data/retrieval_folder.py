@@ -26,6 +26,7 @@ from tabletune.data.training_prompts import (
     PromptMaker,
     PromptOptions,
     TrainingPrompt,
+    TrainingRow,
     Turn,
     practice_prompts,
     training_rows,
@@ -194,22 +195,22 @@ class PromptWriter:
         maker.random.shuffle(order)
         for place in order[:hits]:
             row = maker.rows[place]
-            question = maker.reword(row.row.question, maker.random)
+            question = maker.reword(row.table_row.question, maker.random)
             yield self.validation_prompt(row, question, row.answer)
         new = training_rows(validation)
         maker.random.shuffle(new)
         for row in new[: number - hits]:
-            answerable = self.context.has_answer([row.row.answer])
+            answerable = self.context.has_answer([row.table_row.answer])
             answer = row.answer
             if not answerable:
                 answer = self.context.settings.unknown_answer or row.answer
-            yield self.validation_prompt(row, row.row.question, answer)
+            yield self.validation_prompt(row, row.table_row.question, answer)
 
-    def validation_prompt(self, row: Any, question: str, answer: str) -> TrainingPrompt:
+    def validation_prompt(self, row: TrainingRow, question: str, answer: str) -> TrainingPrompt:
         """A question as it is put to the model in use: its rows are what the lookup finds."""
         rows = [hit.row for hit in self.context.hits(question)]
-        history = [{"role": role, "content": text} for role, text in row.history]
-        return TrainingPrompt(history, rows, [Turn(question, answer, "")], row.row.question_id)
+        turns = [Turn(question, answer, "")]
+        return TrainingPrompt(row.history_messages(), rows, turns, row.table_row.question_id)
 
     def examples(
         self, prompts: Iterable[TrainingPrompt], most_tokens: float = 0, count: bool = True

@@ -1,5 +1,4 @@
-"""Training prompts with rows of the table in them: conversations that teach to answer from rows, or
-to refuse.
+"""Training prompts with rows of the table in them: they teach to answer from rows, or to refuse.
 
 One context serves several questions: the first turn has the rows, and the turns after it ask on.
 That costs a third of the tokens of one prompt a question. For some questions the context has the
@@ -18,12 +17,15 @@ import numpy as np
 
 from tabletune.data.context import TableContext
 from tabletune.data.lookup import MOST_CONTEXT_ROWS, answer_without_thoughts, lookup_text
-from tabletune.data.retrieval import TableRow
+from tabletune.data.retrieval import Hit, TableRow
 from tabletune.data.rewording import Rewording, same_answer
 
 Message = dict[str, str]
 MOST_HITS = 4  # questions of one context that it answers
 OTHER_WORDING_SHARE = 0.5  # of the questions whose answer stands in the context under another one
+# how many of the most similar rows are looked at: many of them share a question or an answer, and a
+# context shows each of these once
+CANDIDATES = 3 * MOST_CONTEXT_ROWS
 PRACTICE_OTHER_SHARE = 0.75
 PRACTICE_REWORDED_SHARE = 0.25
 PRACTICE_QUESTIONS = 3  # of one context that it answers
@@ -32,9 +34,9 @@ PRACTICE_MISSING = 2  # and that it does not answer
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How training prompts are made: the parameters of notebook 1 of the same names."""
+    """How training prompts are made: parameters of notebook 1, with its names and defaults."""
 
-    context_hit_rate: float = 0.75
+    context_hit_rate: float = 0.6
     copies: float = 1.0
     reworded_share: float = 0.5
     practice_prompts: int = 0
@@ -43,8 +45,9 @@ class PromptOptions:
 
 @dataclass
 class Turn:
-    """A question, its answer, and what it teaches: "own row", "other wording", "missing" or
-    "practice".
+    """A question, its answer, and what it teaches.
+
+    `kind` is "own row", "other wording", "missing" or "practice".
     """
 
     question: str
@@ -54,8 +57,9 @@ class Turn:
 
 @dataclass
 class TrainingPrompt:
-    """A conversation about one context: the messages before it, its rows in the order shown, and
-    its turns.
+    """A conversation about one context.
+
+    The messages before it, its rows in the order shown, and its turns.
     """
 
     history: list[Message]
@@ -77,13 +81,27 @@ class TrainingPrompt:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A row to make prompts of: as it is looked up, its answer in full, and the messages before
-    its question.
+    """A row to make prompts of.
+
+    `table_row` is the row as it is looked up, `answer` its answer in full, thoughts included, and
+    `history` has the messages before its question, (role, text) each.
     """
 
-    row: TableRow
+    table_row: TableRow
     answer: str
     history: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def has_earlier_turns(self) -> bool:
+        """Whether the question is not the first of its conversation.
+
+        Such a question cannot share a context with others.
+        """
+        return any(role != "system" for role, _ in self.history)
+
+    def history_messages(self) -> list[Message]:
+        """The history as messages."""
+        return [{"role": role, "content": text} for role, text in self.history]
 
 
 def training_rows(rows: Iterable[dict[str, Any]]) -> list[TrainingRow]:
@@ -93,18 +111,21 @@ def training_rows(rows: Iterable[dict[str, Any]]) -> list[TrainingRow]:
         users = [place for place, turn in enumerate(row["prompt"]) if turn["role"] == "user"]
         if not users:
             continue
+        last = users[-1]
         answer = row["completion"][0]["content"]
         shown = answer_without_thoughts(answer)
-        question = row["prompt"][users[-1]]["content"]
-        history = tuple((turn["role"], turn["content"]) for turn in row["prompt"][: users[-1]])
-        result.append(TrainingRow(TableRow(question, shown, row["group"]), answer, history))
+        table_row = TableRow(row["prompt"][last]["content"], shown, row["group"])
+        history = tuple((turn["role"], turn["content"]) for turn in row["prompt"][:last])
+        result.append(TrainingRow(table_row, answer, history))
     return result
 
 
 @dataclass
 class PromptMaker:
-    """Makes training prompts of the rows of a context's index (evaluation: those of the train
-    split).
+    """Makes training prompts of the rows of a context's index.
+
+    For evaluation these are the rows of the train split. A *place* is the number of a row in
+    `rows`, and a *lap* is one pass over all rows.
     """
 
     context: TableContext
@@ -114,135 +135,190 @@ class PromptMaker:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.options.seed)
-        self.reword = Rewording([row.row.question for row in self.rows], "training")
-        self.ids = np.array([row.row.question_id for row in self.rows])  # [rows]
-        self.answers = np.array([lookup_text(row.row.answer) for row in self.rows])  # [rows]
-        self.paraphrases = same_answer([row.row for row in self.rows])
+        table_rows = [row.table_row for row in self.rows]
+        self.reword = Rewording([row.question for row in table_rows], "training")
+        self.ids = np.array([row.question_id for row in table_rows])  # [rows]
+        self.answers = np.array([lookup_text(row.answer) for row in table_rows])  # [rows]
+        self.paraphrases = same_answer(table_rows)
         self.unknown = self.context.settings.unknown_answer
 
     def prompts(self) -> Iterator[TrainingPrompt]:
-        """Yield the prompts of the table: each row is asked `copies` times."""
-        times_asked: Counter[int] = Counter()
+        """Yield the prompts of the table: each row is asked `copies` times.
+
+        With a `context_hit_rate` of 0 no question has its row in the context: then each row makes
+        `copies` contexts, and rows that are similar to it are asked.
+        """
+        times_asked: Counter[int] = Counter()  # {place: times}
         for lap, place in self.order():
+            # a row that was asked in this lap beside another one has had its turn
             if times_asked[place] <= lap:
                 yield self.prompt(place, times_asked, lap)
 
     def order(self) -> Iterator[tuple[int, int]]:
-        """Yield (lap, place of a row): all rows in a random order, again and again, `copies`
-        times in all.
+        """Yield (lap, place of a row): all rows in a random order, again and again.
+
+        `copies` times in all, which may be a fraction.
         """
         total = round(self.options.copies * len(self.rows))
-        for lap in range(-(-total // max(1, len(self.rows)))):
+        laps = -(-total // max(1, len(self.rows)))  # rounded up
+        for lap in range(laps):
             places = list(range(len(self.rows)))
             self.random.shuffle(places)
             for place in places[: total - lap * len(self.rows)]:
                 yield lap, place
 
-    def prompt(self, place: int, times_asked: Counter, lap: int) -> TrainingPrompt:
-        """A conversation about a row and the rows most like it; counts in `times_asked`
-        which rows it asks for.
+    # --- one prompt
+
+    def prompt(self, place: int, times_asked: Counter[int], lap: int) -> TrainingPrompt:
+        """A conversation about a row; counts in `times_asked` which rows it asks for."""
+        if self.rows[place].has_earlier_turns:
+            times_asked[place] += 1
+            return self.prompt_with_history(place)
+        return self.shared_prompt(place, times_asked, lap)
+
+    def prompt_with_history(self, place: int) -> TrainingPrompt:
+        """A conversation that ends with a row's own question.
+
+        Its context has the row in `context_hit_rate` of all cases.
         """
-        first = self.rows[place]
-        shown = self.context_of(place)
-        hits = [place]
-        if not self.has_turns_before(first):
-            neighbours = [
-                other
-                for other in shown[1:]
-                if times_asked[other] <= lap and not self.has_turns_before(self.rows[other])
-            ]
-            hits += self.random.sample(neighbours, min(MOST_HITS - 1, len(neighbours)))
-        turns = []
-        rate = self.options.context_hit_rate
-        if rate == 0:
-            hits = []
-        for hit in hits:
-            times_asked[hit] += 1
-            turns.append(self.known_turn(self.rows[hit]))
-        missing_wanted = (1 - rate) / rate * len(hits) if rate else 1
-        missing_number = int(missing_wanted)
-        missing_number += self.random.random() < missing_wanted - missing_number
-        alone = self.has_turns_before(first)
-        if alone and turns and self.random.random() >= rate:
+        if self.random.random() >= self.options.context_hit_rate:
             return self.missing_prompt(place)
-        if not alone:
-            missing = self.missing_rows(place, shown)
-            self.random.shuffle(missing)
-            turns += [self.missing_turn(self.rows[other]) for other in missing[:missing_number]]
+        return self.new_prompt(place, self.context_of(place), [self.known_turn(self.rows[place])])
+
+    def shared_prompt(self, place: int, times_asked: Counter[int], lap: int) -> TrainingPrompt:
+        """A conversation about a row and the rows most like it, several of which are asked for.
+
+        Questions without their row are added, so that `context_hit_rate` of all have it.
+        """
+        shown = self.context_of(place)
+        answered: list[int] = []
+        if self.options.context_hit_rate > 0:
+            answered = self.rows_to_ask(shown, times_asked, lap)
+        turns = []
+        for other in answered:
+            times_asked[other] += 1
+            turns.append(self.known_turn(self.rows[other]))
+        unanswered = self.number_of_missing(len(answered))
+        missing = self.missing_rows(place, shown)
+        self.random.shuffle(missing)
+        turns += [self.missing_turn(self.rows[other]) for other in missing[:unanswered]]
         if not turns:
             return self.missing_prompt(place)
         self.random.shuffle(turns)
-        rows = [self.rows[other].row for other in shown]
-        self.random.shuffle(rows)
-        history = [{"role": role, "content": text} for role, text in first.history]
-        return TrainingPrompt(history, rows, turns, first.row.question_id)
+        return self.new_prompt(place, shown, turns)
 
     def missing_prompt(self, place: int) -> TrainingPrompt:
-        """A conversation of one question whose rows are not in the context."""
-        first = self.rows[place]
-        rows = [
-            hit.row for hit in self.context.choose(self.neighbours(first.row.question, [place]))
-        ]
+        """A conversation of one question whose row is not in the context."""
+        row = self.rows[place]
+        hits = self.context.choose(self.hits_without(place))
+        rows = [hit.row for hit in hits]
         self.random.shuffle(rows)
-        history = [{"role": role, "content": text} for role, text in first.history]
-        return TrainingPrompt(history, rows, [self.missing_turn(first)], first.row.question_id)
+        turns = [self.missing_turn(row)]
+        return TrainingPrompt(row.history_messages(), rows, turns, row.table_row.question_id)
+
+    def new_prompt(self, place: int, shown: list[int], turns: list[Turn]) -> TrainingPrompt:
+        """A conversation with the history of a row, and the rows at `shown` in a random order."""
+        row = self.rows[place]
+        rows = [self.rows[other].table_row for other in shown]
+        self.random.shuffle(rows)
+        return TrainingPrompt(row.history_messages(), rows, turns, row.table_row.question_id)
+
+    # --- which rows
 
     def context_of(self, place: int) -> list[int]:
-        """The places of the rows of a context: a row, and the most similar ones, each of another
-        question.
+        """The places of the rows of a context: a row, and the most similar ones.
 
-        `lookup.choose_rows` chooses them in use, with the same limits. There, several rows of one
-        question may stand together; here only one does, so that it is clear which answer is meant.
+        At least `context_rows` rows, and more while they fit into `context_characters`, up to
+        MOST_CONTEXT_ROWS: the limits of `lookup.choose_rows`, which chooses them in use. There,
+        several rows of one question may stand together; here only one does, so that it is clear
+        which answer is meant.
         """
+        settings = self.context.settings
         shown = [place]
         characters = self.length(place)
-        settings = self.context.settings
-        for other in self.most_similar(self.rows[place].row.question):
-            if self.ids[other] in self.ids[shown] or self.answers[other] in self.answers[shown]:
+        for other in self.most_similar(place):
+            if len(shown) == MOST_CONTEXT_ROWS:
+                break
+            if self.is_like_one_of(other, shown):
                 continue
-            longer = characters + self.length(other) > settings.context_characters
-            if len(shown) >= settings.context_rows and longer:
+            characters += self.length(other)
+            if len(shown) >= settings.context_rows and characters > settings.context_characters:
                 break
             shown.append(other)
-            characters += self.length(other)
         return shown
 
+    def rows_to_ask(self, shown: list[int], times_asked: Counter[int], lap: int) -> list[int]:
+        """The rows of a context that it is asked for: its first row, and some of the others.
+
+        The others were not yet asked in this lap, and have no conversation of their own.
+        """
+        others = []
+        for other in shown[1:]:
+            if times_asked[other] <= lap and not self.rows[other].has_earlier_turns:
+                others.append(other)
+        return [shown[0], *self.random.sample(others, min(MOST_HITS - 1, len(others)))]
+
+    def number_of_missing(self, answered: int) -> int:
+        """How many questions without their row go with `answered` questions that have it.
+
+        On average so many that `context_hit_rate` of all questions have it; one if none has it.
+        """
+        rate = self.options.context_hit_rate
+        if rate == 0:
+            return 1
+        expected = (1 - rate) / rate * answered
+        number = int(expected)
+        # the fraction is the probability of one more
+        if self.random.random() < expected - number:
+            number += 1
+        return number
+
     def missing_rows(self, place: int, shown: list[int]) -> list[int]:
-        """The places of similar rows whose questions a context does not answer, not even in
-        other words.
+        """The places of similar rows whose questions a context does not answer.
+
+        Not even in other words.
         """
         missing: list[int] = []
-        for other in self.most_similar(self.rows[place].row.question):
-            if self.ids[other] in self.ids[shown] or self.answers[other] in self.answers[shown]:
-                continue
-            if self.ids[other] not in self.ids[missing] and not self.has_turns_before(
-                self.rows[other]
-            ):
-                missing.append(other)
+        for other in self.most_similar(place):
             if len(missing) == 2 * MOST_HITS:
                 break
+            if self.is_like_one_of(other, shown) or self.ids[other] in self.ids[missing]:
+                continue
+            if not self.rows[other].has_earlier_turns:
+                missing.append(other)
         return missing
 
-    def most_similar(self, question: str) -> list[int]:
-        """The places of the rows with the most similar questions, best first."""
-        scores = self.context.index.scores(question)
-        order = np.argsort(-np.round(scores, 6), kind="stable")
-        return order[: 3 * MOST_CONTEXT_ROWS].tolist()
+    def is_like_one_of(self, place: int, places: list[int]) -> bool:
+        """Whether a row has the question or the answer of one of the rows at `places`."""
+        same_question = self.ids[place] in self.ids[places]
+        return same_question or self.answers[place] in self.answers[places]
 
-    def neighbours(self, question: str, places: list[int]) -> list[Any]:
-        """Hits for a question, none of the questions, and none with the answers, of the rows at
-        `places`.
-        """
-        excluded = np.isin(self.ids, self.ids[places])
-        excluded |= np.isin(self.answers, self.answers[places])
+    def most_similar(self, place: int) -> list[int]:
+        """The places of the rows whose questions are most similar to that of a row, best first."""
+        scores = self.context.index.scores(self.rows[place].table_row.question)  # [rows]
+        order = np.argsort(-np.round(scores, 6), kind="stable")
+        return order[:CANDIDATES].tolist()
+
+    def hits_without(self, place: int) -> list[Hit]:
+        """The most similar rows to a row, without those of its question or with its answer."""
+        excluded = (self.ids == self.ids[place]) | (self.answers == self.answers[place])  # [rows]
         index = self.context.index
-        return index.best(index.scores(question), MOST_CONTEXT_ROWS, excluded)
+        scores = index.scores(self.rows[place].table_row.question)
+        return index.best(scores, MOST_CONTEXT_ROWS, excluded)
+
+    def length(self, place: int) -> int:
+        """The characters of a row in a prompt."""
+        row = self.rows[place].table_row
+        return len(row.question) + len(row.answer)
+
+    # --- which words
 
     def known_turn(self, training_row: TrainingRow) -> Turn:
-        """A question that the context answers: the row's own, reworded or not, or another with
-        the same answer.
+        """A question that the context answers.
+
+        The row's own, reworded or not, or another with the same answer.
         """
-        row = training_row.row
+        row = training_row.table_row
         wordings = [
             other.question
             for other in self.paraphrases.get(lookup_text(row.answer), [])
@@ -253,9 +329,12 @@ class PromptMaker:
         return Turn(self.worded(row), training_row.answer, "own row")
 
     def missing_turn(self, training_row: TrainingRow) -> Turn:
-        """A question that the context does not answer."""
+        """A question that the context does not answer.
+
+        Without an `unknown_answer` the model learns the row's own answer.
+        """
         answer = self.unknown or training_row.answer
-        return Turn(self.worded(training_row.row), answer, "missing")
+        return Turn(self.worded(training_row.table_row), answer, "missing")
 
     def worded(self, row: TableRow) -> str:
         """A row's question, as it stands or in other words."""
@@ -266,26 +345,15 @@ class PromptMaker:
             return self.random.choice(list(readers_wordings))
         return self.reword(row.question, self.random)
 
-    def length(self, place: int) -> int:
-        """The characters of a row in a prompt."""
-        row = self.rows[place].row
-        return len(row.question) + len(row.answer)
-
-    @staticmethod
-    def has_turns_before(row: TrainingRow) -> bool:
-        """Whether a row's question is not the first of its conversation, so that it cannot share
-        a context.
-        """
-        return any(role != "system" for role, _ in row.history)
-
 
 # --- practice: tables of other fields that the package brings
 
 
 @dataclass
 class PracticeTable:
-    """A small made-up table: facts as (answer, wordings of its question), and questions that it
-    does not answer.
+    """A small made-up table.
+
+    `facts` are (answer, wordings of its question); `unknown` are questions that it does not answer.
     """
 
     facts: list[tuple[str, list[str]]] = field(default_factory=list)
@@ -293,7 +361,11 @@ class PracticeTable:
 
 
 def read_practice() -> list[PracticeTable]:
-    """The practice tables of the package."""
+    """The practice tables of the package.
+
+    In practice.txt, a line with # begins a table, one with = is an answer, the lines below it are
+    wordings of its question, and one with ? is a question that the table does not answer.
+    """
     file = resources.files("tabletune") / "resources/texts/practice.txt"
     tables: list[PracticeTable] = []
     for line in file.read_text("utf-8").splitlines():
@@ -312,37 +384,63 @@ def read_practice() -> list[PracticeTable]:
 def practice_prompts(
     context: TableContext, options: PromptOptions, system: Sequence[Message] = ()
 ) -> Iterator[TrainingPrompt]:
-    """Yield prompts about the practice tables: paraphrases to be answered from rows, and questions
-    to refuse.
+    """Yield prompts about the practice tables.
 
-    They teach to match by meaning, which a table with one wording for each question cannot. Without
-    `unknown_answer` there are only questions that the rows answer.
+    They have paraphrases to be answered from rows, and questions to refuse. They teach to match by
+    meaning, which a table with one wording for each question cannot. Without `unknown_answer` there
+    are only questions that the rows answer.
     """
-    random_numbers = random.Random(f"practice {options.seed}")
-    tables = read_practice()
-    every = [text for table in tables for _, texts in table.facts for text in texts]
-    reword = Rewording(every, "training")
-    unknown = context.settings.unknown_answer
+    maker = PracticeMaker(context, options.seed)
     for _ in range(options.practice_prompts):
-        table = random_numbers.choice(tables)
-        facts = random_numbers.sample(table.facts, len(table.facts))
-        size = min(max(1, context.settings.context_rows), len(facts) - 1)
-        rows = [TableRow(random_numbers.choice(texts), text, "") for text, texts in facts[:size]]
-        answerable = []
-        for (answer, texts), row in zip(facts, rows, strict=False):
-            neighbours = [text for text in texts if text != row.question]
+        yield maker.prompt([dict(turn) for turn in system])
+
+
+class PracticeMaker:
+    """Draws prompts about the practice tables."""
+
+    def __init__(self, context: TableContext, seed: int) -> None:
+        self.settings = context.settings
+        self.random = random.Random(f"practice {seed}")
+        self.tables = read_practice()
+        questions: list[str] = []
+        for table in self.tables:
+            for _, wordings in table.facts:
+                questions += wordings
+        self.reword = Rewording(questions, "training")
+
+    def prompt(self, history: list[Message]) -> TrainingPrompt:
+        """A conversation about some facts of one table."""
+        table = self.random.choice(self.tables)
+        facts = self.random.sample(table.facts, len(table.facts))
+        # at least one fact is not shown, so that there is something of the table to refuse
+        size = min(max(1, self.settings.context_rows), len(facts) - 1)
+        shown, hidden = facts[:size], facts[size:]
+        rows = [TableRow(self.random.choice(wordings), text, "") for text, wordings in shown]
+        turns = self.answered_turns(shown, rows)
+        if self.settings.unknown_answer:
+            turns += self.refused_turns(hidden, table.unknown)
+        self.random.shuffle(turns)
+        self.random.shuffle(rows)
+        return TrainingPrompt(history, rows, turns, "practice")
+
+    def answered_turns(
+        self, facts: list[tuple[str, list[str]]], rows: list[TableRow]
+    ) -> list[Turn]:
+        """Questions that the rows answer, mostly in other words than the row has."""
+        turns = []
+        for (answer, wordings), row in zip(facts, rows, strict=True):
+            other_wordings = [text for text in wordings if text != row.question]
             question = row.question
-            if random_numbers.random() < PRACTICE_OTHER_SHARE:
-                question = random_numbers.choice(neighbours)
-            if random_numbers.random() < PRACTICE_REWORDED_SHARE:
-                question = reword(question, random_numbers)
-            answerable.append(Turn(question, answer, "practice"))
-        turns = random_numbers.sample(answerable, min(PRACTICE_QUESTIONS, len(answerable)))
-        if unknown:
-            missing = [random_numbers.choice(texts) for _, texts in facts[size:]]
-            missing += random_numbers.sample(table.unknown, PRACTICE_MISSING)
-            picked = random_numbers.sample(missing, min(PRACTICE_MISSING, len(missing)))
-            turns += [Turn(question, unknown, "practice") for question in picked]
-        random_numbers.shuffle(turns)
-        random_numbers.shuffle(rows)
-        yield TrainingPrompt([dict(turn) for turn in system], rows, turns, "practice")
+            if self.random.random() < PRACTICE_OTHER_SHARE:
+                question = self.random.choice(other_wordings)
+            if self.random.random() < PRACTICE_REWORDED_SHARE:
+                question = self.reword(question, self.random)
+            turns.append(Turn(question, answer, "practice"))
+        return self.random.sample(turns, min(PRACTICE_QUESTIONS, len(turns)))
+
+    def refused_turns(self, hidden: list[tuple[str, list[str]]], unknown: list[str]) -> list[Turn]:
+        """Questions to refuse: of facts that are not shown, and of what the table never had."""
+        questions = [self.random.choice(wordings) for _, wordings in hidden]
+        questions += self.random.sample(unknown, PRACTICE_MISSING)
+        picked = self.random.sample(questions, min(PRACTICE_MISSING, len(questions)))
+        return [Turn(question, self.settings.unknown_answer, "practice") for question in picked]
