@@ -121,6 +121,14 @@ def test_two_columns_for_one_field_are_refused(tmp_path, columns, claimed):
         formatted(tmp_path, jsonl(tmp_path, *rows))
 
 
+def test_a_conversation_beside_a_pair_of_turns_is_refused_by_its_name(tmp_path):
+    rows = [{"prompt": TURNS[:1], "completion": TURNS[1:2], "dialog": TURNS} for _ in range(5)]
+    with pytest.raises(StageError, match="'dialog' holds conversations, too"):
+        formatted(tmp_path, jsonl(tmp_path, *rows))
+    for columns in ({"question": "prompt", "answer": "completion"}, {"messages": "dialog"}):
+        assert shape_of(tmp_path, *rows, columns=columns).name
+
+
 def test_two_columns_of_conversations_are_refused(tmp_path):
     rows = [{"messages": TURNS, "dialog": TURNS} for _ in range(5)]
     with pytest.raises(StageError, match="'messages' and 'dialog' could each be the messages"):

@@ -4,15 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from tabletune.data.cells import cell_text, is_empty
-from tabletune.data.conversation_shape import Shape
 from tabletune.data.rendered import turns_of_rendered_text, unread_marker
-from tabletune.data.shape_advice import advice, headless_hint, shown_columns
 from tabletune.data.tables import Table, value_at
 from tabletune.data.turns import ROLE_KEYS, turns_in
 from tabletune.data.vocabulary import ROLES, WORDS
 from tabletune.errors import StageError
-
-NEEDED: dict[str, str] = WORDS["shapes"]
 
 
 class ColumnMatcher:
@@ -29,18 +25,23 @@ class ColumnMatcher:
         for name, column in (columns or {column: column for column in table.columns}).items():
             self.names.setdefault(name.strip().casefold(), []).append(column)
         self.rejected = self.candidates(WORDS["preferences"]["rejected"])
-        self.chosen = self.candidates(WORDS["preferences"]["chosen"])
-        looked_at = list(columns.values())
-        if not columns:
-            # a rejected answer is not learned, and a system text or a history is no conversation to
-            # learn
-            never_chats = self.rejected + self.candidates(WORDS["columns"]["system"])
-            if self.claims("question") and self.claims("answer"):
-                never_chats += self.candidates(WORDS["columns"]["history"])
-            looked_at = [column for column in table.columns if column not in never_chats]
+        self.preferred = self.candidates(WORDS["preferences"]["chosen"])
         self.rendered: list[str] = []  # the columns whose conversations are rendered texts
-        kinds = {column: self.kind_of_conversation(column) for column in looked_at}
-        self.chats = {column: kind for column, kind in kinds.items() if kind}
+        self.chats: dict[str, str] = {}  # {column of conversations: its shape}
+        for column in list(columns.values()) or self.possible_chats():
+            kind = self.kind_of_conversation(column)
+            if kind:
+                self.chats[column] = kind
+
+    def possible_chats(self) -> list[str]:
+        """The columns whose conversations may be learned.
+
+        Not rejected answers, and neither a system text nor the history of a question.
+        """
+        never_chats = self.rejected + self.candidates(WORDS["columns"]["system"])
+        if self.claims("question") and self.claims("answer"):
+            never_chats += self.candidates(WORDS["columns"]["history"])
+        return [column for column in self.table.columns if column not in never_chats]
 
     def candidates(self, names: Iterable[str]) -> list[str]:
         """The columns that have one of these names."""
@@ -75,102 +76,17 @@ class ColumnMatcher:
             self.rendered.append(column)
         return "conversations" if "from" in conversations[0][0] else "messages"
 
-    def shape(self, shape_name: str) -> Shape:
-        """The shape of the table, or the `shape_name` one unless that is "auto".
-
-        Raises StageError.
-        """
-        chat = self.chat_column()
-        question, answer = self.question_and_answer()
-        both_lists = {question, answer} <= set(self.chats) and question is not None
-        text = self.first(self.candidates(WORDS["columns"]["text"]))
-        pair_shape_name = (
-            "prompt_completion" if question in self.names.get("prompt", []) else "instruction"
-        )
-        if shape_name == "auto":
-            if both_lists:
-                shape_name = pair_shape_name
-            elif chat:
-                shape_name = self.chats[chat]
-            elif question and answer:
-                shape_name = pair_shape_name
-            elif text and len(self.table.columns) == 1:
-                shape_name = "text"
-        if shape_name == "text" and text:
-            self.check_markers([text])
-            return Shape("text", {"text": text})
-        if shape_name in ("messages", "conversations") and chat:
-            # the columns of a preference are no rivals: which of them is learned is known
-            self.check_one_claim("messages", self.claims_of_chat())
-            shape = Shape(shape_name, {"chat": chat, **self.others(["system", "tools"])})
-            self.add_note_on_preferences(shape, chat)
-            self.add_preference_label(shape, question=None, answer=chat)
-            return shape
-        if shape_name in ("prompt_completion", "instruction") and question and answer:
-            self.check_claims()
-            if both_lists or answer in self.chats:
-                self.check_one_claim(
-                    "messages", [c for c in self.claims_of_chat() if c not in (question, answer)], 0
-                )
-                columns = {
-                    "question": question,
-                    "answer": answer,
-                    **self.others(["system", "tools"]),
-                }
-                shape = Shape(shape_name, columns)
-                self.add_note_on_preferences(shape, answer)
-                self.add_preference_label(shape, question, answer)
-                return shape
-            return self.pair_shape(shape_name, question, answer)
-        needs = "their shape is not recognized"
-        if shape_name != "auto":
-            needs = f"shape={shape_name} needs {NEEDED[shape_name]}"
-        raise StageError(
-            f"The table has the columns {shown_columns(self.table)}: {needs}. "
-            f"{advice(self.table, self.rejected)}{headless_hint(self.table)}"
-        )
-
-    def pair_shape(self, name: str, question: str, answer: str) -> Shape:
-        """The shape of a table with a question and an answer in each row."""
-        self.check_markers([question, answer])
-        columns = {"question": question, "answer": answer}
-        columns |= self.others(
-            ["context", "system", "tools", "history", "options"], taken=[question, answer]
-        )
-        shape = Shape(name, columns, "{question}", "{answer}", "answer")
-        if "options" in columns:
-            shape.question_template += "\n\n{options}"
-        if "context" in columns:
-            shape.question_template += "\n\n{context}"
-        self.add_note_on_preferences(shape, answer)
-        self.add_preference_label(shape, question, answer)
-        return shape
-
-    def add_note_on_preferences(self, shape: Shape, column: str) -> None:
-        """Say of a table of preferences which answers are learned."""
-        if column in self.chosen and self.rejected:
-            shape.notes.append(
-                f"a table of preferences: {column!r} is learned, {self.rejected[0]!r} is not"
-            )
-
-    def add_preference_label(self, shape: Shape, question: str | None, answer: str | None) -> None:
-        """Let a shape leave out the rows whose answer was rejected, and say so."""
-        label = self.preference_label(question, answer)
-        if label:
-            shape.columns["keep"] = label
-            shape.notes.append(
-                f"rows whose {label!r} is false are answers that were rejected: they are left out"
-            )
+    # --- the columns of the fields
 
     def chat_column(self) -> str | None:
         """The column of conversations: one with a usual name, else any.
 
         Of preferences, the chosen one.
         """
-        if self.rejected and self.chosen:
+        if self.rejected and self.preferred:
             full = [
                 column
-                for column in self.chosen
+                for column in self.preferred
                 if self.chats.get(column) and self.has_questions(column)
             ]
             if full:
@@ -208,8 +124,8 @@ class ColumnMatcher:
 
     def claims(self, field_name: str) -> list[str]:
         """The columns that may be a field. An `input` beside another question is its context."""
-        if field_name == "answer" and self.chosen and self.rejected:
-            return self.chosen
+        if field_name == "answer" and self.preferred and self.rejected:
+            return self.preferred
         columns = self.candidates(WORDS["columns"][field_name])
         if not columns:
             columns = self.candidates(WORDS["other_columns"].get(field_name, []))
@@ -222,9 +138,9 @@ class ColumnMatcher:
 
     def claims_of_chat(self) -> list[str]:
         """The columns of conversations, without those of preferences."""
-        return [column for column in self.chats if column not in self.rejected + self.chosen]
+        return [column for column in self.chats if column not in self.rejected + self.preferred]
 
-    def others(self, fields: list[str], taken: list[str] | None = None) -> dict[str, str]:
+    def optional_columns(self, fields: list[str], taken: list[str] | None = None) -> dict[str, str]:
         """The columns of the fields that a table may have besides.
 
         Raises StageError if two claim one.
@@ -237,17 +153,26 @@ class ColumnMatcher:
                 columns[field_name] = claims[0]
         return columns
 
-    def check_claims(self) -> None:
-        """Raise StageError if two columns claim to be the question, or the answer."""
-        for field_name in ("question", "answer"):
-            self.check_one_claim(field_name, self.claims(field_name))
-
-    def check_one_claim(self, field_name: str, claims: list[str], at_most: int = 1) -> None:
-        """Raise StageError if more columns claim a field than `at_most`.
+    def check_no_other_chat(self, question: str, answer: str) -> None:
+        """Raise StageError if a column beside a question and an answer holds conversations, too.
 
         Where the reader has said which columns count, nothing is checked.
         """
-        if len(claims) <= at_most or self.set_by_reader:
+        others = [column for column in self.claims_of_chat() if column not in (question, answer)]
+        if others and not self.set_by_reader:
+            raise StageError(
+                f"The columns {question!r} and {answer!r} are a question and its answer, and the "
+                f"column {others[0]!r} holds conversations, too. Say which of them are learned: "
+                f"columns: {{question: {question!r}, answer: {answer!r}}}, or "
+                f"columns: {{messages: {others[0]!r}}}."
+            )
+
+    def check_one_claim(self, field_name: str, claims: list[str]) -> None:
+        """Raise StageError if more than one column claims a field.
+
+        Where the reader has said which columns count, nothing is checked.
+        """
+        if len(claims) <= 1 or self.set_by_reader:
             return
         names = " and ".join(map(repr, claims))
         if field_name == "messages":
@@ -302,6 +227,10 @@ class ColumnMatcher:
                     "here. Provide the conversations as questions and answers, or as messages; "
                     "this notebook renders them."
                 )
+
+    def text_column(self) -> str | None:
+        """The column of plain texts, None without one."""
+        return self.first(self.candidates(WORDS["columns"]["text"]))
 
     @staticmethod
     def first(columns: list[str]) -> str | None:

@@ -3,14 +3,17 @@
 from typing import Any
 
 from tabletune.data.cells import cell_text
-from tabletune.data.column_matcher import NEEDED, ColumnMatcher
+from tabletune.data.column_matcher import ColumnMatcher
 from tabletune.data.conversation_shape import Shape, check_shape
 from tabletune.data.example import read_example
+from tabletune.data.shape_advice import advice, headless_hint, shown_columns
 from tabletune.data.sources import split_of
 from tabletune.data.tables import Table
 from tabletune.data.vocabulary import WORDS
 from tabletune.errors import StageError, suggestion
 from tabletune.run.parameters import PARAMETERS
+
+NEEDED: dict[str, str] = WORDS["shapes"]  # {shape: the columns that it needs}
 
 
 def with_example(table: Table, parameters: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -59,7 +62,7 @@ def recognize(table: Table, settings: dict[str, Any], example: str | None = None
             "columns", columns, question_template, answer_template, answer_column, example
         )
     else:
-        shape = matcher.shape(requested)
+        shape = shape_of(matcher, requested)
     check_shape(shape, table)
     shape.split_column = find_split_column(table, shape, settings.get("split_column", ""))
     used = {table.path_of(column)[0] for column in shape.columns.values()} | {shape.split_column}
@@ -90,3 +93,134 @@ def find_split_column(table: Table, shape: Shape, setting: str) -> str:
         if all(split_of(value) for value in values) and all(not part.split for part in table.parts):
             return column
     return ""
+
+
+# --- one function a shape
+
+
+def shape_of(matcher: ColumnMatcher, requested: str) -> Shape:
+    """The shape of a table: the `requested` one, or with "auto" the one that fits.
+
+    Raises StageError if none fits, if the columns lack what the shape needs, or if two columns
+    claim one field.
+    """
+    name = requested
+    if requested == "auto":
+        name = recognized_name(matcher)
+    shape = None
+    if name == "text":
+        shape = text_shape(matcher)
+    elif name in ("messages", "conversations"):
+        shape = chat_shape(matcher, name)
+    elif name in ("prompt_completion", "instruction"):
+        shape = pair_shape(matcher, name)
+    if shape is None:
+        raise StageError(not_recognized(matcher, requested))
+    return shape
+
+
+def recognized_name(matcher: ColumnMatcher) -> str:
+    """The name of the shape that the columns have, "" if there is none."""
+    question, answer = matcher.question_and_answer()
+    pair_name = "instruction"
+    if question in matcher.names.get("prompt", []):
+        pair_name = "prompt_completion"
+    # two columns of turns are a pair, though each of them is a conversation, too
+    if question in matcher.chats and answer in matcher.chats:
+        return pair_name
+    chat = matcher.chat_column()
+    if chat:
+        return matcher.chats[chat]
+    if question and answer:
+        return pair_name
+    if matcher.text_column() and len(matcher.table.columns) == 1:
+        return "text"
+    return ""
+
+
+def not_recognized(matcher: ColumnMatcher, requested: str) -> str:
+    """The message for a table that lacks what its shape needs."""
+    table = matcher.table
+    needs = "their shape is not recognized"
+    if requested != "auto":
+        needs = f"shape={requested} needs {NEEDED[requested]}"
+    return (
+        f"The table has the columns {shown_columns(table)}: {needs}. "
+        f"{advice(table, matcher.rejected)}{headless_hint(table)}"
+    )
+
+
+def text_shape(matcher: ColumnMatcher) -> Shape | None:
+    """The shape of plain texts without questions; None without a column of texts."""
+    text = matcher.text_column()
+    if not text:
+        return None
+    matcher.check_markers([text])
+    return Shape("text", {"text": text})
+
+
+def chat_shape(matcher: ColumnMatcher, name: str) -> Shape | None:
+    """The shape of whole conversations in one column; None without such a column."""
+    chat = matcher.chat_column()
+    if not chat:
+        return None
+    # the columns of a preference are no rivals: which of them is learned is known
+    matcher.check_one_claim("messages", matcher.claims_of_chat())
+    columns = {"chat": chat, **matcher.optional_columns(["system", "tools"])}
+    shape = Shape(name, columns)
+    note_preferences(shape, matcher, question=None, answer=chat)
+    return shape
+
+
+def pair_shape(matcher: ColumnMatcher, name: str) -> Shape | None:
+    """The shape of a question and an answer in each row; None if one of them is missing."""
+    question, answer = matcher.question_and_answer()
+    if not question or not answer:
+        return None
+    for field_name in ("question", "answer"):
+        matcher.check_one_claim(field_name, matcher.claims(field_name))
+    if answer in matcher.chats:
+        shape = pair_of_turns(matcher, name, question, answer)
+    else:
+        shape = pair_of_texts(matcher, name, question, answer)
+    note_preferences(shape, matcher, question, answer)
+    return shape
+
+
+def pair_of_turns(matcher: ColumnMatcher, name: str, question: str, answer: str) -> Shape:
+    """The shape of an answer that is a list of turns, after a question of turns or a text."""
+    matcher.check_no_other_chat(question, answer)
+    columns = {"question": question, "answer": answer}
+    columns |= matcher.optional_columns(["system", "tools"])
+    return Shape(name, columns)
+
+
+def pair_of_texts(matcher: ColumnMatcher, name: str, question: str, answer: str) -> Shape:
+    """The shape of a question and an answer that are texts, with what belongs to them."""
+    matcher.check_markers([question, answer])
+    columns = {"question": question, "answer": answer}
+    columns |= matcher.optional_columns(
+        ["context", "system", "tools", "history", "options"], taken=[question, answer]
+    )
+    shape = Shape(name, columns, "{question}", "{answer}", "answer")
+    if "options" in columns:
+        shape.question_template += "\n\n{options}"
+    if "context" in columns:
+        shape.question_template += "\n\n{context}"
+    return shape
+
+
+def note_preferences(
+    shape: Shape, matcher: ColumnMatcher, question: str | None, answer: str
+) -> None:
+    """Note which of two answers is learned, and leave out the rows whose answer was rejected."""
+    if answer in matcher.preferred and matcher.rejected:
+        shape.notes.append(
+            f"a table of preferences: {answer!r} is learned, {matcher.rejected[0]!r} is not"
+        )
+    label = matcher.preference_label(question, answer)
+    if label:
+        shape.columns["keep"] = label
+        shape.notes.append(
+            f"rows whose {label!r} is false are answers that were rejected: they are left out"
+        )
