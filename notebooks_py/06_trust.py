@@ -193,7 +193,7 @@ if not done:
 
 # %%
 from tabletune.evaluation.scoring import divergence
-from tabletune.merging.plan import merge_in_memory, nf4_round_trip_model
+from tabletune.merging.in_memory import merge_in_memory, nf4_round_trip_model
 from tabletune.model.inspection import base_config
 from tabletune.model.loading import load_model
 

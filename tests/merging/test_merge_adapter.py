@@ -25,13 +25,9 @@ from tabletune.chat.tokenizer import load_tokenizer, save_tokenizer
 from tabletune.errors import StageError
 from tabletune.merging import verification
 from tabletune.merging import write as write_module
+from tabletune.merging.in_memory import merge_in_memory, nf4_round_trip_model, quantized_layers
 from tabletune.merging.lora import nf4_round_trip
-from tabletune.merging.plan import (
-    MergePlan,
-    merge_in_memory,
-    nf4_round_trip_model,
-    quantized_layers,
-)
+from tabletune.merging.plan import MergePlan
 from tabletune.model.adapters import attach_adapter
 from tabletune.model.loading import load_model, skeleton
 from tabletune.model.quantization import load_base

@@ -16,107 +16,18 @@ import torch
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, Conv1D, PreTrainedModel
+from transformers import AutoConfig
 
-from tabletune.errors import StageError, first_line
-from tabletune.merging.lora import (
-    add_lora,
-    has_lora,
-    lora_matrices,
-    nf4_round_trip,
-    transpose_conv1d,
-)
-from tabletune.model.adapters import attach_adapter
+from tabletune.errors import StageError
+from tabletune.merging.in_memory import is_plain_lora, merge_in_memory, quantized_layers
+from tabletune.merging.lora import add_lora, lora_matrices, nf4_round_trip, transpose_conv1d
 from tabletune.model.bnb import QuantState, dequantize_4bit
 from tabletune.model.compat import model_names, stored_state_dict, tensors_in_4_bits
-from tabletune.model.inspection import in_out_features, linear_layers, tied_weight_names
+from tabletune.model.inspection import in_out_features, tied_weight_names
 from tabletune.model.loading import download_model, load_model, skeleton
 from tabletune.model.weights import OnDisk, tensors_on_meta, weight_files
 from tabletune.run.artifacts import same_model
 from tabletune.run.files import read_json
-
-# ways to initialize an adapter that change the base's weights, too
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-# --- a model in memory
-
-
-def quantized_layers(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
-    """Names and modules of the layers that read text and that bitsandbytes quantizes.
-
-    These are the linear layers but the output layer: transformers leaves out what is tied, and the
-    module of the last parameter (`get_keys_to_not_convert`). Experts that transformers keeps in one
-    tensor are no linear layers, and stay as they are.
-    """
-    # remove_duplicate=False: a tied output layer is listed at the end, too, and not only where the
-    # embedding stands
-    last = list(model.named_parameters(remove_duplicate=False))[-1][0]
-    skipped = {name.removesuffix(".weight") for name in (*tied_weight_names(model), last)}
-    layers = []
-    for name, layer in linear_layers(model).items():
-        if type(layer) in (torch.nn.Linear, Conv1D) and name not in skipped:
-            layers.append((name, layer))
-    return layers
-
-
-def nf4_round_trip_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Send the linear layers of a plain model through NF4 and back, in place. Returns it."""
-    for _, layer in quantized_layers(model):
-        weight = transpose_conv1d(layer, layer.weight.data)
-        weight.copy_(nf4_round_trip(weight, weight.dtype))
-    return model
-
-
-def is_plain_lora(config: PeftConfig, adapter: Iterable[str]) -> bool:
-    """Whether an adapter is nothing but products B · A, added to linear layers of the base itself.
-
-    `adapter` are the names of its tensors.
-    """
-    only_products = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in adapter)
-    changes_base = str(config.init_lora_weights).startswith(CHANGES_BASE)
-    return only_products and not config.target_parameters and not changes_base
-
-
-def merge_in_memory(
-    model: PreTrainedModel, folder: Path, base_weights: str, training_dtype: torch.dtype
-) -> PreTrainedModel:
-    """Merge the adapter in `folder` into a plain model, in place, each weight rounded once.
-
-    `base_weights` is "original" or "dequantized". What is more than plain LoRA is merged by PEFT.
-    Returns the model. Raises StageError if PEFT cannot merge it.
-    """
-    config = PeftConfig.from_pretrained(folder)
-    adapter = load_file(folder / "adapter_model.safetensors")
-    is_plain = is_plain_lora(config, adapter)
-    quantized = set()
-    if base_weights == "dequantized":
-        quantized = {name for name, _ in quantized_layers(model)}
-    for name, layer in model.named_modules():
-        is_adapted = is_plain and has_lora(adapter, name)
-        if name not in quantized and not is_adapted:
-            continue
-        weight = transpose_conv1d(layer, layer.weight.data)  # [out, in]
-        if name in quantized:
-            new = nf4_round_trip(weight, training_dtype)
-        else:
-            # a copy: add_lora works in place, and the model's weight is rounded only once, at the
-            # end
-            new = weight.cpu().to(torch.float32, copy=True)
-        if is_adapted:
-            add_lora(new, adapter, config, name)
-        weight.copy_(new)
-    if is_plain:
-        return model
-    try:
-        return attach_adapter(model, folder).merge_and_unload()
-    except (ValueError, RuntimeError) as error:
-        raise StageError(
-            f"PEFT cannot merge the adapter in {folder}: {first_line(error)}"
-        ) from error
-
-
-# --- a model on disk
 
 
 def load_adapter(
@@ -163,10 +74,20 @@ def base_module_name(name: str) -> str:
 class MergePlan:
     """What becomes of each tensor of the base model.
 
-    `tensors` has one on `meta` for each, of the shape and dtype that it will have. `modules` says
-    to which layer those belong that change: those in `adapted`, and with "dequantized" weights
-    those in `quantized`. What is not `plain` LoRA on single layers is merged by PEFT, with the
-    whole model in memory. Raises StageError if the adapter cannot be merged into the base model.
+    A *tensor* has the name that it has in the base model's files, a *module* the name that
+    transformers gives to a layer. For a model that is stored as transformers names it:
+
+    - `files`: {tensor: its file}, such as {"model.layers.0.mlp.up_proj.weight": model.safetensors}
+    - `statistics`: of a base stored in 4 bits, {weight: tensors to dequantize it with}
+    - `names`: {tensor: its names in transformers}, several where transformers splits it
+    - `adapted`: modules with an adapter, such as "model.layers.0.mlp.up_proj"
+    - `quantized`: modules that go through NF4, with "dequantized" weights
+    - `modules`: {tensor: module} of those that change
+    - `tensors`: {tensor: one on `meta`, with the shape and dtype that it will have}
+    - `merged`: {tensor: its merged numbers}, once PEFT has merged them
+
+    What is not `plain` LoRA on single layers is merged by PEFT, with the whole model in memory.
+    Raises StageError if the adapter cannot be merged into the base model.
     """
 
     def __init__(
@@ -182,40 +103,55 @@ class MergePlan:
         self.training_dtype: torch.dtype = getattr(torch, self.provenance["dtype"])
         self.base = download_model(base_model, revision)
         self.files = weight_files(self.base)
-        # of a base stored in 4 bits: {name of a weight: [name of a statistic, ...]}
-        self.statistics = {}
-        for name in tensors_in_4_bits(self.files):
-            self.statistics[name] = [part for part in self.files if part.startswith(f"{name}.")]
+        self.statistics = self.find_statistics()
         self.base_weights = self.check_base_weights(base_weights)
+
         self.model = skeleton(AutoConfig.from_pretrained(self.base))
+        self.names = model_names(self.weight_names(), self.model)
+        self.adapted = {base_module_name(name) for name in self.adapter}
+        self.quantized: set[str] = set()
+        if self.base_weights == "dequantized":
+            self.quantized = {name for name, _ in quantized_layers(self.model)}
+        self.modules = self.changed_modules()
+        self.plain = is_plain_lora(self.config, self.adapter) and self.has_own_tensors()
+        self.check_adapter()
+
+        self.merged: dict[str, torch.Tensor] = {}
+        # shapes and dtypes only: nothing is read yet
+        stored = tensors_on_meta(self.files)
+        self.tensors = {name: self.output_spec(name, stored[name]) for name in self.weight_names()}
+        self.size = sum(tensor.nbytes for tensor in self.tensors.values())  # in bytes
+        first_changed = next(iter(self.modules or self.tensors))
+        self.dtype = self.tensors[first_changed].dtype
+
+    def find_statistics(self) -> dict[str, list[str]]:
+        """Of a base stored in 4 bits: {name of a weight: names of its statistics}; else {}."""
+        statistics = {}
+        for name in tensors_in_4_bits(self.files):
+            statistics[name] = [part for part in self.files if part.startswith(f"{name}.")]
+        return statistics
+
+    def weight_names(self) -> list[str]:
+        """The tensors of the files in their order, without the statistics of 4-bit weights."""
         statistics: set[str] = set()
         for parts in self.statistics.values():
             statistics.update(parts)
-        self.names = model_names(self.files.keys() - statistics, self.model)
-        self.adapted = {base_module_name(name) for name in self.adapter}
-        self.quantized = set()
-        if self.base_weights == "dequantized":
-            self.quantized = {name for name, _ in quantized_layers(self.model)}
-        self.modules = {}
-        for name, new_names in self.names.items():
-            module = new_names[0].removesuffix(".weight")
+        return [name for name in self.files if name not in statistics]
+
+    def changed_modules(self) -> dict[str, str]:
+        """{tensor: module} of the tensors that are one layer's own weight, and change."""
+        changing = self.adapted | self.quantized
+        modules = {}
+        for name, model_names_of_it in self.names.items():
+            module = model_names_of_it[0].removesuffix(".weight")
             # a tensor that transformers splits or fuses is no layer's own, and PEFT merges it
-            if len(new_names) == 1 and module in self.adapted | self.quantized:
-                self.modules[name] = module
-        # each changed layer is stored in a tensor of its own, and each of those is accounted for
-        changed = sorted(self.adapted | self.quantized)
-        has_own_tensors = sorted(self.modules.values()) == changed
-        self.plain = is_plain_lora(self.config, self.adapter) and has_own_tensors
-        self.check_adapter()
-        self.merged: dict[str, torch.Tensor] = {}  # by PEFT
-        # shapes and dtypes only: nothing is read yet
-        stored = tensors_on_meta(self.files)
-        self.tensors = {}
-        for name in self.files:
-            if name not in statistics:
-                self.tensors[name] = self.output_spec(name, stored[name])
-        self.size = sum(tensor.nbytes for tensor in self.tensors.values())
-        self.dtype = self.tensors[next(iter(self.modules or self.tensors))].dtype
+            if len(model_names_of_it) == 1 and module in changing:
+                modules[name] = module
+        return modules
+
+    def has_own_tensors(self) -> bool:
+        """Whether each layer that changes is stored in a tensor of its own."""
+        return sorted(self.modules.values()) == sorted(self.adapted | self.quantized)
 
     def check_base_weights(self, base_weights: str) -> str:
         """The way to take the base's weights: a base stored in 4 bits has "dequantized" ones only.

@@ -19,11 +19,12 @@ from tabletune.model.quantization import load_base
 from tabletune.model.weights import OnDisk, tensors_on_meta, weight_files
 
 MAX_TOKENS = 512  # of a row that is compared: their logits take 0.3 GiB with a large vocabulary
-# Shares of the adapter's effect by which the merged model may differ. Rounding gives 0 to 0.05
-# unless the adapter is weak; leaving out half of the adapter gives 0.5 to 1.
-MAX_SHARE = 0.05  # above this, the weights are compared number by number
-MAX_SHARE_BY_LOGITS = 0.2  # above this, a merge whose weights cannot be compared so is refused
-# Rounding may hide a weak adapter, but it moves the logits by a few percent only.
+# By how much the merged model's logits may differ, as a share of what the adapter changes. Rounding
+# gives 0 to 0.05 unless the adapter is weak; leaving out half of the adapter gives 0.5 to 1.
+ROUNDING_SHARE = 0.05  # up to this, it is rounding; above it, each merged weight is looked at
+MAX_SHARE_WITHOUT_WEIGHTS = 0.2  # above this, a merge is refused whose weights cannot be looked at
+# And where all weights are right, as a share of the logits: rounding moves these by a few percent
+# only, even if a weak adapter is lost in it.
 MAX_SHARE_OF_LOGITS = 0.2
 MAX_WRONG = 0.05  # share of the numbers of a matrix that may be rounded otherwise, as sums may
 
@@ -65,7 +66,7 @@ def verify_merge(plan: MergePlan, folder: Path, rows: list[list[int]]) -> dict[s
     share = difference_to_effect(base, adapted, merged)
     difference = (merged - adapted).abs().max().item()
     # written so that a share of NaN is checked, too
-    if not share <= MAX_SHARE:
+    if not share <= ROUNDING_SHARE:
         check_difference(plan, folder, (base, adapted, merged))
     # of the tokens of both rows: a share from 0 to 1
     same = (merged.argmax(-1) == adapted.argmax(-1)).float().mean().item()
@@ -109,36 +110,43 @@ def check_difference(plan: MergePlan, folder: Path, logits: Logits) -> None:
     """Check a merged model whose logits differ by more than rounding usually gives.
 
     Right weights and a small difference of the logits show that it is rounding, which is printed.
-    Raises StageError if it is not.
+    Where PEFT has merged, the weights cannot be looked at, and the logits alone decide. Raises
+    StageError if it is not rounding.
     """
     base, adapted, merged = logits
     share = difference_to_effect(base, adapted, merged)
-    wrong = wrongly_merged_layers(plan, folder)
-    if wrong is None:
-        is_refused = not share <= MAX_SHARE_BY_LOGITS
-    else:
-        # the logits themselves are the adapter's effect on a base that gives zeros
-        of_logits = difference_to_effect(torch.zeros_like(adapted), adapted, merged)
-        is_refused = bool(wrong) or not of_logits <= MAX_SHARE_OF_LOGITS
-    if is_refused:
-        difference = (merged - adapted).abs().max().item()
-        layers = f" Wrong: {', '.join(wrong[:3])}." if wrong else ""
-        raise StageError(
-            "The merged model is not the base model with its adapter: it differs by "
-            f"{share:.0%} of what the adapter changes (a logit by {difference:.3g}). It is not "
-            f"kept.{layers}"
-        )
-    if wrong is not None:
-        print(
-            f"Rounding to {plan.dtype} hides {min(share, 1):.0%} of what the adapter changes. "
-            "Each merged weight is right."
-        )
+    wrong_layers = wrongly_merged_layers(plan, folder)
+    # each comparison is written so that a share of NaN is refused
+    if wrong_layers is None:
+        if not share <= MAX_SHARE_WITHOUT_WEIGHTS:
+            raise StageError(not_the_same(share, logits, []))
+        return
+    # what an adapter changes in a base whose logits are all 0 are the logits themselves
+    share_of_logits = difference_to_effect(torch.zeros_like(adapted), adapted, merged)
+    if wrong_layers or not share_of_logits <= MAX_SHARE_OF_LOGITS:
+        raise StageError(not_the_same(share, logits, wrong_layers))
+    print(
+        f"Rounding to {plan.dtype} hides {min(share, 1):.0%} of what the adapter changes. "
+        "Each merged weight is right."
+    )
+
+
+def not_the_same(share: float, logits: Logits, wrong_layers: list[str]) -> str:
+    """The message for a merged model that is another one."""
+    _, adapted, merged = logits
+    difference = (merged - adapted).abs().max().item()
+    layers = ""
+    if wrong_layers:
+        layers = f" Wrong: {', '.join(wrong_layers[:3])}."
+    return (
+        "The merged model is not the base model with its adapter: it differs by "
+        f"{share:.0%} of what the adapter changes (a logit by {difference:.3g}). It is not "
+        f"kept.{layers}"
+    )
 
 
 def difference_to_effect(base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor) -> float:
-    """How far a merged model is from the adapted one, by what the adapter changes.
-
-    The result is a share.
+    """How far a merged model is from the adapted one, as a share of what the adapter changes.
 
     All are logits, [tokens, vocabulary]. The share is taken for each token, by the Euclidean norm,
     and the median is returned: in a mixture of experts, rounding may send single tokens to other
@@ -152,9 +160,7 @@ def difference_to_effect(base: torch.Tensor, adapted: torch.Tensor, merged: torc
 
 
 def logits_to_compare(plan: MergePlan, folder: Path, rows: list[list[int]]) -> Logits:
-    """The logits of the base model, of base and adapter, and of the merged model.
-
-    The last one is in `folder`.
+    """The logits of the base model, of base and adapter, and of the merged model in `folder`.
 
     They are computed in float32, but for models with GPU kernels for 16 bits only: those compute in
     their own dtype, all three, which is printed. Only one model is in memory at a time.
@@ -190,11 +196,10 @@ def compute_logits(plan: MergePlan, folder: Path, rows: list[list[int]], exactly
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, rows: list[list[int]], exactly: bool = True) -> torch.Tensor:
-    """The logits of `model` at every token of `rows`, lists of token ids, on the CPU.
+    """The logits of `model` at every token of `rows`, lists of token ids.
 
-    Fp32, [tokens, vocabulary].
-
-    Computed in fp32, if `exactly`, else in the model's own dtype.
+    [tokens, vocabulary] in fp32, on the CPU; computed in fp32, if `exactly`, else in the model's
+    own dtype.
     """
     model.eval()
     logits = []
@@ -227,16 +232,8 @@ def in_fp32(model: torch.nn.Module) -> Iterator[None]:
         for weight, data in stored.pop(module):
             weight.data = data
 
-    layers: list[torch.nn.Module] = []
-    with_weights = []
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList):
-            layers.extend(module)
-        if next(module.parameters(recurse=False), None) is not None:
-            with_weights.append(module)
-    # Whole layers first: some read a weight of a part without calling that part's forward.
     hooks = []
-    for module in dict.fromkeys([*layers, *with_weights]):
+    for module in modules_to_cast(model):
         hooks.append(module.register_forward_pre_hook(cast))
         hooks.append(module.register_forward_hook(restore))
     try:
@@ -246,6 +243,22 @@ def in_fp32(model: torch.nn.Module) -> Iterator[None]:
             hook.remove()
         for module in reversed(list(stored)):  # of a forward pass that ended with an error
             restore(module)
+
+
+def modules_to_cast(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules of a model that have weights, its repeated layers first.
+
+    A layer stands before its parts: some layers read a weight of a part without calling that part's
+    forward, and their weights must be cast by then.
+    """
+    layers: list[torch.nn.Module] = []
+    with_weights = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            layers.extend(module)
+        if next(module.parameters(recurse=False), None) is not None:
+            with_weights.append(module)
+    return list(dict.fromkeys([*layers, *with_weights]))
 
 
 @torch.no_grad()
