@@ -34,8 +34,8 @@ from tabletune.training import results as results_module
 from tabletune.training.checkpoints import newest_checkpoint
 from tabletune.training.collator import Collator
 from tabletune.training.fsdp import ShardedTraining, check_sharding
+from tabletune.training.option_checks import targets_to_adapt, when_to_evaluate
 from tabletune.training.planning import StepPlan, room_for_training
-from tabletune.training.validation import targets_to_adapt, when_to_evaluate
 
 FAST = {"max_length": 128, "evaluations": 2, "batch_size": 4, "report_to": "none"}
 

@@ -30,8 +30,8 @@ from tabletune.training.base_summary import summarize_base_model
 from tabletune.training.fsdp import check_sharding
 from tabletune.training.lora_targets import lora_targets, shortest_target_names
 from tabletune.training.memory import GIB, TrainingMemory
+from tabletune.training.option_checks import check_choices, targets_to_adapt, when_to_evaluate
 from tabletune.training.step_advice import few_steps_advice
-from tabletune.training.validation import check_choices, targets_to_adapt, when_to_evaluate
 
 MOST_ROWS = 16  # of a step that "auto" makes
 LEAST_TOKENS = 2048  # to take at once where there are as many: every batch dequantizes all weights
