@@ -120,7 +120,7 @@ from tabletune.model.inspection import base_config
 from tabletune.model.quantization import load_base
 from tabletune.report.pages import show_table
 from tabletune.run.stage import start_stage
-from tabletune.training import checkpoints, examples, planning, results
+from tabletune.training import checkpoints, examples, planning, results, trainer_settings
 from tabletune.training.collator import Collator
 from tabletune.training.lora_targets import shortest_target_names
 from tabletune.training.trainer import TokenTrainer, free_memory, training_callbacks
@@ -168,7 +168,7 @@ counts
 
 # %%
 config, dtype = base_config(base_model, base_model_revision), compute_dtype(precision)
-targets, summary = planning.look_and_check(stage.parameters, config, dtype, tokenizer, stops)
+targets, summary = planning.check_parameters(stage.parameters, config, dtype, tokenizer, stops)
 show_table(summary)
 
 # %% [markdown]
@@ -195,8 +195,8 @@ print(f"{packing = }; examples begin at tokens", (positions == 0).nonzero()[:, 0
 # what the *optimizer* remembers of earlier gradients to choose the size of a change. *Activations*
 # are the results of the layers, which the gradients are computed from. (On a CPU, weights of 4 bits
 # are unpacked once if there is room, and then take more than the table above says.) With several
-# GPUs, each holds a full copy of the model if it fits (DDP, distributed data parallel). If not, they
-# share it (FSDP, fully sharded data parallel): each keeps a part of every layer, and gets the rest
+# GPUs, each holds a full copy of the model if it fits (DDP, distributed data parallel). If not,
+# they share it (FSDP, fully sharded data parallel): each keeps a part of every layer, and gets the rest
 # of a layer when it is needed.
 
 # %% tags=["nbval-ignore-output"]
@@ -264,12 +264,12 @@ with model.device:  # where the adapter is made
 
 # %%
 inputs = planning.inputs_of(report, dtype, processes, room)
-done = checkpoints.claim_checkpoints(stage, inputs, processes)
+done = checkpoints.check_done_or_archive(stage, inputs, processes)
 
 # %%
 from trl import SFTConfig
 
-settings = planning.trainer_settings(stage, done, dtype, room, plan, train is packed)
+settings = trainer_settings.sft_arguments(stage, done, dtype, room, plan, train is packed)
 training_arguments = SFTConfig(
     num_train_epochs=epochs, learning_rate=learning_rate, optim=optim, remove_unused_columns=False,
     per_device_train_batch_size=plan.batch_size, gradient_accumulation_steps=plan.accumulated,

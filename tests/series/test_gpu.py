@@ -98,7 +98,9 @@ def test_a_profile_learns_as_much_from_an_example_as_the_seeds_settings(run_dir,
     }
     _, after, _, stage = train(run_dir, lora_target_modules=attention, **ours)
     _, after_seeds, _, _ = train(run_dir, lora_target_modules=attention, **seeds)
-    print(f"{profile}: {after:.3f} in {stage.steps} steps; the seed's settings: {after_seeds:.3f}")
+    print(
+        f"{profile}: {after:.3f} in {stage.plan.steps} steps; the seed's settings: {after_seeds:.3f}"
+    )
     assert after < after_seeds + NOISE
 
 

@@ -9,8 +9,8 @@ import pytest
 from tabletune.run.stage import Stage
 from tabletune.training import checkpoints
 from tabletune.training.checkpoints import (
+    check_done_or_archive,
     checkpoint_to_resume,
-    claim_checkpoints,
     newest_checkpoint,
 )
 
@@ -85,7 +85,7 @@ def trained(tmp_path):
 
 
 def test_a_finished_training_is_kept_on_other_hardware_and_that_is_said(trained, capsys):
-    assert claim_checkpoints(trained, ON_GPU, OneProcess())
+    assert check_done_or_archive(trained, ON_GPU, OneProcess())
     assert (trained.folder / "adapter").exists()
     assert not (trained.folder / "earlier").exists()
     assert (
@@ -95,12 +95,12 @@ def test_a_finished_training_is_kept_on_other_hardware_and_that_is_said(trained,
 
 
 def test_on_the_same_hardware_nothing_is_said_of_it(trained, capsys):
-    assert claim_checkpoints(trained, ON_CPU, OneProcess())
+    assert check_done_or_archive(trained, ON_CPU, OneProcess())
     assert "It was trained with" not in capsys.readouterr().out
 
 
 def test_a_finished_training_of_other_data_moves_aside(trained):
-    assert not claim_checkpoints(trained, ON_CPU | {"dataset": "def"}, OneProcess())
+    assert not check_done_or_archive(trained, ON_CPU | {"dataset": "def"}, OneProcess())
     assert not (trained.folder / "adapter").exists()
     assert list(trained.folder.glob("earlier/*/adapter"))
 
@@ -108,7 +108,7 @@ def test_a_finished_training_of_other_data_moves_aside(trained):
 def test_checkpoints_of_other_hardware_are_not_gone_on_from(trained):
     """Another dtype gives other figures, so an unfinished training begins anew."""
     (trained.folder / "adapter").rmdir()
-    assert not claim_checkpoints(trained, ON_GPU, OneProcess())
+    assert not check_done_or_archive(trained, ON_GPU, OneProcess())
     assert list(trained.folder.glob("earlier/*/checkpoints/settings.json"))
 
 

@@ -4,6 +4,7 @@ here.
 
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -29,13 +30,15 @@ from tabletune.model.loading import skeleton
 from tabletune.model.quantization import load_base
 from tabletune.training import checkpoints as checkpoints_module
 from tabletune.training import examples as examples_module
-from tabletune.training import planning
+from tabletune.training import planning, trainer_settings
 from tabletune.training import results as results_module
 from tabletune.training.checkpoints import newest_checkpoint
 from tabletune.training.collator import Collator
 from tabletune.training.fsdp import ShardedTraining, check_sharding
-from tabletune.training.option_checks import targets_to_adapt, when_to_evaluate
-from tabletune.training.planning import StepPlan, room_for_training
+from tabletune.training.option_checks import targets_to_adapt
+from tabletune.training.planning import room_for_training
+from tabletune.training.room import StepPlan
+from tabletune.training.trainer_settings import when_to_evaluate
 
 FAST = {"max_length": 128, "evaluations": 2, "batch_size": 4, "report_to": "none"}
 
@@ -114,7 +117,7 @@ def test_the_adapter_is_trained_in_fp32_and_learns(stage):
     metrics = json.loads((stage.run / "training" / "metrics.json").read_text())
     assert metrics == stage.metrics
     assert metrics["eval_loss_after"] < metrics["eval_loss_before"] - 0.1
-    assert metrics["steps"] == stage.steps == -(-len(stage.train) // stage.rows_at_once)
+    assert metrics["steps"] == stage.plan.steps == -(-len(stage.train) // stage.plan.batch_size)
     assert metrics["tokens"] == sum(map(len, stage.encoded["train"]["input_ids"]))
 
 
@@ -216,7 +219,7 @@ def test_the_training_cell_twice_in_a_row_trains_once(stage):
     }
     checkpoint = checkpoints_module.checkpoint_to_resume(stage.trainer)
     stage.trainer.train(resume_from_checkpoint=checkpoint)
-    assert stage.trainer.state.global_step == stage.steps
+    assert stage.trainer.state.global_step == stage.plan.steps
     assert stage.trainer.state.epoch == 1
     assert all(
         torch.equal(before[name], p)
@@ -256,7 +259,7 @@ def test_another_training_moves_the_finished_one_aside(stage, tmp_path, change):
     assert (aside / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     assert (aside / "checkpoints" / "settings.json").exists()
     assert (aside / "training" / "metrics.json").exists()
-    assert stage_again.metrics["steps"] == stage.steps
+    assert stage_again.metrics["steps"] == stage.plan.steps
     assert (run / "adapter" / "provenance.json").exists()
 
 
@@ -279,7 +282,7 @@ def test_rows_that_may_not_be_packed_are_not(stage, capsys, monkeypatch):
     )
     assert examples is stage.encoded["train"]
     assert "8.5%" in capsys.readouterr().out
-    settings = planning.trainer_settings(
+    settings = trainer_settings.sft_arguments(
         stage.stage, False, torch.float32, stage.room, StepPlan(2, 1, 10), packed=False
     )
     assert settings["train_sampling_strategy"] == "group_by_length"
@@ -319,6 +322,34 @@ def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
         run_tiny("02_finetune_qlora", run, **FAST, **options)
     assert not (run / "adapter").exists()
     assert newest_checkpoint(run / "checkpoints") is None
+
+
+def losses_logged(trainer, *losses, fp16=False):
+    """What the trainer says of these training losses, logged one after the other."""
+    args = SimpleNamespace(fp16=fp16, learning_rate=0.1)
+    state = SimpleNamespace(log_history=[], global_step=5)
+    watcher = SimpleNamespace(args=args, state=state)
+    watcher.diverged = partial(type(trainer).diverged, watcher)
+    for loss in losses:
+        type(trainer).check_training_loss(watcher, loss)
+        state.log_history.append({"loss": loss})
+
+
+def test_a_training_loss_that_is_no_number_stops_the_training(stage):
+    losses_logged(stage.trainer, 2.0, 1.5)
+    with pytest.raises(StageError, match=r"training loss is nan at step 5.* Lower learning_rate"):
+        losses_logged(stage.trainer, 2.0, float("nan"))
+
+
+def test_with_fp16_one_loss_that_is_no_number_may_be_a_step_left_out(stage):
+    losses_logged(stage.trainer, 2.0, float("inf"), 1.5, fp16=True)
+    with pytest.raises(StageError, match="training loss is inf"):
+        losses_logged(stage.trainer, 2.0, float("nan"), float("inf"), fp16=True)
+
+
+def test_the_trainer_looks_at_each_training_loss_that_it_logs(stage):
+    with pytest.raises(StageError, match="training loss is nan"):
+        stage.trainer.log({"loss": float("nan")})
 
 
 @pytest.mark.parametrize(
@@ -382,6 +413,10 @@ def test_a_training_that_diverges_is_stopped_and_leaves_no_adapter(tmp_path):
         (
             {"training_options": {"metric_for_best_model": "accuracy"}},
             "can only be the validation loss",
+        ),
+        (
+            {"training_options": {"greater_is_better": True}},
+            "greater_is_better would keep the checkpoint with the largest loss",
         ),
         (
             {"training_options": {"eval_strategy": "sometimes"}},
@@ -479,7 +514,7 @@ def test_activations_are_kept_where_a_model_cannot_recompute_them(stage, monkeyp
     room = room_for_training({**stage.stage.parameters, "gradient_checkpointing": True}, stage.config, torch.float32,
                              "auto", 40, stage.processes)  # fmt: skip
     assert "LlamaForCausalLM does not support gradient checkpointing" in capsys.readouterr().out
-    settings = planning.trainer_settings(
+    settings = trainer_settings.sft_arguments(
         stage.stage, False, torch.float32, room, StepPlan(2, 1, 10), packed=True
     )
     assert settings[checkpointing_name()] is False

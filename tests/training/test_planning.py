@@ -12,7 +12,8 @@ from transformers import AutoConfig
 from tabletune.errors import StageError
 from tabletune.training import planning
 from tabletune.training.memory import TrainingMemory
-from tabletune.training.planning import Room, divide_steps, evaluation_rows, room_for_training
+from tabletune.training.planning import room_for_training
+from tabletune.training.room import SAFE_SHARE, Room, divide_steps
 
 CHOSEN = {
     "lora_r": 8,
@@ -48,9 +49,9 @@ class FakeMemory(SimpleNamespace):
         return self.parts(*arguments).sum()
 
 
-def room_of(gib, recomputes=True):
+def room_of(gib, may_recompute=True):
     """A Room with so much memory, of which SAFE_SHARE is used."""
-    return Room(FakeMemory(), gib / planning.SAFE_SHARE, recomputes)
+    return Room(FakeMemory(), gib / SAFE_SHARE, may_recompute)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_other_batch_sizes_are_refused(batch_size):
 
 
 @pytest.mark.parametrize(
-    ("gib", "recomputes", "at_once"),
+    ("gib", "may_recompute", "batch_size"),
     [
         (17, False, 16),
         (16.9, False, 8),  # the same step in two parts
@@ -97,12 +98,12 @@ def test_other_batch_sizes_are_refused(batch_size):
         (3.5, True, 4),  # with most layers recomputed
     ],
 )
-def test_a_step_is_divided_by_the_room_there_is(gib, recomputes, at_once):
-    assert room_of(gib, recomputes).rows_at_once(16) == at_once
+def test_a_step_is_divided_by_the_room_there_is(gib, may_recompute, batch_size):
+    assert room_of(gib, may_recompute).batch_size_for(16) == batch_size
 
 
 def test_a_small_step_is_not_divided():
-    assert room_of(100).rows_at_once(3) == 3
+    assert room_of(100).batch_size_for(3) == 3
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_as_few_layers_are_recomputed_as_the_room_demands(gib, count):
 
 
 def test_nothing_is_recomputed_if_it_may_not():
-    assert room_of(2, recomputes=False).recomputed_layers(16) == 0
+    assert room_of(2, may_recompute=False).recomputed_layers(16) == 0
 
 
 def test_without_a_gpu_all_layers_are_recomputed_or_none():
@@ -124,7 +125,7 @@ def test_without_a_gpu_all_layers_are_recomputed_or_none():
 
 @pytest.mark.parametrize(("gib", "rows"), [(100, 8), (6, 8), (4, 6), (2, 4)])
 def test_the_validation_takes_up_to_8_rows_where_they_fit(gib, rows):
-    assert evaluation_rows(room_of(gib), 4) == rows
+    assert room_of(gib).evaluation_rows(4) == rows
 
 
 def test_the_step_is_said_in_one_line(capsys):
@@ -135,6 +136,16 @@ def test_the_step_is_said_in_one_line(capsys):
     said = capsys.readouterr().out
     assert said.startswith("a step is 2 rows × 4 accumulated × 2 GPUs, about 48 examples; 7 steps")
     assert "fewer than min_steps=300" in said
+
+
+def test_with_max_steps_no_other_batch_size_is_advised(capsys):
+    chosen = CHOSEN | {"min_steps": 300, "training_options": {"max_steps": 10}}
+    planning.plan_steps(
+        chosen, range(100), range(300), room_of(100), SimpleNamespace(num_processes=1)
+    )
+    said = capsys.readouterr().out
+    assert "min_steps" not in said
+    assert "set max_steps in training_options" in said
 
 
 def test_a_step_of_one_row_that_is_one_example_is_said_in_the_singular(capsys):
@@ -242,7 +253,7 @@ def profile_room(model, targets, lora_r, max_length, card):
         optim="paged_adamw_32bit" if t4 else "adamw_torch_fused",
         max_length=max_length,
     )
-    return Room(memory, 14.5 if t4 else 39, recomputes=t4, graphs=True)
+    return Room(memory, 14.5 if t4 else 39, may_recompute=t4, uses_cuda_graph=True)
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +270,7 @@ def llama():
 def test_a_7b_trains_on_both_cards_with_little_recomputed(llama, targets, lora_r, max_length, card):
     """Every adapter and length: the step fits, and at most a third of the layers are recomputed."""
     room = profile_room(llama, targets, lora_r, max_length, card)
-    rows = room.rows_at_once(16)
+    rows = room.batch_size_for(16)
     recomputed = room.recomputed_layers(rows)
     assert room.fits(rows)
     assert rows * max_length >= 2048

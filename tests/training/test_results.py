@@ -3,9 +3,11 @@
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 
+from tabletune.errors import StageError
 from tabletune.model.loading import skeleton
 from tabletune.training.results import base_model_loss, training_metrics
 
@@ -53,6 +55,15 @@ def test_the_callbacks_hear_of_what_comes_after_the_loss_of_the_base():
     assert trainer.heard == [{"eval_loss": 1.8}]
 
 
+def test_a_base_model_that_computes_no_numbers_is_not_called_diverged():
+    class Failing(FakeTrainer):
+        def evaluate(self):
+            raise StageError("the training has diverged")
+
+    with pytest.raises(StageError, match="loss of the base model itself is no number"):
+        base_model_loss(Failing())
+
+
 def adapted_model(rank=8, **options):
     """A small Llama with an adapter, without memory, and how many weights it had before."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 100}
@@ -63,11 +74,21 @@ def adapted_model(rank=8, **options):
     return get_peft_model(base, lora_config), weights
 
 
-def metrics_of(model):
+def metrics_of(model, load_best_model_at_end=True):
     """The metrics of a training of three steps that ended in the second epoch."""
     history = [{"step": 3, "loss": 1.6, "seconds": 2.0}]
     state = SimpleNamespace(log_history=history, epoch=1.5, global_step=3, best_metric=1.8)
-    return training_metrics(SimpleNamespace(model=model, state=state), 100, 10, 3.9)
+    args = SimpleNamespace(load_best_model_at_end=load_best_model_at_end)
+    trainer = SimpleNamespace(model=model, state=state, args=args)
+    trainer.evaluate = lambda: {"eval_loss": 1.9}
+    return training_metrics(trainer, 100, 10, 3.9)
+
+
+def test_the_loss_afterwards_is_that_of_the_adapter_that_is_saved():
+    """Without load_best_model_at_end it is the last one, though a better one was seen."""
+    model, _ = adapted_model()
+    assert metrics_of(model)["eval_loss_after"] == 1.8
+    assert metrics_of(model, load_best_model_at_end=False)["eval_loss_after"] == 1.9
 
 
 def test_the_share_of_trained_weights_is_beside_the_base_without_its_adapter():

@@ -25,6 +25,12 @@ def test_part_of_an_epoch_is_counted_as_such():
     assert "epochs to about 4 " in few_steps_advice(5, 400, 0.5)
 
 
+def test_with_max_steps_it_is_these_that_are_advised():
+    advice = few_steps_advice(10, 60, 1, max_steps=10)
+    assert "max_steps" in advice
+    assert "epochs" not in advice
+
+
 @pytest.mark.parametrize("steps", [1, 5, 12, 39])
 def test_the_epochs_that_are_advised_are_enough(steps):
     advice = few_steps_advice(steps, 50, 1)

@@ -2,7 +2,8 @@
 
 A crash loses the steps since the newest complete checkpoint: at most 1 / `evaluations` of a
 training, and twice that if it broke while saving. Incomplete checkpoints are deleted; those of
-other settings or data move to `earlier/`.
+other settings or data move to `earlier/`. Which checkpoint becomes the adapter is decided in
+training/trainer_settings.py: the best by the validation loss.
 """
 
 import json
@@ -17,28 +18,28 @@ from tabletune.run.files import archive, remove, write_json
 from tabletune.run.stage import COMPUTED_ON, Stage
 
 
-def claim_checkpoints(stage: Stage, inputs: dict[str, Any], processes: PartialState) -> bool:
+def check_done_or_archive(stage: Stage, inputs: dict[str, Any], processes: PartialState) -> bool:
     """Whether this training is done, on this machine or on another.
 
     If not, what the run has of other settings or data is archived. `inputs` are what it depends on
     beside its parameters. Checkpoints of the same settings, on the same kind of hardware, stay to
     go on from.
     """
-    run, file = stage.folder, stage.folder / "checkpoints" / "settings.json"
+    run = stage.folder
+    file = run / "checkpoints" / "settings.json"
     # as JSON has them, to compare with what was read from a file
     settings = json.loads(json.dumps(stage.settings | inputs))
     # the first process archives before the others look
     with processes.main_process_first():
-        done = stage.is_done(inputs, ["adapter", "training/metrics.json"])
-        if done:
+        if stage.is_done(inputs, ["adapter", "training/metrics.json"]):
             print_other_hardware(stage, inputs)
-            return done
-        is_other = file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings
-        if is_other:
-            archive(run, "checkpoints", "adapter", "training")
-        if is_other or not file.exists():
-            # without settings.json, nothing here was made by this training
+            return True
+        if not file.exists():
+            # nothing here was made by this training
             archive(run, "adapter", "training")
+            write_json(file, settings)
+        elif json.loads(file.read_text(encoding="utf-8")) != settings:
+            archive(run, "checkpoints", "adapter", "training")
             write_json(file, settings)
     return False
 

@@ -17,6 +17,7 @@ from tabletune.merging.plan import base_module_name
 from tabletune.model.compat import checkpointing_arguments
 from tabletune.model.inspection import context_length, tied_weight_names
 from tabletune.training.lora_targets import lora_targets, shortest_target_names
+from tabletune.training.trainer_settings import when_to_evaluate
 
 # what SFTConfig takes and would do nothing here: notebooks 1 and 2 make the rows
 WITHOUT_EFFECT = {
@@ -56,68 +57,50 @@ PARAMETER_FOR = {
 }
 
 
-def check_choices(params: dict[str, Any], config: PreTrainedConfig, dtype: torch.dtype) -> None:
+def check_option_values(
+    parameters: dict[str, Any], config: PreTrainedConfig, dtype: torch.dtype
+) -> None:
     """Raise StageError for parameters of notebook 2 that cannot work here or with this base."""
     has_gpu = torch.cuda.is_available()
-    if params["quantization"] not in ("nf4", "8bit", "none"):
-        raise StageError(f'quantization="{params["quantization"]}": use nf4, 8bit or none.')
+    if parameters["quantization"] not in ("nf4", "8bit", "none"):
+        raise StageError(f'quantization="{parameters["quantization"]}": use nf4, 8bit or none.')
     if dtype != torch.float32 and not has_gpu:
         raise StageError(
-            f"precision={params['precision']}: training in half precision needs a GPU. Use auto or "
-            "fp32."
+            f"precision={parameters['precision']}: training in half precision needs a GPU. Use auto "
+            "or fp32."
         )
     # training_options has the last word, as in the notebook
-    liger = params["training_options"].get("use_liger_kernel", params["use_liger_kernel"])
+    liger = parameters["training_options"].get("use_liger_kernel", parameters["use_liger_kernel"])
     if liger and not (has_gpu and find_spec("liger_kernel")):
         raise StageError(
             "use_liger_kernel needs a GPU and the package liger-kernel. Install it, or set it to "
             "false."
         )
-    if params["optim"].startswith("paged") and not has_gpu:
+    if parameters["optim"].startswith("paged") and not has_gpu:
         raise StageError(
-            f"optim={params['optim']}: the paged optimizers of bitsandbytes need a GPU. Use "
+            f"optim={parameters['optim']}: the paged optimizers of bitsandbytes need a GPU. Use "
             "adamw_torch."
         )
-    uses_dora = params["lora_options"].get("use_dora")
-    if params["quantization"] == "8bit" and uses_dora and not has_gpu:
+    uses_dora = parameters["lora_options"].get("use_dora")
+    if parameters["quantization"] == "8bit" and uses_dora and not has_gpu:
         raise StageError(
             'PEFT cannot train DoRA on 8-bit weights without a GPU. Set quantization to "nf4".'
         )
-    check_options(params)
+    check_options(parameters)
     longest = context_length(config)
-    if longest and params["max_length"] > longest:
+    if longest and parameters["max_length"] > longest:
         print(
-            f"max_length={params['max_length']}, but this base was trained to read {longest:,} "
+            f"max_length={parameters['max_length']}, but this base was trained to read {longest:,} "
             "tokens at once."
         )
 
 
-def when_to_evaluate(options: dict[str, Any], each: int) -> dict[str, Any]:
-    """SFTConfig's arguments that say when to take the validation loss and save a checkpoint.
-
-    The two belong together: every `each` steps. Where `options` sets one of them, the other
-    follows.
-    """
-    # Trainer loads the best checkpoint at the end, so each evaluation needs a checkpoint of its own
-    # step
-    strategy = options.get("eval_strategy", options.get("save_strategy", "steps"))
-    if strategy == "best":
-        strategy = "steps"
-    steps = options.get("eval_steps", options.get("save_steps", each))
-    return {
-        "eval_strategy": strategy,
-        "save_strategy": strategy,
-        "eval_steps": steps,
-        "save_steps": steps,
-    }
-
-
-def check_options(params: dict[str, Any]) -> None:
+def check_options(parameters: dict[str, Any]) -> None:
     """Raise StageError for options and loggers that are unknown, impossible or without effect."""
-    check_names_of_options("lora_options", params["lora_options"], LoraConfig)
-    check_names_of_options("training_options", params["training_options"], SFTConfig)
-    check_training_options(params)
-    loggers = params["training_options"].get("report_to", params["report_to"])
+    check_names_of_options("lora_options", parameters["lora_options"], LoraConfig)
+    check_names_of_options("training_options", parameters["training_options"], SFTConfig)
+    check_training_options(parameters)
+    loggers = parameters["training_options"].get("report_to", parameters["report_to"])
     if isinstance(loggers, str):
         loggers = [loggers]
     for logger in loggers:
@@ -126,8 +109,8 @@ def check_options(params: dict[str, Any]) -> None:
                 f"report_to={logger}: that package is not installed here. Install it, or use "
                 "another one."
             )
-    initialization = str(params["lora_options"].get("init_lora_weights"))
-    if initialization.startswith(CHANGES_BASE) and params["quantization"] != "none":
+    initialization = str(parameters["lora_options"].get("init_lora_weights"))
+    if initialization.startswith(CHANGES_BASE) and parameters["quantization"] != "none":
         raise StageError(
             f'lora_options: "{initialization}" changes the base\'s weights. Set quantization to '
             '"none".'
@@ -153,24 +136,29 @@ def check_names_of_options(name: str, options: dict[str, Any], kind: type) -> No
             )
 
 
-def check_training_options(params: dict[str, Any]) -> None:
+def check_training_options(parameters: dict[str, Any]) -> None:
     """Raise StageError for training options that SFTConfig or the schedule refuse."""
-    options = params["training_options"]
+    options = parameters["training_options"]
+    if options.get("greater_is_better"):
+        raise StageError(
+            "training_options: greater_is_better would keep the checkpoint with the largest loss. "
+            "Leave it out."
+        )
     if options.get("metric_for_best_model", "eval_loss") not in ("loss", "eval_loss"):
         raise StageError(
             "training_options: metric_for_best_model can only be the validation loss. Leave it out."
         )
     for name, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
         try:
-            kind(params[name])
+            kind(parameters[name])
         except ValueError as error:
-            raise StageError(f"{name}={params[name]}: {error}") from error
+            raise StageError(f"{name}={parameters[name]}: {error}") from error
     settings = {
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
         "load_best_model_at_end": True,
         "report_to": "none",
-        "lr_scheduler_type": params["lr_scheduler_type"],
+        "lr_scheduler_type": parameters["lr_scheduler_type"],
         **when_to_evaluate(options, 1),
         **checkpointing_arguments(False, None, options),
     }
@@ -181,7 +169,7 @@ def check_training_options(params: dict[str, Any]) -> None:
         get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 2, arguments.lr_scheduler_kwargs)
     except (ValueError, TypeError, ImportError) as error:
         raise StageError(f"training_options: {error}") from error
-    if not params["early_stopping_patience"]:
+    if not parameters["early_stopping_patience"]:
         return
     missing = ""
     if arguments.eval_strategy == "no":
@@ -195,21 +183,21 @@ def check_training_options(params: dict[str, Any]) -> None:
         )
 
 
-def targets_to_adapt(params: dict[str, Any], model: PreTrainedModel) -> list[str]:
+def targets_to_adapt(parameters: dict[str, Any], model: PreTrainedModel) -> list[str]:
     """The names of the layers of a `skeleton` that get an adapter.
 
     The adapter is tried on the skeleton, which is of no use afterwards. Raises StageError if PEFT
     refuses it, or if it could not be merged.
     """
-    targets, tied = lora_targets(model, params["lora_target_modules"]), tied_weight_names(model)
+    targets, tied = lora_targets(model, parameters["lora_target_modules"]), tied_weight_names(model)
     layers = {name for name, _ in model.named_modules()}
     # a start that is computed from the weights is left out, as a skeleton has none
-    options = params["lora_options"] | {"init_lora_weights": True}
+    options = parameters["lora_options"] | {"init_lora_weights": True}
     try:
         config = LoraConfig(
-            r=params["lora_r"],
-            lora_alpha=params["lora_alpha"],
-            lora_dropout=params["lora_dropout"],
+            r=parameters["lora_r"],
+            lora_alpha=parameters["lora_alpha"],
+            lora_dropout=parameters["lora_dropout"],
             target_modules=shortest_target_names(model, targets),
             **options,
         )

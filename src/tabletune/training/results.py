@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from tabletune.chat.tokenizer import save_tokenizer
+from tabletune.errors import StageError
 from tabletune.model.loading import skeleton
 from tabletune.run.files import archive, atomic_write, write_json
 from tabletune.run.hub import upload_result
@@ -13,12 +14,10 @@ from tabletune.run.stage import Stage
 
 
 def base_model_loss(trainer: Trainer) -> float:
-    """The validation loss of the untouched base, in nats a token.
-
-    That of the model with its adapter switched off.
+    """The validation loss of the untouched base, in nats a token: with the adapter switched off.
 
     No callback hears of it: in a progress table or in TensorBoard it would stand as the last step
-    of the training.
+    of the training. Raises StageError if it is no number.
     """
     logged = len(trainer.state.log_history)
     callbacks = trainer.callback_handler.callbacks
@@ -26,6 +25,11 @@ def base_model_loss(trainer: Trainer) -> float:
     try:
         with trainer.model.disable_adapter():
             loss = trainer.evaluate()["eval_loss"]
+    except StageError as error:
+        raise StageError(
+            "The validation loss of the base model itself is no number: in this precision it "
+            "cannot compute. Set precision to bf16 or fp32."
+        ) from error
     finally:
         trainer.callback_handler.callbacks = callbacks
     del trainer.state.log_history[logged:]  # not of the trained model
@@ -52,7 +56,8 @@ def training_metrics(
     tokens = round(tokens_an_epoch * trainer.state.epoch)
     peak = peak_memory_gib()
     after = trainer.state.best_metric
-    if after is None:  # training_options have left out the choice of a checkpoint
+    if after is None or not trainer.args.load_best_model_at_end:
+        # training_options have left out the choice of a checkpoint: the last one is the adapter
         after = trainer.evaluate()["eval_loss"]
     return {
         "steps": trainer.state.global_step,

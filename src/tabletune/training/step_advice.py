@@ -9,12 +9,15 @@ import math
 ENOUGH_STEPS = 40
 
 
-def few_steps_advice(steps: int, examples: int, epochs: float) -> str:
-    """A sentence on how many epochs a table needs where there are too few steps; "" where not."""
+def few_steps_advice(steps: int, examples: int, epochs: float, max_steps: int = -1) -> str:
+    """A sentence on what a table needs where there are too few steps; "" where there are enough.
+
+    More epochs, or a larger `max_steps` where that is set, as the epochs count for nothing then.
+    """
     if steps >= ENOUGH_STEPS:
         return ""
+    few = f"{steps} steps are few to learn from"
+    if max_steps > 0:
+        return f"{few}: set max_steps in training_options to {ENOUGH_STEPS} or more."
     needed = math.ceil(epochs * ENOUGH_STEPS / max(1, steps))
-    return (
-        f"{steps} steps are few to learn from: for {examples:,} examples set epochs to about "
-        f"{needed} ({ENOUGH_STEPS} steps)."
-    )
+    return f"{few}: for {examples:,} examples set epochs to about {needed} ({ENOUGH_STEPS} steps)."

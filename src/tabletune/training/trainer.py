@@ -61,6 +61,8 @@ class TokenTrainer(SFTTrainer):
       again, with the same numbers.
     - Liger's fused loss is switched on after SFTTrainer is made: TRL from 1.10 on replaces it by a
       fused output layer of its own, which is slower with the metrics that belong to it.
+    - It stops where a loss is no number, pads Gemma 3n with EOS (`avoid_zero_embedding`), and
+      writes no model card for a checkpoint.
 
     Raises StageError if TRL refuses the model or the arguments.
     """
@@ -135,10 +137,7 @@ class TokenTrainer(SFTTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """The loss of a validation batch, so that Trainer's mean over rows is a token's.
-
-        It is weighted for that.
-        """
+        """The loss of a validation batch, weighted so that Trainer's mean is that of a token."""
         # labels [rows, tokens]; the first column predicts nothing
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
         rows = len(inputs["labels"])
@@ -149,7 +148,12 @@ class TokenTrainer(SFTTrainer):
         return loss * tokens / rows / self.tokens_per_row, logits, labels
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log with the number of tokens seen so far, also over interruptions."""
+        """Log with the number of tokens seen so far, also over interruptions.
+
+        Raises StageError if the training loss is no number.
+        """
+        if "loss" in logs:
+            self.check_training_loss(logs["loss"])
         key = "num_input_tokens_seen"
         # the history comes from the checkpoint, so an interrupted training goes on counting
         logged = [entry[key] for entry in self.state.log_history if key in entry]
@@ -168,12 +172,26 @@ class TokenTrainer(SFTTrainer):
         self.tokens_per_row = count_labels(self.eval_dataset) / len(self.eval_dataset)
         metrics = super().evaluate(*args, **kwargs)
         if not math.isfinite(metrics["eval_loss"]):
-            raise StageError(
-                f"The validation loss is {metrics['eval_loss']} at step {self.state.global_step}: "
-                f"the training has diverged. Lower learning_rate, {self.args.learning_rate:g} now, "
-                "or raise warmup."
-            )
+            raise StageError(self.diverged("validation", metrics["eval_loss"]))
         return metrics
+
+    def check_training_loss(self, loss: float) -> None:
+        """Raise StageError if the training has diverged: if the loss that it logs is no number.
+
+        With fp16 once is no sign of that: the gradient scaler leaves out steps whose numbers are
+        too large. Twice in a row is. The decision is the same in all processes.
+        """
+        earlier = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        is_repeated = bool(earlier) and not math.isfinite(earlier[-1])
+        if not math.isfinite(loss) and (is_repeated or not self.args.fp16):
+            raise StageError(self.diverged("training", loss))
+
+    def diverged(self, name: str, loss: float) -> str:
+        """The message for a loss that is no number."""
+        return (
+            f"The {name} loss is {loss} at step {self.state.global_step}: the training has "
+            f"diverged. Lower learning_rate, {self.args.learning_rate:g} now, or raise warmup."
+        )
 
 
 class TrainingStopwatch(TrainerCallback):
