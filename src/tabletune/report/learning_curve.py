@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ NOT_COMPARED = {*NOT_IN_SETTING, "train_rows"}  # in which the runs of one curve
 TUNED = ("merged", "adapter")  # the model to look at: the first of these that was evaluated
 HALF = 0.75  # of the rows of the largest run, at most, for a smaller one to be compared with it
 LEAST_GAIN = 0.01  # nats a token, 1% of the perplexity: less is no gain, however sure it is
-LEAST_HALF = 0.3  # of them, at least, for that to be the last doubling
+LEAST_HALF = 0.3  # of the rows of the largest run, at least, for it to be the last doubling
 
 
 @dataclass
@@ -157,7 +158,8 @@ def plot_curves(curves: list[list[Point]]) -> "Figure":
     """A figure of the curves with intervals: perplexity, and right answers if measured."""
     import matplotlib.pyplot as plt  # half a second
 
-    measured = all(point.right for curve in curves for point in curve)
+    points = list(chain.from_iterable(curves))
+    measured = all(point.right for point in points)
     panels = 2 if measured else 1
     figure, axes = plt.subplots(
         1, panels, figsize=(4.6 * panels, 3.4), layout="constrained", squeeze=False
@@ -174,7 +176,6 @@ def plot_curves(curves: list[list[Point]]) -> "Figure":
             rates = [point.right_rate for point in curve]
             limits = [point.right_interval() for point in curve]
             axes[0][1].errorbar(sizes, rates, error_bars(rates, limits), **style)
-    points = [point for curve in curves for point in curve]
     read = {point.scores["group"].nunique() for point in points}
     axes[0][0].set(ylabel="perplexity (lower is better)", title=title_of(read))
     if measured:
@@ -213,11 +214,59 @@ def error_bars(values: list[float], limits: list[list[float] | None]) -> np.ndar
     return np.array([below, above])
 
 
-def last_doubling(curve: list[Point]) -> list[str]:
-    """Whether the last doubling of a curve still gained, in sentences.
+@dataclass(frozen=True)
+class Gain:
+    """What the largest run of a curve gained over one with about half as many questions.
 
-    By pairs of the same test rows.
+    `likelihood` and `right` are paired differences as `stats` returns them, of nats a token and of
+    right answers; `right` is None where that was not measured. A gain counts if it is significant,
+    and more than seeds alone do.
     """
+
+    most: Point
+    half: Point
+    likelihood: dict
+    right: dict | None
+
+    @property
+    def is_more_likely(self) -> bool:
+        """Whether new answers became more likely, by more than LEAST_GAIN."""
+        by_seeds = max(self.most.spreads[0], self.half.spreads[0])
+        least = max(LEAST_GAIN, by_seeds)
+        return self.likelihood["significant"] and self.likelihood["difference"] < -least
+
+    @property
+    def is_more_right(self) -> bool:
+        """Whether more new questions are answered right."""
+        if self.right is None:
+            return False
+        by_seeds = max(self.most.spreads[1], self.half.spreads[1])
+        return self.right["significant"] and self.right["difference"] > by_seeds
+
+    @property
+    def is_last_doubling(self) -> bool:
+        """Whether the smaller run is large enough for the step between them to be a doubling."""
+        return self.half.questions >= LEAST_HALF * self.most.questions
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether it is known what seeds alone do."""
+        return self.most.has_seeds and self.half.has_seeds
+
+
+def gain_of(most: Point, half: Point) -> Gain:
+    """The Gain of the larger run, by pairs of the same test rows."""
+    likelihood = mean_difference(
+        most.scores["response_nll"],
+        half.scores["response_nll"],
+        most.scores["response_tokens"],
+        most.scores["group"],
+    )
+    return Gain(most, half, likelihood, compare_right(most, half))
+
+
+def last_doubling(curve: list[Point]) -> list[str]:
+    """Whether the last doubling of a curve still gained, in sentences."""
     most = curve[-1]
     smaller = [point for point in curve if point.questions <= HALF * most.questions]
     if not smaller:
@@ -225,48 +274,41 @@ def last_doubling(curve: list[Point]) -> list[str]:
             "No run has about half as many questions as the largest: "
             "whether more rows help cannot be said."
         ]
-    half = smaller[-1]
-    likelihood = mean_difference(
-        most.scores["response_nll"],
-        half.scores["response_nll"],
-        most.scores["response_tokens"],
-        most.scores["group"],
-    )
-    right = compare_right(most, half)
-    sentences = [likelihood_sentence(most, half, likelihood)]
-    if right is not None:
-        sentences.append(right_sentence(len(most.right), right))
-    of_seeds = np.maximum(most.spreads, half.spreads)  # what seeds alone do
-    least_gain = max(LEAST_GAIN, of_seeds[0])
-    more_likely = likelihood["significant"] and likelihood["difference"] < -least_gain
-    more_right = right is not None and right["significant"] and right["difference"] > of_seeds[1]
-    if half.questions < LEAST_HALF * most.questions:
-        gained = (
-            "gained" if more_right or more_likely else "gained nothing that can be told from chance"
-        )
-        times = most.questions / half.questions
-        sentences.append(
-            f"{times:.0f} times as many questions {gained}. Whether the last doubling still did is "
-            "not measured: run one with half as many (`train_rows`)."
-        )
-    elif more_right or (more_likely and right is None):
-        sentences.append("The last doubling still gained: more rows would probably help.")
-    elif more_likely:
-        sentences.append(
-            "The last doubling made the table's answers more likely, but it cannot be told whether "
-            "more of the model's own are right: more rows may help."
-        )
-    else:
-        sentences.append(
-            "The last doubling gained nothing that can be told from chance: "
-            "more rows of this kind would hardly help."
-        )
-    if not most.has_seeds or not half.has_seeds:
+    gain = gain_of(most, smaller[-1])
+    sentences = [likelihood_sentence(most, gain.half, gain.likelihood)]
+    if gain.right is not None:
+        sentences.append(right_sentence(len(most.right), gain.right))
+    sentences.append(conclusion(gain))
+    if not gain.has_seeds:
         sentences.append(
             "How much a seed alone changes is not known here: run each size with three seeds "
             "(`seed: [1, 2, 3]` in the grid) before you trust a small change."
         )
     return sentences
+
+
+def conclusion(gain: Gain) -> str:
+    """Whether more rows would help, in a sentence."""
+    if not gain.is_last_doubling:
+        gained = "gained nothing that can be told from chance"
+        if gain.is_more_right or gain.is_more_likely:
+            gained = "gained"
+        times = gain.most.questions / gain.half.questions
+        return (
+            f"{times:.0f} times as many questions {gained}. Whether the last doubling still did is "
+            "not measured: run one with half as many (`train_rows`)."
+        )
+    if gain.is_more_right or (gain.is_more_likely and gain.right is None):
+        return "The last doubling still gained: more rows would probably help."
+    if gain.is_more_likely:
+        return (
+            "The last doubling made the table's answers more likely, but it cannot be told whether "
+            "more of the model's own are right: more rows may help."
+        )
+    return (
+        "The last doubling gained nothing that can be told from chance: "
+        "more rows of this kind would hardly help."
+    )
 
 
 def compare_right(most: Point, half: Point) -> dict | None:
