@@ -26,7 +26,7 @@ trust: $(READY) ## notebook 6 on a finished run, safety and memorization: RUN_DI
 	@$(TABLETUNE) trust $(RUN)
 export: $(call EXTRA,export) ## notebook 7 on a finished run, cards, GGUF, Ollama: RUN_DIR=folder
 	@$(TABLETUNE) export $(RUN)
-ask: $(READY) ## answer the questions of a file: RUN_DIR=folder QUESTIONS=file MODEL_PART=merged
+ask: $(READY) ## answer the questions of a file: RUN_DIR=folder QUESTIONS=file MODEL_PART=copy
 	@$(TABLETUNE) ask $(RUN) --questions "$(QUESTIONS)" $(MODEL_PART:%=--part %)
 index: $(READY) ## take new rows of the table into a run: RUN_DIR=folder ARGS="-p dataset new.csv"
 	@$(TABLETUNE) index $(RUN)

@@ -4,6 +4,7 @@ import pytest
 
 from tabletune.cli.summary import print_recommendation
 from tabletune.errors import StageError
+from tabletune.report.text import RUN_HERE
 from tabletune.run.files import write_json
 
 
@@ -15,6 +16,15 @@ def test_the_recommendation_of_notebook_5_is_printed(tmp_path, capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[:2] == verdict["sentences"]
     assert str(tmp_path / "baselines") in lines[-1]
+
+
+def test_commands_name_the_run(tmp_path, capsys):
+    run = tmp_path / "my run"
+    (run / "baselines").mkdir(parents=True)
+    verdict = {"sentences": ["Copy.", f"To ship it: `make ask {RUN_HERE} MODEL_PART=copy`."]}
+    write_json(run / "baselines" / "metrics.json", {"verdict": verdict})
+    print_recommendation(run)
+    assert f"`make ask RUN_DIR='{run}' MODEL_PART=copy`" in capsys.readouterr().out
 
 
 def test_without_notebook_5_it_is_named(tmp_path):

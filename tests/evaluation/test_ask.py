@@ -6,75 +6,17 @@ import pandas as pd
 import pytest
 from conftest import TINY, copy_of
 
-from tabletune.errors import StageError
 from tabletune.evaluation.ask import (
-    AskedQuestion,
     answer_lines,
     answer_questions,
     is_expected,
-    read_questions,
     table_of_answers,
+    width_of,
 )
 from tabletune.evaluation.content import ContentRules
+from tabletune.evaluation.question_files import AskedQuestion
 
 FREE_TEXT = ContentRules("same_text", ("right",), {})
-
-
-# the quote before Ginger is never closed, and the next one stands two lines below
-SWALLOWED = 'question,answer\nCold?,"Ginger\nGas?,Fennel\nFlu?,Rest"\n'
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        ("q.txt", "\ufeffCold?\n\n  Gas? \n", [("Cold?", []), ("Gas?", [])]),
-        ("q", "Cold?", [("Cold?", [])]),
-        ("q.csv", "question,answer\nCold?,Ginger\nGas?,\n", [("Cold?", ["Ginger"]), ("Gas?", [])]),
-        ("q.csv", "Question;Expected\nCold, or flu?;Ginger\n", [("Cold, or flu?", ["Ginger"])]),
-        ("q.tsv", "prompt\nCold?\n", [("Cold?", [])]),
-        ("q.csv", 'question,answer\n"Cold\nand flu?",Rest\n', [("Cold\nand flu?", ["Rest"])]),
-        (
-            "q.jsonl",
-            '{"question": "Cold?", "expected": ["Ginger", "Honey"]}\n"Gas?"\n',
-            [("Cold?", ["Ginger", "Honey"]), ("Gas?", [])],
-        ),
-        ("q.json", '[{"question": "6 x 7?", "answer": 42}]', [("6 x 7?", ["42"])]),
-    ],
-)
-def test_questions_of_files(tmp_path, name, text, expected):
-    path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
-    assert [(q.question, q.expected) for q in read_questions(path)] == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("q.txt", " \n", "has no questions"),
-        ("q.csv", "a,b\n1,2\n", "no column question. Its columns: a, b"),
-        ("q.csv", 'question\n"Cold?\nGas?\n', "line 2 has a double quote too many or too few"),
-        ("q.jsonl", '{"question": "Cold?"}\n{oops\n', "line 2"),
-        ("q.json", '{"question": "Cold?"}', "must be a list"),
-        ("q.jsonl", "3\n", "is neither a question nor a row"),
-        (
-            "q.csv",
-            SWALLOWED,
-            r"QUESTIONS=.*q\.csv, line 2: a double quote opens a cell that ends 2",
-        ),
-        ("q.csv", 'question,answer\n"Cold?,Ginger\n', "line 2 has a double quote too many"),
-        ("q.csv", "question\nCold, or flu?\n", "this row has 2 cells, the first 1"),
-    ],
-)
-def test_files_that_cannot_be_used(tmp_path, name, text, message):
-    path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(StageError, match=message):
-        read_questions(path)
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(StageError, match="cannot be read"):
-        read_questions(tmp_path / "none.txt")
 
 
 class Context:
@@ -126,6 +68,22 @@ def test_an_answer_that_rests_on_nothing_does_not_name_a_row_as_its_reason():
     refused = table_of_answers([{**line, "rows": [row], "unknown": True}], "")
     assert "nearest:" not in known
     assert "nearest:" in refused
+
+
+@pytest.mark.parametrize("text", ["地址在哪里？" * 20, "दुकान कब खुलती है? " * 9, "plain words " * 9])
+def test_columns_stand_below_each_other_in_all_scripts(text):
+    line = {"question": text, "answer": "Here.", "stopped": True, "rows": [], "unknown": False}
+    shown = table_of_answers([line, line | {"question": "Where?"}], "").split("\n")
+    [first, second] = [row for row in shown if row.endswith("Here.")]
+    assert width_of(first) == width_of(second)
+    assert max(map(width_of, shown)) <= 100
+
+
+def test_what_rests_on_nothing_says_so_without_a_row():
+    line = {"question": "Sauna?", "answer": "", "stopped": True, "rows": [], "unknown": True}
+    row = {"question": "Open?", "score": 0.9}
+    text = table_of_answers([line, line | {"rows": [row], "unknown": False}], "")
+    assert "nothing" in text
 
 
 def test_the_table_of_answers():

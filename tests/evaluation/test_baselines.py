@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from tabletune.chat.encoding import encode_prompt
+from tabletune.data.context import ContextSettings, TableContext
 from tabletune.data.retrieval import RowIndex, TableRow
 from tabletune.errors import StageError
 from tabletune.evaluation import baselines
@@ -51,14 +52,11 @@ def prompts(tokenizer):
 
 
 class FakeContext:
-    """A run that was trained with rows, and whose look-up refuses what says so."""
-
-    settings = type("Settings", (), {"unknown_answer": "Nothing."})()
+    """A run that was trained with rows."""
 
     def prompt(self, messages):
-        refused = "refuse" in messages[-1]["content"]
         messages = [{"role": "user", "content": f"rows and {messages[-1]['content']}"}]
-        return type("Prompt", (), {"messages": messages, "refused": refused})()
+        return type("Prompt", (), {"messages": messages})()
 
     def is_unknown(self, answer):
         return answer == "Nothing."
@@ -207,9 +205,16 @@ def test_copying_costs_no_tokens(prompts):
 
 
 def test_copying_refuses_what_the_look_up_refuses(prompts):
-    prompts.context = FakeContext()
-    result = without_model(COPY, prompts, [question("refuse: sunburn", "x")])
-    assert list(result.answers["answer"]) == ["Nothing."]
+    settings = ContextSettings(3, 0, "{rows}{question}", "Nothing.", unknown_threshold=0.5)
+    prompts.context = TableContext(prompts.index, settings)
+    asked = [question("sunburn", "x"), question("sun and sand in Spain", "x")]
+    result = without_model(COPY, prompts, asked)
+    assert list(result.answers["answer"]) == ["Take number 3.", "Nothing."]
+
+
+def test_a_row_that_shares_nothing_with_the_question_is_not_copied(prompts):
+    result = without_model(COPY, prompts, [question("東京", "x")])
+    assert list(result.answers["answer"]) == [""]
 
 
 def test_one_answer_for_all_is_the_commonest(tokenizer):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from tabletune.evaluation.baselines import (
     ADAPTER,
@@ -14,12 +15,15 @@ from tabletune.evaluation.baselines import (
     WAYS,
 )
 from tabletune.evaluation.recommendation import (
+    ADVICE,
+    COMMANDS,
     MAY_HELP_LABELS,
     NOTHING,
     ONLY_OF_THE_TABLE,
     TOO_FEW,
     recommend,
 )
+from tabletune.report.text import RUN_HERE
 
 
 def answers(right, questions=20):
@@ -76,6 +80,26 @@ def test_copying_wins_on_a_table_to_look_things_up_in():
     assert result["parts"] == ["reworded"]
     assert result["sentences"][0].startswith("Do not fine-tune for this table: copy")
     assert result["sentences"][0].endswith(ONLY_OF_THE_TABLE)
+
+
+@pytest.mark.parametrize(
+    ("rights", "command"),
+    [
+        ([20, 0, 0, 6, 0], "QUESTIONS=my_questions.txt MODEL_PART=copy`"),
+        ([0, 20, 0, 6, 0], "QUESTIONS=my_questions.txt MODEL_PART=base`"),
+        ([0, 0, 20, 6, 0], "as notebook 5 shows"),
+        ([0, 0, 0, 20, 0], "as notebook 5 shows"),
+        ([0, 0, 0, 0, 20], "`make export RUN_DIR=…`"),
+    ],
+)
+def test_the_second_sentence_names_the_command(rights, command):
+    assert command in verdict(all_ways(reworded=rights, new=[0] * 5))["sentences"][1]
+
+
+def test_every_way_that_can_be_chosen_has_a_command():
+    assert set(COMMANDS) == set(ADVICE)
+    for command in COMMANDS.values():
+        assert command.count("RUN_DIR") == command.count(RUN_HERE)
 
 
 def test_what_answers_new_questions_too_is_not_limited_to_those_of_the_table():

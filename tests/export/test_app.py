@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tabletune.data.context import answer_with_context, load_context
 from tabletune.errors import StageError
+from tabletune.evaluation.ask import answer_questions
 from tabletune.export import app as app_module
 from tabletune.export import gguf
 
@@ -109,6 +110,8 @@ def test_prompts_equal_those_of_the_series_whatever_the_table(
         prompt = app.prompt(question)
         assert prompt.messages == expected.messages
         assert prompt.refused == expected.refused
+        copied = app.copy(question)
+        assert (copied["answer"], copied["unknown"], copied["rows"]) == context.copied(question)
 
 
 def write_by_hand(folder, context):
@@ -221,7 +224,6 @@ def test_a_table_of_texts_has_no_app(run_dir, monkeypatch, capsys):
 def test_without_context_rows_the_question_is_asked_alone(run_dir):
     folder = app_module.write_app(read(run_dir))
     app = app_module.load_app(folder).App(folder)
-    assert not (folder / "rows.jsonl").exists()
     prompt = app.prompt("What helps?")
     assert prompt.messages == [{"role": "user", "content": "What helps?"}]
     assert prompt.rows == []
@@ -241,6 +243,74 @@ def test_the_system_message_and_the_history_come_first(exported):
     messages = app.prompt("And a cold?", history).messages
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
     assert messages[1:3] == history
+
+
+# --- copied answers
+
+
+def copied_by_ask(run, questions):
+    """{question: (answer, unknown)} of `make ask MODEL_PART=copy`."""
+    (run / "q.txt").write_text("\n".join(questions))
+    answer_questions(run, run / "q.txt", "copy", {})
+    lines = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == len(questions)
+    return {line["question"]: (line["answer"], line["unknown"]) for line in lines}
+
+
+@pytest.mark.parametrize("context_rows", [0, 3])
+def test_the_app_copies_what_make_ask_copies(context_rows, run_dir):
+    if context_rows:
+        with_rows(run_dir)
+    folder = app_module.write_app(read(run_dir))
+    app = app_module.load_app(folder).App(folder)
+    questions = sorted({question.strip() for question in questions_of(run_dir)})[::3]
+    questions += ["Zwölf Boxkämpfer jagen Viktor", "???", "東京"]
+    expected = copied_by_ask(run_dir, questions)
+    answers = {}
+    for question in questions:
+        result = app.copy(question)
+        answers[question] = (result["answer"], result["unknown"])
+    assert answers == expected
+    assert answers["???"] == ((UNKNOWN if context_rows else ""), True)
+    assert len({answer for answer, _ in answers.values()}) > 20
+
+
+def test_copying_needs_no_server(exported):
+    done = run_app(exported[1], "--copy", "--server", "http://127.0.0.1:9/v1", QUESTION)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Here is a suggested remedy:")
+    assert f"1. {QUESTION[:20]}" in done.stdout
+    assert "2. " not in done.stdout
+
+
+def test_many_questions_are_copied_line_by_line(exported):
+    done = run_app(exported[1], "--copy", "--json", given=f"{QUESTION}\n\nZwölf Boxkämpfer\n")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["unknown"] for line in lines] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{oops", "line 1, is not JSON"),
+        ('{"question": "Who?"}', 'line 1, needs "question" and "answer"'),
+        ("[]", 'line 1, needs "question" and "answer"'),
+        ("", "has no rows"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [["--copy"], []])
+def test_rows_that_cannot_be_read_are_one_line(line, message, arguments, exported):
+    (exported[1] / "rows.jsonl").write_text(line)
+    done = run_app(exported[1], *arguments, QUESTION)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_readme_says_how_to_copy(exported, run_dir):
+    text = (exported[1] / "README.md").read_text()
+    assert 'python app.py --copy "A question"' in text
+    assert f"that is “{UNKNOWN}”, too" in text
 
 
 # --- answers from a server

@@ -104,7 +104,7 @@ def summary(options: argparse.Namespace) -> None:
 
 
 def ask(options: argparse.Namespace) -> None:
-    """Answer the questions of a file with a finished run's model."""
+    """Answer the questions of a file with a finished run: its model, or rows of its table."""
     from tabletune.evaluation.ask import answer_questions
 
     run_dir, values = read_run_values(options)
@@ -180,7 +180,11 @@ def build_parser() -> argparse.ArgumentParser:
     command = add_for_run("ask", ask)
     command.add_argument("--questions", required=True, metavar="FILE", help="one question a line")
     command.add_argument(
-        "--part", default="adapter", choices=["base", "adapter", "merged"], help="which model"
+        "--part",
+        default="adapter",
+        type=str.lower,
+        choices=["copy", "base", "adapter", "merged"],
+        help="which model; copy: none, but the answer of the most similar row",
     )
 
     command = add("compare", compare)

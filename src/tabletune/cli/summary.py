@@ -1,8 +1,10 @@
 """What a finished run found, in a few lines."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
+from tabletune.report.text import RUN_HERE
 from tabletune.run.files import read_json
 
 
@@ -32,13 +34,15 @@ def print_summary(run_dir: Path) -> None:
 
 
 def print_recommendation(run_dir: Path) -> None:
-    """Print what notebook 5 recommends for a run, and where its figures are.
+    """Print what notebook 5 recommends for a run, how to ship it, and where its figures are.
 
     Raises StageError without them.
     """
     folder = run_dir / "baselines"
     metrics = read_json(folder / "metrics.json", "05_baselines")
-    print("", *metrics["verdict"]["sentences"], sep="\n")
+    this_run = f"RUN_DIR={shlex.quote(str(run_dir))}"
+    sentences = [line.replace(RUN_HERE, this_run) for line in metrics["verdict"]["sentences"]]
+    print("", *sentences, sep="\n")
     print(f"\nfigures, answers and a plot {folder}, the notebook {run_dir / '05_baselines.ipynb'}")
 
 

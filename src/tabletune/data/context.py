@@ -20,6 +20,7 @@ from tabletune.data.lookup import (
     MOST_CONTEXT_ROWS,
     choose_rows,
     context_message,
+    copied_answer,
     final_answer,
     is_refused,
     is_unknown,
@@ -134,6 +135,18 @@ class TableContext:
             settings.certain_threshold,
         )
 
+    def copied(self, question: str) -> tuple[str, bool, list[dict[str, Any]]]:
+        """What is said to a question without a model, whether that is "nothing", and the most
+        similar row: (answer, unknown, rows as in `ContextPrompt.rows`).
+        """
+        hit = self.index.search(question, 1)[0]
+        return copied_answer(
+            asdict(hit.row),
+            hit.score,
+            self.settings.unknown_answer,
+            self.settings.unknown_threshold,
+        )
+
     def has_answer(self, references: Sequence[str]) -> bool:
         """Whether one of the answers stands in the index, under whatever question. If not,
         "nothing" is right.
@@ -151,12 +164,17 @@ def load_context(
     Raises StageError if the folder is damaged.
     """
     folder = run / FOLDER
-    if not (folder / "settings.json").exists():
+    if not folder.exists():
         return None
     try:
         stored = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         names = ContextSettings.__dataclass_fields__
         values = {name: stored[name] for name in names}
+        for name in ("unknown_threshold", "certain_threshold"):
+            values[name] = float(values[name])
+        for name in ("context_template", "unknown_answer"):
+            if not isinstance(values[name], str):
+                raise TypeError(f"{name} is no text")
         index = RowIndex.load(folder / which)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StageError(

@@ -17,6 +17,14 @@ def example_settings(report: dict[str, Any]) -> dict[str, Any]:
     return read_example(name) if name else {}
 
 
+def disclaimer_of(report: dict[str, Any], text: str = "") -> str:
+    """What stands above every answer: a text of the reader's, else the example's or a neutral one.
+
+    `report` is the content of `dataset/report.json`.
+    """
+    return text or example_settings(report).get("disclaimer", NEUTRAL_DISCLAIMER)
+
+
 def read_example(name: str) -> dict[str, Any]:
     """The settings of a worked example, {parameter: value}."""
     file = resources.files("tabletune").joinpath(f"resources/examples/{name}.yaml")

@@ -222,6 +222,23 @@ def final_answer(
     return answer, False
 
 
+def copied_answer(
+    row: dict, score: float, unknown_answer: str, unknown_threshold: float
+) -> tuple[str, bool, list[dict]]:
+    """What is said without a model: (answer, whether that is "the table has nothing", rows).
+
+    It is the answer of the most similar `row`, unless its `score` is below `unknown_threshold` or
+    it has nothing in common with the question. Then it is `unknown_answer`, which may be empty.
+    `rows` has that row with its score; none if it has nothing in common with the question.
+    """
+    if round(score, 6) <= 0:
+        return unknown_answer, True, []
+    rows = [{"question": row["question"], "answer": row["answer"], "score": round(score, 4)}]
+    if is_refused([score], unknown_answer, unknown_threshold):
+        return unknown_answer, True, rows
+    return row["answer"], is_unknown(row["answer"], unknown_answer), rows
+
+
 def is_tied(rows: Sequence[dict]) -> bool:
     """Whether another question is as similar as that of the best row."""
     best = rows[0]

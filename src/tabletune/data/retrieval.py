@@ -5,9 +5,11 @@ words. It matches letters, not meaning; the model that reads the rows does the r
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -68,6 +70,14 @@ def table_rows(rows: Iterable[dict]) -> list[TableRow]:
     return result
 
 
+def all_rows(splits: Mapping[str, Iterable[dict]]) -> list[TableRow]:
+    """The rows of all splits of a data set of notebook 1, as the index for use has them."""
+    rows: list[TableRow] = []
+    for split in splits.values():
+        rows += table_rows(split)
+    return rows
+
+
 def analyzer_for(texts: Iterable[str]) -> str:
     """The kind of n-grams: "char" for texts mostly in scripts without spaces, else "char_wb"."""
     letters = without = 0
@@ -76,6 +86,13 @@ def analyzer_for(texts: Iterable[str]) -> str:
             letters += character.isalpha()
             without += any(first <= character <= last for first, last in WITHOUT_SPACES)
     return "char" if without > letters / 2 else "char_wb"
+
+
+def function_words_for(analyzer: str, questions: Sequence[str]) -> frozenset[str] | None:
+    """The function words of the questions' language: English or, as None, one not known here."""
+    if analyzer == "char_wb" and looks_english(questions):
+        return FUNCTION_WORDS
+    return None
 
 
 class RowIndex:
@@ -94,11 +111,10 @@ class RowIndex:
         self.rows_of_text: dict[str, list[int]] = {}  # {exact text: row numbers}
         for number, question in enumerate(questions):
             self.rows_of_text.setdefault(exact_text(question), []).append(number)
-        self.function_words: frozenset[str] | None = None
         self.words: frozenset[str] | None = None
-        if analyzer == "char_wb" and looks_english(questions):
-            self.function_words = FUNCTION_WORDS
-            self.words = known_words(questions, FUNCTION_WORDS)
+        self.function_words = function_words_for(analyzer, questions)
+        if self.function_words is not None:
+            self.words = known_words(questions, self.function_words)
 
     @classmethod
     def build(cls, rows: Sequence[TableRow], analyzer: str = "auto") -> "RowIndex":
@@ -174,7 +190,10 @@ class RowIndex:
 
     @classmethod
     def load(cls, folder: Path) -> "RowIndex":
-        """Read an index that `save` wrote. Raises OSError or ValueError if it is not complete."""
+        """Read an index that `save` wrote.
+
+        Raises OSError, ValueError, KeyError or TypeError if it is not complete.
+        """
         from scipy.sparse import load_npz
 
         with open(folder / "rows.jsonl", encoding="utf-8") as file:
@@ -182,7 +201,14 @@ class RowIndex:
         terms = json.loads((folder / "terms.json").read_text(encoding="utf-8"))
         vectorizer = new_vectorizer(terms["analyzer"], terms["ngrams"])
         vectorizer.idf_ = np.array(terms["idf"])
-        return cls(rows, terms["analyzer"], vectorizer, load_npz(folder / "vectors.npz"))
+        try:
+            vectors = load_npz(folder / "vectors.npz").tocsr()
+        except (EOFError, BadZipFile, zlib.error) as error:
+            raise ValueError(f"vectors.npz: {error}") from None
+        # files of two indexes, or one that was cut between two lines
+        if not rows or vectors.shape != (len(terms["ngrams"]), len(rows)):
+            raise ValueError(f"vectors.npz does not belong to the {len(rows)} rows of rows.jsonl")
+        return cls(rows, terms["analyzer"], vectorizer, vectors)
 
 
 def new_vectorizer(

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from tabletune.chat.encoding import decode_all, encode_all
 from tabletune.data.arrow import features_of
 from tabletune.data.calibration import Calibration, calibrate, share_below
-from tabletune.data.context import FOLDER, ContextSettings, TableContext
+from tabletune.data.context import FOLDER, ContextSettings, TableContext, load_context
 from tabletune.data.csv_files import read_small_csv
 from tabletune.data.lookup import answer_without_thoughts
-from tabletune.data.retrieval import RowIndex, TableRow, table_rows
+from tabletune.data.retrieval import RowIndex, TableRow, all_rows, table_rows
 from tabletune.data.splits import question_id, question_key
 from tabletune.data.training_prompts import (
     PromptMaker,
@@ -84,10 +84,9 @@ def write_retrieval(
     prompts = PromptWriter(context, settings, formatter.tokenizer, formatter.stop_token_ids)
     rewordings = read_rewordings(settings["rewordings"], formatter)
     prompts.make(train, list(splits["validation"]), rewordings)
-    everything = [row for name in splits for row in splits[name]]
     with atomic_write(run / FOLDER) as partial:
         index.save(partial / "evaluation")
-        RowIndex.build(table_rows(everything), index.analyzer).save(partial / "use")
+        RowIndex.build(all_rows(splits), index.analyzer).save(partial / "use")
         prompts.save(partial / PROMPTS)
         write_json(partial / "settings.json", stored_settings(context, calibration, prompts))
         archive(run, FOLDER)
@@ -376,13 +375,14 @@ def renew_index(run: Path, rows: Sequence[TableRow]) -> dict[str, int]:
     Returns how many rows it has, and how many questions came and went. Raises StageError if the run
     has no index.
     """
-    folder = run / FOLDER
-    if not (folder / "settings.json").exists():
+    context = load_context(run, "use")
+    if context is None:
         raise StageError(
             f"{run} has no index of its table: notebook 1 makes one if context_rows is set. Run "
             "`make run-all` with context_rows: 3 first."
         )
-    old = RowIndex.load(folder / "use")
+    folder = run / FOLDER
+    old = context.index
     before = {row.question_id for row in old.rows}
     after = {row.question_id for row in rows}
     with atomic_write(folder / "use") as partial:

@@ -1,23 +1,22 @@
 """Answer a file of questions with a finished run: `make ask RUN_DIR=… QUESTIONS=file`.
 
 With `context_rows` the rows of the whole table come into the prompt, those that `make index` added
-included. Where the file has expected answers, it is said which answers are right.
+included. Without a model, `MODEL_PART=copy`, the answer is that of the most similar row. Where the
+file has expected answers, it is said which answers are right.
 """
 
-import json
 import shutil
 import textwrap
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from tabletune.data.context import TableContext, answer_with_context, load_context
-from tabletune.data.csv_files import read_small_csv
-from tabletune.errors import StageError
-from tabletune.evaluation.answers import generate
+from tabletune.data.context import TableContext
+from tabletune.data.example import disclaimer_of
 from tabletune.evaluation.content import (
     SHORT_ANSWER_WORDS,
     ContentRules,
@@ -25,207 +24,66 @@ from tabletune.evaluation.content import (
     content_rules,
     normalized,
 )
+from tabletune.evaluation.copying import copied_answers, copying_context
 from tabletune.evaluation.grounding import table_of_items
-from tabletune.evaluation.trained_run import TrainedRun, open_trained_run
-from tabletune.model.devices import compute_dtype
-from tabletune.model.run_models import load_adapted, load_merged
-from tabletune.run.files import archive, atomic_write
+from tabletune.evaluation.question_files import AskedQuestion, read_questions
+from tabletune.run.artifacts import load_dataset_of_run
+from tabletune.run.files import archive, read_json, write_lines
 from tabletune.run.parameters import PARAMETERS
 from tabletune.stats import rate_interval
 
-QUESTION_NAMES = ("question", "prompt", "asked", "input")
-EXPECTED_NAMES = ("expected", "expected_answer", "answer", "reference", "output")
+COPY = "copy"
+PARTS = (COPY, "base", "adapter", "merged")
 FILE = "answers.jsonl"
 
 
-@dataclass(frozen=True)
-class AskedQuestion:
-    """A question of the reader's, and the answers that are right; none if the file does not say."""
-
-    question: str
-    expected: list[str] = field(default_factory=list)
-
-
 def answer_questions(run_dir: Path, questions: Path, part: str, values: Mapping[str, Any]) -> None:
-    """Answer the questions of a file with a `part` of a run: "adapter", "merged" or "base".
+    """Answer the questions of a file with a `part` of a run, one of PARTS.
 
     Writes `answers.jsonl` into the run folder, and prints a table. `values` are parameters of
     notebook 4; what they leave out has its default. Raises StageError if the file or the run cannot
     be used.
     """
+    run_dir = Path(run_dir)
     asked_questions = read_questions(questions)
     settings = PARAMETERS["04_evaluate"] | dict(values)
-    trained = open_trained_run(
-        Path(run_dir),
-        str(run_dir),
-        settings["base_model"],
-        with_merged=part == "merged",
-        indexes=(),
-    )
-    context = load_context(trained.folder, "use", settings["unknown_threshold"])
-    answers = ask_part(trained, part, prompts_of(trained, asked_questions), context, settings)
-    rules = content_rules(trained.splits, trained.report, settings["item_field"])
+    context: TableContext | None
+    if part == COPY:
+        context = copying_context(run_dir, settings)
+        answers = copied_answers(context, [asked.question for asked in asked_questions])
+    else:
+        # PyTorch, which takes seconds to import, is for the models
+        from tabletune.evaluation.ask_model import ask_model
+
+        answers, context = ask_model(run_dir, part, asked_questions, settings)
+    rules = None
+    if any(asked.expected for asked in asked_questions):
+        splits, report = load_dataset_of_run(run_dir)
+        rules = content_rules(splits, report, settings["item_field"])
     lines = answer_lines(asked_questions, answers, part, rules, context)
-    archive(trained.folder, FILE)
-    with atomic_write(trained.folder / FILE) as partial:
-        texts = [json.dumps(line, ensure_ascii=False) for line in lines]
-        partial.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    print(table_of_answers(lines, trained.disclaimer(settings["disclaimer"])))
-    print(f"\n{trained.folder / FILE}")
+    archive(run_dir, FILE)
+    write_lines(run_dir / FILE, lines)
+    print(table_of_answers(lines, disclaimer_of(report_of(run_dir), settings["disclaimer"])))
+    print(f"\n{run_dir / FILE}")
 
 
-def read_questions(path: Path) -> list[AskedQuestion]:
-    """The questions of a .csv, .tsv, .json or .jsonl file, or of a text file with one a line.
-
-    A table has a column `question` (or another of QUESTION_NAMES), and perhaps one of
-    EXPECTED_NAMES, a text or a list of texts. Raises StageError if the file cannot be read, or has
-    no questions.
-    """
-    kind = path.suffix.lower()
-    try:
-        if kind in (".csv", ".tsv"):
-            rows = read_small_csv(path, f"QUESTIONS={path}")
-            questions = questions_of_rows(rows, path)
-        else:
-            # spreadsheets write a byte order mark at the beginning
-            questions = questions_of_text(path.read_text(encoding="utf-8-sig"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise StageError(f"QUESTIONS={path} cannot be read: {error}.") from None
-    if not questions:
-        raise StageError(f"QUESTIONS={path} has no questions.")
-    return questions
-
-
-def questions_of_text(text: str, path: Path) -> list[AskedQuestion]:
-    """The questions of a JSON file's text, or of one with a question a line."""
-    kind = path.suffix.lower()
-    if kind in (".json", ".jsonl", ".ndjson"):
-        return questions_of_rows(rows_of_json(text, kind, path), path)
-    return [AskedQuestion(line.strip()) for line in text.splitlines() if line.strip()]
-
-
-def rows_of_json(text: str, kind: str, path: Path) -> list[Any]:
-    """The rows of a JSON text: a list, or one object a line.
-
-    Raises StageError naming the line that is no JSON.
-    """
-    if kind == ".json":
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise StageError(f"QUESTIONS={path} is not JSON: {error}.") from None
-        if not isinstance(rows, list):
-            raise StageError(f"QUESTIONS={path} must be a list of questions.")
-        return rows
-    rows = []
-    # not splitlines: a JSON text may hold U+2028 as it is
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise StageError(f"QUESTIONS={path}, line {number}, is not JSON: {error}.") from None
-    return rows
-
-
-def questions_of_rows(rows: list[Any], path: Path) -> list[AskedQuestion]:
-    """The questions of rows: dictionaries, or texts.
-
-    Raises StageError if there is no column of questions.
-    """
-    questions = []
-    for row in rows:
-        if isinstance(row, str):
-            row = {"question": row}
-        if not isinstance(row, dict):
-            raise StageError(
-                f"QUESTIONS={path}: {row!r} is neither a question nor a row with a question."
-            )
-        # columns are called Question, question or " question"
-        cells = {str(name).strip().casefold(): value for name, value in row.items()}
-        name = next((name for name in QUESTION_NAMES if name in cells), None)
-        if name is None:
-            columns = ", ".join(map(str, row)) or "none"
-            raise StageError(
-                f"QUESTIONS={path} has no column question. Its columns: {columns}. Rename one."
-            )
-        text = str(cells[name] or "").strip()
-        expected = next((cells[name] for name in EXPECTED_NAMES if name in cells), None)
-        expected = expected if isinstance(expected, list) else [expected]
-        texts = [str(value).strip() for value in expected if value is not None]
-        if text:
-            questions.append(AskedQuestion(text, [value for value in texts if value]))
-    return questions
-
-
-def prompts_of(trained: TrainedRun, questions: Sequence[AskedQuestion]) -> list[dict]:
-    """The prompts for questions, as training had them.
-
-    With the system turn of the training rows, if they have one.
-    """
-    # the same for all rows: notebook 1 puts it before each
-    first = trained.splits["train"][0]["prompt"]
-    system = [message for message in first[:1] if message["role"] == "system"]
-    prompts = []
-    for question in questions:
-        prompts.append({"prompt": [*system, {"role": "user", "content": question.question}]})
-    return prompts
-
-
-def ask_part(
-    trained: TrainedRun,
-    part: str,
-    prompts: list[dict],
-    context: TableContext | None,
-    settings: Mapping[str, Any],
-) -> pd.DataFrame:
-    """The answers of a part of the run to prompts, see `context.answer_with_context`."""
-    source = (
-        settings["base_model"],
-        settings["base_model_revision"],
-        compute_dtype(settings["precision"]),
-        settings["attn_implementation"],
-    )
-    sampling = {}
-    if settings["do_sample"]:
-        sampling = {"do_sample": True}
-        sampling |= {name: settings[name] for name in ("temperature", "top_p")}
-    if part == "merged":
-        model, _ = load_merged(trained.merged, trained.folder / "adapter", *source)
-    else:
-        model = load_adapted(trained.folder / "adapter", *source)
-
-    def generate_answers(rows: list) -> tuple[pd.DataFrame, float]:
-        return generate(
-            model,
-            trained.tokenizer,
-            trained.stop_token_ids,
-            rows,
-            settings["eval_batch_size"],
-            settings["max_new_tokens"],
-            settings["seed"],
-            **sampling,
-        )
-
-    if part == "base":
-        with model.disable_adapter():
-            answers, _ = answer_with_context(context, prompts, generate_answers)
-    else:
-        answers, _ = answer_with_context(context, prompts, generate_answers)
-    return answers
+def report_of(run_dir: Path) -> dict[str, Any]:
+    """The report of notebook 1; {} where only its index is: copying needs no more."""
+    path = run_dir / "dataset" / "report.json"
+    return read_json(path, "01_format_dataset") if path.exists() else {}
 
 
 def answer_lines(
     questions: Sequence[AskedQuestion],
     answers: pd.DataFrame,
     part: str,
-    rules: ContentRules,
+    rules: ContentRules | None,
     context: TableContext | None,
 ) -> list[dict]:
     """The lines of `answers.jsonl`.
 
-    `question`, `answer`, `unknown`, `rows`, and `expected` and `right` where known.
+    `question`, `answer`, `unknown`, `rows`, and `expected` and `right` where known: only these need
+    the `rules`.
     """
     lines = []
     for question, generated in zip(questions, answers.to_dict("records"), strict=True):
@@ -238,7 +96,7 @@ def answer_lines(
             "model": part,
             "stopped": bool(generated["stopped"]),
         }
-        if question.expected:
+        if question.expected and rules is not None:
             line["expected"] = question.expected
             line["right"] = is_expected(
                 generated["answer"], unknown, question.expected, rules, context
@@ -302,6 +160,8 @@ def table_of_answers(lines: Sequence[dict], disclaimer: str) -> str:
     text = [disclaimer, "", heading + ("  right" if judged else ""), "-" * width]
     for line in lines:
         cells = {"question": line["question"], "answer": shown_answer(line), "rests on": ""}
+        if line["unknown"]:
+            cells["rests on"] = "nothing"
         if line["rows"]:
             best = line["rows"][0]
             cells["rests on"] = f"{best['question']} ({best['score']:.2f})"
@@ -311,7 +171,7 @@ def table_of_answers(lines: Sequence[dict], disclaimer: str) -> str:
         height = max(len(column) for column in wrapped.values())
         for i in range(height):
             parts = [
-                (column[i] if i < len(column) else "").ljust(sizes[name])
+                padded(column[i] if i < len(column) else "", sizes[name])
                 for name, column in wrapped.items()
             ]
             if i == 0 and "right" in line:
@@ -334,8 +194,25 @@ def shown_answer(line: dict) -> str:
 
 
 def wrap(text: str, size: int) -> list[str]:
-    """The lines of a text, none longer than `size`; its own line breaks stay."""
+    """The lines of a text, none wider than about `size`; its own line breaks stay."""
     lines = []
     for line in text.splitlines():
-        lines += textwrap.wrap(line, size) or []
+        # textwrap counts characters, and those of Chinese take two columns each
+        of_a_character = max(1.0, width_of(line) / max(1, len(line)))
+        lines += textwrap.wrap(line, max(1, int(size / of_a_character))) or []
     return lines or [""]
+
+
+def padded(text: str, size: int) -> str:
+    """A text with spaces after it, up to the width `size`."""
+    return text + " " * (size - width_of(text))
+
+
+def width_of(text: str) -> int:
+    """How many columns of a terminal a text takes: two a Chinese character, none an accent."""
+    width = 0
+    for character in text:
+        if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+            continue
+        width += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+    return width

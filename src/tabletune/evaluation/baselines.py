@@ -12,7 +12,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tabletune.chat.encoding import encode_all, encode_prompt
 from tabletune.data.context import TableContext
+from tabletune.data.lookup import copied_answer
 from tabletune.data.retrieval import RowIndex, TableRow
 from tabletune.errors import StageError
 from tabletune.evaluation.content import (
@@ -223,10 +224,16 @@ class Prompts:
         return [self.length(question["prompt"], question.get("tools")) for question in questions]
 
     def copied(self, messages: Sequence[dict]) -> str:
-        """The answer of the most similar row, or `unknown_answer` if the run's look-up refuses."""
-        if self.context is not None and self.context.prompt(list(messages)).refused:
-            return self.context.settings.unknown_answer
-        return self.nearest(messages, 1)[0].answer
+        """The answer of the most similar row, as `make ask MODEL_PART=copy` gives it.
+
+        It is `unknown_answer` if the run's look-up refuses, and "" if no row has anything in common
+        with the question.
+        """
+        question = last_question(messages)
+        if self.context is not None:
+            return self.context.copied(question)[0]
+        hit = self.index.search(question, 1)[0]
+        return copied_answer(asdict(hit.row), hit.score, "", 0.0)[0]
 
     def references(self, way: Way, questions: Sequence[dict], stops: Sequence[int]) -> list[dict]:
         """The first reference of each question after a way's prompt, for `scoring.score`.

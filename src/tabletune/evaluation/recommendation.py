@@ -38,6 +38,21 @@ ADVICE = {
     ADAPTER_CONTEXT.name: "Training was worth it: "
     "ship the fine-tuned model, with the most similar rows in its prompt.",
 }
+ASK = "make ask RUN_DIR=… QUESTIONS=my_questions.txt"
+ROWS_BY_HAND = (
+    "To ship it, put the rows in front of each question as earlier turns, as notebook 5 shows: "
+    "no command does it."
+)
+EXPORT_MODEL = f"To ship it: `make export RUN_DIR=…`. To ask it here: `{ASK}`."
+COMMANDS = {
+    COPY.name: f"To ship it: `{ASK} MODEL_PART=copy`. To take it away: `make export RUN_DIR=…`, "
+    "then `python app.py --copy` in export/app.",
+    BASE.name: f"To ask it here: `{ASK} MODEL_PART=base`. To ship it, serve the base model itself.",
+    BASE_FIXED.name: ROWS_BY_HAND,
+    BASE_NEAREST.name: ROWS_BY_HAND,
+    ADAPTER.name: EXPORT_MODEL,
+    ADAPTER_CONTEXT.name: EXPORT_MODEL,
+}
 WORTH_IT = "Training was worth it"
 PROBABLY_WORTH_IT = "Training was probably worth it"
 ONLY_OF_THE_TABLE = (
@@ -81,6 +96,8 @@ def recommend(checked: Mapping[str, pd.DataFrame], ways: Mapping[str, dict], lea
     rights = rights_of(checked)
     decision = decide(rights, least_right)
     sentences = [what_to_do(decision)]
+    if decision.choice is not None:
+        sentences.append(COMMANDS[decision.choice])
     if decision.best is not None:
         for part in sorted(ORDER, key=lambda part: part not in decision.parts):
             if part in rights:

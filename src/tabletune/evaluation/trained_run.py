@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tabletune.chat.tokenizer import load_tokenizer_of_run
 from tabletune.data.context import INDEXES, index_fingerprints
-from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
+from tabletune.data.example import disclaimer_of, example_settings
 from tabletune.model import run_models
 from tabletune.run.artifacts import check_run, load_dataset_of_run
 
@@ -41,7 +41,7 @@ class TrainedRun:
 
         A text of the reader's, else the example's or a neutral one.
         """
-        return text or self.example.get("disclaimer", NEUTRAL_DISCLAIMER)
+        return disclaimer_of(self.report, text)
 
 
 def open_trained_run(

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 
+from tabletune.data.retrieval import TableRow, all_rows, analyzer_for, function_words_for
 from tabletune.errors import StageError
 from tabletune.export.finished_run import ExportRun
 from tabletune.run.files import archive, atomic_write
@@ -61,14 +62,19 @@ def app_files(export_run: ExportRun) -> dict[str, str]:
             run=export_run, settings=settings, gguf=gguf_name(export_run)
         ),
     }
-    if export_run.context is not None:
-        lines = []
-        # the index for use: the rows of all splits
-        for row in export_run.context.index.rows:
-            entry = {"question": row.question, "answer": row.answer}
-            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
-        files["rows.jsonl"] = "".join(lines)
+    lines = []
+    for row in rows_in_use(export_run):
+        entry = {"question": row.question, "answer": row.answer}
+        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    files["rows.jsonl"] = "".join(lines)
     return files
+
+
+def rows_in_use(export_run: ExportRun) -> list[TableRow]:
+    """The rows of all splits: those of the index for use, where the run has one."""
+    if export_run.context is not None:
+        return export_run.context.index.rows
+    return all_rows(export_run.splits)
 
 
 def gguf_name(export_run: ExportRun) -> str | None:
@@ -103,12 +109,14 @@ def app_settings(export_run: ExportRun) -> dict[str, Any]:
         "unknown_threshold": 0.0,
         "certain_threshold": NEVER_CERTAIN,
     }
-    context = export_run.context
-    if context is not None:
-        settings |= asdict(context.settings)
-        settings["analyzer"] = context.index.analyzer
-        words = context.index.function_words
-        settings["function_words"] = sorted(words) if words is not None else None
+    questions = [row.question for row in rows_in_use(export_run)]
+    analyzer = analyzer_for(questions)
+    if export_run.context is not None:
+        settings |= asdict(export_run.context.settings)
+        analyzer = export_run.context.index.analyzer
+    words = function_words_for(analyzer, questions)
+    settings["analyzer"] = analyzer
+    settings["function_words"] = sorted(words) if words is not None else None
     return settings
 
 

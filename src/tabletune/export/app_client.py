@@ -1,10 +1,12 @@
 """Ask questions about a table: find the most similar rows, and let a model answer from them.
 
-    python app.py "When are you open?"     answers one question
-    python app.py                          answers questions until you end it with Ctrl-D
+    python app.py "When are you open?"          answers one question
+    python app.py                               answers questions until you end it with Ctrl-D
+    python app.py --copy "When are you open?"   the answer of the most similar row, without a model
 
 It needs Python and nothing else. The model answers behind a server that speaks OpenAI's protocol:
 llama.cpp, Ollama, vLLM or `transformers serve`; README.md beside this file has the commands.
+With --copy no server is needed.
 settings.json says how rows are found and what the model is told; rows.jsonl is the table, a row a
 line, with a question and an answer: add lines, and they are found.
 """
@@ -23,6 +25,7 @@ from tabletune.data.lookup import (
     answer_without_thoughts,
     choose_rows,
     context_message,
+    copied_answer,
     final_answer,
     is_refused,
 )
@@ -50,13 +53,20 @@ class App:
         self.settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         self.server = (server or self.settings["server"]).rstrip("/")
         self.model = model or self.settings["model"]
+        self.rows_file = folder / "rows.jsonl"
         self.index: PlainIndex | None = None
         if self.settings["context_rows"]:
-            lines = (folder / "rows.jsonl").read_text(encoding="utf-8").split("\n")
-            rows = [json.loads(line) for line in lines if line.strip()]
+            self.row_index()
+
+    def row_index(self) -> PlainIndex:
+        """The index over the rows; made when it is first needed, as a large table takes time."""
+        if self.index is None:
             self.index = PlainIndex(
-                rows, self.settings["analyzer"], self.settings["function_words"]
+                read_rows(self.rows_file),
+                self.settings["analyzer"],
+                self.settings["function_words"],
             )
+        return self.index
 
     def prompt(self, question: str, history: list[dict] | None = None) -> Prompt:
         """The prompt of a question, after the messages of `history`."""
@@ -64,9 +74,10 @@ class App:
         if self.settings["system"] and (not messages or messages[0]["role"] != "system"):
             # as in training, where every conversation began with it
             messages.insert(0, {"role": "system", "content": self.settings["system"]})
-        if self.index is None:
+        if not self.settings["context_rows"]:
+            # this model was trained without rows in its prompt
             return Prompt([*messages, {"role": "user", "content": question}], [], False)
-        hits = self.find(self.index, question)
+        hits = self.find(question)
         content = context_message(
             self.settings["context_template"], [row for row, _ in hits], question
         )
@@ -82,9 +93,9 @@ class App:
             )
         return Prompt([*messages, {"role": "user", "content": content}], rows, refused)
 
-    def find(self, index: PlainIndex, question: str) -> list[tuple[dict, float]]:
+    def find(self, question: str) -> list[tuple[dict, float]]:
         """The rows for a question's prompt, each with its similarity, the most similar first."""
-        hits = index.search(question, MOST_CONTEXT_ROWS)
+        hits = self.row_index().search(question, MOST_CONTEXT_ROWS)
         # the same choice as in training: no answer twice, and not too many characters
         places = choose_rows(
             [row for row, _ in hits],
@@ -114,6 +125,17 @@ class App:
             )
         return {"question": question, "answer": answer, "unknown": unknown, "rows": prompt.rows}
 
+    def copy(self, question: str) -> dict:
+        """The answer of the row whose question is most similar, as a dict like that of `ask`.
+
+        No model is asked.
+        """
+        row, score = self.row_index().search(question, 1)[0]
+        answer, unknown, rows = copied_answer(
+            row, score, self.settings["unknown_answer"], self.settings["unknown_threshold"]
+        )
+        return {"question": question, "answer": answer, "unknown": unknown, "rows": rows}
+
     def complete(self, messages: list[dict]) -> str:
         """The model's answer to messages, from the server.
 
@@ -134,6 +156,26 @@ class App:
             completion = json.load(response)
         text = completion["choices"][0]["message"]["content"] or ""
         return answer_without_thoughts(text)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of rows.jsonl. Raises ValueError naming a line that is none."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(name), str) for name in ("question", "answer")
+        ):
+            raise ValueError(f'{path}, line {number}, needs "question" and "answer", both texts.')
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} has no rows.")
+    return rows
 
 
 def answer_as_text(result: dict) -> str:
@@ -163,12 +205,21 @@ def run_app(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("question", nargs="*", help="without one, questions are read line by line")
+    parser.add_argument(
+        "--copy", action="store_true", help="copy the most similar row's answer; asks no server"
+    )
     parser.add_argument("--server", default="", help="for example http://localhost:11434/v1")
     parser.add_argument("--model", default="", help="the model's name on the server")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each answer")
     options = parser.parse_args(arguments)
 
-    app = App(Path(__file__).resolve().parent, options.server, options.model)
+    try:
+        app = App(Path(__file__).resolve().parent, options.server, options.model)
+        if options.copy:
+            app.row_index()  # now: later, an error would be taken for one of the server
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
     questions = [" ".join(options.question)] if options.question else sys.stdin
     print(app.settings["disclaimer"], file=sys.stderr)
     for line in questions:
@@ -176,7 +227,7 @@ def run_app(arguments: list[str] | None = None) -> int:
         if not question:
             continue
         try:
-            result = app.ask(question)
+            result = app.copy(question) if options.copy else app.ask(question)
         except (OSError, ValueError, KeyError) as error:
             print(error_text(app, error), file=sys.stderr)
             return 1

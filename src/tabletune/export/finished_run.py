@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tabletune.chat.tokenizer import load_tokenizer_of_run
 from tabletune.data.context import INPUT_NAMES, ContextPrompt, TableContext, load_context
-from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
+from tabletune.data.example import disclaimer_of
 from tabletune.errors import StageError
 from tabletune.model.run_models import find_merged
 from tabletune.report.tables import results_table
@@ -80,9 +80,7 @@ class ExportRun:
 
         The reader's, the example's, or a neutral one.
         """
-        if self.parameters["disclaimer"]:
-            return self.parameters["disclaimer"]
-        return example_settings(self.report).get("disclaimer", NEUTRAL_DISCLAIMER)
+        return disclaimer_of(self.report, self.parameters["disclaimer"])
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:

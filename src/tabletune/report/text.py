@@ -33,6 +33,7 @@ CONTENT_COLUMNS = {  # of the table of content: a figure of `content`, and its f
     "numbers and names": ("facts", ".0%"),
     "chrF": ("chrf", ".0f"),
 }
+RUN_HERE = "RUN_DIR=…"  # in the commands of a verdict
 LOWER_IS_BETTER = ("perplexity", "bits per byte")
 
 
