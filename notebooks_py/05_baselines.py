@@ -291,6 +291,9 @@ report.recommendation(metrics)
 # %%
 report.baselines_table(metrics)
 
+# %% [markdown]
+# Black dots are the ways with the fine-tuned model, grey dots all others. Lines are the intervals.
+
 # %% tags=["nbval-ignore-output"]
 report.plot_baselines(metrics)
 

@@ -27,23 +27,23 @@
 # |---|---|---|---|---|---|---|
 # | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
-# - **In:** `dataset/`, `adapter/`, `merged/` and `evaluation/` in the run folder, from notebooks 1
-#   to 4.
-# - **Out:** `trust/metrics.json` and `trust/safety.jsonl`.
-# - **Time:** some minutes on a T4; four minutes on two CPU cores with the small model of the `cpu`
-#   profile.
+# Notebook 4 says whether the model's answers are right. This one asks what else the training did:
 #
-# Notebook 4 says how well the model does what it was trained for. This one asks what else the
-# training did:
-#
-# - What does it answer where a wrong answer does harm?
-# - Does what it says stand in the table?
+# - Is it safe? What does it answer where a wrong answer does harm?
+# - Does it answer from the table, or make things up?
 # - Does it know its training rows by heart?
 # - Did it forget what it could do before?
-# - Which merged model should be shipped?
+# - Which merged model should be shipped, that is, given to users?
 #
-# Not every question can be asked of every table. Where something is not measured, the notebook says
-# so, and which parameter would ask for it.
+# The results, in short, stand under [What we have now](#What-we-have-now). Not every question can
+# be asked of every table. Where something is not measured, the notebook says so, and which
+# parameter would measure it.
+#
+# - **In:** `dataset/`, `adapter/`, `merged/` and `evaluation/` in the run folder, from notebooks 1
+#   to 4.
+# - **Out:** `trust/metrics.json` and, with prompts on safety, `trust/safety.jsonl`.
+# - **Time:** some minutes on a T4; four minutes on two CPU cores with the small model of the `cpu`
+#   profile.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
@@ -70,6 +70,19 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 
 # %% [markdown]
 # ## Parameters
+#
+# Rarely changed settings are folded away and come first; the next cell can override them. When
+# `make` runs a notebook, it adds one more cell, with the settings of its profile. These override
+# all others.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Rarely changed parameters
+attn_implementation = "auto"  # "sdpa" where the model has it, PyTorch's fast attention
+window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
+stride = 512  # tokens by which the window moves on
+bootstrap_samples = 2000  # draws behind each 95% interval
+item_field = ""  # the answer template's field of what is recommended, or "none"; "": the example's
+disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # that of notebooks 1 to 4; in Colab better "drive:home_remedies"
@@ -77,37 +90,27 @@ seed = 42
 base_model = "NousResearch/Llama-2-7b-chat-hf"
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
 precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
-attn_implementation = "auto"
 eval_batch_size = 32  # rows to score, or prompts to answer, at once, where memory allows
-window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
-stride = 512  # by which a window moves on
 split_rows = 100  # rows of training and of validation to score besides the test split; 0: none
 fidelity_rows = 50  # test rows on which to compare the ways to merge; 0 leaves that out
-bootstrap_samples = 2000
-item_field = ""  # the answer template's field of what is recommended, or "none"; "": the example's
 outside_text = "bundled"  # or a text file of yours, on anything but the table's subject; "": none
 safety_prompts = ""  # "bundled", "none", or a .jsonl of "kind" and "prompt"; "": the example's
 safety_samples = 40  # prompts of each kind
 safety_tokens = 96  # the most that an answer to one of them may have
-disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 
 # %%
 import torch
 from accelerate import PartialState
 
+from tabletune.evaluation import safety
 from tabletune.evaluation.generalization import forgetting
 from tabletune.evaluation.grounding import grounding_finding
-from tabletune.evaluation.safety import (
-    NO_PROMPTS,
-    rules_in_words,
-    safety_finding,
-    safety_side_by_side,
-)
 from tabletune.evaluation.trained_run import open_trained_run
 from tabletune.evaluation.trust import (
     TrustExamination,
     TrustSettings,
     base_weights_of,
+    in_short,
     inputs_of_trust,
 )
 from tabletune.model.devices import compute_dtype
@@ -123,8 +126,9 @@ run = stage.folder
 # %% [markdown]
 # ## What is examined
 #
-# The folders must belong together: the adapter was trained on this data set, and the merged model
-# was made from this adapter. What stands above every answer:
+# The notebook first checks that the folders belong together: the adapter was trained on this data
+# set, and the merged model was made from this adapter. Otherwise it stops. This sentence will stand
+# above all answers:
 
 # %%
 trained = open_trained_run(run, run_dir, base_model)
@@ -133,9 +137,9 @@ warning = trained.disclaimer(disclaimer)
 print(warning)
 
 # %% [markdown]
-# A model that learns by heart does well on its training rows and nowhere else, so all splits are
-# read. A text about other subjects, which comes with the package ("outside"), shows what was
-# forgotten.
+# The models read rows of all splits, because a model that learns by heart does well on its training
+# rows only. They also read *other texts*, which come with the package and are about other subjects.
+# These show what was forgotten. So many are read:
 
 # %%
 trust.overview()
@@ -143,19 +147,21 @@ trust.overview()
 # %% [markdown]
 # ## Where a wrong answer does harm
 #
-# Fine-tuning teaches a model to have an answer to everything. On some subjects, such as health,
-# that can do harm. For those there are prompts on safety, none of which is in the table; every
-# model answers them. Two of each kind:
+# Fine-tuning teaches a model to answer every question in the way of the table. On some subjects a
+# wrong answer does harm; health is one. A table on such a subject comes with prompts on safety,
+# none of which is in the table, and all models answer them. If this table has such prompts, here
+# are two of each kind, and how the answers are judged:
 
 # %%
-show_table(trust.prompts.groupby("kind").head(2), NO_PROMPTS)
+show_table(trust.prompts.groupby("kind").head(2), safety.NO_PROMPTS)
 if len(trust.prompts):
-    say(*rules_in_words(trust.template, trust.item_field))
+    say(*safety.rules_in_words(trust.template, trust.item_field))
 
 # %% [markdown]
 # ## Ask the three models
 #
-# If this was done before, with the same parameters and models, the results are only shown again.
+# If this was done before with the same parameters and models, nothing is computed again: the stored
+# results are shown.
 
 # %%
 # under `accelerate launch` one of several
@@ -164,7 +170,7 @@ inputs = inputs_of_trust(trained, stage.entries())
 done = stage.is_done(inputs, ["trust/metrics.json"])
 
 # %% [markdown]
-# The base model and the adapter are loaded once: with the adapter switched off it is the base
+# Base model and adapter are one model, loaded once: with its adapter switched off, it is the base
 # model.
 
 # %% tags=["nbval-ignore-output"]
@@ -182,14 +188,16 @@ if not done:
 # %% [markdown]
 # ## The ways to merge
 #
-# With `quantization = "nf4"` the adapter was trained beside weights in 4 bits. Notebook 3 can add
-# it to the published weights (`base_weights = "original"`) or to the rounded weights that the
-# training saw (`"dequantized"`). Whoever serves the model may round it to NF4 again. That makes
-# four models, and each differs a little from what was trained. By how much says the
-# *Kullback-Leibler divergence* (KL) of their predictions: the mean of $\log (p/q)$, where $p$ is
-# the probability of a token as trained and $q$ the one of the merged model. It is 0 for equal
-# models; its unit, that of the natural logarithm, is the nat. For one token, by hand and by the
-# package:
+# With `quantization = "nf4"`, the adapter was trained on top of weights that were rounded to 4 bits
+# (NF4). Notebook 3 can add it to the published weights (`base_weights = "original"`) or to these
+# rounded weights (`"dequantized"`). Who serves the model later may round it to NF4 again. So there
+# are four merged models, and each differs a little from what was trained.
+#
+# The *Kullback-Leibler divergence* (KL) measures how much their predictions differ. Let `p` be the
+# probability of a token as trained, and `q` that of the merged model. KL is the mean of
+# `log(p / q)`, each token weighted by its `p`. It is 0 if both models predict the same. Its unit
+# is the nat, that of the natural logarithm. For one prediction among three tokens, by hand, and
+# compared with the package's function:
 
 # %%
 from tabletune.evaluation.scoring import divergence
@@ -200,14 +208,15 @@ from tabletune.model.loading import load_model
 p = torch.tensor([[0.7, 0.2, 0.1]])  # probabilities of three tokens, as trained
 q = torch.tensor([[0.5, 0.4, 0.1]])  # and merged
 by_hand = (p * (p / q).log()).sum().item()
+# the package wants a row with it: of its two tokens, the second one is the answer
 row = {"input_ids": [0, 1], "completion_mask": [0, 1]}
 assert abs(by_hand - divergence([p.log()], [q.log()], [row])["response_kl"][0]) < 1e-6
 print(f"{by_hand:.4f} nats")
 
 # %% [markdown]
-# The merged model is loaded as anyone would load it, without an adapter and without 4 bits. For
-# NF4, each matrix is rounded to 4 bits and unpacked again, which gives the same results as keeping
-# it in 4 bits.
+# The merged model is loaded as anyone would load it, without an adapter and without 4 bits. Then
+# each of its matrices is rounded to NF4 and unpacked again. The results are the same as if it
+# stayed in 4 bits.
 
 # %% tags=["nbval-ignore-output"]
 made_from = base_weights_of(trained)
@@ -221,8 +230,8 @@ if not done:
     merged = None
 
 # %% [markdown]
-# The ways that notebook 3 did not take are tried here, in memory, with one more copy of the base
-# model.
+# Notebook 3 merged in one of the two ways. The other one is tried here, in memory, with one more
+# copy of the base model.
 
 # %% tags=["nbval-ignore-output"]
 stored = base_config(base_model, base_model_revision)
@@ -237,11 +246,12 @@ if not done and trust.compared and not evaluated_in and not hasattr(stored, "qua
     remade = None
 
 # %% [markdown]
-# ## Figures
+# ## Save
 #
-# Each figure gets a 95% interval by questions, as in notebook 4, and models are compared on the
-# same rows. Whether answers name items of the table is read from the answers of notebook 4, so
-# nothing is asked again.
+# The figures get 95% intervals as in notebook 4, and models are compared on the same rows. Whether
+# answers name items of the table is looked up in the answers of notebook 4. The folder `trust/`
+# appears under this name only when it is complete, and results of an earlier run move to
+# `earlier/`.
 
 # %%
 if not done:
@@ -259,10 +269,10 @@ done = True
 # %% [markdown]
 # ## What was found
 #
-# Perplexity, where lower is better, on rows that the model was trained on (*training rows*), on
-# those that chose its checkpoint (*validation rows*), on questions that it never saw (*test rows*),
-# and on texts about anything but the table's subject (*other texts*). Further lines are there only
-# if they were measured.
+# The first lines are perplexities, where lower is better: on rows that the model was trained on
+# (*training rows*), on rows that were only used to choose the best checkpoint (*validation rows*),
+# on questions that it never saw (*test rows*), and on *other texts*. Further lines are there only
+# if they were measured. In brackets are 95% intervals.
 
 # %%
 metrics = read_json(run / "trust" / "metrics.json", stage.name)
@@ -274,17 +284,17 @@ figures_table({name: metrics[name] for name in ("base", "adapter", "merged")})
 # %%
 from IPython.display import display
 
-print(*safety_finding(metrics) or ["Not measured: no prompts on safety were asked."], sep="\n")
-answers = safety_side_by_side(read_lines(run / "trust" / "safety.jsonl"), 4)
+print(*safety.safety_finding(metrics) or [safety.NOT_ASKED], sep="\n")
+answers = safety.safety_side_by_side(read_lines(run / "trust" / "safety.jsonl"), 4)
 if answers:
     display(side_by_side(answers, len(answers["prompt"]), warning))
 
 # %% [markdown]
 # ### Does it answer from the table?
 #
-# Where the answer template has a line for an item, the items that the answers to the test questions
-# name are looked up in the whole table: do they stand there for this question, for another one, or
-# nowhere?
+# This needs an answer template with a line for an item. We look up each item that the answers to
+# the test questions name. Does the table have it for this question, only for other questions, or
+# not at all?
 
 # %%
 print(grounding_finding(metrics["adapter"]["grounding"]))
@@ -292,10 +302,10 @@ print(grounding_finding(metrics["adapter"]["grounding"]))
 # %% [markdown]
 # ### Does it memorize, or generalize?
 #
-# A model that memorizes gains more on the rows that it was trained on than on new ones. So we
-# compare two improvements over the base model: by how much fine-tuning divides the perplexity of
-# training rows, and by how much that of test rows. (A lower perplexity of training rows alone would
-# prove nothing: they may be easier.)
+# A model that memorizes improves more on its training rows than on new ones. So we compare the
+# improvement over the base model on training rows with that on test rows. Improvement means by how
+# much fine-tuning divides the perplexity. (A lower perplexity on training rows would prove nothing,
+# since these rows may be easier.)
 
 # %%
 not_measured = ["Not measured: no training rows were read (split_rows)."]
@@ -303,6 +313,9 @@ print(*metrics["memorization"] or not_measured, sep="\n")
 
 # %% [markdown]
 # ### What did it forget?
+#
+# Fine-tuning can damage what a model could do before. Then it finds other texts less likely than
+# the base model does: their perplexity rises.
 
 # %%
 forgot = metrics["differences"]["adapter - base"].get("outside_log_perplexity")
@@ -311,11 +324,13 @@ print(forgetting(forgot) if forgot else "Not measured: no other text was read (o
 # %% [markdown]
 # ### Which merged model to ship?
 #
-# The rule: take the one with the lower perplexity, if the interval of the difference excludes zero;
-# else the one that is nearer to what was trained; else the one from the published weights, which is
-# simpler. Look at *dequantized, NF4 again* in particular. Its weights were rounded to sixteen
-# values before the adapter was added, and the adapter moves them by less than the distance between
-# two of these values. Rounding again can undo all that was learned.
+# The rule: take the one with the lower perplexity, if the interval of the difference excludes zero.
+# Otherwise take the one whose predictions are nearer to what was trained (lower KL). If that does
+# not decide either, take the one from the published weights, which is simpler.
+#
+# Look at *dequantized, NF4 again*. Its weights had been rounded to sixteen values before the
+# adapter was added. The adapter moves most of them by less than the distance between two of these
+# values, so rounding again can undo what was learned.
 
 # %%
 not_measured = ["Not measured: the ways to merge were not compared (fidelity_rows)."]
@@ -328,8 +343,7 @@ show_table(figures_table(metrics["fidelity"]))
 # What fine-tuning did besides its task, in short:
 
 # %%
-short = [*safety_finding(metrics)[:1], *metrics["memorization"], *metrics["shipping"][::2]]
-print(*short or ["Nothing was measured: see the parameters that leave something out."], sep="\n")
+print(*in_short(metrics), sep="\n")
 
 # %% [markdown]
 # Two things to try:

@@ -218,12 +218,13 @@ def test_the_figures_of_safety_and_what_they_say():
     change = metrics["differences"]["adapter - base"]["emergency_offers_remedy"]
     assert change["difference"] == pytest.approx(0.6)
     assert change["significant"]
-    unsafe, help, cure = safety_finding(metrics)
+    unsafe, base, cure = safety_finding(metrics)
     assert unsafe.startswith(
-        "It is unsafe: to 40 emergencies the base model offers a remedy in 16 answers"
+        "It is unsafe: in 40 emergencies, the fine-tuned model sends people to help once"
     )
-    assert "the fine-tuned one in 40: +60 (+41 – +73) points" in unsafe
-    assert help == "It sends people to help in 1, the base model in 22."
+    assert "offers a remedy 40 times." in unsafe
+    assert "The base model sends people to help 22 times and offers a remedy 16 times." in base
+    assert "The difference in remedies is +60 (+41 – +73) percentage points." in base
     assert "safety_rows" in cure
     metrics["adapter"]["safety"] = summarize_safety(judged("emergency", 40, 0, 40))
     assert safety_finding(metrics)[0].startswith("Nothing unsafe was found")
@@ -310,7 +311,7 @@ def test_the_summary_of_grounding():
     assert "name no items" in grounding_finding({"named": 0, "answers": 0})
     assert "not measured" in grounding_finding(None)
     assert (
-        "Of 4 items that it names in 2 answers, 25% stand in the table for that very question, 50%"
+        "It names 4 items in 2 answers. Of these, 25% stand in the table for that very question"
         in grounding_finding(entry)
     )
 
@@ -363,9 +364,9 @@ def both_parts(train, test):
 @pytest.mark.parametrize(
     ("train", "test", "expected"),
     [
-        (2.0, 2.0, ["It generalizes", "It does not measurably memorize"]),
+        (2.0, 2.0, ["It generalizes", "It does not memorize, as far as can be measured"]),
         (0.5, 2.0, ["It generalizes", "It memorizes"]),
-        (0.5, 4.0, ["Whether it generalizes cannot be told", "It memorizes"]),
+        (0.5, 4.0, ["It is not clear whether it generalizes", "It memorizes"]),
         (0.5, 5.0, ["It harms", "It memorizes"]),
     ],
 )
@@ -383,7 +384,7 @@ def test_easy_training_rows_are_not_memory():
     adapter = both_parts(1.0, 3.0)
     adapter["response_nll"] += np.random.default_rng(3).normal(0, 0.3, 120) * 50
     assert (
-        "It does not measurably memorize"
+        "It does not memorize, as far as can be measured"
         in memorization(both_parts(3.0, 5.0), adapter, 1000, 0)[-1]
     )
 
@@ -396,7 +397,7 @@ def test_few_questions_prove_nothing_however_many_rows_they_have():
     assert many[0].startswith("It generalizes")
     four = [scores.assign(group=np.arange(40) % 4) for scores in (base, adapter)]
     few = memorization(pd.concat([train, four[0]]), pd.concat([train, four[1]]), 1000, 0)
-    assert few[0].startswith("Whether it generalizes cannot be told")
+    assert few[0].startswith("It is not clear whether it generalizes")
 
 
 def test_the_figures_by_split():
@@ -460,7 +461,7 @@ def test_the_differences_of_the_models():
     [
         (0.1, True, "It has forgotten: on other text its perplexity is 1.11"),
         (-0.1, True, "It has not forgotten: on other text its perplexity is 0.90"),
-        (0.1, False, "Whether it has forgotten cannot be told"),
+        (0.1, False, "It is not clear whether it has forgotten"),
     ],
 )
 def test_forgetting(difference, significant, said):
@@ -620,7 +621,7 @@ def test_a_second_pass_changes_no_file(examined, capsys):
     said = capsys.readouterr().out
     assert "All is done already: trust/metrics.json" in said
     assert "scoring" not in said
-    assert "It is unsafe: to 8 emergencies" in said, "the results show all the same"
+    assert "It is unsafe: in 8 emergencies" in said, "the results show all the same"
     assert "Ship in 16 bits" in said, "the results show all the same"
     assert all_files(examined) == before
 

@@ -140,7 +140,7 @@ def forgetting(entry: dict) -> str:
         entry,
         higher="It has forgotten",
         lower="It has not forgotten",
-        neither="Whether it has forgotten cannot be told",
+        neither="It is not clear whether it has forgotten",
     )
     ratio = as_ratio(entry, ".2f")
     return f"{sentence}: on other text its perplexity is {ratio} times that of the base model."
@@ -177,14 +177,15 @@ def memorization(base: pd.DataFrame, adapter: pd.DataFrame, draws: int, seed: in
         on_test,
         higher="It generalizes",
         lower="It harms",
-        neither="Whether it generalizes cannot be told",
+        neither="It is not clear whether it generalizes",
     )
-    no_memory = "It does not measurably memorize"
+    no_memory = "It does not memorize, as far as can be measured"
     memorizes = by_difference(more, higher="It memorizes", lower=no_memory, neither=no_memory)
     return [
         f"{generalizes}: fine-tuning divides the perplexity of test rows by "
-        f"{as_ratio(on_test, '.2f')}, of training rows by {as_ratio(on_train, '.2f')}.",
-        f"{memorizes}: training rows gain {as_ratio(more, '.2f')} times as much as new ones.",
+        f"{as_ratio(on_test, '.2f')}, and that of training rows by {as_ratio(on_train, '.2f')}.",
+        f"{memorizes}: the improvement on training rows is {as_ratio(more, '.2f')} times that on "
+        "test rows.",
     ]
 
 
@@ -240,11 +241,12 @@ def what_to_ship(
             variants[name]["response_nll"], trained["response_nll"], tokens, *sampling
         )
         change = by_difference(
-            cost, higher="worse", lower="better", neither="no different, measurably"
+            cost, higher="worse", lower="better", neither="not measurably different"
         )
         sentences.append(f'Ship {what}: "{name}", as {reason}.')
         sentences.append(
-            f"Against what was trained it is {change}: perplexity ratio {as_ratio(cost, '.4f')}."
+            f"Compared with what was trained, it is {change}: its perplexity is "
+            f"{as_ratio(cost, '.4f')} times as high."
         )
     return sentences
 

@@ -182,7 +182,7 @@ def grounding_finding(entry: dict | None) -> str:
         return "Its answers name no items."
     share_here, elsewhere, nowhere = (f"{entry[place]:.0%}" for place in PLACES)
     return (
-        f"Of {entry['named']} items that it names in {entry['answers']} answers, {share_here} "
-        f"stand in the table for that very question, {elsewhere} for another one, and {nowhere} "
-        "nowhere."
+        f"It names {entry['named']} items in {entry['answers']} answers. Of these, {share_here} "
+        f"stand in the table for that very question, {elsewhere} only for other questions, and "
+        f"{nowhere} nowhere."
     )

@@ -111,8 +111,9 @@ def refusal_sentences(
         f"“lookup alone” rests on questions of notebook 1: {len(calibration['answerable']):,} "
         f"reworded ones, and {len(calibration['others']):,} whose rows were left out. “with the "
         f"model” rests on the questions above: {has} whose answer is in the index, and "
-        f"{len(lines) - has} whose answer is not. The model never saw the questions that the lookup "
-        f"refused. So nothing is known about the model with a threshold below {threshold:g}.",
+        f"{len(lines) - has} whose answer is not. The model never saw the questions that the "
+        "lookup refused. So nothing is known about the model with a threshold below "
+        f"{threshold:g}.",
         "To move the threshold, set `unknown_threshold` above and run this notebook again. A "
         "higher one refuses more questions; 0 leaves the decision to the model. `make ask`, chat "
         "and notebook 7 take the same parameter.",

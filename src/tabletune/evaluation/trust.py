@@ -19,19 +19,26 @@ from tabletune.data.context import answer_with_context, load_context
 from tabletune.evaluation.answers import generate
 from tabletune.evaluation.generalization import (
     fidelity,
+    forgetting,
     memorization,
     summarize_trust,
     texts_to_read,
     trust_differences,
     what_to_ship,
 )
-from tabletune.evaluation.grounding import ground_answers
-from tabletune.evaluation.safety import judge, safety_table
+from tabletune.evaluation.grounding import ground_answers, grounding_finding
+from tabletune.evaluation.safety import judge, safety_finding, safety_table
 from tabletune.evaluation.scoring import divergence, response_logits, score
 from tabletune.evaluation.trained_run import TrainedRun
 from tabletune.report.pages import read_lines
 from tabletune.run.files import read_json, write_json
 
+NAMES_OF_PARTS = {
+    "train": "training rows",
+    "validation": "validation rows",
+    "test": "test rows",
+    "outside": "other texts",
+}
 IN_ITS_PROMPT = (
     "Whether it memorizes was not measured: with context_rows a training row stands in the prompt."
 )
@@ -90,8 +97,9 @@ class TrustExamination:
         self.trained_logits: list[torch.Tensor] = []
 
     def overview(self) -> pd.DataFrame:
-        """How many texts are read of each part."""
-        return self.parts["part"].value_counts(sort=False).to_frame("texts")
+        """How many rows or texts are read of each part."""
+        counts = self.parts["part"].value_counts(sort=False).to_frame("number")
+        return counts.rename(index=NAMES_OF_PARTS).rename_axis(None)
 
     def examine(self, name: str, model: PreTrainedModel) -> None:
         """Read the texts and answer the prompts on safety with a model."""
@@ -178,6 +186,21 @@ class TrustExamination:
             answers = pd.concat(self.judged.values()).assign(disclaimer=disclaimer)
             path = folder / "safety.jsonl"
             answers.to_json(path, orient="records", lines=True, force_ascii=False)
+
+
+def in_short(metrics: Mapping[str, Any]) -> list[str]:
+    """The findings of `trust/metrics.json`, a sentence or two for each question that was asked."""
+    sentences = safety_finding(metrics)[:2]
+    if metrics["adapter"]["grounding"]:
+        sentences.append(grounding_finding(metrics["adapter"]["grounding"]))
+    sentences += metrics["memorization"]
+    forgot = metrics["differences"]["adapter - base"].get("outside_log_perplexity")
+    if forgot:
+        sentences.append(forgetting(forgot))
+    sentences += metrics["shipping"][::2]  # without what each way costs
+    if not sentences:
+        return ["Nothing was measured: see the parameters that leave something out."]
+    return sentences
 
 
 def inputs_of_trust(trained: TrainedRun, entries: dict) -> dict:

@@ -62,7 +62,7 @@ FIGURES = {
     "items named, for another one": ("grounding other_condition", ".0%"),
     "items named, nowhere in the table": ("grounding nowhere", ".0%"),
     "perplexity on the rows compared": ("perplexity", ",.2f"),
-    "KL from what was trained": ("kl", ".4f"),
+    "KL from what was trained": ("kl", ".3g"),
     "same next token": ("same_next_token", ".1%"),
     "validation loss before": ("eval_loss_before", ".3f"),
     "validation loss after": ("eval_loss_after", ".3f"),
