@@ -27,14 +27,15 @@
 # |---|---|---|---|---|---|---|
 # | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
-# **What fine-tuning is.** A chat model has read a large part of the internet and answers any
-# question in its own way. Fine-tuning shows it some hundred examples of *your* questions and
-# answers, and changes the model a little, until it answers like them. People do this for a fixed
-# format, a tone, labels, or to make a small model use their data. This series does it with a table,
-# and measures whether it was worth it.
+# **What fine-tuning is.** A chat model has read a large part of the internet, and it answers any
+# question in its own way. Fine-tuning shows it a few hundred of *your* questions and answers, and
+# changes it a little, until it answers like them. People do this for a fixed format, a tone or
+# labels, or so that a small model can use their data. This series does it with a table, and
+# measures whether it was worth it.
 #
-# The table of the worked example begins like this, and ends as a chat model that answers such
-# questions:
+# The worked example is a table of home remedies. The one that comes with this series begins like
+# this (*Yogasan* is a yoga posture; the web address in the first row is a slip, which this notebook
+# removes):
 #
 # | Name of Item | Health Issue | Home Remedy | Yogasan |
 # |---|---|---|---|
@@ -42,22 +43,26 @@
 # | Tulsi Leaves | COMMON COLD | Boil eight washed tulsi leaves with two crushed peppercorns in a glass of water until a little is left, then drink it warm each evening for three days. | Bhujangasana |
 # | Chicken Soup | Common Cold | Make a light soup with chicken, garlic, carrot and a pinch of salt, and have a warm bowl at lunch and dinner while the cold lasts. | Shavasana |
 #
+# At the end of the series, a chat model answers questions like "I am suffering from Common Cold.
+# Please suggest a home remedy."
+#
 # - **In:** a table: a `.csv`, `.tsv`, `.xlsx`, `.json`, `.jsonl` or `.parquet` file, a folder, or a
 #   data set on the Hub (huggingface.co, where models and data sets are shared).
-# - **Out:** `dataset/` in the *run folder*, which is `run_dir` below: conversations, divided into
-#   training, validation and test rows, and `dataset/report.json`.
-# - **Time:** under a minute anywhere for a table of some ten thousand rows; no GPU is used.
+# - **Out:** `dataset/` in the *run folder*, which is `run_dir` below. It holds conversations,
+#   divided into training, validation and test rows, and a report, `report.json`.
+# - **Time:** under a minute for a table of ten thousand rows; no GPU is used.
 #
-# In Colab each notebook gets a machine of its own. So that notebook 2 finds what this one writes,
-# set `run_dir` below to `"drive:home_remedies"` in every notebook; it is then kept in your Google
-# Drive.
+# In Colab each notebook runs on a machine of its own. To let notebook 2 find what this one writes,
+# set `run_dir` below to `"drive:home_remedies"` in every notebook. The results are then kept in
+# your Google Drive.
 #
 # The worked example is **educational**: nothing in the table, and nothing that a model trained on
 # it says, is medical advice.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
-# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
+# nothing. Terms that are new to you are explained in the
+# [glossary](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -82,89 +87,97 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 # ## Parameters
 #
 # For your own table, `dataset` is often all that you change: the notebook recognizes how its rows
-# become conversations, and shows it below. Rarely changed settings are folded away and come first;
-# the cell after them can override them. When `make` runs a notebook, it adds one more cell, with
-# the settings of its profile. These override all others.
+# become conversations, and shows it below.
+
+# %% tags=["main-parameters"]
+run_dir = "runs/home_remedies"  # where everything is written; in Colab better "drive:home_remedies"
+seed = 42  # of all random choices but the splits
+base_model = "NousResearch/Llama-2-7b-chat-hf"  # the model that notebook 2 will train
+dataset = "medss19/home_remedies_dataset"  # a file, a folder, a pattern like "data/*.csv", a Hub id
+dataset_config = ""  # a sheet of a workbook, or a configuration of a Hub data set
+splits = {}  # files of each split, if you have them: {"train": "train.csv", "test": "test.csv"}
+shape = "auto"  # or columns, prompt_completion, instruction, messages, conversations, text
+columns = {}  # what your columns are: {"question": "Frage", "answer": "Antwort"}
+question_template = ""  # makes a question from columns: "I have {issue}. What helps?"
+answer_template = ""  # the same for the answer; a line whose columns are all empty is skipped
+answer_column = ""  # the column of the answer itself: a row without it is dropped
+system_prompt = ""  # how the model is to behave, for all rows that do not say so themselves
+context_rows = 0  # 3: the three most similar rows of the table stand in every prompt
+unknown_answer = ""  # what to answer if no row fits, such as "The table has nothing on that."
+max_length = 512  # tokens (parts of words) in an example; a longer one is dropped, never cut
+validation_fraction = 0.1  # of the questions
+test_fraction = 0.15  # of the questions
+
+# %% [markdown]
+# The other parameters are folded away. Open a cell to change one.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed: how a table is read
-base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
-thinking = False  # true: answers in the table begin with <think>…</think>, for a model that does
-template_date = "2026-01-01"  # what a chat template that writes a date is to write
-dataset_revision = "main"  # of a Hub data set: a branch or a commit; the report keeps the commit
+base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"  # its version on the Hub
+thinking = False  # true: the answers in the table begin with <think>…</think>
+template_date = "2026-01-01"  # the date in prompts, for a chat template that writes one
+dataset_revision = "main"  # the version of a Hub data set: a branch or a commit
 encoding = "auto"  # of a text file: "utf-8", "cp1252", "shift_jis", …
 delimiter = "auto"  # between the cells of a .csv: ",", ";", "tab", …
-quotes = "auto"  # "letters": a .csv's " is no quote; "cells": its quoted cells may look like rows
-header = True  # false: the first line is a row, and the columns are called 1, 2, …
-header_row = 0  # the line of the column names in a .csv or workbook; 0: the first that is no title
-split_column = ""  # a column that names the split of its row; one called "split" is found
+quotes = "auto"  # of a .csv; "letters": '"' is a letter; "cells": quoted cells may look like rows
+header = True  # False: the first line is a row, and the columns are called 1, 2, …
+header_row = 0  # the line with the column names; 0: the first line that is no title
+split_column = ""  # the column that names the split of a row; "split" is recognized
 roles = {}  # who speaks in a conversation: {"Alice": "user", "Bob": "assistant"}
 ignore_turn_keys = []  # keys of turns to leave out, such as ["reasoning_content"]
 answer_lists = ""  # what a list in an answer is: "rows", "first", "lines" or "json"
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed: what becomes of its rows
-drop_values = []  # cells that mean empty, such as "n/a"; for one column {yoga: ["n/a"]}
-drop_patterns = []  # the same as regular expressions: patterns such as "^see page"
+drop_values = []  # texts that count as empty, such as "n/a"; for one column {"yoga": ["n/a"]}
+drop_patterns = []  # the same as patterns (regular expressions), such as "^see page"
 strip_addresses = False  # remove web addresses from all texts
 collapse_spaces = False  # single spaces, no invisible characters; not for code
-html_to_text = False
-max_dropped = 0.1  # losing a larger share of the rows stops the notebook
-near_duplicate_threshold = 1.0  # above 1 keeps answers that differ in capitals and punctuation only
-keep_duplicates = False  # true: rows that are there twice on purpose stay
-split_by = "question"  # "row": for one prompt with many answers, which would all be in one split
+html_to_text = False  # keep the text of HTML without its tags
+max_dropped = 0.1  # the notebook stops if a larger share of the rows is lost
+near_duplicate_threshold = 1.0  # above 1: keep rows that differ only in capitals and punctuation
+keep_duplicates = False  # True: rows that stand there twice on purpose are kept
+split_by = "question"  # "row" if all rows have the same question: they would be one split
 split_seed = 42  # decides which questions are test questions
-train_rows = 1.0  # a share of the training questions; above 1, how many: do more rows help?
-loss_on_last_answer = False  # true: of the answers of a conversation only the last one is learned
-safety_rows = 0  # mix our own rows about emergencies into training: true for all, or how many
-push_dataset_to = ""  # a Hub id to publish the result under; only this needs a Hub access token
+train_rows = 1.0  # use a share of the training questions, or (above 1) so many
+loss_on_last_answer = False  # True: only the last answer of a conversation is learned
+safety_rows = 0  # add rows about emergencies to the training: True for all, or how many
+push_dataset_to = ""  # publish the result on the Hub as this; needs an access token
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed: prompts with rows of the table in them, where context_rows is above 0
 context_template = "Rows of the table:\n\n{rows}\n\nAnswer this, from the rows if they have it:\n{question}"
-context_characters = 0  # short rows: more than context_rows, up to so many characters together
-context_hit_rate = 0.6  # of the training questions have their own row in the prompt
-copies = 1  # how often each row is asked, each time in another prompt; 0.3: three rows of ten
+context_characters = 0  # if rows are short, more of them: up to so many characters together
+context_hit_rate = 0.6  # this share of the training questions has its own row in the prompt
+copies = 1  # how often each row is asked, in different prompts; 0.3: three rows of ten
 most_tokens = 0  # of all training prompts together; 0: no limit
-reworded_share = 0.5  # of the training questions are asked in other words
-rewordings = ""  # a column with other wordings, or a file of question and rewording; "": rules
-practice_prompts = 0  # prompts about made-up tables, which teach to match other words (English)
-unknown_threshold = "auto"  # 0 to 1: a question with no row as similar gets unknown_answer
-certain_threshold = "auto"  # where a row is as similar, its answer is given if the model refuses
+reworded_share = 0.5  # this share of the training questions is asked in other words
+rewordings = ""  # a column or file with other wordings of the questions; "": simple rules
+practice_prompts = 0  # prompts about made-up tables: practice in recognizing reworded questions
+unknown_threshold = "auto"  # 0 to 1: if no row is so similar, the answer is unknown_answer
+certain_threshold = "auto"  # 0 to 1: if a row is so similar, its answer replaces a refusal
 
 # %% tags=["parameters"]
-run_dir = "runs/home_remedies"  # where everything is written; in Colab better "drive:home_remedies"
-seed = 42
-base_model = "NousResearch/Llama-2-7b-chat-hf"  # its tokenizer and chat template render the rows
-dataset = "medss19/home_remedies_dataset"  # a file, a folder, a pattern like "data/*.csv", a Hub id
-dataset_config = ""  # of a data set that has several; or a sheet of a workbook
-splits = {}  # the source's own, or set here: {"train": "train.csv", "test": "test.csv"}
-shape = "auto"  # or columns, prompt_completion, instruction, messages, conversations, text
-columns = {}  # the table's columns by what they are: {"question": "Frage", "answer": "Antwort"}
-question_template = ""  # for a table of columns: "I have {issue}. What helps?"
-answer_template = ""  # a line is skipped if all of its columns are empty in a row
-answer_column = ""  # the answer itself: a row without it is dropped
-system_prompt = ""  # for all rows that have none
-context_rows = 0  # 3: the three most similar rows of the table stand in every prompt
-unknown_answer = ""  # what to answer if no row fits, such as "The table has nothing on that."
-max_length = 512  # tokens in an example; a longer one is dropped, never cut
-validation_fraction = 0.1  # of the questions
-test_fraction = 0.15
+# `make` adds a cell below this one, with the settings of its profile. They override those above.
 
 # %%
 from tabletune.run.stage import start_stage
 
-stage = start_stage("01_format_dataset", globals())  # checks the parameters above
+# a stage is the work of one notebook; `globals()` hands it all parameters, and it checks them
+stage = start_stage("01_format_dataset", globals())
 run = stage.folder  # the run folder, as a path
 
 # %% [markdown]
 # ## The model's format
 #
 # A model does not read letters but *tokens*: words or parts of words, each with a number. The
-# *tokenizer* turns text into tokens. Every chat model was also trained on conversations in a text
-# format of its own, its *chat template*. We use that template as it is, so that the rows look like
-# the conversations that the model knows. The format of this model (*thinking* is what some models
-# write before they answer):
+# *tokenizer* turns text into tokens. Every chat model was trained on conversations in a text format
+# of its own, its *chat template*. We use that template as it is, so that our rows look like the
+# conversations that the model knows.
+#
+# The table shows the template of this model. A *system message* comes before a conversation and
+# says how the model is to behave. *Thinking* is what some models write before they answer. Some
+# templates also write a date.
 
 # %%
 from tabletune.chat.templates import describe_template
@@ -172,7 +185,9 @@ from tabletune.chat.tokenizer import load_tokenizer
 from tabletune.model.inspection import base_config, context_length
 from tabletune.report.pages import show_table
 
+# the most tokens that the model can read at once
 context = context_length(base_config(base_model, base_model_revision))
+# `stops` are the tokens that end an answer
 tokenizer, stops = load_tokenizer(base_model, base_model_revision, thinking, template_date)
 show_table(describe_template(tokenizer, stops))
 
@@ -181,20 +196,24 @@ show_table(describe_template(tokenizer, stops))
 #
 # Every cell is read as the text that was written: `007`, `1.50`, `None`. Where a file is ambiguous,
 # such as a row with more cells than the header, the notebook stops with a message instead of
-# guessing.
+# guessing. How the file was read, and its first rows, with long texts cut:
 
 # %%
+from tabletune.data import report as data_report
 from tabletune.data.table_file import ReadOptions
 from tabletune.data.tables import open_table
 
 options = ReadOptions(encoding, delimiter, quotes, header, header_row)
 table = open_table(dataset, dataset_revision, dataset_config, splits, options)
 print(*table.descriptions, sep="\n")
+show_table(data_report.first_rows(table))
 
 # %% [markdown]
-# The notebook recognizes from the columns how rows become conversations. If question and answer are
-# put together from several columns, two templates say how. `shape`, `columns` and the templates
-# override what it recognizes.
+# From the names of the columns, the notebook recognizes the *shape* of the table: how its rows
+# become conversations. In the shape `columns`, two templates put question and answer together from
+# several columns. A name in braces, such as `{issue}`, stands for the text in a column; the list
+# below says in which one. The worked example is recognized, too, and has settings of its own. Your
+# own `shape`, `columns` and templates override what is recognized.
 
 # %%
 from tabletune.data.shapes import recognize, with_example
@@ -206,7 +225,7 @@ print(*table_shape.describe(), sep="\n")
 # %% [markdown]
 # ## One row
 #
-# As it stands in the table:
+# As it stands in the table. Each text has the name that the templates use:
 
 # %%
 from tabletune.data.formatter import TableFormatter
@@ -217,9 +236,9 @@ row = first["texts"]
 show_table({field: text[:500] for field, text in row.items()})
 
 # %% [markdown]
-# **Cleaned.** By default little is changed: where a letter such as é can be stored in two ways, one
-# is chosen; line ends become the same; and white space around a text is removed. Everything inside
-# a text stays as you wrote it.
+# **Cleaned.** By default little is changed. A letter such as é can be stored in two ways; one of
+# them is used everywhere (Unicode's form NFC). Line ends are made the same, and white space around
+# a text is removed. Everything inside a text stays as you wrote it.
 
 # %%
 import unicodedata
@@ -227,19 +246,20 @@ import unicodedata
 from tabletune.data.cleaning import Cleaning
 
 texts = [unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip() for text in row.values()]
-print("our own line and the package agree:", texts == [Cleaning()(text) for text in row.values()])
+print("equal to the package's result:", texts == [Cleaning()(text) for text in row.values()])
 
 # %% [markdown]
-# Other rules are parameters that are off by default. With the parameters of this table the row
-# becomes:
+# Other rules are parameters, off by default. The settings of the worked example remove web
+# addresses, which can leave a text empty. The row with the rules of this run:
 
 # %%
 show_table({field: formatter.clean_cell(field, text)[:500] for field, text in row.items()})
 
 # %% [markdown]
-# **As a conversation.** The turns of a user and of the assistant, sometimes with a system message
-# before them. TRL, the library that will train the model, calls the question `prompt` and the
-# answer `completion`.
+# **As a conversation.** A user asks, and the assistant, which is the model, answers. A system
+# message may come first. TRL, the library that will train the model, calls the question `prompt`
+# and the answer `completion`. Stars such as in `**Item:**` are Markdown for bold; the model learns
+# to write them. A line of the answer whose columns are all empty is skipped.
 
 # %%
 messages = first["prompt"] + first["completion"]
@@ -256,11 +276,12 @@ if first["prompt"]:
 print(rendered[:2000])
 
 # %% [markdown]
-# **As numbers.** The text becomes the numbers of its tokens, with a mask that is 1 for the tokens
-# that the model is to learn: those of the answer, and the one that ends it. Only they count in the
-# *loss*, the error that training makes smaller. By hand: the tokens of the prompt come first, and
-# what follows them in the rendered text is the answer. `encode` does the same for any template, and
-# for conversations with several answers.
+# **As numbers.** The text becomes the numbers of its tokens. A mask is 1 for the tokens that the
+# model is to learn: those of the answer, and the one that ends it. Only they count in the *loss*,
+# the error that training makes smaller.
+#
+# We check the package's `encode` by hand on this row: we encode the whole conversation, and encode
+# the prompt alone. What follows the prompt is the answer.
 
 # %%
 from tabletune.chat.encoding import encode, encode_prompt, show_tokens
@@ -270,11 +291,13 @@ prompt = encode_prompt(first["prompt"], tokenizer)
 by_hand = tokenizer(rendered, add_special_tokens=False)["input_ids"]
 answer = by_hand[len(prompt) : len(encoded["input_ids"])]
 print(f"{len(encoded['input_ids'])} tokens, {sum(encoded['completion_mask'])} of them in the loss")
-print("put together, they equal what the package returns:", encoded["input_ids"] == prompt + answer)
+print("the numbers of the first ten:", encoded["input_ids"][:10])
+print("prompt and answer by hand equal the package's:", encoded["input_ids"] == prompt + answer)
 
 # %% [markdown]
-# The same, token by token. **Bold** tokens are special: they are no text but marks, such as the end
-# of a turn. Grey tokens are only read. Those on colour are in the loss. ⏎ is the end of a line.
+# The same, token by token. **Bold** tokens are special: they are marks and not text, such as the
+# end of a turn. Tokens on a coloured ground are in the loss; the model only reads the others. ⏎ is
+# the end of a line.
 
 # %%
 show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
@@ -285,78 +308,80 @@ show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 # Three kinds of rows are dropped:
 #
 # - rows without a question or an answer: they teach nothing;
-# - copies of other rows, also those that differ only in capitals and punctuation (near duplicates):
-#   they would be learned twice, and a copy among the test rows would make the test too easy;
-# - rows that are too long. They are not cut: an answer without its end teaches the model to ramble
-#   on.
+# - copies of other rows, also if they differ in capitals and punctuation (near duplicates): they
+#   would be learned twice, and a copy among the test rows would make the test too easy;
+# - rows that are too long. They are not cut: from an answer without its end, the model would learn
+#   not to stop.
 #
 # If more than a tenth of the rows is lost, the notebook stops and says how to keep them.
 #
-# The others are divided into three *splits*: training rows, validation rows, by which the training
-# is watched, and test rows for the end. All rows with the same question go to the same split. If a
-# test question had also been asked in training, the test would measure memory. (Notebook 4 asks
-# training questions, too, but counts them apart.) If all this was done before, with the same table
-# and settings, it is not done again.
+# The remaining rows are divided into three *splits*. The model learns from the training rows. On
+# the validation rows we watch how well it does during training. The test rows are for the end. All
+# rows with the same question go to the same split: if a test question had also been asked in
+# training, the test would measure memory. (Notebook 4 also asks training questions, but counts them
+# separately.)
+#
+# If all this was done before, with the same table and settings, the cell below skips it.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.data.pipeline import format_table
 from tabletune.data.retrieval_folder import rewordings_digest, write_retrieval
-from tabletune.run.files import read_json
 from tabletune.run.hub import upload_result
 
+# a digest is a short number that changes if the file changes
 inputs = {"table": table.digest, "commit": table.commit} | rewordings_digest(settings)
 outputs = ["dataset", "retrieval"] if context_rows else ["dataset"]
 if not stage.is_done(inputs, outputs):
     format_table(table, table_shape, settings, tokenizer, stops, run / "dataset", context)
     report = write_retrieval(run, settings, formatter)
     for name in outputs:
-        upload_result(run_dir, run / name)
-    stage.record(report["fingerprint"], inputs)
-report = read_json(run / "dataset" / "report.json", "01_format_dataset")
+        upload_result(run_dir, run / name)  # only if run_dir is on the Hub
+    stage.record(report["fingerprint"], inputs)  # what this was made from, for the next time
+report = data_report.read_report(run)
 
 # %% [markdown]
 # What happened to the rows:
 
 # %%
-import pandas as pd
-
-from tabletune.data.report import changes_table, dropped_table, rows_table, sentences_on_data_set
-
-rows_table(report)
+data_report.rows_table(report)
 
 # %% [markdown]
-# One example of each change, with the text around it. Characters that cannot be seen are written as
-# codes, such as `\xa0`:
+# One example of each change, with some of the text around it. Invisible characters are written as
+# codes, such as `\xa0` for a space at which no line may break:
 
 # %%
-show_table(changes_table(report), "Nothing was changed.")
+show_table(data_report.changes_table(report), "Nothing was changed.")
 
 # %% [markdown]
-# The first rows that were dropped, as they are in the table:
+# The first rows that were dropped, with their texts as they are in the table:
 
 # %%
-show_table(dropped_table(report), "No row was dropped.")
+show_table(data_report.dropped_table(report), "No row was dropped.")
 
 # %% [markdown]
-# Remarks about this table:
+# What else is worth knowing about this table:
 
 # %%
-print(*report["notes"] or ["None: nothing about it stands out."], sep="\n")
+print(*report["notes"] or ["Nothing stands out."], sep="\n")
 
 # %% [markdown]
 # ## Rows of the table in the prompt
 #
-# A small model that is fine-tuned on a table learns how answers look, but hardly what they say.
-# With `context_rows = 3`, each question is first looked up: both in training and later, when you
-# ask it, the prompt contains the three rows whose questions are most similar. The model learns to
-# answer from them. It also learns to say that they do not have the answer: in training some
-# questions get only rows of *other* questions, and their answer is `unknown_answer`.
-# [docs/right-answers.md](../docs/right-answers.md) has the measurements.
+# A small model that is fine-tuned on a table learns how answers look, but hardly what they say. So
+# the table itself can go into the prompt. With `context_rows = 3`, each question is first looked
+# up, both in training and later, when you ask the model: the prompt contains the three rows whose
+# questions are most similar. The model learns to answer from them.
 #
-# A training prompt has some rows and asks several questions about them, half of them in other words
-# than the table's. `practice_prompts` are about made-up tables; they teach to recognize a question
-# in other words. `unknown_threshold` is for use: if no row is as similar (0 to 1), the lookup
-# refuses the question, and the model is not even asked.
+# It also learns to say that the rows do not have the answer. In training, some questions get only
+# rows of *other* questions, and the right answer to them is `unknown_answer`.
+# [docs/right-answers.md](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/right-answers.md)
+# has the measurements.
+#
+# A training prompt has some rows and asks several questions about them, half of them *reworded*: in
+# other words than the table's. `practice_prompts` are about made-up tables; from them the model
+# learns to recognize a reworded question. The similarity of two questions is a number from 0 to 1.
+# If no row reaches `unknown_threshold`, the lookup alone refuses: the model is not asked, and the
+# answer is `unknown_answer`.
 
 # %%
 from tabletune.data.context import load_context
@@ -365,9 +390,9 @@ from tabletune.data.retrieval_report import OFF, example_prompt, prompts_table
 show_table(prompts_table(report), OFF)
 
 # %% [markdown]
-# What the model is asked, and what is right: for a question of the training split, and for one of
-# the validation split. Only training rows are searched. So a validation or test question never
-# finds its own row here, and to say that the table has nothing is right.
+# What the model is asked, and the right answer, for one training question and one validation
+# question. With rows in the prompt, only training rows are searched. A validation or test question
+# therefore never finds its own row here, and the right answer is that the table has nothing.
 
 # %%
 print(example_prompt(run, load_context(run)))
@@ -375,8 +400,7 @@ print(example_prompt(run, load_context(run)))
 # %% [markdown]
 # ## Look at it
 #
-# How long the examples are, in tokens, and how many rows ask the same question. A bar that stands
-# alone on the right is a row that is much longer than the others:
+# How long the examples are, in tokens, and how many rows ask the same question:
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.report.plots import plot_data_set
@@ -387,10 +411,10 @@ plot_data_set(report, max_length)
 # The splits:
 
 # %%
-pd.DataFrame({"rows": report["splits"], "questions": report["questions"]})
+data_report.splits_table(report)
 
 # %% [markdown]
-# With `push_dataset_to`, the data set goes to the Hub, too:
+# With `push_dataset_to`, the data set is also published on the Hub:
 
 # %%
 if push_dataset_to:
@@ -402,7 +426,7 @@ if push_dataset_to:
 # ## What we have now
 
 # %%
-print(*sentences_on_data_set(report), sep="\n")
+print(*data_report.sentences_on_data_set(report), sep="\n")
 
 # %% [markdown]
 # Two things to try:
@@ -411,4 +435,5 @@ print(*sentences_on_data_set(report), sep="\n")
 #   notebook say?
 # - Set `system_prompt` to a sentence of your own, and find it among the tokens above.
 #
-# Next: [2 · fine-tune](02_finetune_qlora.ipynb).
+# Next: [2 · fine-tune](02_finetune_qlora.ipynb)
+# ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/02_finetune_qlora.ipynb)).

@@ -30,23 +30,25 @@
 # - **In:** `dataset/` in the run folder, from notebook 1.
 # - **Out:** `adapter/`, what was learned, some hundred megabytes or less; `training/metrics.json`
 #   and the loss curves.
-# - **Time:** minutes for a table of some hundred rows on a GPU; three to six minutes on two CPU
+# - **Time:** minutes for a table of a few hundred rows on a GPU; three to six minutes on two CPU
 #   cores with the small model of the profiles `cpu` and `knowledge`.
 #
-# A model of seven billion weights (7B) takes 13 GB, and training all of them several times that.
-# *LoRA* ([Hu et al., 2021](https://arxiv.org/abs/2106.09685)) leaves the weights of the model as
-# they are, *frozen*, and trains a small *adapter* beside them, of a 7B about one weight in a
-# hundred. *QLoRA* ([Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)) also stores the
-# frozen model with 4 bits a weight, in a format called NF4. So a 7B model trains on a card of 15
-# GB.
+# A model of seven billion weights (7B) takes 13 GB, two bytes a weight, and training all of them
+# takes several times that. *LoRA* ([Hu et al., 2021](https://arxiv.org/abs/2106.09685)) leaves the
+# weights of the model *frozen*, which means that they do not change. It trains a small *adapter*
+# beside them; for a 7B model the adapter has about one weight for every hundred of the model.
+# *QLoRA* ([Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)) also stores the frozen model
+# with 4 bits a weight, in a format called NF4. So a 7B model can be trained on a T4, the GPU of
+# free Colab, which has 15 GB.
 #
-# In Colab this notebook has a machine of its own, which does not see what notebook 1 wrote on its.
+# In Colab this notebook runs on a machine of its own, which does not have the files of notebook 1.
 # Set `run_dir = "drive:home_remedies"` below and in notebook 1: both then work in that folder of
 # your Google Drive.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
-# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
+# nothing. Terms that are new to you are explained in the
+# [glossary](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -70,48 +72,53 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 # %% [markdown]
 # ## Parameters
 #
-# Rarely changed settings are folded away and come first; the next cell can override them. When
-# `make` runs a notebook, it adds one more cell, with the settings of its profile. These override
-# all others.
+# For a first run nothing needs to change. Terms in the comments are explained further down, where
+# they are used.
+
+# %% tags=["main-parameters"]
+run_dir = "runs/home_remedies"  # that of notebook 1; in Colab better "drive:home_remedies"
+seed = 42  # of all random choices
+base_model = "NousResearch/Llama-2-7b-chat-hf"  # as in notebook 1
+base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"  # its version on the Hub
+precision = "auto"  # format of numbers: "bf16", "fp16", "fp32"; "auto": what the hardware has
+quantization = "nf4"  # of the frozen model: "nf4", "8bit", or "none" for plain LoRA
+attn_implementation = "auto"  # "sdpa" where the model has it
+max_length = 512  # tokens in a row, at least those of the longest example
+lora_r = 64  # the rank: the larger, the more the adapter can learn
+lora_alpha = 16  # how strongly the adapter counts: it is multiplied by lora_alpha / lora_r
+lora_dropout = 0.0  # 0.1 costs a quarter more memory and gained nothing in one epoch
+lora_target_modules = "auto"  # what gets an adapter: attention; or "all-linear", or names
+epochs = 1  # passes over all training examples
+packing = True  # several examples in one row of max_length tokens, kept apart: no padding
+batch_size = "auto"  # rows that are read at once; "auto": up to 16, if min_steps steps remain
+min_steps = 300  # for batch_size "auto": a small table gets small batches, so enough steps
+gradient_accumulation_steps = 1  # batches in a step
+learning_rate = 3e-4  # how large the changes of a step are
+optim = "paged_adamw_32bit"  # the optimizer
+gradient_checkpointing = True  # recompute layers where memory is short: up to a third slower
+use_liger_kernel = True  # Liger's code for GPUs: faster, and with less memory for the loss
+evaluations = 4  # how often the validation loss is measured and a checkpoint saved
+early_stopping_patience = 0  # stop after so many evaluations without improvement; 0: never
+
+# %% [markdown]
+# The other parameters are folded away. Open the cell to change one.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed parameters
 published_dataset = ""  # a data set that notebook 1 published on the Hub, if the run has none
-lora_options = {}  # whatever else peft.LoraConfig takes, such as {"use_rslora": True}
-training_options = {}  # whatever else trl.SFTConfig takes, such as {"weight_decay": 0.01}
-lr_scheduler_type = "cosine"
-warmup = 0.03  # of all steps; a whole number counts steps
-max_grad_norm = 0.3
-report_to = "tensorboard"  # or "wandb", "trackio", "none"
-ignore_memory = False  # train even where the sum says that the weights alone do not fit
+lora_options = {}  # anything else for peft.LoraConfig, such as {"use_rslora": True}
+training_options = {}  # anything else for trl.SFTConfig, such as {"weight_decay": 0.01}
+lr_scheduler_type = "cosine"  # how the learning rate falls
+warmup = 0.03  # the share of steps in which the learning rate rises; a whole number counts steps
+max_grad_norm = 0.3  # longer gradients are shortened to this length
+report_to = "tensorboard"  # a page with live curves; or "wandb", "trackio", "none"
+ignore_memory = False  # True: train even if the weights alone do not seem to fit
 
 # %% tags=["parameters"]
-run_dir = "runs/home_remedies"  # that of notebook 1; in Colab better "drive:home_remedies"
-seed = 42
-base_model = "NousResearch/Llama-2-7b-chat-hf"
-base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
-precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
-quantization = "nf4"  # the frozen base: "nf4", "8bit", or "none" for plain LoRA on a small model
-attn_implementation = "auto"  # "sdpa" where the model has it
-max_length = 512
-lora_r = 64
-lora_alpha = 16
-lora_dropout = 0.0  # 0.1 costs a quarter more memory and gained nothing in one epoch
-lora_target_modules = "auto"  # the layers of attention; or "all-linear", or a list of names
-epochs = 1
-packing = True  # several examples in one row of max_length tokens, kept apart: no padding
-batch_size = "auto"  # rows at once; "auto": at most 16, and so few that min_steps steps remain
-min_steps = 300  # only with batch_size "auto"
-gradient_accumulation_steps = 1
-learning_rate = 3e-4
-optim = "paged_adamw_32bit"
-gradient_checkpointing = True  # recompute layers where memory is short: up to a third slower
-use_liger_kernel = True  # fused GPU kernels: faster, with less memory for logits; needs a GPU
-evaluations = 4  # how often validation loss and checkpoint are taken during training
-early_stopping_patience = 0  # stop after so many evaluations without improvement; 0: never
+# `make` adds a cell below this one, with the settings of its profile. They override those above.
 
 # %%
-# PyTorch reads this when it is imported: freed GPU memory is used again, whatever its size was
+# PyTorch reads this setting when it is imported. With it, freed GPU memory is used again better.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from tabletune.chat.tokenizer import load_tokenizer, template_settings
@@ -125,16 +132,18 @@ from tabletune.training.collator import Collator
 from tabletune.training.lora_targets import shortest_target_names
 from tabletune.training.trainer import TokenTrainer, free_memory, training_callbacks
 
-stage = start_stage("02_finetune_qlora", globals())  # checks the parameters above
+# `globals()` hands all parameters to the stage, which checks them
+stage = start_stage("02_finetune_qlora", globals())
 run = stage.folder  # the run folder, as a path
 
 # %% [markdown]
 # ## The examples
 #
-# Notebook 1 left conversations. Without its folder, a data set that it published will do
-# (`published_dataset`). Where there is neither, this notebook stops here: run [notebook
+# They are the conversations that notebook 1 has left in the run folder. If there are none, the
+# notebook stops here: run [notebook
 # 1](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/01_format_dataset.ipynb)
-# first, with the same `run_dir`.
+# first, with the same `run_dir`. (A data set that notebook 1 has published on the Hub will also do:
+# `published_dataset`.)
 
 # %%
 import torch
@@ -142,15 +151,21 @@ from accelerate import PartialState
 from transformers import BitsAndBytesConfig, set_seed
 
 set_seed(seed)
-processes = PartialState(cpu=not torch.cuda.is_available())  # one of several under accelerate
+# with several GPUs, each has a process of its own; `processes` lets them wait for each other
+processes = PartialState(cpu=not torch.cuda.is_available())
 splits, report = examples.load_examples(run, published_dataset, processes)
 
 # %% [markdown]
-# Each example becomes token ids, and as many labels. A label is the id that the model should
-# predict, or -100 where nothing is to be learned. Those in the loss are the tokens of the answers.
-# The model learns from the training split alone; the validation split shows on the way how it does
-# on other questions, and the test split waits for notebook 4 (it is counted here without rows of
-# the table in its prompts).
+# Each example becomes token ids, the numbers of its tokens, and as many labels. A label is the id
+# that the model should predict, or -100 where nothing is to be learned. Only the answers are in the
+# loss.
+#
+# The model learns from the training split alone. The validation split shows during training how it
+# does on other questions. The test split waits for notebook 4.
+#
+# With rows of the table in the prompt (`context_rows`), a training example is such a prompt, with
+# several questions. There are then fewer examples than rows, and they are longer. The test split is
+# counted without rows in its prompts.
 
 # %%
 tokenizer, stops = load_tokenizer(base_model, base_model_revision, *template_settings(report))
@@ -158,13 +173,15 @@ encoded, counts = examples.encode_splits(splits, tokenizer, stops, max_length)
 counts
 
 # %% [markdown]
-# ## The base model, before anything long
+# ## The base model
 #
-# What is it, which layers get an adapter, and can it be trained at all? Its config and its layers,
-# without their weights, say so. Most models have two parts in each layer. In the *attention* a
-# token looks at those before it; "sdpa" is PyTorch's fast implementation of that (scaled
-# dot-product attention). Its matrices are often called `q_proj`, `k_proj`, `v_proj` and `o_proj`.
-# The other part changes each token by itself, with `gate_proj`, `up_proj` and `down_proj`.
+# Before anything large is downloaded, we look at the model's configuration: what it is, which of
+# its layers get an adapter, and whether it can be trained here at all.
+#
+# Most models have two parts in each layer. In the *attention*, a token looks at the tokens before
+# it. Its matrices are often called `q_proj`, `k_proj`, `v_proj` and `o_proj`; "sdpa" (scaled
+# dot-product attention) is PyTorch's fast implementation. The other part changes each token by
+# itself, with the matrices `gate_proj`, `up_proj` and `down_proj`.
 
 # %%
 config, dtype = base_config(base_model, base_model_revision), compute_dtype(precision)
@@ -175,32 +192,40 @@ show_table(summary)
 # ## Rows without padding
 #
 # Examples differ in length. If the shorter ones of a batch were filled up to the longest, about a
-# third of the work would be for nothing. *Packing* puts several examples into one row of
-# `max_length` tokens instead. They must not see each other. So positions start at 0 again with each
-# example: by that transformers knows where one begins, and hides the earlier ones from it. With
-# `packing = False` the training does not use these rows. The first of them:
+# third of the work would be wasted. *Packing* puts several examples into one row of `max_length`
+# tokens instead. They must not see each other. So the positions of the tokens start at 0 again with
+# each example. From that, transformers knows where an example begins, and hides the earlier ones
+# from it.
+#
+# The cell below packs the examples and looks at the first row. (With `packing = False`, the
+# training does not use these rows.)
 
 # %%
 from trl.data_utils import pack_dataset
 
 packed = pack_dataset(encoded["train"], max_length)
 positions = Collator(tokenizer.pad_token_id, max_length)([packed[0]])["position_ids"][0]
-print(f"{packing = }; examples begin at tokens", (positions == 0).nonzero()[:, 0].tolist())
+print("In the first row, examples begin at tokens", (positions == 0).nonzero()[:, 0].tolist())
 
 # %% [markdown]
 # ## Is there room?
 #
-# We estimate the memory from the model's layers and the parameters, before anything large is
-# downloaded. Each trained weight also has a *gradient*, the direction in which the loss falls, and
-# what the *optimizer* remembers of earlier gradients to choose the size of a change. *Activations*
-# are the results of the layers, which the gradients are computed from. (On a CPU, weights of 4 bits
-# are unpacked once if there is room, and then take more than the table above says.) With several
-# GPUs, each holds a full copy of the model if it fits (DDP, distributed data parallel). If not,
-# they share it (FSDP, fully sharded data parallel): each keeps a part of every layer, and gets the rest
-# of a layer when it is needed.
+# We estimate the memory that training takes, still before anything large is downloaded. The parts,
+# in GiB (a GiB is 2³⁰ bytes, 7% more than a GB):
+#
+# - the base model. (On a CPU, weights of 4 bits are unpacked once if there is room. They then take
+#   more than the table above says.)
+# - the adapter. Each of its weights also has a *gradient*, the direction in which the loss falls,
+#   and the *optimizer*, which changes the weights, remembers earlier gradients.
+# - *activations*: the results of all layers, from which the gradients are computed.
+# - working memory for one layer at a time, or for the loss.
+#
+# With several GPUs, each holds a full copy of the model if it fits (DDP, distributed data
+# parallel). If not, they share it (FSDP, fully sharded data parallel): each keeps a part of every
+# layer, and gets the rest of a layer when it is needed.
 
 # %% tags=["nbval-ignore-output"]
-model = trainer = None  # of an earlier pass, or they would count as taken
+model = trainer = None  # if this cell runs again: lets go of the former model
 free_memory()
 room = planning.room_for_training(stage.parameters, config, dtype, targets, len(packed), processes)
 room.expected.round(2).to_frame()
@@ -208,8 +233,8 @@ room.expected.round(2).to_frame()
 # %% [markdown]
 # ## The base model is loaded
 #
-# With 4 bits a weight can have one of sixteen values. NF4 ("normal float") places them closely
-# where most weights of a neural network are, near zero. Every 64 weights share a scale; "double
+# With 4 bits a weight can have one of sixteen values. NF4 ("normal float") has more of them near
+# zero, where most weights of a neural network are. Every 64 weights share a scale; "double
 # quantization" stores those scales in 8 bits, too. Whenever a layer computes, its weights are
 # unpacked to 16 or 32 bits. With `quantization = "none"` there is no NF4: all weights are loaded in
 # 16 or 32 bits.
@@ -222,16 +247,16 @@ quantization_config = BitsAndBytesConfig(
 )
 
 # %% tags=["nbval-ignore-output"]
-base_quantization = quantization_config if quantization == "nf4" else quantization
-source = (base_model, base_model_revision, dtype, attn_implementation)
-model = load_base(*source, room.sharded, base_quantization)
+stored = quantization_config if quantization == "nf4" else quantization
+model = load_base(base_model, base_model_revision, dtype, attn_implementation, room.sharded, stored)
 
 # %% [markdown]
-# Can packed examples see each other in this model? With `packing` we test it: change the first of
-# two packed examples, and check that the *logits* of the second stay the same. Logits are the
-# scores that the model gives to each token of its vocabulary for being the next one. Then we
-# compute how many rows are read before the optimizer changes the adapter once, which is a *step*,
-# and how many steps there are.
+# Can packed examples see each other in this model? With `packing` we test it: we change the first
+# of two packed examples, and check that the *logits* of the second stay the same. Logits are the
+# scores that the model gives to each token of its vocabulary for being the next one.
+#
+# Then we plan the steps. In a *step* the model reads some rows, and the optimizer changes the
+# adapter once.
 
 # %%
 train = planning.rows_to_train_on(model, encoded["train"], packed, packing)
@@ -242,25 +267,29 @@ plan = planning.plan_steps(stage.parameters, train, encoded["train"], room, proc
 #
 # LoRA adds to a frozen matrix of weights $W$ the product of two thin matrices: $W +
 # \frac{\alpha}{r} B A$. Only $A$, with $r$ rows, and $B$, with $r$ columns, are trained. The *rank*
-# $r$ (`lora_r`) is how much the adapter can learn, $\alpha$ (`lora_alpha`) how strongly it counts.
-# $B$ starts at zero, so before training the model with its adapter is the base model.
+# $r$ (`lora_r`) limits how much the adapter can learn; $\alpha$ (`lora_alpha`) says how strongly it
+# counts. $B$ starts at zero. So before training, the model with its adapter gives the same answers
+# as the base model.
 
 # %%
 from peft import LoraConfig, get_peft_model
 
 lora_config = LoraConfig(
-    r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
-    target_modules=shortest_target_names(model, targets), task_type="CAUSAL_LM", **lora_options,
+    r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, task_type="CAUSAL_LM",
+    target_modules=shortest_target_names(model, targets), **lora_options,
 )
-with model.device:  # where the adapter is made
+with model.device:  # the adapter is made where the model is
     model = get_peft_model(model, lora_config)
+print(f"{model.num_parameters(only_trainable=True):,} weights are trained.")
 
 # %% [markdown]
 # ## The trainer
 #
-# A *checkpoint* is the state of a training on the way, saved to disk. Run this notebook again after
-# an interruption: it goes on from the newest complete checkpoint, and ends where an undisturbed run
-# would have ended. Checkpoints of other settings or other data are archived in `earlier/`.
+# A *checkpoint* is the state of a training, saved to disk. Run this notebook again after an
+# interruption: it continues from the newest complete checkpoint, and ends where a run without
+# interruption would have ended. Checkpoints of other settings or other data are moved to
+# `earlier/`. If this very training has been completed before, `done` is true, and the cells below
+# show its results.
 
 # %%
 inputs = planning.inputs_of(report, dtype, processes, room)
@@ -269,6 +298,7 @@ done = checkpoints.check_done_or_archive(stage, inputs, processes)
 # %%
 from trl import SFTConfig
 
+# the rest: batches and checkpoints, the learning rate's course, number formats, several GPUs
 settings = trainer_settings.sft_arguments(stage, done, dtype, room, plan, train is packed)
 training_arguments = SFTConfig(
     num_train_epochs=epochs, learning_rate=learning_rate, optim=optim, remove_unused_columns=False,
@@ -278,15 +308,15 @@ training_arguments = SFTConfig(
 )
 
 # %% [markdown]
-# TRL's `SFTTrainer` does the work. `TokenTrainer` is the same but for three things:
+# TRL's `SFTTrainer` does the work. Our `TokenTrainer` differs from it in three points:
 #
-# - Its validation loss, which chooses the checkpoint that is kept, counts each batch by its tokens,
-#   not its rows.
-# - The adapter stays in numbers of 32 bits (fp32). TRL would turn that of a 4-bit model into bf16,
-#   a format of 16 bits in which small updates would be lost, and which a T4 cannot train with
+# - Its validation loss, which decides which checkpoint is the best, is the mean over all tokens. So
+#   a batch counts by its tokens, and not by its rows.
+# - The adapter stays in numbers of 32 bits (fp32). For a 4-bit model, TRL would store it in bf16,
+#   a format of 16 bits. Small updates would be lost, and a T4 cannot train with it
 #   ([trl#4901](https://github.com/huggingface/trl/issues/4901)).
-# - On a CPU the 4-bit weights are unpacked once and not in every step, if there is room: the same
-#   numbers, a sixth sooner.
+# - On a CPU, the 4-bit weights are unpacked once and not in every step, if there is room. The
+#   numbers are the same, and training takes a sixth less time.
 
 # %%
 trainer = TokenTrainer(
@@ -298,20 +328,19 @@ trainer = TokenTrainer(
 # %% [markdown]
 # ## Train
 #
-# Both losses below should fall. The training loss jumps, since each step reads other rows. If the
+# Both losses below should fall. The training loss jumps, because each step reads other rows. If the
 # validation loss rises again while the training loss goes on falling, the model has begun to learn
-# its rows by heart; with `evaluations = 1` there is only one such figure, at the end. TensorBoard
-# shows it live: `tensorboard --logdir runs`.
+# its rows by heart. (With `evaluations = 1` there is only one validation loss, at the end.)
+# TensorBoard, a page with live curves, shows the same: `tensorboard --logdir runs`.
 
 # %% tags=["nbval-ignore-output"]
 if not done:
     trainer.train(resume_from_checkpoint=checkpoints.checkpoint_to_resume(trainer))
 
 # %% [markdown]
-# The best checkpoint, a copy of the adapter on the way, is loaded again at the end. With its
-# adapter switched off, the model is the base model again: its validation loss is the one to beat.
-# (It is measured only now: a Trainer that has evaluated before the training does not average the
-# gradients of several GPUs.)
+# At the end, the checkpoint with the lowest validation loss is loaded again. How good was the model
+# before? With its adapter switched off it is the base model, and the cell below measures its
+# validation loss. Then the adapter is saved.
 
 # %% tags=["nbval-ignore-output"]
 if not done:
@@ -324,16 +353,17 @@ if not done:
 # ## What it learned
 #
 # The loss is the mean of $-\log p$, where $p$ is the probability that the model gave to the token
-# that really came next. With the natural logarithm its unit is called *nat*. Lower is better: 0
+# that really came next. With the natural logarithm, its unit is called *nat*. Lower is better: 0
 # would be certainty; at 2 nats the right token had a probability of $e^{-2}$, 14%, on average.
 
 # %%
 from tabletune.run.files import read_json
 
 metrics = read_json(run / "training" / "metrics.json", stage.name)
-print(f"training loss   {metrics['loss_first']:.2f} → {metrics['loss_last']:.2f} nats a token")
+first, last = metrics["loss_first"], metrics["loss_last"]
+print(f"training loss   {first:.2f} (first steps) → {last:.2f} (last steps) nats a token")
 before, after = metrics["eval_loss_before"], metrics["eval_loss_after"]
-print(f"validation loss {before:.2f} (the base model) → {after:.2f} nats a token")
+print(f"validation loss {before:.2f} (base model)  → {after:.2f} (fine-tuned) nats a token")
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.report.plots import plot_losses
@@ -344,10 +374,12 @@ plot_losses(read_json(run / "training" / "log_history.json", stage.name), metric
 # ## Before and after
 #
 # A loss says little about what a model writes. So we ask both models, the base model and the
-# fine-tuned one, the first question of the training split; with `context_rows` both get the rows in
-# the prompt. A small base model often only repeats what it was asked. If the table has several
-# answers to the question, any of them is right. To save time an answer is cut after 64 tokens.
-# Notebook 4 asks many questions, new ones too, and says how many answers are right.
+# fine-tuned one, the first question of the training split. With `context_rows`, both have rows of
+# the table in the prompt. A small base model often only repeats what it was asked.
+#
+# Compare the form of the answers first, then what they say: does the last one agree with an answer
+# of the table? If the table has several, any of them is right. To save time, an answer is cut after
+# 64 tokens. Notebook 4 asks many questions, also new ones, and counts the right answers.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.evaluation.before_after import answer_before_and_after, before_and_after
@@ -362,8 +394,10 @@ before_and_after(run)
 # ## What we have now
 #
 # An adapter that has learned how the table's answers look, and some of what they say. It is saved
-# with its tokenizer and a note of what it was trained on, so that notebook 3 can refuse to merge it
-# into another base model.
+# with its tokenizer and with the name of its base model, so that notebook 3 can refuse to merge it
+# into another one.
+#
+# The last two lines below are the validation losses again, as probabilities: $e^{-loss}$.
 
 # %% tags=["nbval-ignore-output"]
 import math
@@ -373,7 +407,7 @@ weights = f"{metrics['trainable_parameters']:,} weights"
 print(f"{weights} were trained, {metrics['trainable_percent']:.1f}% as many as the base model has.")
 print(f"{metrics['steps']:,} steps over {metrics['tokens']:,} tokens.")
 print(f"{metrics['seconds']:,.0f} s, with the evaluations on the way.")
-print("Validation rows: how likely the right next token was, on average (geometric mean):")
+print("How likely the right next token of a validation row was, on average:")
 print(f"{likely[0]:.2%} with the base model, {likely[1]:.2%} after training.")
 
 # %% [markdown]
@@ -382,4 +416,5 @@ print(f"{likely[0]:.2%} with the base model, {likely[1]:.2%} after training.")
 # - `epochs = 2`: does the validation loss still fall in the second one?
 # - `lora_r = 16`, which trains a quarter of the weights. How much of the loss does that cost?
 #
-# Next: [3 · merge](03_merge_adapter.ipynb).
+# Next: [3 · merge](03_merge_adapter.ipynb)
+# ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/03_merge_adapter.ipynb)).

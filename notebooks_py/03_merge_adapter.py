@@ -28,20 +28,22 @@
 # | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
 # - **In:** `adapter/` in the run folder, from notebook 2, and the base model.
-# - **Out:** `merged/`, a plain model that transformers loads like any other, without the libraries
-#   of the training, and `merged/merge_report.json`.
-# - **Time:** about as long as copying the base model's files, then as long again to verify the
+# - **Out:** `merged/`, a plain model that transformers loads like any other, without the training
+#   libraries, and `merged/merge_report.json`.
+# - **Time:** about as long as copying the base model's files, and as long again to verify the
 #   result: a minute or two for 7B on a T4, half a minute on a CPU with the small model of
 #   `profiles/cpu.yaml`.
 #
 # An adapter works only beside its base model. *Merging* adds it to the base model's weights, so
-# that one plain model remains. The usual way, PEFT's `merge_and_unload`, holds the whole base model
-# in memory: 13 GB for a 7B model, more than free Colab has. But each matrix can be merged on its
-# own. So this notebook reads, merges and writes one matrix after the other.
+# that one plain model remains. The usual way is `merge_and_unload` of PEFT, the library that made
+# the adapter. It holds the whole base model in memory: 13 GB for a 7B model, more than free Colab
+# has. But each matrix can be merged on its own. So this notebook reads, merges and writes one
+# matrix after the other.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
-# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
+# nothing. Terms that are new to you are explained in the
+# [glossary](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -65,23 +67,23 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 # %% [markdown]
 # ## Parameters
 #
-# With `quantization = "nf4"` the adapter was trained beside *quantized* weights, rounded to the 4
-# bits of NF4. `base_weights = "original"` adds it to the weights as they were published.
-# `"dequantized"` adds it to what the training really saw: the weights after rounding. Neither is
-# better in principle; notebook 6 measures both. With `quantization = "none"` the training saw the
-# published weights.
+# Notebook 2 usually trains the adapter beside *quantized* weights, rounded to the 4 bits of NF4. To
+# which weights should it be added now? `base_weights = "original"` takes the weights as they were
+# published. `"dequantized"` takes what the training really saw: the weights after rounding. Neither
+# is better in principle; notebook 6 measures both. (With `quantization = "none"` in notebook 2, the
+# training saw the published weights, so there is nothing to choose.)
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # that of notebooks 1 and 2; in Colab better "drive:home_remedies"
-base_model = "NousResearch/Llama-2-7b-chat-hf"
-base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
+base_model = "NousResearch/Llama-2-7b-chat-hf"  # as in notebook 2
+base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"  # its version on the Hub
 base_weights = "original"  # or "dequantized"
-max_shard_gb = 1.0  # size of a file of the merged model, and about the memory that merging takes
+max_shard_gb = 1.0  # the largest file of the merged model; merging takes about as much memory
 
 # %% [markdown]
-# A plan says which *tensors*, the model's matrices and lists of numbers, change. For that the
-# notebook reads the adapter, but of the base model only names and shapes. It also checks that the
-# two belong together.
+# First a plan: which *tensors* (the matrices and lists of numbers of the model) will change? The
+# notebook reads the whole adapter, but only the names and shapes of the base model's tensors. It
+# also checks that adapter and base model belong together.
 
 # %%
 from tabletune.merging.plan import MergePlan
@@ -91,27 +93,27 @@ from tabletune.run.stage import start_stage
 stage = start_stage("03_merge_adapter", globals())
 run = stage.folder
 plan = MergePlan(run, base_model, base_model_revision, base_weights)
-sizes = f"{len(plan.adapted)} adapted layers, {len(plan.tensors)} tensors in the base"
-print(f"{sizes}, r = {plan.config.r}")
+print(f"{len(plan.tensors)} tensors in the base model, {len(plan.adapted)} of them with an adapter")
 
 # %% [markdown]
 # ## One matrix
 #
 # LoRA leaves a matrix $W$ as it is and learns two thin ones beside it, $A$ with $r$ rows and $B$
-# with $r$ columns. Here are those of the first layer that has an adapter:
+# with $r$ columns. The shapes of the first three, as rows and columns:
 
 # %%
 from tabletune.merging.lora import lora_matrices
 
+# plan.modules: {tensor in the files: layer of the model}; the first layer that has an adapter
 name, module = next(item for item in plan.modules.items() if item[1] in plan.adapted)
 weight = plan.read(name)
 a, b = lora_matrices(plan.adapter, module)
 print(f"{module}\nW {tuple(weight.shape)}, A {tuple(a.shape)}, B {tuple(b.shape)}")
-print(f"numbers in A and B: {(a.numel() + b.numel()) / weight.numel():.0%} of those in W")
+print(f"A and B have {(a.numel() + b.numel()) / weight.numel():.0%} as many numbers as W")
 
 # %% [markdown]
-# To merge them is one line, $W' = W + s\,BA$. The factor $s$ is $\alpha / r$ (`lora_alpha` and
-# `lora_r` of notebook 2), or $\alpha / \sqrt r$ with the variant rsLoRA.
+# Merging them takes one line, $W' = W + s\,BA$. The factor $s$ is $\alpha / r$ (`lora_alpha` and
+# `lora_r` of notebook 2). With rsLoRA, a variant of LoRA, it is $\alpha / \sqrt r$.
 
 # %%
 from tabletune.merging.lora import scaling
@@ -119,8 +121,8 @@ from tabletune.merging.lora import scaling
 merged = weight + scaling(plan.config, module) * b @ a
 
 # %% [markdown]
-# The package's `add_lora` does the same, without a second matrix in memory. From here on it merges
-# all layers. The next cell stops if the two results differ:
+# The package's `add_lora` does the same without a second matrix in memory. From here on it merges
+# all layers. The next cell stops with an error if its result differs from ours:
 
 # %%
 import torch
@@ -131,11 +133,15 @@ by_package = add_lora(weight.clone(), plan.adapter, plan.config, module)
 assert torch.allclose(merged, by_package, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
-# How much is that? Three things may change a matrix: the adapter; the rounding of the sum to the
-# number format of the files; and the rounding to NF4, which the training saw if its base was
-# quantized. Each is shown as a share of the size of $W$. Size here is the Frobenius norm: the root
-# of the sum of all squared numbers. The rounding to NF4 can be larger than the adapter. But it has
-# no direction, so it matters less than its size says.
+# How much does merging change a matrix? We compare up to three changes:
+#
+# - the adapter;
+# - rounding the sum to the number format of the files;
+# - rounding to NF4, if the training saw quantized weights.
+#
+# Each is shown as a share of the size of $W$. Size here is the Frobenius norm: the root of the sum
+# of all squared numbers. Rounding to NF4 can change a matrix more than the adapter does. It matters
+# less than its size says, because its errors go up and down at random and partly cancel out.
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
@@ -144,24 +150,24 @@ from tabletune.merging.lora import nf4_round_trip
 
 changes = {
     "the adapter": merged - weight,
-    f"rounding to {plan.dtype}": merged.to(plan.dtype).float() - merged,
+    f"rounding to {str(plan.dtype).removeprefix('torch.')}": merged.to(plan.dtype).float() - merged,
 }
 if plan.provenance.get("quantization", "nf4") == "nf4":
-    changes["NF4 and back"] = nf4_round_trip(weight, plan.training_dtype) - weight
+    changes["rounding to NF4"] = nf4_round_trip(weight, plan.training_dtype) - weight
 sizes = {name: change.norm() / weight.norm() for name, change in changes.items()}
 pd.Series({name: f"{size.item():.3%}" for name, size in sizes.items()}).to_frame("changes W by")
 
 # %% [markdown]
 # ## All of them
 #
-# Every tensor of the base model's files is copied as it is stored, and those with an adapter are
-# merged on the way. So whatever has no adapter, such as the layers of a model that also sees
-# images, stays bit for bit what it was. The files appear under a temporary name.
+# Every tensor of the base model's files is copied, and those with an adapter are merged on the way.
+# Whatever has no adapter stays bit for bit what it was, such as the image layers of a model that
+# also sees pictures.
 #
 # Then the result is verified. Three models read the same two rows of the test split: the base
-# model, the base with its adapter, and the merged model, read back from its files. The last two
-# must give the same scores but for rounding. With `"dequantized"` the base is the quantized model.
-# A merged model that differs by more is not kept.
+# model, the base model with its adapter, and the merged model, read back from its files. The last
+# two must give the same scores, except for rounding. (With `"dequantized"`, the base model is the
+# quantized one.) A merged model that differs by more is not kept.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.merging.write import merge_adapter
@@ -169,28 +175,30 @@ from tabletune.merging.write import merge_adapter
 merged_folder, report = merge_adapter(plan, stage, max_shard_gb)
 
 # %% [markdown]
-# The difference is measured beside the adapter's own effect: 0% is a perfect merge, 100% one that
-# left the adapter out. With files in bf16 rounding alone gives a few percent; with fp16, which has
-# more digits, well under 1%.
+# We measure the difference between the last two models as a share of what the adapter changes: 0%
+# is a perfect merge, and 100% is one that left the adapter out. Rounding alone gives a few percent
+# if the files are in bf16, and well under 1% if they are in fp16, which has more digits.
 
 # %%
 verified = report["difference_to_effect"] is not None
 if verified:
-    part = max(report["difference_to_effect"], 0.001)
+    part = max(report["difference_to_effect"], 0.001)  # 0.1% also stands for less
     same = report["same_next_token"]
     print(f"At a typical token the merged model differs by {part:.1%} of what the adapter changes.")
-    print(f"It finds the same next token most likely at {same:.0%} of the places.")
+    print(f"For {same:.0%} of the tokens, the two find the same next token most likely.")
 else:
     print("Not verified: there was not enough memory to compare the models.")
 
 # %% [markdown]
 # ## Does it answer?
 #
-# Anyone can use the folder now, with transformers alone: `pipeline("text-generation",
-# "runs/…/merged")`. The package's `load_model` gives the pipeline the same model in less memory.
-# The question is the first one of the test split; with `context_rows` it is asked as in use, with
-# rows of the table in the prompt. A table of plain texts has no questions: the model continues the
-# beginning of one.
+# The folder can now be used with transformers alone: `pipeline("text-generation",
+# "runs/…/merged")`. Below, the package's `load_model` loads the same model in less memory.
+#
+# We ask the first question of the test split. With `context_rows`, it is asked as in real use, with
+# rows of the table in the prompt. (If the table has plain texts without questions, the model
+# continues the beginning of one.) Whether answers like this one are right is measured in
+# notebook 4.
 
 # %% tags=["nbval-ignore-output"]
 from IPython.display import display
@@ -221,7 +229,7 @@ if verified:
     question = start[-1]["content"] if row["prompt"] else start
     answer = written[-1]["content"] if row["prompt"] else written
     if context is not None:
-        answer, _ = context.final_answer(answer, prompt)
+        answer, _ = context.final_answer(answer, prompt)  # the lookup may have refused
     warning = example_settings(dataset_report).get("disclaimer", NEUTRAL_DISCLAIMER)
     columns = {"asked": [question], "the merged model, at most 60 tokens": [answer]}
     display(side_by_side(columns, 1, warning))
@@ -231,15 +239,15 @@ else:
 # %% [markdown]
 # ## What we have now
 #
-# One plain model in safetensors files, a format for weights that can hold no program. The memory
-# below includes the libraries, which take more than a small model does. For a 7B model it is a
-# tenth of what the usual way would hold.
+# One plain model in safetensors files, a format that holds weights and can hold no program. The
+# memory below includes Python and its libraries, which take more than a small model. For a 7B
+# model, merging this way takes a tenth of the memory of the usual way.
 
 # %% tags=["nbval-ignore-output"]
 show_table(
     {
         "merged": f"{report['merged_modules']} layers, into the {report['base_weights']} weights",
-        "stored": f"as {report['dtype']}, in {report['shards']} file(s)",
+        "stored": f"as {report['dtype']}, files: {report['shards']}",
         "time": f"{report['seconds']:.1f} s",
         "most memory of this process": f"{report['peak_rss_gib']:.2f} GiB",
         "size of the model": f"{plan.size / 2**30:.2f} GiB",
@@ -249,8 +257,9 @@ show_table(
 # %% [markdown]
 # Two things to try:
 #
-# - `base_weights = "dequantized"`: the table above says how much rounding to NF4 changes $W$.
-#   Notebook 6 says what that does to the model.
+# - `base_weights = "dequantized"`: the table in "One matrix" says how much rounding to NF4 changes
+#   $W$. Notebook 6 says what that does to the model.
 # - `max_shard_gb = 0.1`: more files, less memory, and the same tensors to the last bit.
 #
-# Next: [4 · evaluate](04_evaluate.ipynb).
+# Next: [4 · evaluate](04_evaluate.ipynb)
+# ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/04_evaluate.ipynb)).

@@ -158,7 +158,9 @@ def run_script(name, before=None, **parameters):
     if before:
         source = source[: source.rindex("\n# %%", 0, source.index(f"\n# {before}\n"))]
     cells = source.split("\n# %%")
-    after = next(i for i, cell in enumerate(cells) if cell.startswith(' tags=["parameters"]')) + 1
+    after = (
+        next(i for i, cell in enumerate(cells) if '["parameters"]' in cell.partition("\n")[0]) + 1
+    )
     cells.insert(after, "\n" + "\n".join(f"{key} = {value!r}" for key, value in parameters.items()))
     namespace = {"__name__": name}
     exec(compile("\n# %%".join(cells), name, "exec"), namespace)

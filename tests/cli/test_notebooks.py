@@ -99,6 +99,33 @@ def test_papermill_does_not_call_a_rarely_changed_parameter_unknown(tmp_path):
     assert "unknown" not in done.stderr
 
 
+def test_of_a_progress_bar_the_last_state_stays_in_the_executed_notebook(tmp_path):
+    source = (
+        "import sys\nimport time\nfor k in range(4):\n    sys.stdout.write(f'\\rwork: {k}/3')\n"
+        "    sys.stdout.flush()\n    time.sleep(0.3)\nprint()\nprint('done')"
+    )
+    notebook = write_notebook(tmp_path / f"{STAGE}.ipynb", source)
+    target = tmp_path / "run" / notebook.name
+    run_notebook(notebook, target, {})
+    [output] = nbformat.read(target, 4).cells[-1].outputs
+    assert output.text == "work: 3/3\ndone\n"
+
+
+def test_settings_of_a_run_stand_behind_all_cells_of_parameters(tmp_path):
+    """A cell of defaults behind them would undo them."""
+    for name in ("01_format_dataset", "02_finetune_qlora"):
+        target = tmp_path / f"{name}.ipynb"
+        run_notebook(ROOT / "notebooks" / f"{name}.ipynb", target, {"seed": 7}, prepare_only=True)
+        codes = [cell for cell in nbformat.read(target, 4).cells if cell.cell_type == "code"]
+        injected = next(
+            i for i, cell in enumerate(codes) if "injected-parameters" in cell.metadata.tags
+        )
+        namespace = {}
+        exec("\n".join(cell.source for cell in codes[1 : injected + 1]), namespace)
+        assert namespace["seed"] == 7
+        assert set(PARAMETERS[name]) <= set(namespace)
+
+
 def test_a_port_that_two_kernels_picked_is_tried_again(tmp_path, monkeypatch):
     attempts = []
 

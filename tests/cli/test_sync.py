@@ -15,10 +15,11 @@ SERIES = {
 }
 
 
-def test_parameters_in_takes_both_cells_and_is_not_confused_by_equals_signs():
+def test_parameters_in_takes_all_cells_and_is_not_confused_by_equals_signs():
     source = "# %% [markdown]\n# # Title\n\n# %%\n# @title Rarely changed parameters\nb = 1\n\n"
+    source += '# %% tags=["main-parameters"]\nm = 2  # an int\n\n'
     source += '# %% tags=["parameters"]\na = "x = 1"  # f = 2\nc = {"d": [1, 2]}\n\n# %%\ne = 3\n'
-    assert parameters_in(source) == {"b": 1, "a": "x = 1", "c": {"d": [1, 2]}}
+    assert parameters_in(source) == {"b": 1, "m": 2, "a": "x = 1", "c": {"d": [1, 2]}}
 
 
 @pytest.mark.parametrize("notebook", sorted(PARAMETERS))
@@ -31,6 +32,16 @@ def test_with_series_writes_repository_and_ref_into_badges():
     badge = "https://colab.research.google.com/github/{}/notebooks/a.ipynb"
     text = badge.format("old/name/blob/main")
     assert with_series(text, SERIES) == badge.format("a/b/blob/v1")
+
+
+def test_with_series_writes_repository_and_ref_into_links_to_pages_of_docs():
+    link = "[glossary](https://github.com/{}/docs/glossary.md)"
+    assert with_series(link.format("old/name/blob/main"), SERIES) == link.format("a/b/blob/v1")
+
+
+def test_with_series_leaves_links_to_other_repositories():
+    link = "[LoRA](https://github.com/huggingface/peft/blob/main/docs/source/lora.md)"
+    assert with_series(link, SERIES) == link
 
 
 def test_with_series_writes_the_runtime():

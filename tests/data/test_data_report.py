@@ -5,8 +5,58 @@ import re
 import pytest
 from table_helpers import GOOD, NAMES, formatted, jsonl, pairs, write
 
-from tabletune.data.report import sentences_on_test_split
+from tabletune.data.report import (
+    changes_table,
+    first_rows,
+    rows_table,
+    sentences_on_test_split,
+    splits_table,
+)
+from tabletune.data.tables import open_table
 from tabletune.errors import StageError
+
+
+def test_first_rows_are_those_of_the_table_with_long_texts_cut(tmp_path):
+    rows = [("007", "a" * 200), ("", "None"), ("x", "y"), ("fourth", "row")]
+    table = open_table(write(tmp_path / "t.csv", ["code", "text"], rows))
+    shown = first_rows(table)
+    assert list(shown["code"]) == ["007", "", "x"]
+    assert list(shown["text"]) == ["a" * 90 + "…", "None", "y"]
+
+
+def test_first_rows_of_a_wide_table_have_names_so_that_columns_stand_below_another(tmp_path):
+    columns = [f"c{i}" for i in range(9)]
+    table = open_table(write(tmp_path / "t.csv", columns, [columns[::-1], columns[::-1]]))
+    assert list(first_rows(table).index) == ["row 1", "row 2"]
+
+
+def test_rows_table_adds_up_from_the_first_line_to_what_is_left(tmp_path):
+    rows = [(f"Question {i % 10}?", f"Answer {i % 10} \u00a0.") for i in range(30)]
+    table = write(tmp_path / "t.csv", NAMES, rows)
+    report, _ = formatted(tmp_path, table, collapse_spaces=True)
+    counts = rows_table(report)["rows"]
+    left = list(counts.index).index("left")
+    assert counts.iloc[:left].sum() == counts["left"] == 10
+    assert counts["changed: spaces"] == 30
+
+
+def test_an_example_of_a_change_is_cut_at_a_whole_word_and_says_so(tmp_path):
+    rows = [(f"Question {i}?", f"Answer  {i} " + "of many words " * 9) for i in range(8)]
+    report, _ = formatted(
+        tmp_path, write(tmp_path / "t.csv", NAMES, rows), collapse_spaces=True, max_length=256
+    )
+    before, after = changes_table(report).loc["spaces"]
+    assert before.startswith("'Answer  0 of many words")
+    for text in (before, after):
+        assert text.endswith((" of' …", " many' …", " words' …"))
+
+
+def test_splits_table_counts_rows_and_questions(tmp_path):
+    rows = [(f"Question {i % 20}?", f"Answer {i}.") for i in range(40)]
+    report, splits = formatted(tmp_path, write(tmp_path / "t.csv", NAMES, rows))
+    counts = splits_table(report)
+    assert counts["rows"].to_dict() == {name: len(split) for name, split in splits.items()}
+    assert counts["questions"].sum() == 20
 
 
 def test_html_is_noted(tmp_path):

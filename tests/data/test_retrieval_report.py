@@ -8,7 +8,7 @@ from table_helpers import formatted, tokenizer_of, write
 
 from tabletune.data.context import load_context
 from tabletune.data.retrieval_folder import write_retrieval
-from tabletune.data.retrieval_report import example_prompt, prompts_table
+from tabletune.data.retrieval_report import HEADINGS, RIGHT, example_prompt, prompts_table
 from tabletune.run.artifacts import load_dataset_of_run
 from tabletune.run.files import read_json
 from tabletune.run.parameters import PARAMETERS
@@ -35,14 +35,14 @@ def test_a_question_of_the_training_split_is_shown_with_its_own_row_and_its_answ
     splits, _ = load_dataset_of_run(run)
     first = splits["train"][0]
     question, answer = first["prompt"][-1]["content"], first["completion"][0]["content"]
-    shown = example_prompt(run, load_context(run)).partition("--- VALIDATION SPLIT")[0]
+    shown = example_prompt(run, load_context(run)).partition(HEADINGS["validation"])[0]
     assert f"{question}\n{answer}" in shown
-    assert shown.rstrip().endswith(f"--- RIGHT\n\n{answer}")
+    assert shown.rstrip().endswith(f"{RIGHT}\n\n{answer}")
 
 
 def test_a_new_question_is_shown_with_what_is_to_be_said_without_a_row(run):
-    shown = example_prompt(run, load_context(run)).partition("--- VALIDATION SPLIT")[2]
-    assert shown.endswith(f"--- RIGHT\n\n{NOTHING}")
+    shown = example_prompt(run, load_context(run)).partition(HEADINGS["validation"])[2]
+    assert shown.endswith(f"{RIGHT}\n\n{NOTHING}")
 
 
 def test_the_questions_of_the_training_prompts_add_up(run):
@@ -52,7 +52,10 @@ def test_the_questions_of_the_training_prompts_add_up(run):
     assert column["questions that they ask"] == sum(kinds)
 
 
-def test_without_context_rows_the_question_is_shown_alone(run):
+def test_without_context_rows_each_question_is_shown_with_its_own_answer(run):
     splits, _ = load_dataset_of_run(run)
-    question = splits["validation"][0]["prompt"][-1]["content"]
-    assert example_prompt(run, None) == question
+    shown = example_prompt(run, None)
+    for name, heading in HEADINGS.items():
+        row = splits[name][0]
+        question, answer = row["prompt"][-1]["content"], row["completion"][0]["content"]
+        assert f"{heading}\n\n{question}\n\n{RIGHT}\n\n{answer}" in shown

@@ -27,11 +27,13 @@ def run(tmp_path):
     return write_run(tmp_path / "run", [{"role": "user", "content": "What is tea?"}])
 
 
-def write_run(folder, prompt):
-    """Write a data set whose training split begins with a prompt."""
-    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "A drink."}]}
-    row |= {"group": "tea", "text": "…"}
-    splits = {name: Dataset.from_list([row]) for name in ("train", "validation", "test")}
+def write_run(folder, prompt, answers=("A drink.",)):
+    """Write a data set whose training split begins with a prompt and its answers."""
+    rows = []
+    for answer in answers:
+        completion = [{"role": "assistant", "content": answer}]
+        rows.append({"prompt": prompt, "completion": completion, "group": "tea", "text": "…"})
+    splits = {name: Dataset.from_list(rows) for name in ("train", "validation", "test")}
     DatasetDict(splits).save_to_disk(folder / "dataset")
     (folder / "dataset" / "report.json").write_text(json.dumps({"example": None}))
     return folder
@@ -43,6 +45,20 @@ def test_both_answer_the_first_question_of_the_training_split(adapted, tokenizer
     assert answers["question"] == "What is tea?"
     assert answers["in the table"] == "A drink."
     assert answers["before: the base model"] != answers["after: fine-tuned"]
+
+
+def test_three_answers_of_the_table_are_shown_and_the_others_are_counted(
+    adapted, tokenizer, tmp_path
+):
+    prompt = [{"role": "user", "content": "What is tea?"}]
+    run = write_run(
+        tmp_path / "five", prompt, ["A drink.", "A leaf.", "A " + "very " * 120, "4", "5"]
+    )
+    answer_before_and_after(adapted, *tokenizer, run)
+    in_table = json.loads((run / FILE).read_text(encoding="utf-8"))["in the table"]
+    assert in_table.startswith("A drink.\n\n[or]\n\nA leaf.\n\n[or]\n\nA very")
+    assert in_table.endswith("[or 2 other answers of the table]")
+    assert "[or 2 other answers of the table]" in before_and_after(run).data
 
 
 def test_asking_draws_no_random_number(adapted, tokenizer, run):

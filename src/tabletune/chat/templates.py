@@ -167,14 +167,14 @@ def describe_template(
         start = max(opened.find("<", len(opened) - 60), len(opened) - 60)
         opening = f"…{opened[start:]}"
     opening = opening.replace("\n", "⏎")
-    system = "no place: it goes before the first question"
+    system = "not supported: it goes in front of the first question"
     if takes_system(tokenizer):
-        system = "has a place"
+        system = "supported"
     thinking = "none"
     if thinking_is_on(tokenizer):
         thinking = "on: the answer begins with it"
     elif re.search(r"<think>|thinking|analysis", tokenizer.chat_template):
-        thinking = "off: the prompt closes it"
+        thinking = "off: the prompt ends it before it begins"
     # the formats of dates that the templates in the menu of models write
     dated = re.search(r"\d{1,2} \w{3} 20\d\d|20\d\d-\d\d-\d\d|[A-Z]\w+ \d{1,2}, 20\d\d", opened)
     return {

@@ -130,11 +130,17 @@ def register_engine() -> str:
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
             kernel = options.pop("kernel")
+            # of a progress bar only the last state stays in the notebook, as one line
+            options["coalesce_streams"] = True
             with shown_progress(options.pop("stage_name"), nb_man.nb.cells):
                 if kernel is None:
                     return super().execute_managed_notebook(nb_man, kernel_name, **options)
                 client = PapermillNotebookClient(
-                    nb_man, km=kernel, timeout=None, startup_timeout=WARM_UP_TIMEOUT
+                    nb_man,
+                    km=kernel,
+                    timeout=None,
+                    startup_timeout=WARM_UP_TIMEOUT,
+                    coalesce_streams=True,
                 )
                 client.owns_km = True  # so it ends the kernel, as it does with one of its own
                 return client.execute()

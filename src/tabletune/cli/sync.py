@@ -18,10 +18,15 @@ from tabletune.run.files import write_text_if_changed
 from tabletune.run.parameters import read_text
 
 REPOSITORY_NAME = r"[\w.-]+/[\w.-]+"
-# the first line of the folded cell of parameters; Colab shows it as the cell's title
+# pages of docs/ that notebooks link to: in Colab and in examples/ a relative link leads nowhere
+LINKED_PAGES = "glossary|right-answers"
+# the first line of a folded cell of parameters; Colab shows it as the cell's title
 RARELY_CHANGED = "# @title Rarely changed"
 PLACES = {  # {where it stands: what is written there}
     rf"(?<=colab\.research\.google\.com/github/){REPOSITORY_NAME}/blob/[\w.-]+": (
+        "{repository}/blob/{ref}"
+    ),
+    rf"(?<=https://github\.com/){REPOSITORY_NAME}/blob/[\w.-]+(?=/docs/(?:{LINKED_PAGES})\.md)": (
         "{repository}/blob/{ref}"
     ),
     r"(?<=\n#       runtime_version: ).*": "'{colab_runtime}'",
@@ -78,7 +83,9 @@ def with_series(text: str, series: dict[str, str]) -> str:
 def parameters_in(source: str) -> dict[str, Any]:
     """The parameters of a notebook, {name: default}.
 
-    They stand in its tagged cell, and in one that begins with RARELY_CHANGED.
+    They stand in the cells with the tags "main-parameters" and "parameters", and in those that
+    begin with RARELY_CHANGED. Papermill puts a run's settings behind the one with the tag
+    "parameters", so that one is the last of them.
     """
     parameters = {}
     # jupytext's format: `# %%` and the cell's tags open a cell

@@ -8,7 +8,11 @@ from tabletune.data.shape_advice import headless_hint, shown_columns
 from tabletune.data.tables import Table
 from tabletune.errors import StageError, suggestion
 
-EXAMPLE_SETTINGS = {"drop_values", "strip_addresses", "collapse_spaces"}  # that a reader may miss
+EXAMPLE_SETTINGS = {  # of the worked example, that a reader may miss
+    "drop_values": "texts such as 'none' and 'n/a' count as empty",
+    "strip_addresses": "web addresses are removed",
+    "collapse_spaces": "single spaces, no invisible characters",
+}
 FIELDS_AS_THEY_ARE = ("system", "tools", "history", "keep")  # in no template
 
 
@@ -43,9 +47,13 @@ class Shape:
         """What notebook 1 says of the shape, in lines."""
         lines = [f"shape: {self.name}"]
         if self.example:
-            lines[0] += f", with the settings of the example {self.example}"
-            others = read_example(self.example).keys() & EXAMPLE_SETTINGS
-            lines.append(f"other settings of the example: {', '.join(sorted(others))}")
+            lines[0] += f"; this is the worked example {self.example}, with its settings:"
+            settings = read_example(self.example)
+            lines += [
+                f"{name}: {meaning}"
+                for name, meaning in EXAMPLE_SETTINGS.items()
+                if name in settings
+            ]
         if self.name == "columns":
             lines.append(f"question_template: {self.question_template!r}")
             lines.append(f"answer_template: {self.answer_template!r}")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tabletune.chat.templates import takes_system
+from tabletune.data.cells import cell_text
+from tabletune.data.cleaning import SHOWN_CHARACTERS
 from tabletune.data.splits import SPLITS
 from tabletune.errors import StageError
+from tabletune.run.files import read_json
 from tabletune.stats import FEWEST_GROUPS
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from tabletune.data.formatter import FormatStatistics, TableFormatter
+    from tabletune.data.tables import Table
 
 ADVICE = {
     "no question": "a column that may be empty gets a line of its own in question_template",
@@ -29,7 +34,8 @@ NOT_LOST = ("duplicate", "labelled as rejected")
 SETTINGS_IN_REPORT = ("base_model", "max_length", "system_prompt", "thinking", "template_date")
 HISTOGRAM_BINS = 30
 MANY_COPIES = 0.1  # a share of the rows
-MOST_CHARACTERS = 90  # of a text of a dropped row that are shown
+MOST_CHARACTERS = 90  # of a text of a row that are shown
+MOST_COLUMNS = 6  # side by side
 
 
 def lost_rows(statistics: FormatStatistics) -> int:
@@ -209,17 +215,46 @@ def notes_of(
     return notes
 
 
+def read_report(run: Path) -> dict[str, Any]:
+    """What `report_of` said of the data set in a run folder. Raises StageError if it is missing."""
+    return read_json(run / "dataset" / "report.json", "01_format_dataset")
+
+
+def first_rows(table: Table, number: int = 3) -> pd.DataFrame:
+    """The first rows of a table as they are read; long texts are cut."""
+    import pandas as pd
+
+    rows = table.sample(number)[:number]
+    frame = pd.DataFrame([{name: row.get(name) for name in table.columns} for row in rows])
+    frame = frame.map(lambda value: shortened(cell_text(value)))
+    if frame.shape[1] > MOST_COLUMNS:  # a named index: `show_table` then puts columns below another
+        frame.index = pd.Index([f"row {number + 1}" for number in range(len(frame))])
+    return frame
+
+
 def rows_table(report: dict[str, Any]) -> pd.DataFrame:
-    """What became of the rows of a table: a column of counts by step."""
+    """What became of the rows of a table: a column of counts.
+
+    First a sum: the rows that were read, those that were dropped, those that are left. Then how
+    many rows each rule of cleaning has changed.
+    """
     import pandas as pd
 
     steps = {"in the table": report["rows_in"]}
-    for rule, change in report["changed"].items():
-        steps[f"changed: {rule}"] = change["rows"]
     for reason, rows in report["dropped"].items():
         steps[f"dropped: {reason}"] = -rows
-    steps["out"] = report["rows_out"]
+    # a list of answers becomes several rows, and the rows on emergencies come from elsewhere
+    steps["left"] = report["rows_out"]
+    for rule, change in report["changed"].items():
+        steps[f"changed: {rule}"] = change["rows"]
     return pd.Series(steps, name="rows").to_frame()
+
+
+def splits_table(report: dict[str, Any]) -> pd.DataFrame:
+    """How many rows and how many questions each split has."""
+    import pandas as pd
+
+    return pd.DataFrame({"rows": report["splits"], "questions": report["questions"]})
 
 
 def changes_table(report: dict[str, Any]) -> pd.DataFrame:
@@ -227,10 +262,18 @@ def changes_table(report: dict[str, Any]) -> pd.DataFrame:
     import pandas as pd
 
     examples = {
-        rule: [repr(change["before"]), repr(change["after"])]
+        rule: [excerpt(change["before"]), excerpt(change["after"])]
         for rule, change in report["changed"].items()
     }
     return pd.DataFrame.from_dict(examples, orient="index", columns=["before", "after"])
+
+
+def excerpt(text: str) -> str:
+    """A text of an example of a change, invisible characters as codes, cut at a whole word."""
+    if len(text) < SHOWN_CHARACTERS:
+        return repr(text)
+    whole_words = text.rpartition(" ")[0] or text
+    return f"{whole_words!r} …"
 
 
 def dropped_table(report: dict[str, Any]) -> pd.DataFrame:
@@ -249,8 +292,11 @@ def shortened(text: Any) -> str:
 def sentences_on_data_set(report: dict[str, Any]) -> list[str]:
     """What notebook 1 says at its end: how many rows came out, and what is kept for the test."""
     rows_in, rows_out = report["rows_in"], report["rows_out"]
-    sentence = f"{rows_out:,} of {rows_in:,} rows became conversations, half of them longer than "
-    return [f"{sentence}{report['tokens']['p50']} tokens.", *sentences_on_test_split(report)]
+    return [
+        f"{rows_out:,} of {rows_in:,} rows became conversations.",
+        f"Half of them are longer than {report['tokens']['p50']} tokens.",
+        *sentences_on_test_split(report),
+    ]
 
 
 def sentences_on_test_split(report: dict[str, Any]) -> list[str]:

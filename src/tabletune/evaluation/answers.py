@@ -151,9 +151,9 @@ def generate(
     answers = {}
     with without_settings(model):
         batches_here = batches[processes.process_index :: processes.num_processes]
-        progress = tqdm(
-            batches_here, "answering", unit="batch", file=sys.stdout, disable=not batches_here
-        )
+        # a bar for one batch would only say that it has ended
+        one_batch = len(batches_here) < 2
+        progress = tqdm(batches_here, "answering", unit="batch", file=sys.stdout, disable=one_batch)
         for batch in progress:
             batch_ids = [ids[i] for i in batch]
             # padded on the left, so that each answer follows its prompt directly

@@ -21,6 +21,7 @@ NOT_ASKED = (
     "<p>Not asked: the rows are texts without questions, or the model is spread over GPUs.</p>"
 )
 MOST_TOKENS = 64  # of an answer: enough to see what it is like
+MOST_REFERENCES = 3  # answers of the table that are shown: any of them is right
 
 
 def answer_before_and_after(
@@ -46,8 +47,13 @@ def answer_before_and_after(
     def generate_answers(prompts: list) -> tuple[pd.DataFrame, float]:
         return generate(model, tokenizer, stop_token_ids, prompts, 1, MOST_TOKENS)
 
-    in_table = references_shown(questions[0]["references"])
-    answers = {"question": questions[0]["asked"], IN_TABLE: in_table}
+    references = questions[0]["references"]
+    answers_of_table = [as_shown(text) for text in references[: MOST_REFERENCES - 1]]
+    rest = references[MOST_REFERENCES - 1 :]
+    if rest:
+        # the last one that is shown also says how many more there are
+        answers_of_table.append(references_shown(rest))
+    answers = {"question": questions[0]["asked"], IN_TABLE: "\n\n[or]\n\n".join(answers_of_table)}
     with model.disable_adapter():
         before, _ = answer_with_context(context, questions, generate_answers)
     after, _ = answer_with_context(context, questions, generate_answers)
@@ -68,4 +74,8 @@ def before_and_after(run: Path) -> HTML:
     answers = read_json(run / FILE, "02_finetune_qlora")
     report = read_json(run / "dataset" / "report.json", "01_format_dataset")
     disclaimer = example_settings(report).get("disclaimer", NEUTRAL_DISCLAIMER)
-    return side_by_side({name: [as_shown(text)] for name, text in answers.items()}, 1, disclaimer)
+    columns = {}
+    for name, text in answers.items():
+        # the table's answers were cut one by one, so that the last one is shown, too
+        columns[name] = [text if name == IN_TABLE else as_shown(text)]
+    return side_by_side(columns, 1, disclaimer)

@@ -300,7 +300,7 @@ class TrainingMemory:
             "adapter, gradients, optimizer": self.adapter(),
             "gathered layers": self.gathered_layers(),
             "activations": self.activations(tokens, recomputed_layers),
-            "work of a layer or the loss": self.work(tokens),
+            "working memory": self.work(tokens),
         }
         if not parts["gathered layers"]:
             del parts["gathered layers"]
@@ -310,7 +310,7 @@ class TrainingMemory:
             if cuda_graph and not self.dora:
                 parts["CUDA graph"] = CUDA_GRAPH_SHARE[self.allocator] * total
         else:
-            for name in ("activations", "work of a layer or the loss"):
+            for name in ("activations", "working memory"):
                 parts[name] *= CPU_FACTOR
             parts["Python and its libraries"] = psutil.Process().memory_info().rss
         return pd.Series(parts, name="GiB") / GIB

@@ -51,7 +51,7 @@ def check_parameters(
         dtype,
     )
     summary |= describe_template(tokenizer, stops)
-    table = pd.Series(summary, name="this base").to_frame()
+    table = pd.Series(summary, name="this base model").to_frame()
     return targets_to_adapt(parameters, model), table
 
 
@@ -259,14 +259,14 @@ def rows_to_train_on(
     leak = packing_leak(model) if packing else 0.0
     if packing and leak <= LEAK:
         print(
-            f"{len(examples):,} examples packed into {len(packed):,} rows; "
-            f"they do not see each other ({leak:.1%})"
+            f"{len(examples):,} examples packed into {len(packed):,} rows. They do not see each "
+            f"other: changing the first changes the second one's logits by {leak:.1%}."
         )
         return packed
     reason = "as `packing` is off"
     if packing:
         reason = f"as packed examples would see each other in this model ({leak:.1%})"
-    print(f"not packed, {reason}: a row is one example, and a batch has rows of like length")
+    print(f"Not packed, {reason}: a row is one example, and a batch has rows of similar length.")
     return examples
 
 
