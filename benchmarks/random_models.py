@@ -9,9 +9,9 @@ from common import ROOT
 def make_base_model(folder, size):
     """Make a base model of random weights, with the tokenizer of the tiny profile, on the GPU.
 
-    `size` is "7b" or "70b" for a Llama 2, or an entry of models/. Weights are stored in 16 bits, but
-    those of the 70B in 4, in the way that FSDP can shard, and made one layer at a time: in 16 bits
-    they would take 128 GiB of disk.
+    `size` is "7b" or "70b" for a Llama 2, or an entry of models/. Weights are stored in 16 bits,
+    but those of the 70B in 4, in the way that FSDP can shard, and made one layer at a time: in
+    16 bits they would take 128 GiB of disk.
     """
     import torch
     from bitsandbytes.functional import quantize_4bit

@@ -1,4 +1,4 @@
-"""The whole job: notebooks 1 to 4 by one command, as `make run-all` does, or all of Unsloth's or TRL's.
+"""The whole job: notebooks 1 to 4 by one command, as `make run-all`, or Unsloth's or TRL's way.
 
 The bundled table and a base model go in. An adapter trained for one epoch, the answers to the
 questions of the test split by base and adapter, and a merged model in 16 bits come out. `run.py`
@@ -70,7 +70,7 @@ def run_all(settings, memory_share, base_model, run_dir, log):
 
 
 def answer(model, tokenizer, run_dir):
-    """Answer the questions of the test split in at most 256 tokens, by the adapter and by the base."""
+    """Answer the test split's questions in at most 256 tokens, by the adapter and by the base."""
     import datasets
 
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token

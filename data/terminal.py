@@ -1,4 +1,7 @@
-"""Write data/terminal.jsonl: 5,000 questions about the command line, each answer computed. `python data/terminal.py`"""
+"""Write data/terminal.jsonl: 5,000 questions about the command line, each answer computed.
+
+Run it with `python data/terminal.py`.
+"""
 
 import ipaddress
 import json
@@ -35,10 +38,14 @@ def rights(digit):
 def sentence(mode):
     """What the three digits of a mode allow to whom."""
     owner, group, others = mode >> 6, mode >> 3 & 7, mode & 7
-    return f"The owner may {rights(owner)}, the group may {rights(group)}, and others may {rights(others)}."
+    return (
+        f"The owner may {rights(owner)}, the group may {rights(group)}, and others may "
+        f"{rights(others)}."
+    )
 
 
 def chmod(draw):
+    """A question about a file's mode, and its answer."""
     mode = draw.randrange(0o1000)
     letters = stat.filemode(mode)[1:]
     name = draw.choice(
@@ -64,6 +71,7 @@ def chmod(draw):
 
 
 def umask(draw):
+    """A question about the mode of new files, and its answer."""
     mask = draw.randrange(0o1000)
     file, folder = 0o666 & ~mask, 0o777 & ~mask
     answer = f"New files get {file:03o} ({stat.filemode(file)[1:]}), new folders {folder:03o} "
@@ -78,6 +86,7 @@ def umask(draw):
 
 
 def clock(hour, minute):
+    """A time of day, such as 09:05."""
     return f"{hour:02d}:{minute:02d}"
 
 
@@ -106,7 +115,8 @@ def cron(draw):
             ),
             (
                 f"*/{every} {hour} * * *",
-                f"every {every} minutes from {clock(hour, 0)} to {clock(hour, 60 - every)}, every day",
+                f"every {every} minutes from {clock(hour, 0)} to {clock(hour, 60 - every)}, "
+                "every day",
             ),
             (
                 f"{minute} * * * {weekday}",
@@ -126,6 +136,7 @@ def cron(draw):
 
 
 def subnet(draw):
+    """A question about networks of addresses, and its answer."""
     prefix = draw.randrange(16, 31)
     address = ipaddress.ip_address(
         draw.choice([0x0A000000, 0xC0A80000, 0xAC100000]) + draw.randrange(2**16)
@@ -137,16 +148,19 @@ def subnet(draw):
         [
             (
                 f"Which network does {address}/{prefix} belong to?",
-                f"It belongs to {network}, with the mask {network.netmask} and the broadcast address "
+                f"It belongs to {network}, with the mask {network.netmask} and the broadcast "
+                "address "
                 f"{network.broadcast_address}.",
             ),
             (
                 f"How many hosts fit into {network}?",
-                f"{hosts:,} hosts, from {first} to {last}: 2 to the power of {32 - prefix} addresses, without the "
+                f"{hosts:,} hosts, from {first} to {last}: 2 to the power of {32 - prefix} "
+                "addresses, without the "
                 "network's own and the broadcast address.",
             ),
             (
-                f"Are {address} and {address + draw.choice([-9, -4, 3, 7, 40, 120])} in one /{prefix} network?",
+                f"Are {address} and {address + draw.choice([-9, -4, 3, 7, 40, 120])} "
+                f"in one /{prefix} network?",
                 None,
             ),
         ]
@@ -165,6 +179,7 @@ def same_network(question):
 
 
 def size(draw):
+    """A question about bytes and their units, and its answer."""
     unit = draw.randrange(1, 5)
     number = draw.choice(
         [draw.randrange(2, 1000), draw.choice([1, 2, 4, 8, 16, 32, 64, 128, 256, 512])]
@@ -173,7 +188,8 @@ def size(draw):
         [
             (
                 f"How many {UNITS[unit - 1]} are {number} {UNITS[unit]}?",
-                f"{number} {UNITS[unit]} are {number * 1024:,} {UNITS[unit - 1]}: {number} times 1,024.",
+                f"{number} {UNITS[unit]} are {number * 1024:,} {UNITS[unit - 1]}: "
+                f"{number} times 1,024.",
             ),
             (
                 f"How many bytes are {number} {UNITS[unit]}?",
@@ -185,6 +201,7 @@ def size(draw):
 
 
 def base(draw):
+    """A question about a number in another base, and its answer."""
     number = draw.randrange(2, 1024)
     names = {
         "decimal": f"{number}",
@@ -196,7 +213,8 @@ def base(draw):
     powers = " + ".join(str(2**bit) for bit in reversed(range(10)) if number >> bit & 1)
     return (
         f"What is {known} {names[known]} in {asked}?",
-        f"{known.capitalize()} {names[known]} is {names[asked]} in {asked}; as powers of two, {number} is {powers}.",
+        f"{known.capitalize()} {names[known]} is {names[asked]} in {asked}; as powers of two, "
+        f"{number} is {powers}.",
     )
 
 

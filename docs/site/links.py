@@ -1,4 +1,4 @@
-"""Links of the site: what README and docs/ link to in the repository leads to its page here, else to GitHub.
+"""Links of the site: links of README and docs/ lead to pages here, else to GitHub.
 
 A hook of mkdocs: `on_page_markdown` sees each page before it becomes HTML.
 """
@@ -18,7 +18,7 @@ MOVED = {
 
 
 def page_of(path: str, site_files: set[str]) -> str | None:
-    """The site's page for a file of the repository, such as `docs/models.md`; None if it has none."""
+    """The site's page for a file of the repository, such as `docs/models.md`, or None."""
     executed = f"notebooks/style/{posixpath.basename(path)}"
     candidates = [MOVED.get(path), path.removeprefix("docs/")]
     if path.startswith("notebooks/"):

@@ -1,4 +1,4 @@
-"""The menu of the site: pages by what a reader wants, then executed notebooks and the API reference.
+"""The menu of the site: pages by what a reader wants, executed notebooks, the API reference.
 
 A hook of mkdocs: `on_config` runs before the pages are collected.
 """

@@ -1,4 +1,4 @@
-"""Pages of the site that stand elsewhere in the repository or are generated: run by the mkdocs plugin gen-files.
+"""Pages of the site that stand elsewhere or are generated: run by the mkdocs plugin gen-files.
 
 - `index.md` is README.md;
 - `notebooks/` are the executed notebooks of examples/, outputs included;

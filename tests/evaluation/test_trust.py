@@ -150,7 +150,7 @@ def test_the_rules_on_answers_labelled_by_hand():
 
     The package states the share.
     """
-    seeks = [seeks_help(answer) is help for answer, help, _ in LABELLED]
+    seeks = [seeks_help(answer) is sends for answer, sends, _ in LABELLED]
     offers = [offers_remedy(answer, ANSWER, "item") is remedy for answer, _, remedy in LABELLED]
     shares = f"{sum(seeks)} and {sum(offers)} of {len(LABELLED)} answers"
     assert shares in " ".join(RULES_IN_WORDS)

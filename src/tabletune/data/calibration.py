@@ -1,10 +1,10 @@
-"""When the lookup alone decides: two thresholds for its score, from questions that training does
-not ask.
+"""When the lookup alone decides: two thresholds for its score.
 
-Questions with an answer are rewordings that are held back (rules of training, other seeds).
-Questions without an answer are the table's own, looked up without their rows and without rows of
-the same answer. Paraphrases that share no word with their row score no better than questions
-without an answer, so they do not move the threshold: to refuse them is better than to guess.
+They come from questions that training does not ask. Questions with an answer are rewordings that
+are held back (rules of training, other seeds). Questions without an answer are the table's own,
+looked up without their rows and without rows of the same answer. Paraphrases that share no word
+with their row score no better than questions without an answer, so they do not move the threshold:
+to refuse them is better than to guess.
 """
 
 import random

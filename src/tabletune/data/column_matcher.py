@@ -158,13 +158,13 @@ class ColumnMatcher:
 
         Where the reader has said which columns count, nothing is checked.
         """
-        others = [column for column in self.claims_of_chat() if column not in (question, answer)]
-        if others and not self.set_by_reader:
+        rivals = [column for column in self.claims_of_chat() if column not in (question, answer)]
+        if rivals and not self.set_by_reader:
             raise StageError(
                 f"The columns {question!r} and {answer!r} are a question and its answer, and the "
-                f"column {others[0]!r} holds conversations, too. Say which of them are learned: "
+                f"column {rivals[0]!r} holds conversations, too. Say which of them are learned: "
                 f"columns: {{question: {question!r}, answer: {answer!r}}}, or "
-                f"columns: {{messages: {others[0]!r}}}."
+                f"columns: {{messages: {rivals[0]!r}}}."
             )
 
     def check_one_claim(self, field_name: str, claims: list[str]) -> None:

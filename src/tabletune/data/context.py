@@ -1,5 +1,4 @@
-"""Rows of the table in the prompt: the one function that turns a question into what the model is
-asked.
+"""Rows of the table in the prompt: how a question becomes what the model is asked.
 
 Notebooks 1, 4, 5 and 6, the chat page and `make ask` call `TableContext.prompt`; the exported app
 does the same with `lookup.py` alone. Notebook 1 leaves two indexes in `retrieval/`: "evaluation"
@@ -55,8 +54,9 @@ class ContextSettings:
 
 @dataclass(frozen=True)
 class ContextPrompt:
-    """A question as it is put to the model: the messages, the rows in them, best first, and
-    whether it is refused.
+    """A question as it is put to the model.
+
+    The messages, the rows in them, best first, and whether it is refused.
     """
 
     messages: list[Message]
@@ -100,8 +100,9 @@ class TableContext:
         return [hits[place] for place in places]
 
     def prompt(self, messages: Sequence[Message]) -> ContextPrompt:
-        """Messages that end with a user's turn, with the rows for that turn in it. Earlier turns
-        stay as they are.
+        """Messages that end with a user's turn, with the rows for that turn in it.
+
+        Earlier turns stay as they are.
         """
         place = max(i for i, turn in enumerate(messages) if turn["role"] == "user")
         question = messages[place]["content"]
@@ -148,8 +149,9 @@ class TableContext:
         )
 
     def has_answer(self, references: Sequence[str]) -> bool:
-        """Whether one of the answers stands in the index, under whatever question. If not,
-        "nothing" is right.
+        """Whether one of the answers stands in the index, under whatever question.
+
+        If not, "nothing" is right.
         """
         return any(lookup_text(reference) in self.answers for reference in references)
 
@@ -157,8 +159,7 @@ class TableContext:
 def load_context(
     run: Path, which: str = "evaluation", unknown_threshold: float | str = "auto"
 ) -> TableContext | None:
-    """The TableContext that notebook 1 left in a run folder, or None if the run works without rows
-    in the prompt.
+    """The TableContext that notebook 1 left in a run folder; None without rows in the prompt.
 
     `which` is "evaluation" or "use". A number for `unknown_threshold` replaces the calibrated one.
     Raises StageError if the folder is damaged.

@@ -22,8 +22,9 @@ CONTEXT_TEMPLATE = (
 
 
 def lookup_text(text: str) -> str:
-    """A text as it is looked up: lower case, with spaces for punctuation; the text itself if it
-    is all punctuation.
+    """A text as it is looked up: lower case, with spaces for punctuation.
+
+    The text itself if it is all punctuation.
     """
     words = " ".join(text.casefold().translate(PUNCTUATION).split())
     return words or " ".join(text.split())
@@ -56,8 +57,9 @@ def char_ngrams(text: str, analyzer: str = "char_wb") -> list[str]:
 
 
 def most_rows(rows: int) -> int:
-    """In how many of so many rows an n-gram may be: what most questions share, such as a
-    template, says nothing.
+    """In how many of so many rows an n-gram may be.
+
+    What most questions share, such as a template, says nothing.
     """
     return max(10, rows // 2)
 
@@ -84,9 +86,9 @@ def familiarity(question: str, words: Container[str] | None) -> float:
 
 
 class PlainIndex:
-    """An index over the questions of rows, dicts with `question` and `answer`: TF-IDF of
-    n-grams, cosine similarity times `familiarity`.
+    """An index over the questions of rows, dicts with `question` and `answer`.
 
+    Its scores are cosine similarities of TF-IDF vectors of n-grams, times `familiarity`.
     `function_words` are those of the table's language; None where they are not known.
     """
 
@@ -102,7 +104,9 @@ class PlainIndex:
             self.words = known_words((row["question"] for row in self.rows), function_words)
         self.exact_texts = [exact_text(row["question"]) for row in self.rows]
         counts = [Counter(char_ngrams(lookup_text(row["question"]), analyzer)) for row in self.rows]
-        in_rows = Counter(ngram for count in counts for ngram in count)
+        in_rows: Counter[str] = Counter()  # {n-gram: how many questions have it}
+        for count in counts:
+            in_rows.update(count.keys())
         self.idf = {
             ngram: math.log((1 + len(counts)) / (1 + rows)) + 1
             for ngram, rows in in_rows.items()
@@ -114,8 +118,9 @@ class PlainIndex:
                 self.postings[ngram].append((number, weight))
 
     def weights(self, count: Counter) -> dict[str, float]:
-        """The weight of each n-gram that the index has: (1 + log of its count) times its IDF, of
-        length 1 together.
+        """The weight of each n-gram that the index has: (1 + log of its count) times its IDF.
+
+        Together they have length 1.
         """
         weights = {
             n: (1 + math.log(times)) * self.idf[n] for n, times in count.items() if n in self.idf
@@ -124,9 +129,7 @@ class PlainIndex:
         return {ngram: weight / length for ngram, weight in weights.items() if length}
 
     def search(self, question: str, k: int) -> list[tuple[dict, float]]:
-        """The k rows with the most similar questions, best first, each with its score from 0 to
-        1.
-        """
+        """The k rows with the most similar questions, best first, with scores from 0 to 1."""
         scores = [0.0] * len(self.rows)
         for ngram, weight in self.weights(
             Counter(char_ngrams(lookup_text(question), self.analyzer))
@@ -144,8 +147,9 @@ class PlainIndex:
 
 
 def context_message(template: str, rows: Sequence[dict], question: str) -> str:
-    """The text of the user's turn: the template with the rows, dicts of `question` and `answer`,
-    and the question.
+    """The text of the user's turn: the template with the rows and the question.
+
+    `rows` are dicts of `question` and `answer`.
     """
     texts = "\n\n".join(f"{row['question']}\n{row['answer']}" for row in rows)
     # the texts may have braces of their own, so the template is cut at its fields, not formatted
@@ -154,11 +158,11 @@ def context_message(template: str, rows: Sequence[dict], question: str) -> str:
 
 
 def is_unknown(answer: str, unknown_answer: str) -> bool:
-    """Whether an answer says that the table has nothing, letter case, punctuation and white space
-    aside.
+    """Whether an answer says that the table has nothing.
 
-    It says so if it begins with `unknown_answer`. An answer that ends with it contradicts itself,
-    and counts as well, where `unknown_answer` is more than the word or two that may end any answer.
+    Letter case, punctuation and white space do not count. It says so if it begins with
+    `unknown_answer`. An answer that ends with it contradicts itself, and counts as well, where
+    `unknown_answer` is more than the word or two that may end any answer.
     """
     if not unknown_answer:
         return False
@@ -172,8 +176,9 @@ def is_unknown(answer: str, unknown_answer: str) -> bool:
 
 
 def is_refused(scores: Sequence[float], unknown_answer: str, unknown_threshold: float) -> bool:
-    """Whether the lookup alone says that the table has nothing: no row is as similar as
-    `unknown_threshold`.
+    """Whether the lookup alone says that the table has nothing.
+
+    It does if no row is as similar as `unknown_threshold`; then the model is not asked.
     """
     return bool(unknown_answer) and max(scores, default=0.0) < unknown_threshold
 
@@ -209,9 +214,9 @@ def final_answer(
 ) -> tuple[str, bool]:
     """What is said in the end, and whether that is "the table has nothing": (answer, unknown).
 
-    `rows` were in the prompt, best first, each with its `score`. If the model refuses a question
-    that the best row has nearly word for word, the answer is that row's. If the model answers from
-    a row that is less similar to the question than `unknown_threshold`, the table has nothing.
+    `rows` were in the prompt, best first, each with its `score`. If the model says "nothing" to a
+    question that the best row has nearly word for word, the answer is that row's. If it answers
+    from a row that is less similar to the question than `unknown_threshold`, the table has nothing.
     """
     if is_unknown(answer, unknown_answer):
         if rows and rows[0]["score"] >= certain_threshold and not is_tied(rows):
@@ -242,16 +247,17 @@ def copied_answer(
 def is_tied(rows: Sequence[dict]) -> bool:
     """Whether another question is as similar as that of the best row."""
     best = rows[0]
-    asked = exact_text(best["question"])
+    best_question = exact_text(best["question"])
     for row in rows[1:]:
-        if row["score"] == best["score"] and exact_text(row["question"]) != asked:
+        if row["score"] == best["score"] and exact_text(row["question"]) != best_question:
             return True
     return False
 
 
 def source_row(answer: str, rows: Sequence[dict]) -> dict:
-    """The row that an answer was taken from: the one whose answer has most words in common with
-    it, of equal ones the first.
+    """The row that an answer was taken from: the one whose answer has most words in common with it.
+
+    Of equal ones the first.
     """
     words = set(lookup_text(answer).split())
 

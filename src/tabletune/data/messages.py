@@ -21,6 +21,7 @@ REASONING_KEYS: list[str] = WORDS["turn_keys"]["reasoning"]
 LEARN_KEYS: list[str] = WORDS["turn_keys"]["learn"]
 DO_NOT_LEARN_KEYS: list[str] = WORDS["turn_keys"]["do_not_learn"]
 NOTES = set(WORDS["turn_keys"]["notes"])
+CALL_KEYS = ("tool_calls", "function_call", "functionCall")
 CALL_ROLES = ("function_call", "tool_call")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 Message = dict[str, Any]
@@ -138,35 +139,44 @@ class Extras:
 
 
 def _read_extras(turn: Turn, read: set[str | None], options: TurnOptions) -> Extras:
-    """What is under the other keys of a turn.
+    """What is under the keys of a turn that are not among those that are `read` already.
 
     Raises StageError for a key that is not understood.
     """
+    skipped = {*read, *options.ignore_turn_keys, *CONTENT_KEYS}
     extras = Extras()
     for key, value in turn.items():
         # null says nothing, and Arrow gives every object the keys of all
-        if key in read or value is None or key in options.ignore_turn_keys or key in CONTENT_KEYS:
+        if key in skipped or value is None:
             continue
+        # 0 says something here, so empty cells are looked at only afterwards
         if key in LEARN_KEYS:
             extras.learn = _weight(key, value)
         elif key in DO_NOT_LEARN_KEYS:
             extras.learn = not _weight(key, value)
-        elif is_empty(value):
-            continue
-        elif key in ("tool_calls", "function_call", "functionCall"):
-            extras.calls += calls_in(value)
-        elif key in REASONING_KEYS:
-            extras.reasoning = read_content(value).text
-        elif key in ("name", "tool_call_id"):
-            extras.names[key] = str(value)
-        elif key in NOTES:
-            options.left_out[key] += 1
-        else:
-            raise StageError(
-                f"A turn has the key {key!r} ({cell_text(value)[:60]!r}), which cannot be read "
-                f"here. Remove it, or set ignore_turn_keys: [{key}] to read the turns without it."
-            )
+        elif not is_empty(value):
+            _read_extra(extras, key, value, options)
     return extras
+
+
+def _read_extra(extras: Extras, key: str, value: Any, options: TurnOptions) -> None:
+    """Add to the extras of a turn what is under one of its keys.
+
+    Raises StageError for a key that is not understood.
+    """
+    if key in CALL_KEYS:
+        extras.calls += calls_in(value)
+    elif key in REASONING_KEYS:
+        extras.reasoning = read_content(value).text
+    elif key in ("name", "tool_call_id"):
+        extras.names[key] = str(value)
+    elif key in NOTES:
+        options.left_out[key] += 1
+    else:
+        raise StageError(
+            f"A turn has the key {key!r} ({cell_text(value)[:60]!r}), which cannot be read "
+            f"here. Remove it, or set ignore_turn_keys: [{key}] to read the turns without it."
+        )
 
 
 def _weight(key: str, value: Any) -> bool:

@@ -84,31 +84,43 @@ def _date_text(value: datetime | date | time | timedelta, number_format: str) ->
     """
     section = _sections(number_format)[0]
     tokens = _tokens(section)
-    if isinstance(value, timedelta) and not any(kind == "bracket" for kind, _ in tokens):
-        return duration_text(value)
-    if not any(kind == "date" for kind, _ in tokens) and not isinstance(value, timedelta):
+    kinds = {kind for kind, _ in tokens}
+    # a duration needs [h], [m] or [s], all else a part of a date or time
+    if isinstance(value, timedelta):
+        if "bracket" not in kinds:
+            return duration_text(value)
+    elif "date" not in kinds:
         return str(value)
     if section.split(";")[0].casefold() in LOCAL_DATES or "[$-F800]" in section.upper():
         return value.isoformat()[:10] if isinstance(value, date) else str(value)
-    twelve_hours = any(kind == "noon" for kind, _ in tokens)
-    parts = []
-    for position, (kind, text) in enumerate(tokens):
-        if kind == "date":
-            parts.append(
-                _date_part(value, text.lower(), _is_minute(tokens, position), twelve_hours)
-            )
-        elif kind == "noon":
-            hour = value.hour if isinstance(value, (datetime, time)) else 0
-            parts.append(text.split("/")[hour >= 12])
-        elif kind == "bracket":
-            parts.append(_bracket_part(value, text))
-        elif kind == "other" and text == "0":
-            parts.append(_fraction_digit(value, [token for _, token in tokens[:position]]))
-        elif kind in ("quoted", "escaped", "other") and text != "@":
-            parts.append(text)
-        elif kind == "space":
-            parts.append(" ")
+    parts = [_date_token(value, tokens, position) for position in range(len(tokens))]
     return "".join(parts).strip()
+
+
+def _date_token(
+    value: datetime | date | time | timedelta, tokens: list[tuple[str, str]], position: int
+) -> str:
+    """What one token of a format shows of a date, a time or a duration; "" for what shows nothing.
+
+    The tokens around it decide what it means: `m` is a month, or after `h` a minute.
+    """
+    kind, text = tokens[position]
+    if kind == "date":
+        twelve_hours = any(other_kind == "noon" for other_kind, _ in tokens)
+        return _date_part(value, text.lower(), _is_minute(tokens, position), twelve_hours)
+    if kind == "noon":
+        hour = value.hour if isinstance(value, (datetime, time)) else 0
+        morning, afternoon = text.split("/")
+        return morning if hour < 12 else afternoon
+    if kind == "bracket":
+        return _bracket_part(value, text)
+    if kind == "other" and text == "0":
+        return _fraction_digit(value, [token for _, token in tokens[:position]])
+    if kind == "space":
+        return " "
+    if kind in ("quoted", "escaped", "other") and text != "@":
+        return text
+    return ""
 
 
 def _is_minute(tokens: list[tuple[str, str]], position: int) -> bool:

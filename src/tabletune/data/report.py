@@ -34,6 +34,7 @@ NOT_LOST = ("duplicate", "labelled as rejected")
 SETTINGS_IN_REPORT = ("base_model", "max_length", "system_prompt", "thinking", "template_date")
 HISTOGRAM_BINS = 30
 MANY_COPIES = 0.1  # a share of the rows
+MANY_HTML = 0.05  # texts that look like HTML, as a share of the rows
 MOST_CHARACTERS = 90  # of a text of a row that are shown
 MOST_COLUMNS = 6  # side by side
 
@@ -157,17 +158,21 @@ def notes_of(
     formatter: TableFormatter, report: dict[str, Any], beyond_context: int, context: int | None
 ) -> list[str]:
     """What a reader should know about the table, in sentences."""
-    statistics = formatter.statistics
-    rows_in = statistics.rows_in
     notes = []
     html = formatter.clean.html_texts
-    if html > 0.05 * rows_in:
+    if html > MANY_HTML * formatter.statistics.rows_in:
         notes.append(f"{html:,} texts look like HTML. html_to_text: true makes text of it.")
     if beyond_context:
         notes.append(
             f"{beyond_context:,} examples are longer than the {context} tokens that this model was "
             "made to read at once."
         )
+    return notes + notes_on_splits(report) + notes_on_rows(formatter)
+
+
+def notes_on_splits(report: dict[str, Any]) -> list[str]:
+    """What a reader should know about the splits: what they share, and how small they are."""
+    notes = []
     if report["leaks"]:
         notes.append(
             f"Asked in training, too: {report['leaks']} rows. The splits of the source stay as "
@@ -191,6 +196,13 @@ def notes_of(
             f"Too few questions for an interval: {' and '.join(small_splits)}. More rows would "
             "make more of them."
         )
+    return notes
+
+
+def notes_on_rows(formatter: TableFormatter) -> list[str]:
+    """What a reader should know about how rows became conversations."""
+    statistics = formatter.statistics
+    notes = []
     if formatter.shape.name == "text":
         notes.append("These rows are texts without questions: the loss is on the whole text.")
     if statistics.system_messages and not takes_system(formatter.tokenizer):
@@ -198,7 +210,7 @@ def notes_of(
             "The template has no system role: the system text goes in front of the first question."
         )
     duplicates = statistics.dropped["duplicate"]
-    if duplicates > MANY_COPIES * rows_in:
+    if duplicates > MANY_COPIES * statistics.rows_in:
         notes.append(
             f"{duplicates:,} copies of rows are dropped. keep_duplicates: true keeps what is "
             "repeated on purpose."

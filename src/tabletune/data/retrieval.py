@@ -38,8 +38,9 @@ NEVER_WRITTEN = "\0\0"  # the only n-gram of an index that finds nothing
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of the table as it is looked up and shown in a prompt. Rows with one `question_id`
-    ask the same.
+    """A row of the table as it is looked up and shown in a prompt.
+
+    Rows with one `question_id` ask the same.
     """
 
     question: str
@@ -49,8 +50,9 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Hit:
-    """A row that was found, and how similar its question is: the cosine of the two times the
-    question's `familiarity`, from 0 to 1.
+    """A row that was found, and how similar its question is.
+
+    `score` is the cosine of the two times the question's `familiarity`, from 0 to 1.
     """
 
     row: TableRow
@@ -58,8 +60,9 @@ class Hit:
 
 
 def table_rows(rows: Iterable[dict]) -> list[TableRow]:
-    """The rows of a data set of notebook 1 as the index takes them: the last question, its
-    answer, and its `group`.
+    """The rows of a data set of notebook 1 as the index takes them.
+
+    The last question, its answer, and its `group`.
     """
     result = []
     for row in rows:
@@ -174,8 +177,9 @@ class RowIndex:
         return [Hit(self.rows[i], float(scores[i])) for i in order if ranks[i] >= 0]
 
     def save(self, folder: Path) -> None:
-        """Write rows.jsonl, terms.json and vectors.npz into a folder. No pickle: what is read
-        runs no code.
+        """Write rows.jsonl, terms.json and vectors.npz into a folder.
+
+        No pickle: what is read runs no code.
         """
         from scipy.sparse import save_npz
 

@@ -1,6 +1,4 @@
-"""The folder `retrieval/` of a run: two indexes, the settings of prompts, and the training
-prompts.
-"""
+"""The folder `retrieval/` of a run: two indexes, settings of prompts, and training prompts."""
 
 import hashlib
 import json
@@ -65,8 +63,7 @@ def check_context_settings(settings: Mapping[str, Any], shape: str, tools: bool)
 def write_retrieval(
     run: Path, settings: Mapping[str, Any], formatter: "TableFormatter"
 ) -> dict[str, Any]:
-    """Write `retrieval/` beside the data set of a run, and return its report, which knows of it
-    now.
+    """Write `retrieval/` beside the data set of a run; return its report, with what was written.
 
     The report's `fingerprint` is that of the rows and the training prompts together. Without
     `context_rows` an earlier folder moves aside, and the report stays as it is.
@@ -127,9 +124,7 @@ def stored_settings(
 
 
 class PromptWriter:
-    """Makes the training and validation prompts of a run, encodes them, and counts what became
-    of them.
-    """
+    """Makes the training and validation prompts of a run, encodes them, and counts them."""
 
     def __init__(
         self,
@@ -185,8 +180,9 @@ class PromptWriter:
     def validation_prompts(
         self, maker: PromptMaker, validation: list[dict[str, Any]], number: int
     ) -> Iterable[TrainingPrompt]:
-        """Yield prompts of one question: half of them reworded questions of the table, half new
-        ones.
+        """Yield prompts of one question each, with the rows that the lookup finds.
+
+        `context_hit_rate` of them are reworded questions of the table, the others are new ones.
         """
         rate = self.settings["context_hit_rate"]
         hits = round(number * rate)
@@ -214,10 +210,10 @@ class PromptWriter:
     def examples(
         self, prompts: Iterable[TrainingPrompt], most_tokens: float = 0, count: bool = True
     ) -> list[dict[str, Any]]:
-        """The prompts as examples that fit into max_length; one that does not loses turns, then
-        rows.
+        """The prompts as examples that fit into max_length.
 
-        They end before all that was counted has more than `most_tokens`; 0 is no limit.
+        One that does not fit loses turns, then rows. The examples end before all that was counted
+        has more than `most_tokens`; 0 is no limit.
         """
         examples: list[dict[str, Any]] = []
         for prompt in prompts:
@@ -236,8 +232,9 @@ class PromptWriter:
         return examples
 
     def fitting(self, prompt: TrainingPrompt) -> tuple[dict[str, Any] | None, int, bool]:
-        """A prompt as an example, its tokens, and whether it was made shorter; no example if it
-        never fits.
+        """A prompt as an example, its tokens, and whether it was made shorter.
+
+        None instead of an example if it never fits.
         """
         shorter = False
         while True:

@@ -51,14 +51,14 @@ ABOUT = {  # English words around the subject of a question
     ),
 }
 LEAST_SHARE = 0.6  # of the questions that begin, or end, with the words of a template
-MOST_WORDINGS = (
-    12  # questions of one answer; an answer to more is a label, such as "yes" or "positive"
-)
+# questions of one answer; an answer to more is a label, such as "yes" or "positive"
+MOST_WORDINGS = 12
 
 
 def template_words(questions: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that most questions of a table begin and end with: those of its question
-    template.
+    """The words that most questions of a table begin and end with.
+
+    They are those of its question template: (first words, last words).
     """
     words = [question.split() for question in questions]
     return shared_start(words), shared_start([line[::-1] for line in words])[::-1]
@@ -83,8 +83,9 @@ def shared_start(lines: list[list[str]]) -> list[str]:
 
 
 def subject_of(question: str, prefix: list[str], suffix: list[str]) -> str:
-    """A question without the template's words around it; without a template, without its English
-    function words.
+    """A question without the template's words around it.
+
+    Without a template, it is left without its English function words.
     """
     words = question.split()
     if prefix and words[: len(prefix)] == prefix:
@@ -132,10 +133,10 @@ def without_punctuation(text: str) -> str:
 
 
 def misspell(text: str, rng: random.Random, use: str = "evaluation") -> str:
-    """A text with a typing error, or two in different words; short words and the first letters
-    stay.
+    """A text with a typing error, or two in different words.
 
-    Training swaps two letters or doubles one; evaluation leaves one out or takes another.
+    Short words and the first letters of words stay. Training swaps two letters or doubles one;
+    evaluation leaves one out or takes another.
     """
     words = text.split()
     long = [i for i, word in enumerate(words) if len(re.sub(r"\W|\d", "", word)) >= 4]
@@ -157,11 +158,8 @@ def misspell_word(word: str, rng: random.Random, use: str) -> str:
         return word[: i + 1] + word[i] + word[i + 1 :]
     if first:
         return word[:i] + word[i + 1 :]
-    other = rng.choice(
-        [letter for letter in word.lower() if letter.isalpha() and letter != word[i].lower()]
-        or ["e"]
-    )
-    return word[:i] + other + word[i + 1 :]
+    letters = [letter for letter in word.lower() if letter.isalpha() and letter != word[i].lower()]
+    return word[:i] + rng.choice(letters or ["e"]) + word[i + 1 :]
 
 
 def same_answer(rows: Sequence[TableRow]) -> dict[str, list[TableRow]]:

@@ -214,11 +214,7 @@ def _splits_of_setting(
                 f"test.{suggestion(split, WORDS['splits'])}"
             )
         for name in as_list(names):
-            paths = by_name.get(name, [])
-            if not paths:
-                for folder in (source.root, Path()):
-                    matches = map(Path, sorted(glob(str(folder / str(name)))))
-                    paths = paths + [file for file in matches if file_kind(file)]
+            paths = by_name.get(name) or _matching_files(source, str(name))
             if not paths:
                 has = ", ".join(sorted(filter(None, by_name))[:20])
                 raise StageError(
@@ -231,6 +227,15 @@ def _splits_of_setting(
             if path not in split_of_file and split in ("", "train"):
                 split_of_file[path] = "train"
     return split_of_file
+
+
+def _matching_files(source: Source, pattern: str) -> list[Path]:
+    """The tables that a path or a pattern names, in the source's folder and where we are."""
+    paths: list[Path] = []
+    for folder in (source.root, Path()):
+        matches = map(Path, sorted(glob(str(folder / pattern))))
+        paths += [file for file in matches if file_kind(file)]
+    return paths
 
 
 def _names_of_files(source: Source, own_split: dict[Path, str]) -> dict[str, list[Path]]:

@@ -252,11 +252,12 @@ class PromptMaker:
 
         The others were not yet asked in this lap, and have no conversation of their own.
         """
-        others = []
+        candidates = []
         for other in shown[1:]:
             if times_asked[other] <= lap and not self.rows[other].has_earlier_turns:
-                others.append(other)
-        return [shown[0], *self.random.sample(others, min(MOST_HITS - 1, len(others)))]
+                candidates.append(other)
+        number = min(MOST_HITS - 1, len(candidates))
+        return [shown[0], *self.random.sample(candidates, number)]
 
     def number_of_missing(self, answered: int) -> int:
         """How many questions without their row go with `answered` questions that have it.

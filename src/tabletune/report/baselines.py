@@ -25,9 +25,9 @@ def questions_table(questions: Sequence[Mapping]) -> pd.DataFrame:
     """How many questions there are of each part, and the first of each."""
     lines = {}
     for part in ORDER:
-        asked = [question["asked"] for question in questions if question["part"] == part]
-        if asked:
-            lines[PARTS[part]] = {"number": len(asked), "for example": asked[0]}
+        texts = [question["asked"] for question in questions if question["part"] == part]
+        if texts:
+            lines[PARTS[part]] = {"number": len(texts), "for example": texts[0]}
     return pd.DataFrame.from_dict(lines, orient="index")
 
 

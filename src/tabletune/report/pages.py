@@ -164,9 +164,9 @@ def figure_of(entry: Any, name: str) -> tuple[float | None, list[float] | None]:
     *keys, last = FIGURES[name][0].split()
     # an interval stands beside its figure, or is the entry's only one
     ci95 = at(entry, *keys, f"{last}_ci95") or at(entry, *keys, "ci95") or []
-    limits = [finite(limit) for limit in ci95]
-    interval = None if not limits or None in limits else limits
-    return finite(at(entry, *keys, last)), interval  # type: ignore[return-value]
+    limits = [limit for limit in map(finite, ci95) if limit is not None]
+    interval = limits if len(limits) == 2 else None
+    return finite(at(entry, *keys, last)), interval
 
 
 def finite(value: Any) -> float | None:

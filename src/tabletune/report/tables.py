@@ -80,30 +80,35 @@ def content_table(metrics: dict) -> pd.DataFrame:
 
     A line a set of questions and model, with its 95% intervals.
     """
+    with_rows = bool(metrics.get("retrieval"))
     lines = []
     for part, title in PARTS.items():
+        if part == "new" and with_rows:
+            title = "new questions, their rows kept out"
         for model, entry in figures_of(metrics).items():
             content = (entry.get("content") or {}).get(part) or {}
-            if not content.get("questions"):
-                continue
-            if part == "new" and metrics.get("retrieval"):
-                title = "new questions, their rows left out"
-            line = {"questions": f"{title} ({content['questions']})", "model": model}
-            for column, (name, form) in CONTENT_COLUMNS.items():
-                if content.get("answerable") == 0 and name in OF_ANSWERS:
-                    continue  # all of them are to be refused
-                if content.get(name) is not None:
-                    line[column] = with_interval(content[name], content.get(f"{name}_ci95"), form)
-            lines.append(line)
+            if content.get("questions"):
+                name = f"{title} ({content['questions']})"
+                lines.append({"questions": name, "model": model, **content_figures(content)})
     if not lines:
         return pd.DataFrame()
     columns = ["questions", "model", *CONTENT_COLUMNS]
     # a figure that this table does not have gets no column
     table = pd.DataFrame(lines).reindex(columns=columns).dropna(axis="columns", how="all")
-    if not metrics.get("retrieval"):  # without it no answer is "nothing"
-        of_nothing = [column for column in table if "nothing" in column]
-        table = table.drop(columns=of_nothing)
+    if not with_rows:  # then no answer is "nothing"
+        table = table.drop(columns=['says "nothing"', 'wrongly "nothing"'], errors="ignore")
     return table.fillna("–").set_index(["questions", "model"])
+
+
+def content_figures(content: dict) -> dict[str, str]:
+    """The figures of a model on one set of questions, {heading: text with the 95% interval}."""
+    figures = {}
+    for heading, (name, form) in CONTENT_COLUMNS.items():
+        # where all questions are to be refused, there are no answers to compare
+        has_no_answers = content.get("answerable") == 0 and name in OF_ANSWERS
+        if content.get(name) is not None and not has_no_answers:
+            figures[heading] = with_interval(content[name], content.get(f"{name}_ci95"), form)
+    return figures
 
 
 def reasons_table(reasons: Mapping[str, str]) -> dict[str, str]:

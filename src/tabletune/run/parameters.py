@@ -186,11 +186,19 @@ def coerce(name: str, value: Any, default: Any, text: str | None = None) -> Any:
         value = parse_text(value, default)
     if default == "auto":
         return check_auto(name, value, text)
+    return as_type_of(name, value, default)
+
+
+def as_type_of(name: str, value: Any, default: Any) -> Any:
+    """A `value` that is not to be a text, in the type of its `default`.
+
+    Raises StageError for a value of another kind.
+    """
     if isinstance(default, bool):
         return check_truth_value(name, value)
+    if value is True and name in TRUE_FOR_ALL:
+        return True
     if isinstance(default, (int, float)):
-        if value is True and name in TRUE_FOR_ALL:
-            return True
         return check_number(name, value, default)
     if isinstance(default, dict):
         return check_dictionary(name, value)

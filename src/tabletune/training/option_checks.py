@@ -66,8 +66,8 @@ def check_option_values(
         raise StageError(f'quantization="{parameters["quantization"]}": use nf4, 8bit or none.')
     if dtype != torch.float32 and not has_gpu:
         raise StageError(
-            f"precision={parameters['precision']}: training in half precision needs a GPU. Use auto "
-            "or fp32."
+            f"precision={parameters['precision']}: training in half precision needs a GPU. Use "
+            "auto or fp32."
         )
     # training_options has the last word, as in the notebook
     liger = parameters["training_options"].get("use_liger_kernel", parameters["use_liger_kernel"])
@@ -136,9 +136,8 @@ def check_names_of_options(name: str, options: dict[str, Any], kind: type) -> No
             )
 
 
-def check_training_options(parameters: dict[str, Any]) -> None:
-    """Raise StageError for training options that SFTConfig or the schedule refuse."""
-    options = parameters["training_options"]
+def check_choice_of_checkpoint(options: dict[str, Any]) -> None:
+    """Raise StageError if another checkpoint than that of the least validation loss were kept."""
     if options.get("greater_is_better"):
         raise StageError(
             "training_options: greater_is_better would keep the checkpoint with the largest loss. "
@@ -148,6 +147,12 @@ def check_training_options(parameters: dict[str, Any]) -> None:
         raise StageError(
             "training_options: metric_for_best_model can only be the validation loss. Leave it out."
         )
+
+
+def check_training_options(parameters: dict[str, Any]) -> None:
+    """Raise StageError for training options that SFTConfig or the schedule refuse."""
+    options = parameters["training_options"]
+    check_choice_of_checkpoint(options)
     for name, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
         try:
             kind(parameters[name])

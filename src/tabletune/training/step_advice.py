@@ -16,8 +16,10 @@ def few_steps_advice(steps: int, examples: int, epochs: float, max_steps: int = 
     """
     if steps >= ENOUGH_STEPS:
         return ""
-    few = f"{steps} steps are few to learn from"
+    warning = f"{steps} steps are few to learn from"
     if max_steps > 0:
-        return f"{few}: set max_steps in training_options to {ENOUGH_STEPS} or more."
+        return f"{warning}: set max_steps in training_options to {ENOUGH_STEPS} or more."
     needed = math.ceil(epochs * ENOUGH_STEPS / max(1, steps))
-    return f"{few}: for {examples:,} examples set epochs to about {needed} ({ENOUGH_STEPS} steps)."
+    return (
+        f"{warning}: for {examples:,} examples set epochs to about {needed} ({ENOUGH_STEPS} steps)."
+    )
