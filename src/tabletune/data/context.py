@@ -137,8 +137,10 @@ class TableContext:
         )
 
     def copied(self, question: str) -> tuple[str, bool, list[dict[str, Any]]]:
-        """What is said to a question without a model, whether that is "nothing", and the most
-        similar row: (answer, unknown, rows as in `ContextPrompt.rows`).
+        """What is said to a question without a model: (answer, unknown, rows).
+
+        `unknown` says whether that is "nothing"; `rows` has the most similar row, as in
+        `ContextPrompt.rows`.
         """
         hit = self.index.search(question, 1)[0]
         return copied_answer(

@@ -17,8 +17,8 @@ def base_model_loss(trainer: Trainer) -> float:
     """The validation loss of the untouched base, in nats a token: with the adapter switched off.
 
     Call it after the training: a Trainer that has evaluated before does not average the gradients
-    of several GPUs. No callback hears of it: in a progress table or in TensorBoard it would stand as the last step
-    of the training. Raises StageError if it is no number.
+    of several GPUs. No callback hears of it: in a progress table or in TensorBoard it would
+    stand as the last step of the training. Raises StageError if it is no number.
     """
     logged = len(trainer.state.log_history)
     callbacks = trainer.callback_handler.callbacks
