@@ -218,7 +218,7 @@ def answer_prompts(chats):
     return generate(adapted, tokenizer, stops, chats, eval_batch_size, longest_answer, seed)
 
 
-def ask_model(way):
+def result_of_way(way):
     """The Result of a way that asks a model: answers, and how likely it finds the references."""
     chats = prompts.questions(way, questions)
     references = prompts.references(way, questions, stops)
@@ -236,7 +236,7 @@ def ask_model(way):
 # %% tags=["nbval-ignore-output"]
 if not done:
     results = baselines.results_without_model(possible_ways, prompts, questions)
-    results += [ask_model(way) for way in possible_ways if way.model]
+    results += [result_of_way(way) for way in possible_ways if way.model]
     adapted = None
 
 # %% [markdown]

@@ -27,18 +27,20 @@
 # |---|---|---|---|---|---|---|
 # | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
+# A model that goes to other people needs three things: a *model card*, which says what the model is
+# and whether its answers are right; a file that their programs can read; and evidence that the file
+# still holds the same model. If the model answers from the rows of a table, it needs the rows, too.
+#
 # - **In:** a run folder in which notebooks 1 to 4 have run; the figures of 6, if it has run.
-# - **Out:** `export/`: a model card for the adapter and one for the merged model; the merged model
-#   as GGUF files of 16, 8 and about 4 bits a weight, which the programs llama.cpp and Ollama read,
-#   with a `Modelfile` for Ollama; `app/`, a small program that answers questions; and
-#   `metrics.json`, what each file lost.
+# - **Out:** the folder `export/`:
+#   - model cards for the adapter and for the merged model,
+#   - the merged model as GGUF files of 16, 8 and about 4 bits a weight, which the programs
+#     llama.cpp and Ollama read, and a `Modelfile` for Ollama,
+#   - `app/`, a small program that answers questions,
+#   - `metrics.json`, which says what each file lost.
 # - **Time:** two minutes with the small model of the `cpu` profile; longer for a 7B model, which
 #   llama.cpp reads on the CPU. Installing llama.cpp compiles it, once: 5 to 10 minutes on two
 #   cores.
-#
-# A model that goes to other people needs a card that says what it is and what it is not, a format
-# that their programs read, and evidence that it is still the same model there. If it answers from
-# the rows of a table, it needs the rows, too.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
@@ -66,32 +68,39 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 # %% [markdown]
 # ## Parameters
 #
-# The run folder has most of what a model card says. Two things it does not know: the name of the
-# base model on the Hub, if it was a folder here, and its licence. The licence of your model has to
-# follow that of the base model.
+# The run folder has most of what a model card says. Two things only you know: the licence, which
+# has to follow that of the base model; and, if `base_model` was a folder, the name of that model on
+# the Hub (huggingface.co, where models are shared).
+#
+# Rarely changed settings are folded away and come first; the next cell can override them. When
+# `make` runs a notebook, it adds one more cell, with the settings of its profile. These override
+# all others.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Rarely changed parameters
+language = "en"  # of the table's texts
+tags = "qlora"  # separated by commas; tags that fit every such model are added
+private = True  # only you can see the uploads
+window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
+stride = 512  # tokens by which the window moves on
+bootstrap_samples = 2000  # draws behind each 95% interval
+disclaimer = ""  # on cards, in Modelfile and app; "" for the example's, or a neutral one
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # of notebooks 1 to 4; in Colab better "drive:home_remedies"
 seed = 42
 license = ""  # of the model, as the Hub writes it ("apache-2.0"); it follows the base model's
-language = "en"
-tags = "qlora"  # separated by commas; tags that fit every such model are added
 base_model_on_hub = ""  # if base_model was a folder: its id, "HuggingFaceTB/SmolLM2-135M-Instruct"
 push_to_hub = ""  # "owner/name" of the merged model, whose adapter becomes "owner/name-adapter"
-private = True  # only you can see the uploads
 gguf_types = ["F16", "Q8_0", "Q4_K_M"]  # [] needs no llama.cpp; the others are made from F16
 proof_rows = 30  # rows of the test split that each file is scored on
 proof_questions = 5  # questions that each file answers
-max_new_tokens = 256
-window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
-stride = 512  # by which a window moves on
-bootstrap_samples = 2000
+max_new_tokens = 256  # an answer is cut after so many tokens
 unknown_threshold = "auto"  # similarity, 0 to 1, below which the table has nothing; or notebook 1's
-disclaimer = ""  # on cards, in Modelfile and app; "" for the example's, or a neutral one
 
 # %% [markdown]
-# Everything that is exported must belong together: this data set, this adapter, this merged model,
-# these figures.
+# The notebook first checks that data set, adapter, merged model and figures belong together.
+# Otherwise it stops.
 
 # %%
 from tabletune.export import app, cards, gguf, llama_cpp, ollama, verification
@@ -100,13 +109,15 @@ from tabletune.run.stage import start_stage
 
 stage = start_stage("07_export", globals())
 export_run = open_finished_run(stage)
-print(f"{export_run.merged} will be called {export_run.name}.\n{export_run.disclaimer}")
+print(f"{export_run.merged} will be called {export_run.name}.")
+print(f"Disclaimer: {export_run.disclaimer}")
 
 # %% [markdown]
 # ## The model card
 #
-# A card on the Hub is a README whose first lines, in YAML, are for its search. They name a data set
-# or a base model only if that is on the Hub; a path on your disk says nothing to others.
+# A model card is the README of a model on the Hub. Its first lines are written in YAML and serve
+# the Hub's search. They name a data set or a base model only if it is on the Hub, since a path on
+# your disk means nothing to others.
 
 # %%
 from huggingface_hub import EvalResult, ModelCardData
@@ -130,7 +141,7 @@ for part, library, relation in (
     )
 
 # %% [markdown]
-# The Hub shows a figure in its lists only if the data set is on the Hub, too.
+# The Hub can show a figure in its lists, but only if the data set is on the Hub, too.
 
 # %%
 for part, data in card_data.items():
@@ -144,8 +155,8 @@ for part, data in card_data.items():
 
 # %% [markdown]
 # The rest is for people. It comes from the run: whether the answers are right, how to ask the
-# model, data, training, figures with their intervals, limits, and what ran where. The YAML of the
-# merged model's card, and then the card:
+# model, the data, the training, figures with their intervals, limits, and what ran where. First the
+# YAML of the merged model's card, and then the card itself:
 
 # %%
 written = {part: cards.write_card(export_run, part, data) for part, data in card_data.items()}
@@ -159,12 +170,16 @@ Markdown(written["merged"].text)
 # %% [markdown]
 # ## GGUF: one file for llama.cpp and Ollama
 #
-# A GGUF file holds the weights, the tokenizer and the chat template. llama.cpp runs it without
-# Python; Ollama, LM Studio and others are built on llama.cpp. Here we use llama.cpp from Python, by
-# the package llama-cpp-python. PyPI has only its source, so pip compiles it. With
-# `PIP_EXTRA_INDEX_URL=https://abetlen.github.io/llama-cpp-python/whl/cpu` in the environment, pip
-# takes a version that its authors compiled. Without the package, this notebook makes the cards and
-# the app, and the cells on GGUF do nothing.
+# A GGUF file holds the weights, the tokenizer and the chat template, which turns messages into the
+# text that the model reads. The program llama.cpp runs it without Python. Ollama, LM Studio and
+# others are built on llama.cpp.
+#
+# Here we use llama.cpp from Python, with the package llama-cpp-python. PyPI has only its source, so
+# pip compiles it. With `PIP_EXTRA_INDEX_URL=https://abetlen.github.io/llama-cpp-python/whl/cpu` in
+# the environment, pip takes a version that its authors compiled.
+#
+# Without the package, this notebook makes the cards and the app only. The cells up to
+# [The app](#The-app) then do nothing.
 
 # %%
 if gguf_types and "google.colab" in sys.modules and find_spec("llama_cpp") is None:
@@ -172,8 +187,8 @@ if gguf_types and "google.colab" in sys.modules and find_spec("llama_cpp") is No
 kinds = llama_cpp.usable_types(gguf_types)
 
 # %% [markdown]
-# llama.cpp's own converter writes the file of 16 bits. It knows most kinds of models. What it would
-# read wrong in a tokenizer is corrected before.
+# llama.cpp's own converter writes the file of 16 bits. It knows most kinds of models. It reads some
+# tokenizers wrongly, so these are corrected first.
 
 # %%
 files = {kind: gguf.make_gguf(export_run, kind) for kind in kinds[:1]}
@@ -181,9 +196,9 @@ files = {kind: gguf.make_gguf(export_run, kind) for kind in kinds[:1]}
 # %% [markdown]
 # ### The same tokens?
 #
-# A model that gets other tokens than in its training answers otherwise. llama.cpp must split the
-# conversations of this run into exactly the tokens of the training. A file that does not moves to
-# `earlier/`, and nothing is made from it.
+# A model that reads other tokens than in its training gives other answers. So llama.cpp must split
+# the conversations of this run into exactly the tokens of the training. Otherwise the file moves to
+# `earlier/`, and no other file is made from it.
 
 # %%
 if files:
@@ -193,10 +208,10 @@ if files:
 # %% [markdown]
 # ### 8 bits and 4 bits
 #
-# Fewer bits a weight make a smaller and faster model, and lose something. Q8_0 rounds each weight
-# to 8 bits, with a scale of 16 bits for every 32 weights. Q4_K_M takes 4 bits for most weights and
-# 6 for those that matter more. A matrix whose rows cannot be divided into blocks of 256 weights
-# gets 5 or 8 bits.
+# With fewer bits a weight, the model is smaller and faster, and less exact. Q8_0 rounds each weight
+# to 8 bits, with a scale of 16 bits for every 32 weights. Q4_K_M uses 4 bits for most weights and 6
+# for those that matter more. It needs rows that can be divided into blocks of 256 weights. A matrix
+# with other rows gets 5 or 8 bits.
 
 # %%
 import pandas as pd
@@ -207,8 +222,8 @@ if files:
     display(pd.Series(sizes).to_frame("size"))
 
 # %% [markdown]
-# Rounding by hand: the first 32 weights of the embeddings, the table of numbers that stands for the
-# tokens. The cell stops if they differ from those in the file:
+# Rounding by hand: we take the first 32 weights of the embeddings, the table with a row of numbers
+# for each token. The cell stops if the result differs from the file:
 
 # %%
 if "Q8_0" in files:
@@ -231,10 +246,10 @@ if "Q8_0" in files:
 # %% [markdown]
 # ### The same answers?
 #
-# Each file is measured as in notebook 4, beside the merged model in transformers: its perplexity on
-# test rows, and its answers to some questions, always with the most likely next token. With
-# `context_rows`, the rows of the whole table can stand in the prompts, as in the app. How many
-# answers are equal shows how much rounding changes.
+# Each file is measured as in notebook 4, and so is the merged model in transformers: the perplexity
+# on test rows, and the answers to some questions. Every token is the most likely one, so the same
+# model gives the same answers. How many are the same shows how much rounding changes. With
+# `context_rows`, all rows of the table can be found for the prompts, as in the app.
 
 # %%
 losses = verification.verify_files(export_run, files) if files else {}
@@ -242,20 +257,19 @@ if files:
     display(pd.DataFrame(verification.loss_table(losses)).T)
 
 # %% [markdown]
-# The ratio is the perplexity of a file divided by that of the merged model: if its interval
-# contains 100%, no loss was seen. In 16 bits, a difference of more than half a percent is more than
-# rounding: it would be a mistake in the file, and stops the notebook.
+# *Of the merged model's* is the perplexity of a file divided by that of the merged model. If the
+# interval contains 100%, no loss was seen. Rounding to 16 bits cannot change it by more than half a
+# percent. A larger difference means a mistake in the file, and the notebook stops.
 #
 # ## Ollama
 #
-# Ollama does not read the chat template in a GGUF file; it wants one in the template language of
-# Go. We find it by trying: what the tokenizer's template makes of a few conversations shows the
-# texts before, between and after the messages. Put together again, they must equal what the
-# tokenizer makes, and llama.cpp must split them into the tokens of the training. Otherwise no
-# `Modelfile` is written.
+# Ollama does not use the chat template in a GGUF file. It wants one in the template language of Go,
+# in a `Modelfile`. To find it, we render a few conversations with the tokenizer's template, and see
+# which texts it puts before, between and after the messages. The new template must give exactly the
+# same texts and the same tokens. Otherwise no `Modelfile` is written.
 #
 # The disclaimer stands at the top of the file and in the licence, which `ollama show --license`
-# prints. In a system message it would be part of a prompt that the model was not trained with.
+# prints. It is not in a system message, because the model was not trained with such a prompt.
 
 # %%
 modelfile = None
@@ -266,10 +280,12 @@ print(modelfile or "No Modelfile was written.")
 # %% [markdown]
 # ## The app
 #
-# `app/` is for wherever the model is used: one Python file that needs no packages. It looks up the
-# question in the table's rows, builds the prompt, and asks a server that speaks OpenAI's protocol:
-# llama.cpp, Ollama, vLLM or `transformers serve`. Its README has the commands. Without
-# `context_rows`, the prompt is the question alone. Its prompts are compared with those of this run:
+# `app/` goes to wherever the model is used. It is one Python file that needs no packages. It looks
+# up the question in the table's rows, builds the prompt, and asks a server that speaks OpenAI's
+# protocol: llama.cpp, Ollama, vLLM or `transformers serve`. Its README has the commands. Without
+# `context_rows`, the prompt is the question alone.
+#
+# The notebook checks that the app finds the same rows and builds the same prompts as this run:
 
 # %%
 app_folder = app.write_app(export_run)
@@ -290,8 +306,6 @@ if push_to_hub:
 
 # %% [markdown]
 # ## What we have now
-#
-# In this run's numbers:
 
 # %%
 print(f"Two model cards and {len(files)} GGUF files in {export_run.folder}.")
@@ -308,7 +322,8 @@ for kind in files:
 # python export/app/app.py "A question"
 # ```
 #
-# The app prints the disclaimer; servers do not. If you let others ask the model, show it to them.
+# The app prints the disclaimer, but servers do not. If you let others ask the model, show it to
+# them.
 #
 # Two things to try:
 #

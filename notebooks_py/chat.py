@@ -23,11 +23,14 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/chat.ipynb)
 #
+# Ask the model yourself. The base model and the fine-tuned model answer side by side, on a page in
+# your browser. With `context_rows`, the page shows below each answer of the fine-tuned model which
+# rows of your table it comes from. (How many answers are right is measured in
+# [notebook 4](04_evaluate.ipynb).)
+#
 # - **In:** `dataset/` and `adapter/` in the run folder, from notebooks 1 and 2, and the base model;
 #   `retrieval/`, if notebook 1 ran with `context_rows`.
-# - **Out:** a page on your machine. You ask, and the base model and the fine-tuned model answer
-#   side by side. Under each answer of the fine-tuned model stand the rows of your table that it
-#   rests on. Nothing is written.
+# - **Out:** a page on your machine. Nothing is written.
 # - **Time:** as long as it takes to load the base model.
 #
 # The page needs no more memory than the training did, so it fits a T4. `make chat RUN_DIR=runs/cpu`
@@ -88,9 +91,9 @@ chat = load_chat(stage)
 # ## What the model is asked
 #
 # With `context_rows`, each question is looked up in the table first. The most similar rows go into
-# the prompt, in the same words as in the training, and both models see them. All rows of the table
-# can be found here, those of the test split too. Without `context_rows`, the prompt is the question
-# alone.
+# the prompt, worded as in training, and both models see them. All rows of the table can be found
+# here, those of the test split, too. Without `context_rows`, the prompt is the question alone. Here
+# is the prompt for one question:
 
 # %%
 for question in chat.examples[:1]:
@@ -99,16 +102,16 @@ for question in chat.examples[:1]:
 # %% [markdown]
 # ## Two answers at once
 #
-# One model gives both answers. The question goes through it as a batch of two: one row uses the
-# adapter, the other does not. PEFT can choose that for each row. A row that has reached its end
-# waits for the other one.
+# One model in memory gives both answers. It reads the question twice, at the same time: once with
+# the adapter and once without it. The library PEFT can switch the adapter on and off within one
+# batch. Both answers appear when the longer one is complete.
 #
-# - Answers are greedy, as in notebook 4: the same question gets the same answer.
-# - Each question is answered by itself, as in the training. The models do not see earlier questions
-#   of the chat.
-# - Below an answer stands what it rests on: the rows that were found, and how similar their
-#   questions are. Where the table has nothing, the page says *nothing*, and why: no row was similar
-#   enough, or the model did not find an answer in the rows.
+# - Every token is the most likely one, as in notebook 4. So the same question gets the same answer.
+# - Each question is answered by itself, as in training. The models do not see earlier questions of
+#   the chat.
+# - Below an answer are the rows that were found, and how similar their questions are. If the table
+#   has nothing, the page says *nothing*, and why: no row was similar enough, or the model did not
+#   find an answer in the rows.
 # - If two people ask at once, the second one waits. The disclaimer stays in view.
 
 # %%

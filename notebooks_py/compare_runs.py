@@ -62,7 +62,7 @@ runs = [
 ]  # run folders, as a list or with spaces between; in Colab "drive:NAME" if they live there
 
 # %% [markdown] tags=["not-in-report"]
-# A run is named by its path below the folder that all of them are in.
+# Each run is named after its folder.
 
 # %%
 import matplotlib.pyplot as plt
@@ -79,8 +79,8 @@ every_run = compare.open_runs(runs)
 #
 # ## What can be compared
 #
-# Runs are compared in pairs, on the same questions, so they must have the same test set. Runs that
-# differ by their seeds alone are one setting.
+# Runs are compared in pairs, on the same questions. So they must have the same test set. Runs that
+# differ only in their seeds are one *setting*.
 
 # %%
 comparable, sentences = compare.comparable_runs(every_run)
@@ -100,13 +100,14 @@ say(*rest)
 show_table(compare.settings_table(settings, part), "No run was evaluated.")
 
 # %% [markdown]
-# The best setting comes first. Round brackets are 95% intervals over questions; square brackets are
-# the smallest and the largest of several seeds. Bits per byte say how unlikely a model finds the
-# right answers, whatever its tokenizer: lower is better.
+# The best setting comes first. In round brackets are 95% intervals: other questions would have
+# given other figures, most likely within these limits. In square brackets are the smallest and the
+# largest figure of several seeds. *Bits per byte* say how unlikely a model finds the table's
+# answers, measured so that models with different tokenizers can be compared (lower is better).
 #
-# Below, each setting is compared with the first one in pairs, which is sharper than two intervals
-# side by side. Two settings are told apart if the interval of their difference excludes zero, and
-# if they differ by more than seeds do.
+# Below, each other setting is compared with the best one on the same questions. That is more exact
+# than comparing two intervals. *Better* or *worse* means that the interval of the difference
+# excludes zero, and that the difference is larger than that between seeds.
 
 # %%
 show_table(compare.pairs_table(settings, part), "There is no second setting to compare.")
@@ -126,7 +127,7 @@ show(figure, "Dot chart of right answers and of bits per byte of each setting")
 
 # %%
 curve, sentences = learning_curve({run.name: run.folder for run in comparable})
-none = "These runs do not differ in `train_rows`: `make sweep GRID=grids/rows.yaml`."
+none = "All runs have the same `train_rows`. `make sweep GRID=grids/rows.yaml` makes others."
 say(*(sentences or [none]))
 if curve is not None:
     show(curve, "Line chart of right answers and perplexity by the number of training questions")
@@ -134,7 +135,8 @@ if curve is not None:
 # %% [markdown]
 # ## All figures
 #
-# Of the fine-tuned models, the merged one where there is one.
+# These are the figures of the fine-tuned models: of the merged model, or of the adapter where
+# nothing was merged.
 
 # %%
 evaluated = {run.name: run.entry for run in every_run if run.entry}
@@ -143,8 +145,8 @@ show_table(figures_table(evaluated), "Not evaluated yet.")
 # %% [markdown]
 # ## What differs
 #
-# First the parameters, then the rest: on another machine or with other versions, the same
-# parameters may give other figures.
+# First the parameters, then the versions and machines. On another machine or with other versions,
+# the same parameters may give other figures.
 
 # %%
 for what in ("parameters", "surroundings"):
@@ -173,7 +175,7 @@ show(figure, "Line chart of the validation loss of each run")
 #
 # - `make sweep GRID=grids/lora.yaml PROFILE=tiny` makes such runs from a grid, and ends with this
 #   page.
-# - Two runs that differ in `seed` alone: how far apart are they? Take no smaller difference
-#   seriously.
+# - Make two runs that differ only in `seed`. How far apart are they? Do not trust a difference that
+#   is smaller than that.
 #
 # Back to [report](report.ipynb), the page about one run.

@@ -104,27 +104,28 @@ say(f"{base_model}, fine-tuned on {rows:,} rows of {dataset}.")
 show_table(content_table(metrics).reset_index(), "Right answers were not measured in this run.")
 
 # %% [markdown]
-# In brackets are 95% intervals: other questions would have given other figures, most likely within
-# them.
+# In brackets are 95% intervals. Other questions would have given other figures, most likely within
+# these limits.
 #
 # ## Before you trust these figures
 
 # %%
 warnings = pages.doubts(info)
-calm = "Nothing known speaks against them: all stages ran in order, on one data set."
+calm = "No problem is known: all stages ran in order, on one data set."
 say(*(warnings or [calm]), kind="doubt" if warnings else "")
 
 # %% [markdown]
 # ## Answers
 #
-# Figures say how often, reading says what: some answers beside what the table says.
+# The figures above say how many answers are right. Here are some of the answers, beside what the
+# table says.
 
 # %%
 groups, total = pages.answers_of(run, info, answers_shown)
 samples = pages.read_lines(run / "evaluation" / "samples.jsonl")
 disclaimer = pages.disclaimer_of(info, samples)
 shown = sum(len(group.columns["question"]) for group in groups)
-say(f"{shown} of {total} questions that were answered.")
+say(f"Shown are {shown} of {total} questions.")
 for group in groups:
     say(group.title)
     pages.show_answers(group.columns, len(group.columns["question"]), disclaimer)
@@ -132,8 +133,8 @@ for group in groups:
 # %% [markdown]
 # ## Was training worth it?
 #
-# Other ways to answer the same questions (`make baselines`), and what a person thinks of the
-# answers (`make rate`).
+# Simpler ways were asked the same questions (`make baselines`), and a person can rate the answers
+# (`make rate`).
 
 # %%
 sentences = at(info["baselines"], "verdict", "sentences")
@@ -150,8 +151,9 @@ say(*(info["rating"].get("sentences") or ["No person has rated the answers: `mak
 # %% [markdown]
 # ## Perplexity and form
 #
-# Perplexity says how uncertain the model is at each token of the right answer, as if it chose among
-# so many equally likely tokens: lower is better. It does not say whether its own answers are right.
+# Perplexity says how uncertain the model is about the table's answers. A perplexity of 50 means
+# that it is as uncertain as if it chose each token among 50 equally likely ones. Lower is better.
+# It does not say whether the model's own answers are right.
 
 # %%
 show_table(form_table(metrics), "Not evaluated yet.")
@@ -164,8 +166,9 @@ if models:
 # %% [markdown]
 # ## Training
 #
-# The loss on the rows it is trained on, and on the validation rows, which are not: lower is better.
-# Where the second turns up while the first goes on falling, the model has begun to memorize.
+# The loss is the logarithm of the perplexity. Lower is better. The model is trained on the training
+# rows, and not on the validation rows. If the validation loss rises while the training loss still
+# falls, the model has begun to memorize.
 
 # %%
 curves = pages.losses(info)
@@ -181,7 +184,7 @@ show_table(figures_table({"fine-tuning": info["training"]}), "Not trained yet.")
 # %% [markdown]
 # ## Data
 #
-# What came in, what was changed or dropped and why, and what was left.
+# How many rows the table had, how many were changed or dropped and why, and how many were left.
 
 # %%
 show_table(pages.row_counts(data))
@@ -189,9 +192,9 @@ show_table(pages.row_counts(data))
 # %% [markdown]
 # ## Trust
 #
-# What notebook 6 (`make trust`) measures. Perplexity of rows that the model was trained on and of
-# rows that it was not: if fine-tuning lowers both, it has learned; if it lowers the first much
-# more, it has memorized. The perplexity of other texts should not rise.
+# This is measured by notebook 6 (`make trust`). Fine-tuning should lower the perplexity of rows
+# that the model was not trained on (test rows). If it lowers that of training rows much more, the
+# model has memorized. The perplexity of other texts should not rise.
 
 # %%
 places = {name: place for name, (place, _) in FIGURES.items()}
@@ -203,7 +206,7 @@ say(*(metrics.get("memorization") or []))
 of_rules = [name for name in places if places[name].startswith(("safety", "grounding"))]
 judged = figures_table(models, of_rules)
 if len(judged):
-    say("The share of answers to prompts on safety, or of items named in answers.")
+    say("Shares of the answers to prompts on safety, or of the items that answers name:")
     show_table(judged)
 
 # %%
@@ -211,14 +214,15 @@ emergencies = pages.worst_emergencies(run, info)
 if emergencies:
     total = len(emergencies["question"])
     shown = min(answers_shown, total)
-    say(f"{shown} of {total} emergencies, those where it does the wrong thing on top:")
+    say(f"{shown} of {total} emergencies. Wrong answers come first:")
     pages.show_answers(emergencies, shown, disclaimer)
 
 # %% [markdown]
 # ## Differences
 #
-# Two models are compared row by row, which tells them apart better than two intervals beside each
-# other. About 1 in 20 such lines says *yes* by chance.
+# Two models are compared on the same questions. That is more exact than comparing two intervals.
+# *Better* and *worse* are about the first of the two models. About 1 in 20 comparisons looks
+# significant by chance. Do not trust a single borderline one.
 
 # %%
 if metrics.get("differences"):
@@ -230,9 +234,9 @@ if metrics.get("differences"):
 # %% [markdown]
 # ## Merging
 #
-# The merged model beside what was trained: how often both find the same next token most likely,
-# and, if `make trust` compared the ways to merge, how far apart their predictions are (KL
-# divergence, in nats a token; 0 is the same model).
+# The merged model is compared with what was trained: how often do both find the same next token
+# most likely? If `make trust` compared the ways to merge, the table also says how far apart their
+# predictions are (KL divergence, in nats a token; 0 means the same predictions).
 
 # %%
 merges = {"merged/, in notebook 3": info["merge"]} | (metrics.get("fidelity") or {})
@@ -242,7 +246,8 @@ say(*(metrics.get("shipping") or []))
 # %% [markdown]
 # ## Time and memory
 #
-# Of each notebook's last run; one that was interrupted and went on counts from there.
+# These figures are of the last time that each notebook ran. If it was interrupted, they count from
+# where it went on.
 
 # %%
 show_table(figures_table(info["manifest"]))
@@ -255,7 +260,7 @@ say(f"In all {seconds:,.0f} seconds{cost}.")
 # %% [markdown]
 # ## Parameters of the run
 #
-# Where notebooks ran with different values, one stands after the other.
+# If notebooks ran with different values, all of them are listed.
 
 # %%
 show_table(info["parameters"])
@@ -263,7 +268,8 @@ show_table(info["parameters"])
 # %% [markdown]
 # ## Provenance
 #
-# What to state beside a figure from this run, and what to install to get it again.
+# State this beside a figure from this run. With the same versions on the same kind of machine, the
+# figures can be reproduced.
 
 # %%
 show_table({"data set (fingerprint)": data.get("fingerprint"), **info["surroundings"]})
@@ -271,9 +277,9 @@ show_table({"data set (fingerprint)": data.get("fingerprint"), **info["surroundi
 # %% [markdown] tags=["not-in-report"]
 # ## Try
 #
-# - `make trust RUN_DIR=...`, and this page again: does what it says of memory and safety agree with
-#   the answers that you read?
-# - Set `answers_shown` to all of them, and look for one that is wrong in a way that no figure here
-#   shows.
+# - Run `make trust RUN_DIR=...`, and then this page again. Does what it says about memorizing and
+#   safety agree with the answers that you read?
+# - Set `answers_shown` to the number of all questions. Do you find an answer that is wrong in a way
+#   that no figure here shows?
 #
 # Next: [compare_runs](compare_runs.ipynb) puts runs beside each other.

@@ -19,6 +19,7 @@ from tabletune.report.compare import (
     pair_difference,
     pairs_table,
     ranked,
+    result_of_pair,
     settings_of,
     settings_table,
 )
@@ -158,9 +159,9 @@ def test_a_worse_setting_is_told_apart_by_more_than_the_seeds_do(tmp_path):
     worse = a_run(tmp_path / "worse", nats=3.0, right=0.1, learning_rate=0.03)
     settings, part, _ = compared(*seeds, near, worse)
     table = pairs_table(settings, part)
-    assert table.loc["near", "told apart?"] == "no"
-    assert table.loc["worse", "told apart?"] == "yes"
-    [same] = [line for line in headline(settings, part) if line.startswith("Not told apart")]
+    assert table.loc["near", "result"] == "no difference shown"
+    assert table.loc["worse", "result"] == "worse"
+    [same] = [line for line in headline(settings, part) if line.startswith("No difference to it")]
     assert "near" in same
     assert "worse" not in same
 
@@ -180,7 +181,7 @@ def test_a_difference_that_nobody_would_notice_is_none(tmp_path):
         a_run(tmp_path / "a", nats=2.0, noise=0),
         a_run(tmp_path / "b", nats=2.005, noise=0, learning_rate=1),
     )
-    assert pairs_table(settings, part).loc["b", "told apart?"] == "no"
+    assert pairs_table(settings, part).loc["b", "result"] == "no difference shown"
 
 
 def test_right_answers_decide_before_bits(tmp_path):
@@ -193,13 +194,41 @@ def test_right_answers_decide_before_bits(tmp_path):
     assert pair_difference(settings[1], settings[0], RIGHT, part)["significant"]
 
 
+@pytest.mark.parametrize(
+    ("right", "bits", "result"),
+    [
+        (0.2, 0.5, "better"),
+        (-0.2, -0.5, "worse"),
+        (None, -0.5, "better"),
+        (None, 0.5, "worse"),
+        (None, None, "no difference shown"),
+    ],
+)
+def test_right_answers_decide_which_setting_is_better(right, bits, result):
+    entries = [
+        None if value is None else {"difference": value, "significant": True}
+        for value in (right, bits)
+    ]
+    assert result_of_pair(*entries) == result
+
+
+def test_runs_with_and_without_rows_are_compared_by_right_answers(tmp_path):
+    one, other = a_run(tmp_path / "a"), a_run(tmp_path / "b", learning_rate=1)
+    path = other / "evaluation" / "metrics.json"
+    write_json(path, {**json.loads(path.read_text()), "retrieval": True})
+    _, _, sentences = compared(one, other)
+    assert "Compare their right answers" in sentences[0]
+
+
 def test_questions_that_differ_are_not_compared_for_right_answers(tmp_path):
     one, other = a_run(tmp_path / "a"), a_run(tmp_path / "b", learning_rate=1)
     path = other / "evaluation" / "answers.jsonl"
     path.write_text(path.read_text().replace("q0?", "something else?"))
     settings, part, _ = compared(one, other)
     assert part is None
-    assert headline(settings, part)[0].startswith("Fewest bits per byte")
+    first, second, *_ = headline(settings, part)
+    assert "were not asked the same questions" in first
+    assert second.startswith("Fewest bits per byte")
 
 
 def test_one_seed_each_is_said(tmp_path):

@@ -429,7 +429,7 @@ def test_runs_beside_each_other(render, tmp_path):
     page = render("compare_runs", runs=f"{worse} {best} {other} {unfinished} {best}")
     text = page.text
     assert "Most right answers: best, 90% of 40 reworded questions." in text
-    assert "Not told apart from it: none of the others." in text
+    assert "All others differ from it by more than chance." in text
     assert text.index("CANNOT BE COMPARED") < text.index("Most right answers")
     assert "unfinished was not evaluated" in text
     assert "unfinished: 03_merge_adapter left no record" in text

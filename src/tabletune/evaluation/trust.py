@@ -188,7 +188,7 @@ class TrustExamination:
             answers.to_json(path, orient="records", lines=True, force_ascii=False)
 
 
-def in_short(metrics: Mapping[str, Any]) -> list[str]:
+def in_short(metrics: dict[str, Any]) -> list[str]:
     """The findings of `trust/metrics.json`, a sentence or two for each question that was asked."""
     sentences = safety_finding(metrics)[:2]
     if metrics["adapter"]["grounding"]:

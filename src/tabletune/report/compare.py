@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from tabletune.report.pages import digest_of_test, in_order_of_test, read_lines, read_run
+from tabletune.report.tables import NO_DIFFERENCE
 from tabletune.report.text import PARTS, with_interval
 from tabletune.run.hub import open_run
 from tabletune.stats import count_groups, mean_difference, mean_interval
@@ -35,6 +36,10 @@ NOT_IN_SETTING = {  # parameters in which the runs of one setting may differ
 }
 EVALUATED_WITH = ("window", "stride", "samples", "max_new_tokens", "do_sample")
 RIGHT, BITS = "right", "bits"
+RIGHT_UNKNOWN = (
+    "Which setting has the most right answers is not known: the runs were not asked the same "
+    "questions. Run notebook 4 again with the same `samples`."
+)
 LEAST_BITS = 0.004  # per byte, some 1% of a perplexity: less is no difference, however sure it is
 
 
@@ -203,14 +208,21 @@ def cautions(runs: Sequence[ComparedRun]) -> list[str]:
     sentences = []
     if len({run.info["parameters"].get("base_model") for run in runs}) > 1:
         sentences.append(
-            "The base models differ. Perplexity counts tokens, and each tokenizer cuts its own: "
-            "compare bits per byte."
+            "The base models differ. Perplexity is a figure per token, and each tokenizer makes "
+            "other tokens, so compare bits per byte."
+        )
+    if len({bool(run.info["metrics"].get("retrieval")) for run in runs}) > 1:
+        sentences.append(
+            "Some of these runs have rows in their prompts (`context_rows`), others do not. "
+            "Compare their right answers: bits per byte and response perplexity are measured "
+            "without these rows, and say nothing about how the runs with rows answer."
         )
     for name in EVALUATED_WITH:
         values = {run.info["parameters"].get(name) for run in runs}
         if len(values) > 1:
             sentences.append(
-                f"They were evaluated with different {name}: {values_as_text(values)}."
+                f"They were evaluated with different {name} ({values_as_text(values)}): a "
+                "difference may come from that."
             )
     return sentences
 
@@ -306,9 +318,21 @@ def pairs_table(settings: Sequence[Setting], part: str | None) -> pd.DataFrame:
             line["right answers, points"] = difference_text(right, 100, "+.0f")
         bits = pair_difference(setting, settings[0], BITS, part)
         line["bits per byte"] = difference_text(bits, 1, "+.3f")
-        line["told apart?"] = "yes" if is_told_apart(right, bits) else "no"
+        line["result"] = result_of_pair(right, bits)
         lines[setting.name] = line
     return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def result_of_pair(right: dict | None, bits: dict | None) -> str:
+    """Whether a setting is better or worse than the first one.
+
+    Right answers decide, and bits per byte if those do not differ.
+    """
+    if right is not None and right["significant"]:
+        return "better" if right["difference"] > 0 else "worse"
+    if bits is not None and bits["significant"]:
+        return "better" if bits["difference"] < 0 else "worse"
+    return NO_DIFFERENCE
 
 
 def is_told_apart(*entries: dict | None) -> bool:
@@ -336,14 +360,19 @@ def headline(settings: Sequence[Setting], part: str | None) -> list[str]:
             f"Most right answers: {best.name}, {np.mean(rates):.0%} of {questions} {PARTS[part]}."
         ]
     else:
-        sentences = [f"Fewest bits per byte: {best.name}, {np.mean(best.values(BITS, '')):.3f}."]
+        bits = float(np.mean(best.values(BITS, "")))
+        sentences = [f"Fewest bits per byte: {best.name}, {bits:.3f}."]
+        if any(run.answers for setting in settings for run in setting.runs):
+            sentences.insert(0, RIGHT_UNKNOWN)
     same = []
     for setting in settings[1:]:
         right = pair_difference(setting, best, RIGHT, part) if part else None
         if not is_told_apart(right, pair_difference(setting, best, BITS, part)):
             same.append(setting.name)
-    if settings[1:]:
-        sentences.append(f"Not told apart from it: {', '.join(same) or 'none of the others'}.")
+    if same:
+        sentences.append(f"No difference to it is shown for: {', '.join(same)}.")
+    elif settings[1:]:
+        sentences.append("All others differ from it by more than chance.")
     if all(len(setting.runs) == 1 for setting in settings):
         sentences.append(
             "Each setting ran with one seed. How much a seed alone changes is not known: run one "
