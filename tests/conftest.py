@@ -18,6 +18,10 @@ import pytest
 # a thread that waits leaves its core to the other worker: before PyTorch is imported, also in what
 # tests start
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# what tests start is no part of the make that may run them: its level and its arguments are not
+# theirs, nor is ARGS, which is for pytest
+for variable in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS", "ARGS"):
+    os.environ.pop(variable, None)
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / ".cache" / "tiny-llama"
 TABLE = ROOT / "data" / "home_remedies.csv"
@@ -60,13 +64,7 @@ def run_of_make(*arguments):
         f"PYTHON={sys.executable}",
         *map(str, arguments),
     ]
-    # not as a part of the make that may run these tests: its level and its arguments are not ours
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")
-    }
-    return {"args": command, "cwd": ROOT, "env": env, "text": True}
+    return {"args": command, "cwd": ROOT, "env": dict(os.environ), "text": True}
 
 
 def make(*arguments, cwd=ROOT):

@@ -40,8 +40,9 @@ from trl import SFTConfig
 
 from tabletune.cli.progress import running_cell
 from tabletune.errors import is_unreachable
-from tabletune.merging.plan import base_module_name
+from tabletune.merging.lora import base_module_name
 from tabletune.model import compat
+from tabletune.model.adapters import load_adapter_weights
 from tabletune.model.compat import INTERNALS
 from tabletune.model.fused_lora import can_be_fused, frozen_weight
 from tabletune.model.inspection import linear_layers, tied_weight_names
@@ -162,6 +163,12 @@ def trainer_calls_load_adapter(folder):
     assert source(transformers.Trainer).count("model.load_adapter(") >= 2
 
 
+def training_switches_liger_on(folder):
+    """Not when a Trainer is made: by then TokenTrainer has not yet said so."""
+    assert "apply_liger_kernel(self.model" in source(transformers.Trainer)
+    assert "apply_liger_kernel" not in source(transformers.Trainer.__init__)
+
+
 def checkpoints_say_whether_training_ended(folder):
     for ended in (False, True):
         control = TrainerControl(should_training_stop=ended)
@@ -204,6 +211,27 @@ def plain_lora_is_recognized(folder):
     assert can_be_fused(layer)
 
 
+def layers_in_4_bits_are_recognized(folder):
+    model = load_base(str(TINY), None, torch.float32)
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    layer = peft.get_peft_model(model, config).get_submodule(
+        "base_model.model.model.layers.0.self_attn.q_proj"
+    )
+    assert can_be_fused(layer)
+
+
+def adapters_are_read_into_the_model(folder):
+    """An adapter is saved, changed in the model, and read again."""
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 4)})
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["layer"], r=2))
+    weight = adapted.base_model.model["layer"].lora_A["default"].weight
+    saved = weight.detach().clone()
+    adapted.save_pretrained(folder)
+    weight.data.zero_()
+    load_adapter_weights(adapted, folder)
+    assert torch.equal(weight, saved), "the tensors are copies"
+
+
 def adapters_name_their_layers(folder):
     model = tiny_skeleton()
     layers = set(linear_layers(model))
@@ -233,7 +261,8 @@ def layers_compute_in_the_dtype_that_is_set(folder):
     layer = load_base(str(TINY), None, torch.float32).model.layers[0].mlp.up_proj
     x = torch.randn(1, layer.in_features)
     expected = layer(x)
-    layer.compute_dtype = torch.bfloat16
+    assert compat.computes_in(layer) == torch.float32
+    compat.compute_in(layer, torch.bfloat16)
     assert not torch.equal(layer(x), expected), "compute_dtype changes nothing"
 
 
@@ -455,6 +484,22 @@ def rename_offset(monkeypatch, path):
     monkeypatch.setattr(torch, "Generator", type("Generator", (), {}))
 
 
+def rename_class(monkeypatch, path):
+    name = path.rpartition(".")[2]
+    renamed = type("Renamed", (resolve(path),), {})
+    monkeypatch.setattr(peft.tuners.lora.bnb, name, renamed)
+
+
+def copy_state_dict(monkeypatch, path):
+    """Nothing is renamed: what PEFT returns is no longer the model's own memory."""
+    state_dict = peft.get_peft_model_state_dict
+
+    def copies(*args, **kwargs):
+        return {name: value.clone() for name, value in state_dict(*args, **kwargs).items()}
+
+    monkeypatch.setattr(peft, "get_peft_model_state_dict", copies)
+
+
 def rename_adapter_tensors(monkeypatch, path):
     state_dict = peft.get_peft_model_state_dict
 
@@ -534,6 +579,9 @@ CANARIES = {
     "transformers.Trainer: model.load_adapter": Canary(
         trainer_calls_load_adapter, rename_in_source("load_adapter")
     ),
+    "transformers.Trainer.train: apply_liger_kernel": Canary(
+        training_switches_liger_on, rename_in_source("apply_liger_kernel")
+    ),
     "transformers.TrainerState.stateful_callbacks": Canary(
         checkpoints_say_whether_training_ended, rename_stateful_callbacks
     ),
@@ -542,6 +590,10 @@ CANARIES = {
     "torch.Generator.set_offset": Canary(generators_have_an_offset, rename_offset),
     "peft.tuners.lora.LoraLayer.lora_variant": Canary(plain_lora_is_recognized),
     "peft.tuners.lora.LoraLayer.lora_bias": Canary(plain_lora_is_recognized),
+    "peft.tuners.lora.Linear4bit": Canary(layers_in_4_bits_are_recognized, rename_class),
+    "peft.get_peft_model_state_dict: the model's own memory": Canary(
+        adapters_are_read_into_the_model, copy_state_dict
+    ),
     "peft: base_model.model.NAME.lora_A.weight": Canary(
         adapters_name_their_layers, rename_adapter_tensors
     ),
@@ -615,12 +667,55 @@ def test_an_internal_has_a_reason_and_an_address(internal):
     assert internal.upstream.startswith("https://github.com/")
 
 
+def name_in_code(internal):
+    """What our code calls an internal."""
+    names = {
+        "peft: base_model.model.NAME.lora_A.weight": ".lora_A.weight",
+        "peft.get_peft_model_state_dict: the model's own memory": "get_peft_model_state_dict",
+        "transformers.Trainer.train: apply_liger_kernel": "use_liger_kernel",
+        "peft.tuners.lora.Linear4bit": "FUSED_CLASSES",
+    }
+    return names.get(internal.path, re.findall(r"\w+", internal.path)[-1])
+
+
+# public names, of which something is used that is not promised: they may stand anywhere
+PUBLIC = {
+    "FUSED_CLASSES",
+    "HTTPError",
+    "get_peft_model_state_dict",
+    "gradient_checkpointing",
+    "state_dict",
+    "use_liger_kernel",
+}
+
+
+def names_in(tree):
+    """All attributes, imported names and texts of a syntax tree."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("tabletune"):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names.add(node.value)
+    return names
+
+
+@each_internal
+def test_an_internal_is_used_in_one_place(internal):
+    name = name_in_code(internal)
+    users = {path for path, tree in own_code().items() if name in names_in(tree)}
+    users = {path.removeprefix("src/tabletune/") for path in users if path.startswith("src/")}
+    assert name in PUBLIC or users <= {"model/compat.py", internal.used_in}
+
+
 @each_internal
 def test_an_internal_is_used_where_it_says(internal):
     text = (ROOT / "src" / "tabletune" / internal.used_in).read_text(encoding="utf-8")
     if internal.used_in == "model/compat.py":
         text = text.partition("\n)\n")[2]  # below the table itself
-    assert re.findall(r"\w+", internal.path)[-1] in text
+    assert name_in_code(internal) in text
 
 
 def test_every_internal_has_a_canary_and_no_other():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from importlib.metadata import version
 
 import jupytext
 import nbformat
@@ -28,10 +29,18 @@ from conftest import (
     run_of_make,
     run_tiny,
 )
+from packaging.version import Version
 
 from tabletune.errors import StageError
 from tabletune.run.parameters import PARAMETERS, read_profile
 
+# On some CPUs bitsandbytes says at its import that it lacks an optional kernel. The package imports
+# it silently (model/bnb.py), but peft from 0.20 on imports it first.
+NO_HINT = """
+import logging
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+"""
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks_py").glob("*.py"))
 
 
@@ -100,6 +109,11 @@ def test_the_notebooks_print_what_the_references_show(tmp_path):
         "PYTHONWARNINGS": "ignore",
         "CUDA_VISIBLE_DEVICES": "",
     }
+    if Version(version("peft")) >= Version("0.20"):  # it imports bitsandbytes before we do
+        (tmp_path / "sitecustomize.py").write_text(NO_HINT, encoding="utf-8")
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
     files = [f"{name}.ipynb" for name in STAGES]
     done = subprocess.run(
         [*command, *files], cwd=tmp_path, env=environment, capture_output=True, text=True

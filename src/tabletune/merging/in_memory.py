@@ -13,7 +13,13 @@ from safetensors.torch import load_file
 from transformers import Conv1D, PreTrainedModel
 
 from tabletune.errors import StageError, first_line
-from tabletune.merging.lora import add_lora, has_lora, nf4_round_trip, transpose_conv1d
+from tabletune.merging.lora import (
+    MATRICES,
+    add_lora,
+    has_lora,
+    nf4_round_trip,
+    transpose_conv1d,
+)
 from tabletune.model.adapters import attach_adapter
 from tabletune.model.inspection import linear_layers, tied_weight_names
 
@@ -52,7 +58,7 @@ def is_plain_lora(config: PeftConfig, adapter: Iterable[str]) -> bool:
 
     `adapter` are the names of its tensors.
     """
-    only_products = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in adapter)
+    only_products = all(name.endswith(MATRICES) for name in adapter)
     changes_base = str(config.init_lora_weights).startswith(CHANGES_BASE)
     return only_products and not config.target_parameters and not changes_base
 

@@ -14,18 +14,32 @@ from transformers import Conv1D
 
 from tabletune.model.bnb import dequantize_4bit, quantize_4bit
 
+PREFIX = "base_model.model."  # of all names in an adapter's file
+MATRICES = (".lora_A.weight", ".lora_B.weight")
+
 
 def has_lora(adapter: dict[str, torch.Tensor], module: str) -> bool:
     """Whether an adapter has the matrices A and B of a layer."""
-    return f"base_model.model.{module}.lora_A.weight" in adapter
+    return f"{PREFIX}{module}{MATRICES[0]}" in adapter
 
 
 def lora_matrices(
     adapter: dict[str, torch.Tensor], module: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The matrices A, [r, in], and B, [out, r], of a layer that has them (`has_lora`), in fp32."""
-    stem = f"base_model.model.{module}"
-    return adapter[f"{stem}.lora_A.weight"].float(), adapter[f"{stem}.lora_B.weight"].float()
+    a, b = (adapter[f"{PREFIX}{module}{matrix}"].float() for matrix in MATRICES)
+    return a, b
+
+
+def base_module_name(name: str) -> str:
+    """The layer of the base model that a tensor of an adapter belongs to.
+
+    `base_model.model.` and `.lora_A.weight` are taken off.
+    """
+    name = name.removeprefix(PREFIX)
+    # what is trained in full has no such part: its own name ends with .weight or .bias
+    module, *kind = re.split(r"\.lora_|\.token_adapter\.|\.base_layer\.", name)
+    return module if kind else module.rpartition(".")[0]
 
 
 def scaling(config: LoraConfig, module: str) -> float:

@@ -7,7 +7,6 @@ layers for images and experts stored one by one stay what they are, whatever nam
 gives them when it reads them.
 """
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,13 @@ from transformers import AutoConfig
 
 from tabletune.errors import StageError
 from tabletune.merging.in_memory import is_plain_lora, merge_in_memory, quantized_layers
-from tabletune.merging.lora import add_lora, lora_matrices, nf4_round_trip, transpose_conv1d
+from tabletune.merging.lora import (
+    add_lora,
+    base_module_name,
+    lora_matrices,
+    nf4_round_trip,
+    transpose_conv1d,
+)
 from tabletune.model.bnb import QuantState, dequantize_4bit
 from tabletune.model.compat import model_names, stored_state_dict, tensors_in_4_bits
 from tabletune.model.inspection import in_out_features, tied_weight_names
@@ -58,17 +63,6 @@ def load_adapter(
             "with a lower learning_rate."
         )
     return config, provenance, weights
-
-
-def base_module_name(name: str) -> str:
-    """The layer of the base model that a tensor of an adapter belongs to.
-
-    `base_model.model.` and `.lora_A.weight` are taken off.
-    """
-    name = name.removeprefix("base_model.model.")
-    # what is trained in full has no such part: its own name ends with .weight or .bias
-    module, *kind = re.split(r"\.lora_|\.token_adapter\.|\.base_layer\.", name)
-    return module if kind else module.rpartition(".")[0]
 
 
 class MergePlan:

@@ -121,6 +121,12 @@ INTERNALS = (
         f"{TRANSFORMERS}/trainer.py",
     ),
     Internal(
+        "transformers.Trainer.train: apply_liger_kernel",
+        "training/trainer.py",
+        "Liger's loss is switched on when the training starts, so after SFTTrainer has been made",
+        f"{TRANSFORMERS}/trainer.py",
+    ),
+    Internal(
         "transformers.TrainerState.stateful_callbacks",
         "training/checkpoints.py",
         "a checkpoint says there whether the training had ended with it",
@@ -159,8 +165,20 @@ INTERNALS = (
         f"{PEFT}/tuners/lora/layer.py",
     ),
     Internal(
+        "peft.tuners.lora.Linear4bit",
+        "model/fused_lora.py",
+        FUSING,
+        f"{PEFT}/tuners/lora/bnb.py",
+    ),
+    Internal(
+        "peft.get_peft_model_state_dict: the model's own memory",
+        "model/adapters.py",
+        "writing into the tensors that it returns is how an adapter gets its weights",
+        f"{PEFT}/utils/save_and_load.py",
+    ),
+    Internal(
         "peft: base_model.model.NAME.lora_A.weight",
-        "merging/plan.py",
+        "merging/lora.py",
         "the names of an adapter's tensors say which layer of the base they belong to",
         f"{PEFT}/utils/save_and_load.py",
     ),
@@ -174,13 +192,13 @@ INTERNALS = (
     ),
     Internal(
         "bitsandbytes.nn.Linear4bit.compute_dtype",
-        "model/quantization.py",
+        "model/compat.py",
         "a base stored in 4 bits computes in the dtype of the training, not of whoever stored it",
         f"{BITSANDBYTES}/nn/modules.py",
     ),
     Internal(
         "bitsandbytes.nn.Params4bit.quant_state",
-        "model/fused_lora.py",
+        "model/compat.py",
         "the statistics of a weight in 4 bits: its shape, and what it takes to dequantize it",
         f"{BITSANDBYTES}/nn/modules.py",
     ),
@@ -339,6 +357,21 @@ def changes_in_place(tensor: torch.Tensor) -> int:
 def keep_gradients_on_cpu(layer: torch.nn.Module) -> None:
     """Keep a bitsandbytes Linear4bit from repacking its weights, after which it has no gradient."""
     layer.support_avx512bf16_for_cpu = False
+
+
+def compute_in(layer: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Have a bitsandbytes Linear4bit compute in `dtype`."""
+    layer.compute_dtype = dtype
+
+
+def computes_in(layer: torch.nn.Module) -> torch.dtype:
+    """The dtype that a bitsandbytes Linear4bit computes in."""
+    return layer.compute_dtype
+
+
+def statistics_of(weight: torch.Tensor) -> Any:
+    """The QuantState that dequantizes a weight in 4 bits; None for any other weight."""
+    return getattr(weight, "quant_state", None)
 
 
 def tensors_in_4_bits(names: Iterable[str] | Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ It makes answers faster, and training on a CPU.
 import torch
 
 from tabletune.model.bnb import bnb, dequantize_4bit
+from tabletune.model.compat import computes_in, statistics_of
 from tabletune.model.devices import available_memory_gib
 
 
@@ -32,12 +33,12 @@ def dequantize_layers(model: torch.nn.Module) -> bool:
         for name, layer in parent.named_children():
             if isinstance(layer, bnb.nn.Linear4bit):
                 layers.append((parent, name, layer))
-                size += layer.weight.quant_state.shape.numel() * layer.compute_dtype.itemsize
+                size += statistics_of(layer.weight).shape.numel() * computes_in(layer).itemsize
     if not layers or 2 * size / 2**30 > available_memory_gib():
         return False
     for parent, name, layer in layers:
-        state = layer.weight.quant_state
-        state.dtype = layer.compute_dtype
+        state = statistics_of(layer.weight)
+        state.dtype = computes_in(layer)
         # on meta: the layer's own random weight is never made
         with torch.device("meta"):
             linear = Linear(layer.in_features, layer.out_features, bias=False)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
+from tabletune.model.compat import statistics_of
+
 FUSED_CLASSES = ("Linear", "Linear4bit")  # of PEFT's LoRA layers
 
 
@@ -25,7 +27,7 @@ def flatten(tensor: torch.Tensor) -> torch.Tensor:
 
 def frozen_weight(layer: torch.nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     """The weight of a frozen linear layer, [out, in], in `dtype`, dequantized from 4 bits."""
-    state = getattr(layer.weight, "quant_state", None)
+    state = statistics_of(layer.weight)
     if state is None:
         return layer.weight.to(dtype)
     from bitsandbytes.functional import dequantize_4bit  # imported late: it takes a second
@@ -130,7 +132,7 @@ def can_be_fused(module: torch.nn.Module) -> bool:
     base = module.get_base_layer()
     if not isinstance(base, torch.nn.Linear) or module.fan_in_fan_out or module.lora_variant:
         return False
-    readable = hasattr(base.weight, "quant_state") or base.weight.is_floating_point()
+    readable = statistics_of(base.weight) is not None or base.weight.is_floating_point()
     frozen = not any(parameter.requires_grad for parameter in base.parameters())
     return readable and frozen and not any(module.lora_bias.values())
 

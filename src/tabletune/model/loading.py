@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from tabletune.errors import StageError, hub_error
+from tabletune.model.compat import statistics_of
 from tabletune.model.weights import OnDisk, read_ahead, weight_files
 
 # transformers' classes that generate text, by the class of a config
@@ -211,7 +212,7 @@ def load_quantized(
     check_loaded_weights(folder, loaded, report)
     for parameter in loaded.parameters():
         # transformers 5.24 leaves the others in the dtype of whoever stored them
-        if not hasattr(parameter, "quant_state") and parameter.is_floating_point():
+        if statistics_of(parameter) is None and parameter.is_floating_point():
             parameter.data = parameter.data.to(options["dtype"])
     return loaded
 
@@ -229,7 +230,7 @@ def check_loaded_weights(folder: Path, model: PreTrainedModel, report: dict[str,
     wrong = {name for name, *_ in report["mismatched_keys"]}
     for name, layer in model.named_modules():  # transformers reports none of quantized layers
         if isinstance(layer, torch.nn.Linear):
-            stored = getattr(layer.weight, "quant_state", None) or layer.weight
+            stored = statistics_of(layer.weight) or layer.weight
             if stored.shape != (layer.out_features, layer.in_features):
                 wrong.add(f"{name}.weight")
     for name in sorted(wrong):

@@ -7,7 +7,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from tabletune.errors import StageError
-from tabletune.model.compat import keep_gradients_on_cpu
+from tabletune.model.compat import compute_in, keep_gradients_on_cpu
 from tabletune.model.loading import load_model
 
 
@@ -65,5 +65,5 @@ def load_base(
             if isinstance(layer, bnb.nn.Linear4bit):
                 keep_gradients_on_cpu(layer)
                 # a base stored in 4 bits brings the dtype of whoever stored it
-                layer.compute_dtype = dtype
+                compute_in(layer, dtype)
     return model

@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from tabletune.errors import StageError, first_line, suggestion
 from tabletune.merging.in_memory import CHANGES_BASE, is_plain_lora
-from tabletune.merging.plan import base_module_name
+from tabletune.merging.lora import base_module_name
 from tabletune.model.compat import checkpointing_arguments
 from tabletune.model.inspection import context_length, tied_weight_names
 from tabletune.training.lora_targets import lora_targets, shortest_target_names
