@@ -104,7 +104,7 @@ your_question = ""  # one more, of your own; "": the example's, or the first of 
 import pandas as pd
 
 from tabletune.evaluation.examination import Examination, ExaminationSettings
-from tabletune.evaluation.metrics import joined_perplexity
+from tabletune.evaluation.perplexity_and_form import joined_perplexity
 from tabletune.evaluation.questions import own_question
 from tabletune.evaluation.refusals import show_refusals
 from tabletune.evaluation.scoring import perplexity, score

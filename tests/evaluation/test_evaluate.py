@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from tabletune.chat.encoding import encode_prompt
 from tabletune.errors import StageError
 from tabletune.evaluation.answers import SeededSampling, generate
-from tabletune.evaluation.metrics import (
+from tabletune.evaluation.perplexity_and_form import (
     answer_bytes,
     check_answers,
     joined_perplexity,
@@ -32,11 +32,11 @@ from tabletune.evaluation.scoring import divergence, perplexity, response_logits
 from tabletune.evaluation.structure import has_structure
 from tabletune.model import dequantize, run_models
 from tabletune.model import memory as memory_module
+from tabletune.model.batch_size import bytes_per_token, max_batch_size
 from tabletune.model.compat import CACHE
 from tabletune.model.cuda_graphs import cuda_graph
 from tabletune.model.dequantize import dequantize_layers
 from tabletune.model.generation import decode_loop, static_cache
-from tabletune.model.memory import bytes_per_token, max_batch_size
 from tabletune.model.quantization import load_base
 from tabletune.model.run_models import find_merged
 from tabletune.report import plots as plots_module

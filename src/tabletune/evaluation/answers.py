@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from tabletune.chat.encoding import answer_text, encode_prompt
+from tabletune.model.batch_size import max_batch_size
 from tabletune.model.compat import CACHE
 from tabletune.model.generation import decode_loop, static_cache
-from tabletune.model.memory import max_batch_size
 
 # the settings of sampling, in the order in which transformers applies them
 WARPERS = {

@@ -29,7 +29,7 @@ from tabletune.evaluation.content import (
     majority_baseline,
     summarize_content,
 )
-from tabletune.evaluation.metrics import PAIRS, answer_bytes, save_rows, summarize_all
+from tabletune.evaluation.perplexity_and_form import PAIRS, answer_bytes, save_rows, summarize_all
 from tabletune.evaluation.questions import question_sets
 from tabletune.evaluation.scoring import perplexity, score
 from tabletune.evaluation.trained_run import TrainedRun

@@ -18,8 +18,8 @@ from accelerate.utils import reduce
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from tabletune.model.batch_size import max_batch_size
 from tabletune.model.checks import check_finite
-from tabletune.model.memory import max_batch_size
 
 # --- perplexity
 
