@@ -308,7 +308,8 @@ training_arguments = SFTConfig(
 )
 
 # %% [markdown]
-# TRL's `SFTTrainer` does the work. Our `TokenTrainer` differs from it in three points:
+# TRL's `SFTTrainer` does the work. Our `TokenTrainer` differs from it in a few points,
+# of which these matter most:
 #
 # - Its validation loss, which decides which checkpoint is the best, is the mean over all tokens. So
 #   a batch counts by its tokens, and not by its rows.

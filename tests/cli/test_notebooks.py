@@ -212,21 +212,35 @@ def notebook_with_error(path, name, text, **options):
     path.write_text(nbformat.writes(notebook, **options), encoding="utf-8")
 
 
+def target_in(folder):
+    return folder / "02_finetune_qlora.ipynb"
+
+
 @pytest.mark.parametrize("indent", [None, 1], ids=["on one line", "on many lines"])
 def test_error_in_reads_it_however_the_file_is_written(tmp_path, indent):
     path = tmp_path / "02_finetune_qlora.partial.ipynb"
     notebook_with_error(path, "StageError", 'no "room", {}', indent=indent)
-    assert error_in(tmp_path) == 'no "room", {}'
+    assert error_in(target_in(tmp_path), 0) == 'no "room", {}'
 
 
-def test_error_in_is_that_of_the_notebook_that_stopped_last(tmp_path):
-    old, new = (tmp_path / f"{name}.partial.ipynb" for name in ("04_evaluate", "02_finetune_qlora"))
+def test_error_in_is_that_of_the_process_that_stopped_last(tmp_path):
+    names = ("02_finetune_qlora.process1", "02_finetune_qlora")
+    old, new = (tmp_path / f"{name}.partial.ipynb" for name in names)
     notebook_with_error(new, "ValueError", "new")
     notebook_with_error(old, "StageError", "old")
     os.utime(old, (1, 1))
-    assert error_in(tmp_path) == "ValueError: new"
+    assert error_in(target_in(tmp_path), 0) == "ValueError: new"
+
+
+def test_error_in_is_none_of_another_notebook_or_of_an_earlier_start(tmp_path):
+    """A process that was killed leaves no error, and then nothing is known."""
+    notebook_with_error(tmp_path / "04_evaluate.partial.ipynb", "ValueError", "another")
+    earlier = tmp_path / "02_finetune_qlora.partial.ipynb"
+    notebook_with_error(earlier, "ValueError", "last week")
+    os.utime(earlier, (1000, 1000))
+    assert error_in(target_in(tmp_path), 2000) is None
 
 
 def test_error_in_skips_a_file_that_was_killed_while_it_was_written(tmp_path):
     (tmp_path / "02_finetune_qlora.partial.ipynb").write_text('{"cells": [')
-    assert error_in(tmp_path) is None
+    assert error_in(target_in(tmp_path), 0) is None

@@ -8,7 +8,7 @@ from conftest import ROOT
 from tabletune.cli import sweep as sweep_module
 from tabletune.cli.main import build_parser
 from tabletune.cli.notebooks import NotebookError
-from tabletune.cli.sweep import read_grid, run_sweep, short_name
+from tabletune.cli.sweep import point_name, read_grid, run_sweep, short_name
 from tabletune.errors import StageError
 
 
@@ -93,13 +93,13 @@ def test_the_folder_of_a_sweep_is_named_by_grid_and_profile():
 def test_a_grid_that_cannot_be_run_is_refused(tmp_path, grid, message):
     (tmp_path / "grid.yaml").write_text(grid)
     with pytest.raises(StageError) as caught:
-        read_grid(Namespace(grid=str(tmp_path / "grid.yaml"), words={"seed": 7}))
+        read_grid(Namespace(grid=str(tmp_path / "grid.yaml"), overrides={"seed": 7}))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_the_grid_of_the_repository_can_be_run():
-    assert read_grid(Namespace(grid=str(ROOT / "grids" / "lora.yaml"), words={}))
+    assert read_grid(Namespace(grid=str(ROOT / "grids" / "lora.yaml"), overrides={}))
 
 
 def test_values_that_look_alike_have_folders_of_their_own():
@@ -108,3 +108,12 @@ def test_values_that_look_alike_have_folders_of_their_own():
     assert len(names) == len(texts)
     assert all(len(name) < 60 and "/" not in name and " " not in name for name in names)
     assert short_name("lora_r", 16) == "lora_r-16"
+
+
+def test_points_whose_names_are_too_long_have_folders_of_their_own():
+    texts = [f"{'words ' * 20}{number}" for number in range(5)]
+    point = {f"parameter_{number}": text for number, text in enumerate(texts)}
+    other = point | {"parameter_4": "something else"}
+    names = {point_name(point), point_name(other)}
+    assert len(names) == 2
+    assert all(len(name) <= 200 for name in names)

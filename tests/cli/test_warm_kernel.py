@@ -172,7 +172,7 @@ def test_the_kernel_of_the_next_notebook_is_started(monkeypatch, tmp_path, gpus,
     monkeypatch.setattr(series, "run_lock", lambda *_: nullcontext())
     monkeypatch.setattr(series, "is_up_to_date", lambda *_: False)
 
-    def run_notebook(source, target, words, processes, kernel):
+    def run_notebook(source, target, overrides, processes, kernel):
         if kernel is not None:
             warm.append(source.stem)
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from table_helpers import GOOD, HEADER, NAMES, as_csv, examples, formatted, opened, pairs, write
 
+from tabletune.data.csv_files import find_delimiter
 from tabletune.errors import StageError
 
 
@@ -165,3 +166,16 @@ def test_header_row_can_be_set(tmp_path):
         list(opened(tmp_path / "t.csv", delimiter=";").rows(NAMES))
     table = opened(tmp_path / "t.csv", header_row=3)
     assert list(table.rows(NAMES)) == [("", ["a", "b"])]
+
+
+@pytest.mark.parametrize("delimiter", ['"', "\n", "\r"])
+def test_a_quote_or_the_end_of_a_line_is_no_delimiter(tmp_path, delimiter):
+    (tmp_path / "t.csv").write_text("question,answer\na,b\n")
+    with pytest.raises(StageError, match="use auto, tab, or one character"):
+        opened(tmp_path / "t.csv", delimiter=delimiter)
+
+
+@pytest.mark.parametrize("first_line", ["sep=", "sep=\n", "sep=\r\n"])
+def test_a_line_that_says_no_delimiter_is_passed_over(first_line):
+    assert find_delimiter(first_line) == ","
+    assert find_delimiter(f"{first_line.strip()}\nquestion;answer\na;b\n") == ";"

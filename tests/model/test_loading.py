@@ -480,6 +480,13 @@ def test_a_base_in_4_bits_computes_in_the_dtype_of_the_run(tmp_path, dtype, shar
         assert torch.equal(usual(ids).logits, load_base(str(TINY), None, dtype)(ids).logits)
 
 
+def test_a_base_stored_in_4_bits_has_its_name_and_not_that_of_the_cache(tmp_path, monkeypatch):
+    load_base(str(TINY), None, torch.float32).save_pretrained(tmp_path)
+    monkeypatch.setattr("tabletune.model.loading.download_model", lambda model, _: tmp_path)
+    stored = load_base("owner/name", None, torch.float32)
+    assert (stored.name_or_path, stored.config.name_or_path) == ("owner/name", "owner/name")
+
+
 @pytest.mark.parametrize("quantization", ["8bit", "none"])
 def test_other_ways_to_keep_the_base(quantization):
     ids = torch.arange(3, 35)[None]

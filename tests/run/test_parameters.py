@@ -255,3 +255,15 @@ def test_parameters_that_stages_share_have_one_default():
     for notebook, parameters in PARAMETERS.items():
         for name, default in parameters.items():
             assert DEFAULTS[name] == default, f"{name} differs in {notebook}"
+
+
+def test_a_wrong_capital_gets_a_suggestion():
+    with pytest.raises(StageError, match=r"'MAX_LENGTH'\. Did you mean 'max_length'\?"):
+        check_names(["MAX_LENGTH"], ["01_format_dataset"])
+
+
+@pytest.mark.parametrize(("text", "name"), [("1: 2", "1"), ("true: x", "True"), ("1: [2, 3]", "1")])
+@pytest.mark.parametrize("grid", [False, True])
+def test_a_name_that_yaml_reads_as_no_text_is_refused(text, name, grid):
+    with pytest.raises(StageError, match=f"profile: No notebook has a parameter {name}"):
+        read_parameters(text, "profile", grid)

@@ -151,7 +151,7 @@ def check_call(words):
     if profile and Path(profile).stem == MINE:
         options.profile = None
     notebook = NOTEBOOK_OF.get(name)
-    values = {**options.files, **options.words}
+    values = {**options.files, **options.overrides}
     if notebook is None and name not in ("run", "index", "ask", "rate", "summary"):
         read_run_choice(options)
     else:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tabletune.cli import series
-from tabletune.cli.notebooks import SERIES, run_notebook
+from tabletune.cli.notebooks import RUN_STAGES, run_notebook
 from tabletune.cli.options import (
     Parser,
     add_parameters,
@@ -33,10 +33,10 @@ Command = Callable[[argparse.Namespace], None]
 
 def run(options: argparse.Namespace) -> None:
     """Execute one notebook as TARGET, with the settings of the run folder that TARGET is in."""
-    words = {**options.files, **options.words}
-    processes = words.pop("gpus", None) or options.processes
+    overrides = {**options.files, **options.overrides}
+    processes = overrides.pop("gpus", None) or options.processes
     run_notebook(
-        Path(options.notebook), Path(options.target), words, processes, options.prepare_only
+        Path(options.notebook), Path(options.target), overrides, processes, options.prepare_only
     )
 
 
@@ -55,9 +55,9 @@ def on_finished_run(name: str) -> Command:
 
     def command(options: argparse.Namespace) -> None:
         run_dir = choose_run_dir(options)
-        words = {**options.files, **options.words}
-        gpus = options.gpus or words.pop("gpus", None) or read_settings(run_dir).get("gpus", 1)
-        run_notebook(notebook(name), run_dir / f"{name}.ipynb", words, gpus)
+        overrides = {**options.files, **options.overrides}
+        gpus = options.gpus or overrides.pop("gpus", None) or read_settings(run_dir).get("gpus", 1)
+        run_notebook(notebook(name), run_dir / f"{name}.ipynb", overrides, gpus)
 
     return command
 
@@ -154,7 +154,9 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     command = add_for_run("run-all", series.run_all)
-    command.add_argument("--until", choices=SERIES, metavar="STAGE", help="the last stage to run")
+    command.add_argument(
+        "--until", choices=RUN_STAGES, metavar="STAGE", help="the last stage to run"
+    )
     add_for_run(
         "baselines",
         baselines,

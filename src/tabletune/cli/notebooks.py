@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tabletune.errors import StageError
 from tabletune.run.lock import run_lock
 from tabletune.run.parameters import PARAMETERS, check_names
 
-SERIES = NUMBERED[:4]  # these make a run; all others need one
+RUN_STAGES = NUMBERED[:4]  # these make a run, with `make run-all`; all others need one
 
 
 class NotebookError(StageError):
@@ -26,10 +27,10 @@ class NotebookError(StageError):
         self.reason = reason
 
 
-def notebook_values(source: Path, target: Path, words: dict[str, Any]) -> dict[str, Any]:
+def notebook_values(source: Path, target: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a notebook that is to run as `target`.
 
-    The settings of the run folder, and `words` on top.
+    The settings of the run folder, and `overrides` on top.
 
     Raises StageError if `source` is none of the notebooks, or if there is no run in the folder and
     it needs one.
@@ -40,10 +41,10 @@ def notebook_values(source: Path, target: Path, words: dict[str, Any]) -> dict[s
         raise StageError(
             f"There is no notebook {source}. The notebooks are: {', '.join(PARAMETERS)}."
         )
-    needs_run = "run_dir" in PARAMETERS[name] and name not in SERIES
+    needs_run = "run_dir" in PARAMETERS[name] and name not in RUN_STAGES
     if needs_run and not folder.is_dir():
         raise StageError(f"{folder} is no run folder. Make one with: make run-all RUN_DIR={folder}")
-    values = {**read_settings(folder), "run_dir": str(folder), **words}
+    values = {**read_settings(folder), "run_dir": str(folder), **overrides}
     # how many processes is the command line's business, and no notebook's parameter
     values.pop("gpus", None)
     check_names(values, {*NUMBERED, name})
@@ -53,28 +54,29 @@ def notebook_values(source: Path, target: Path, words: dict[str, Any]) -> dict[s
 def run_notebook(
     source: Path,
     target: Path,
-    words: dict[str, Any],
+    overrides: dict[str, Any],
     processes: int = 1,
     prepare_only: bool = False,
     kernel: Any = None,
 ) -> None:
     """Execute a notebook with the settings of the run folder that `target` is in.
 
-    `words` are parameters on top of these settings.
+    `overrides` are parameters on top of these settings.
 
     Until it has ended without an error, what it wrote has the name NAME.partial.ipynb. With several
     `processes`, each has a GPU. `kernel` is a kernel that has started already (`WarmKernel.take`).
     Raises NotebookError if the notebook stops, other StageErrors if it cannot begin.
     """
     name = source.stem
-    values = notebook_values(source, target, words)
-    # Pages only read the run. Of several processes, the one that started them holds the lock.
-    if prepare_only or name not in NUMBERED or "RANK" in os.environ:
+    values = notebook_values(source, target, overrides)
+    is_page = name not in NUMBERED  # a page only reads the run
+    is_one_of_several = "RANK" in os.environ  # the process that started them holds the lock
+    if prepare_only or is_page or is_one_of_several:
         execute(source, target, values, prepare_only)
         return
     with run_lock(Path(values["run_dir"]), name):
         if processes > 1:
-            launch(source, target, words, processes)
+            launch(source, target, overrides, processes)
         else:
             execute(source, target, values, prepare_only, kernel)
 
@@ -164,7 +166,7 @@ def check_environment() -> None:
         )
 
 
-def launch(source: Path, target: Path, words: dict[str, Any], processes: int) -> None:
+def launch(source: Path, target: Path, overrides: dict[str, Any], processes: int) -> None:
     """Run a notebook in several processes, each with a GPU if there are any.
 
     One that fails stops all.
@@ -186,14 +188,15 @@ def launch(source: Path, target: Path, words: dict[str, Any], processes: int) ->
     config = repository() / "profiles" / "accelerate" / "gpus.yaml"
     command = ["--config_file", str(config), "--num_processes", str(processes)]
     command += ["--module", "tabletune", "run", str(source), str(target)]
-    if words:
-        command += ["-y", json.dumps(words)]
+    if overrides:
+        command += ["-y", json.dumps(overrides)]
+    started_at = time.time()
     try:
         launch_command(launch_command_parser().parse_args(command))
     except ChildFailedError as error:
         # the others fail after it, because they wait for one that is gone
         process, failure = error.get_first_failure()
-        reason = error_in(target.parent) or f"exit code {failure.exitcode}"
+        reason = error_in(target, started_at) or f"exit code {failure.exitcode}"
         raise NotebookError(
             f"Process {process} failed first (exit code {failure.exitcode}); the others were "
             "stopped.",
@@ -201,15 +204,20 @@ def launch(source: Path, target: Path, words: dict[str, Any], processes: int) ->
         ) from None
 
 
-def error_in(run_dir: Path) -> str | None:
-    """The error of the notebook that stopped last in a run folder, in one line.
+def error_in(target: Path, started_at: float) -> str | None:
+    """The error of the process of a notebook that stopped last, in one line; None without one.
 
-    None without one.
+    Only what was written since `started_at`, in seconds since 1970, is looked at: a process that
+    was killed leaves no error, and an older file has that of another time.
     """
     import nbformat
 
-    partials = sorted(run_dir.glob("*.partial.ipynb"), key=lambda path: path.stat().st_mtime)
-    for path in reversed(partials):
+    partials = []
+    for path in target.parent.glob(f"{target.stem}*.partial.ipynb"):
+        modified_at = path.stat().st_mtime
+        if modified_at >= started_at - 1:  # the clock of a file system is not quite ours
+            partials.append((modified_at, path))
+    for _, path in sorted(partials, reverse=True):
         try:
             cells = nbformat.read(path, as_version=4).cells
         except (OSError, ValueError):  # killed while it was written

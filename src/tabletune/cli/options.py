@@ -1,6 +1,6 @@
 """What a command is to do.
 
-The run folder, the profile, the model, and parameters from files and words.
+The run folder, the profile, the model, and parameters from files and from the command itself.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tabletune.run.parameters import (
     read_text,
 )
 
-# the notebooks of the series; a profile may hold any of their parameters
+# notebooks 1 to 7, which are the series; a profile may hold any of their parameters
 NUMBERED = [name for name in PARAMETERS if name[0] == "0"]
 SETTINGS = "settings"  # the file in a run folder that holds what the run was started with
 QUOTES = "ARGS=\"-p system_prompt 'You are kind.'\""
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class CollectParameters(argparse.Action):
-    """Collects the parameters of files in `files`, all others in `words`, {name: value}.
+    """Collects the parameters of files in `files`, all others in `overrides`, {name: value}.
 
     Types and ranges are checked here, names where the notebook is known (`check_names`), and
     choices such as "nf4" or "8bit" in the stage that has them.
@@ -76,7 +76,7 @@ class CollectParameters(argparse.Action):
 
 def add_parameters(parser: argparse.ArgumentParser) -> None:
     """Give a command the options that set parameters."""
-    parser.set_defaults(files={}, words={})
+    parser.set_defaults(files={}, overrides={})
     parser.add_argument(
         "-f",
         action=CollectParameters,
@@ -87,7 +87,7 @@ def add_parameters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-y",
         action=CollectParameters,
-        dest="words",
+        dest="overrides",
         metavar="YAML",
         help="parameters as a YAML text",
     )
@@ -95,7 +95,7 @@ def add_parameters(parser: argparse.ArgumentParser) -> None:
         "-p",
         "-r",
         action=CollectParameters,
-        dest="words",
+        dest="overrides",
         nargs=2,
         metavar=("NAME", "VALUE"),
         help="one parameter; the type of its default decides what VALUE means; -r is the same",
@@ -196,7 +196,7 @@ def choose_run_dir(options: argparse.Namespace) -> Path:
     Raises StageError if both are given and differ, and for a place that only notebooks in Colab
     can open.
     """
-    set_here = {**getattr(options, "files", {}), **getattr(options, "words", {})}
+    set_here = {**getattr(options, "files", {}), **getattr(options, "overrides", {})}
     as_parameter = set_here.get("run_dir")
     if as_parameter and options.run_dir is None:
         options.run_dir = str(as_parameter)
@@ -229,7 +229,7 @@ def read_run_choice(options: argparse.Namespace, detect: bool = True) -> RunChoi
         values |= read_choice_file("profiles", profile)
     if options.model:
         values |= read_choice_file("models", options.model)
-    values |= {**options.files, **options.words}
+    values |= {**options.files, **options.overrides}
     gpus = values.pop("gpus", LAUNCH_DEFAULTS["gpus"])
     if options.gpus is not None:
         gpus = coerce("gpus", options.gpus, LAUNCH_DEFAULTS["gpus"])
@@ -276,7 +276,7 @@ def read_run_values(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         raise StageError(
             f"{run_dir} is no run folder. Make one with: make run-all RUN_DIR={run_dir}"
         )
-    set_here = {**options.files, **options.words}
+    set_here = {**options.files, **options.overrides}
     # how many processes is no notebook's parameter, but a profile may say it
     check_names(set_here.keys() - {"gpus"}, NUMBERED)
     return run_dir, read_settings(run_dir) | set_here

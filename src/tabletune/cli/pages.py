@@ -16,7 +16,7 @@ TEMPLATES = Path(__file__).parent.parent / "resources" / "templates"
 def write_report(options: argparse.Namespace) -> None:
     """Write report.html, a page about a run, into its folder."""
     target = choose_run_dir(options) / "report.ipynb"
-    run_notebook(notebook("report"), target, {**options.files, **options.words})
+    run_notebook(notebook("report"), target, {**options.files, **options.overrides})
     print(write_page(target))
 
 
@@ -59,8 +59,8 @@ def open_chat(options: argparse.Namespace) -> None:
     """Open a page on which base and fine-tuned model answer side by side."""
     target = choose_run_dir(options) / "chat.ipynb"
     # a plain `ipython` process runs the notebook: the page must stay open until Ctrl-C
-    words = {"wait": True, **options.files, **options.words}
-    run_notebook(notebook("chat"), target, words, prepare_only=True)
+    overrides = {"wait": True, **options.files, **options.overrides}
+    run_notebook(notebook("chat"), target, overrides, prepare_only=True)
     command = [sys.executable, "-m", "IPython", "--no-banner"]
     command += ["--HistoryManager.enabled=False", str(target)]
     os.execv(sys.executable, command)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tabletune.cli.base_models import make_base_model
 from tabletune.cli.notebooks import (
-    SERIES,
+    RUN_STAGES,
     check_environment,
     notebook_values,
     run_notebook,
@@ -35,20 +35,20 @@ def run_all(options: argparse.Namespace) -> None:
     Raises StageError.
     """
     choice = read_run_choice(options)
-    until = options.until or SERIES[-1]
+    until = options.until or RUN_STAGES[-1]
     make_series(choice, until)
     if options.until is None:
         print_summary(choice.run_dir)
 
 
-def make_series(choice: RunChoice, until: str = SERIES[-1]) -> None:
+def make_series(choice: RunChoice, until: str = RUN_STAGES[-1]) -> None:
     """Run the notebooks of a run up to `until`, as far as they are not done. Raises StageError.
 
     While one runs, the kernel of the next one imports its libraries.
     """
     check_environment()
     make_base_model(choice.values.get("base_model"))
-    stages = SERIES[: SERIES.index(until) + 1]
+    stages = RUN_STAGES[: RUN_STAGES.index(until) + 1]
     set_kernel_environment()
     with run_lock(choice.run_dir, "run-all"), WarmKernel() as warm_kernel:
         write_settings(choice)
@@ -61,6 +61,7 @@ def make_series(choice: RunChoice, until: str = SERIES[-1]) -> None:
             following = stages[number + 1 : number + 2]
             if following and processes_of(following[0], choice) == 1:
                 warm_kernel.start(notebook(following[0]))
+            # {}: the settings were written above, and run_notebook reads them from the run folder
             run_notebook(notebook(stage), target, {}, processes_of(stage, choice), kernel=kernel)
 
 

@@ -15,6 +15,8 @@ from tabletune.cli.series import make_series
 from tabletune.errors import StageError
 from tabletune.run.parameters import check_names, read_parameters, read_text
 
+MOST_NAME_CHARACTERS = 200  # of a folder; file systems take names of up to 255 bytes
+
 
 def run_sweep(options: argparse.Namespace) -> None:
     """Run every combination of the values that stand in lists in a grid, and compare the runs.
@@ -69,7 +71,7 @@ def read_grid(options: argparse.Namespace) -> dict[str, Any]:
     for name, values in lists.items():
         if not values:
             raise StageError(f"{options.grid}: {name} is an empty list. Give it values.")
-        if name in options.words:
+        if name in options.overrides:
             raise StageError(
                 f"{options.grid}: {name} is set in the grid and in ARGS. Remove one of them."
             )
@@ -85,8 +87,16 @@ def read_grid(options: argparse.Namespace) -> dict[str, Any]:
 
 def point_name(point: dict[str, Any]) -> str:
     """The folder's name of one combination of values."""
-    # file systems take names of up to 255 bytes
-    return "_".join(short_name(name, value) for name, value in point.items())[:200]
+    name = "_".join(short_name(name, value) for name, value in point.items())
+    if len(name) <= MOST_NAME_CHARACTERS:
+        return name
+    # what is cut may be all that two points differ in; the digest keeps their folders apart
+    return f"{name[: MOST_NAME_CHARACTERS - 7]}-{short_digest(name)}"
+
+
+def short_digest(text: str) -> str:
+    """Six characters that differ where texts do."""
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def short_name(name: str, value: Any) -> str:
@@ -100,4 +110,4 @@ def short_name(name: str, value: Any) -> str:
     if short == text:
         return short
     # two values may shorten to the same text; the digest keeps their folders apart
-    return f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return f"{short}-{short_digest(text)}"

@@ -17,6 +17,7 @@ csv.field_size_limit(2**31 - 1)
 HEAD_CHARACTERS = 2**16  # what the delimiter is found in
 HEADER_SEARCH_ROWS = 20
 QUOTES = ("auto", "cells", "letters")
+NO_DELIMITERS = ('"', "\r", "\n")  # they have a meaning of their own
 LETTERS = "If double quotes are ordinary letters in this table, set quotes: letters."
 Record = tuple[int, list[str]]  # the line that a row begins in, and its cells
 
@@ -118,7 +119,7 @@ def csv_options(delimiter: str, quotes: str) -> dict[str, Any]:
 def choose_delimiter(path: Path, name: str, encoding: str, options: ReadOptions) -> str:
     """The delimiter that is set, or the one found.
 
-    Raises StageError if it is more than a character.
+    Raises StageError if it is more than a character, or a quote or the end of a line.
     """
     if options.delimiter == "auto":
         with path.open(encoding=encoding, newline="") as file:
@@ -129,7 +130,7 @@ def choose_delimiter(path: Path, name: str, encoding: str, options: ReadOptions)
                 file.read(HEAD_CHARACTERS), ".tsv" in name.lower(), options.quotes
             )
     delimiter = {"tab": "\t", "\\t": "\t"}.get(options.delimiter, options.delimiter)
-    if len(delimiter) != 1:
+    if len(delimiter) != 1 or delimiter in NO_DELIMITERS:
         raise StageError(f'delimiter={delimiter!r}: use auto, tab, or one character such as ";".')
     return delimiter
 
@@ -138,10 +139,12 @@ def find_delimiter(head: str, tabs_first: bool, quotes: str = "auto") -> str:
     """What stands between the cells, from a file's first characters.
 
     That which cuts most of the rows into as many cells as the first; of several, the one less often
-    followed by a space, as marks in prose are. An Excel line `sep=;` says it.
+    followed by a space, as marks in prose are. Of marks that are equal in both, the first of comma,
+    semicolon, tab and bar (in a .tsv file the tab first). An Excel line `sep=;` says it.
     """
-    if head.startswith("sep="):
-        return head[4]
+    said = head[4:5] if head.startswith("sep=") else ""
+    if said and said not in NO_DELIMITERS:
+        return said
     candidates = "\t,;|" if tabs_first else ",;\t|"
     scores = {}
     for mark in candidates:

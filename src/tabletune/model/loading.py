@@ -184,10 +184,26 @@ def load_model(
         "ignore_mismatched_sizes": True,  # they are in the loading info
     }
     if hasattr(config, "quantization_config"):
-        return load_quantized(folder, config, options)
+        loaded = load_quantized(folder, config, options)
+    else:
+        loaded = load_tensor_by_tensor(folder, config, options, quantization_config)
+    # what an adapter will say it was trained on: not the folder of this machine's cache
+    loaded.name_or_path = str(model)
+    loaded.config.name_or_path = str(model)
+    return loaded
+
+
+def load_tensor_by_tensor(
+    folder: Path,
+    config: PreTrainedConfig,
+    options: dict[str, Any],
+    quantization_config: BitsAndBytesConfig | None,
+) -> PreTrainedModel:
+    """A model whose files have its weights in 16 or 32 bits, read when they are needed."""
+    device = options["device_map"][""]
     weights: dict[str, Any] = {}
     for name, file in weight_files(folder).items():
-        weights[name] = OnDisk(file, name, device or "cpu")
+        weights[name] = OnDisk(file, name, device)
     if quantization_config:  # without quantization, transformers reads ahead itself
         weights = read_ahead(weights)
     # `None` with a config and a state dict is documented; that its values may be read when they are
@@ -196,9 +212,6 @@ def load_model(
         None, config=config, state_dict=weights, quantization_config=quantization_config, **options
     )
     check_loaded_weights(folder, loaded, report)
-    # what an adapter will say it was trained on
-    loaded.name_or_path = str(model)
-    loaded.config.name_or_path = str(model)
     if (folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(folder)
     return loaded

@@ -10,14 +10,13 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tabletune.errors import StageError
+from tabletune.errors import StageError, suggestion
 
 # {notebook: {parameter: its default}}; `make sync` writes the file from the notebooks' parameter
 # cells
@@ -142,7 +141,7 @@ RANGES = {  # all other numbers must be 0 or more
 }
 FRACTIONS = {"epochs", "copies"}  # these may be fractions although their defaults are whole numbers
 TRUE_FOR_ALL = {"safety_rows"}  # a number of rows, or true for all of them
-# "auto", or a number of this kind
+# "auto", or a number: with a whole example only a whole one
 AUTO_OR_NUMBER = {"batch_size": 1, "unknown_threshold": 0.5, "certain_threshold": 0.5}
 LISTS_OF_WORDS = {"runs", "gguf_types"}  # a text for one of these is a list of words
 
@@ -291,9 +290,9 @@ def read_text(path: str | Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", "it is not UTF-8")
-        neighbours = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
-        if neighbours:
-            reason += f"; there are {neighbours}"
+        profiles = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
+        if profiles:
+            reason += f"; there are {profiles}"
         raise StageError(f"{path} cannot be read: {reason}") from None
 
 
@@ -309,6 +308,9 @@ def read_parameters(text: str, source: str, grid: bool = False) -> dict[str, Any
         texts = from_yaml(text, texts=True)
         if not isinstance(values, dict):
             raise StageError("parameters are expected, each as name: value.")
+        for name in values:
+            if not isinstance(name, str):  # YAML reads 1: and true: as no text
+                raise StageError(f"No notebook has a parameter {name!r}.")
         for name, value in values.items():
             default = defaults.get(name)
             if grid and isinstance(value, list):
@@ -374,11 +376,7 @@ def check_names(names: Iterable[Any], notebooks: Iterable[str]) -> None:
         who = f"{notebooks[0]} has no parameter"
         if len(notebooks) > 1:
             who = "No notebook has a parameter"
-        message = f"{who} {name!r}."
-        nearest = get_close_matches(str(name), valid, n=1)
-        if nearest:
-            message += f" Did you mean {nearest[0]!r}?"
-        raise StageError(message)
+        raise StageError(f"{who} {name!r}.{suggestion(name, valid)}")
 
 
 def injected_names(cells: list[str]) -> set[str]:
