@@ -55,10 +55,8 @@ def resampled(
 ) -> np.ndarray:
     """`sum(totals) / sum(counts)` for each of many draws of as many groups with replacement.
 
-    An array [draws].
-
-    `totals` and `counts` have a number a row, such as nats and tokens. The same groups and the same
-    seed give the same draws.
+    An array [draws]. `totals` and `counts` have a number a row, such as nats and tokens. The same
+    groups and the same seed give the same draws.
     """
     totals = by_group(totals, groups)  # [groups]
     counts = by_group(counts, groups)
@@ -77,12 +75,10 @@ def resampled(
 def interval(values: ArrayLike, groups: ArrayLike | None = None) -> list[float] | None:
     """The middle 95% of bootstrap `values`, [low, high].
 
-    None if they were drawn from too few `groups`.
-
-    Efron's percentile interval is too narrow for few groups: their spread is underestimated, and
-    the normal distribution's tails are too thin. Where `groups` are given it is wider by as much as
-    Student's t says (the expanded percentile interval of Hesterberg, 2015,
-    https://arxiv.org/abs/1411.5279).
+    None if they were drawn from too few `groups`. Efron's percentile interval is too narrow for few
+    groups: their spread is underestimated, and the normal distribution's tails are too thin. Where
+    `groups` are given it is wider by as much as Student's t says (the expanded percentile interval
+    of Hesterberg, 2015, https://arxiv.org/abs/1411.5279).
     """
     tail = 0.025
     if groups is not None:
@@ -129,11 +125,10 @@ def perplexity_interval(
 def rate_interval(successes: ArrayLike, groups: ArrayLike | None = None) -> list[float] | None:
     """95% interval of the share of true ones.
 
-    None for no cases, or for too few groups of several cases.
-
-    Independent cases: Wilson's (1927), which sees a doubt where 11 of 11 succeed (74% to 100%) and
-    the bootstrap none. Cases in `groups`: by drawing groups; if all cases are alike, they say no
-    more than one case a group would.
+    None for no cases, or for too few groups of several cases. Independent cases: Wilson's (1927),
+    which sees a doubt where 11 of 11 succeed (74% to 100%) and the bootstrap none. Cases in
+    `groups`: by drawing groups; if all cases are alike, they say no more than one case a group
+    would.
     """
     from scipy.stats import binomtest  # slow to import
 
@@ -149,9 +144,8 @@ def rate_interval(successes: ArrayLike, groups: ArrayLike | None = None) -> list
 def difference(value: float, ci95: list[float] | None, groups: ArrayLike) -> dict:
     """An entry of a table of differences.
 
-    One is called `significant` only if its interval excludes zero.
-
-    `groups` has the key of each row.
+    One is called `significant` only if its interval excludes zero. `groups` has the key of each
+    row.
     """
     significant = bool(
         count_groups(groups) >= FEWEST_GROUPS and ci95 is not None and (ci95[0] > 0 or ci95[1] < 0)
@@ -170,9 +164,8 @@ def mean_difference(
 ) -> dict:
     """How much more `one` has than `other` per count, both totals of the same rows.
 
-    An entry of `difference`.
-
-    In pairs: most of the doubt is in the rows, which are the same for both, and cancels.
+    An entry of `difference`. In pairs: most of the doubt is in the rows, which are the same for
+    both, and cancels.
     """
     more = np.asarray(one, float) - np.asarray(other, float)
     groups = np.arange(len(more)) if groups is None else groups
@@ -183,9 +176,8 @@ def mean_difference(
 def rate_difference(one: ArrayLike, other: ArrayLike) -> dict:
     """How much higher the rate of `one` is than that of `other`.
 
-    Both are true or false for the same independent cases.
-
-    In pairs, by the adjusted formula of Agresti and Min (2005, https://doi.org/10.1002/sim.1781).
+    Both are true or false for the same independent cases. In pairs, by the adjusted formula of
+    Agresti and Min (2005, https://doi.org/10.1002/sim.1781).
     """
     one, other = np.asarray(one, bool), np.asarray(other, bool)
     # cases in which both agree say nothing of the difference; 0.5 is the paper's adjustment
@@ -206,9 +198,8 @@ def differences(
 ) -> dict[str, dict]:
     """All differences of two models, {figure: entry}, each given as (scores, answers).
 
-    There may be no answers.
-
-    `groups` has the question of each row of the scores. The answers are to independent questions.
+    There may be no answers. `groups` has the question of each row of the scores. The answers are to
+    independent questions.
     """
     scores, answers = one
     scores_other, answers_other = other

@@ -41,13 +41,12 @@ def encode(
 ) -> dict[str, list]:
     """Token ids of a conversation and its loss mask.
 
-    `input_ids` and `completion_mask`, lists of equal length.
-
-    `example` has `prompt`, the messages up to the last answer, `completion`, that answer as a list
-    of one message, and perhaps `tools` as a JSON text. The mask is 1 for the answers of all turns,
-    each with the stop token that ends it, and 0 elsewhere. `learned` may leave out earlier answers:
-    "1 0" are a flag for each of them, "" means all. Without a prompt the completion is a plain
-    text, all of it in the loss. Raises StageError if the template cannot be used.
+    `input_ids` and `completion_mask`, lists of equal length. `example` has `prompt`, the messages
+    up to the last answer, `completion`, that answer as a list of one message, and perhaps `tools`
+    as a JSON text. The mask is 1 for the answers of all turns, each with the stop token that ends
+    it, and 0 elsewhere. `learned` may leave out earlier answers: "1 0" are a flag for each of them,
+    "" means all. Without a prompt the completion is a plain text, all of it in the loss. Raises
+    StageError if the template cannot be used.
     """
     return encode_all([example], tokenizer, stop_token_ids)[0]
 
@@ -142,10 +141,8 @@ def tools_of(example: dict[str, Any]) -> list[dict] | None:
 def template_parts(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> tuple[str, str]:
     """What the template writes around the last answer.
 
-    The white space before it, and all that follows it.
-
-    `roles` are those of the prompt's messages: some templates end the last turn of a longer
-    conversation otherwise.
+    The white space before it, and all that follows it. `roles` are those of the prompt's messages:
+    some templates end the last turn of a longer conversation otherwise.
     """
     try:
         opened, before, after = around(
@@ -237,12 +234,10 @@ def earlier_answer_spans(
 ) -> list[tuple[int, int]]:
     """Where the earlier answers that are learned stand in `text`, the rendered prompt.
 
-    (start, end) in characters.
-
-    An answer is located by its position, never by its text, which may occur anywhere ("a" is in
-    "assistant"). The conversation is rendered once more with a mark in place of that answer: what
-    is before and after the mark is the template's and the other turns', and what remains of `text`
-    between them is the answer:
+    (start, end) in characters. An answer is located by its position, never by its text, which may
+    occur anywhere ("a" is in "assistant"). The conversation is rendered once more with a mark in
+    place of that answer: what is before and after the mark is the template's and the other turns',
+    and what remains of `text` between them is the answer:
 
         text:       [INST] Tea? [/INST] Yes. </s>[INST] Why? [/INST]
         with mark:  [INST] Tea? [/INST] * </s>[INST] Why? [/INST]

@@ -192,9 +192,8 @@ def answers_in(value: Any) -> list[str] | None:
 def _labels_and_texts(value: Any) -> tuple[list[str], list[str]]:
     """The labels and the texts of options.
 
-    A list, {"A": text}, {"label": [...], "text": [...]}, or a list of such.
-
-    Raises Dropped for anything else.
+    A list, {"A": text}, {"label": [...], "text": [...]}, or a list of such. Raises Dropped for
+    anything else.
     """
     if isinstance(value, str):
         parsed = turns_in(f'[{{"role": "user", "content": {value}}}]')

@@ -123,11 +123,9 @@ class TableFormatter:
     def conversations(self) -> Iterator[Row]:
         """Yield the rows as conversations.
 
-        Those that teach something, and are no copies of earlier ones.
-
-        Each has `prompt` and `completion` (messages), `tools` (JSON or ""), `learned` (see
-        `learned_flags`), `key` (what is asked, see `question_key`), `split` (the official one or
-        "") and `row`.
+        Those that teach something, and are no copies of earlier ones. Each has `prompt` and
+        `completion` (messages), `tools` (JSON or ""), `learned` (see `learned_flags`), `key` (what
+        is asked, see `question_key`), `split` (the official one or "") and `row`.
         """
         threshold = self.settings["near_duplicate_threshold"]
         duplicates = Duplicates(threshold, keep_all=self.settings["keep_duplicates"])

@@ -186,10 +186,9 @@ def _values_of_lines(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
 def rows_of_values(values: Iterator[tuple[int, Any]], name: str) -> Iterator[Row]:
     """Yield the rows among a file's values.
 
-    Objects, or lists of turns, each of which is a conversation.
-
-    A file that is one object may hold its rows in it, as a list or in one of the forms in which
-    pandas writes a table. Raises StageError, naming what was found, for anything else.
+    Objects, or lists of turns, each of which is a conversation. A file that is one object may hold
+    its rows in it, as a list or in one of the forms in which pandas writes a table. Raises
+    StageError, naming what was found, for anything else.
     """
     first_two = list(islice(values, 2))
     if len(first_two) == 1 and isinstance(first_two[0][1], dict):
@@ -278,10 +277,9 @@ def _are_columns(value: Row) -> bool:
 def rows_of_columns(value: Row) -> Iterator[Row]:
     """Yield the rows of a table by columns, {"question": ["...", ...]}.
 
-    Or of a table by rows, with their index as keys.
-
-    With objects inside, their keys are the index where they are numbers, {"question": {"0":
-    "..."}}; else they are the columns, {"0": {"question": "..."}}.
+    Or of a table by rows, with their index as keys. With objects inside, their keys are the index
+    where they are numbers, {"question": {"0": "..."}}; else they are the columns, {"0":
+    {"question": "..."}}.
     """
     items = list(value.values())
     if isinstance(items[0], list):

@@ -1,10 +1,8 @@
 """Cells of a workbook as the sheet shows them.
 
-Dates, percentages, currencies, leading zeros, durations.
-
-A number format has up to four sections with semicolons between them: for positive numbers, negative
-numbers, zero and text. In a section `0`, `#` and `?` stand for digits, and what is quoted stands
-for itself (ECMA-376, part 1, 18.8.31).
+Dates, percentages, currencies, leading zeros, durations. A number format has up to four sections
+with semicolons between them: for positive numbers, negative numbers, zero and text. In a section
+`0`, `#` and `?` stand for digits, and what is quoted stands for itself (ECMA-376, part 1, 18.8.31).
 """
 
 import re

@@ -46,12 +46,10 @@ def format_table(
 ) -> dict[str, Any]:
     """Put a table through all steps and save it as `folder`.
 
-    A DatasetDict, and report.json, which is returned.
-
-    An earlier one moves aside once the new one is complete. The fingerprint is a SHA-256 of the
-    text of all splits: two data sets with the same one train the same. `context` is how many tokens
-    the model reads at once. Raises StageError if too many rows are lost, or too few questions are
-    left.
+    A DatasetDict, and report.json, which is returned. An earlier one moves aside once the new one
+    is complete. The fingerprint is a SHA-256 of the text of all splits: two data sets with the same
+    one train the same. `context` is how many tokens the model reads at once. Raises StageError if
+    too many rows are lost, or too few questions are left.
     """
     formatter = TableFormatter(table, shape, settings, tokenizer, stop_token_ids)
     features = features_of(formatter.extra_columns)

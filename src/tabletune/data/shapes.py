@@ -19,9 +19,8 @@ NEEDED: dict[str, str] = WORDS["shapes"]  # {shape: the columns that it needs}
 def with_example(table: Table, parameters: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """The parameters with the worked example's settings, and the example's name or None.
 
-    The settings apply where a parameter has its default.
-
-    The example is a table with its columns, unless other columns or another shape are set.
+    The settings apply where a parameter has its default. The example is a table with its columns,
+    unless other columns or another shape are set.
     """
     example = read_example("home_remedies")
     defaults = PARAMETERS["01_format_dataset"]
@@ -73,9 +72,7 @@ def recognize(table: Table, settings: dict[str, Any], example: str | None = None
 def find_split_column(table: Table, shape: Shape, setting: str) -> str:
     """The column that names the split of its row: the one that is set, or one called split.
 
-    "" if there is none.
-
-    Raises StageError if there is no column as it is set.
+    "" if there is none. Raises StageError if there is no column as it is set.
     """
     if setting:
         if setting not in table.columns:

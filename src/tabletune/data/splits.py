@@ -39,10 +39,8 @@ FIRST_PRIVATE = 0xE100
 def question_key(texts: Iterable[str]) -> str:
     """What makes two rows ask the same.
 
-    The words of their questions, letter case and punctuation aside.
-
-    Marks that mean something stay: 30 - 5 and 30 / 5, 5% and 5, -5 and 5, C# and C are different
-    questions.
+    The words of their questions, letter case and punctuation aside. Marks that mean something stay:
+    30 - 5 and 30 / 5, 5% and 5, -5 and 5, C# and C are different questions.
     """
     keys = []
     for text in texts:

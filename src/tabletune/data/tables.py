@@ -64,9 +64,8 @@ class Table:
     def records(self, wanted: list[str]) -> Iterator[tuple[str, list[Any]]]:
         """Yield (official split, values of the `wanted` columns) for each row.
 
-        None stands where a value is missing.
-
-        A column "a.b" is the field b of the objects in column a, if no column has that very name.
+        None stands where a value is missing. A column "a.b" is the field b of the objects in column
+        a, if no column has that very name.
         """
         paths = [self.path_of(name) for name in wanted]
         # a reader knows columns, not the fields in them
@@ -157,9 +156,7 @@ def table_digest(
 ) -> str:
     """The digest that the Table of a data set has, without reading its rows.
 
-    It is one of all bytes of its files.
-
-    Raises StageError if there is no such data set.
+    It is one of all bytes of its files. Raises StageError if there is no such data set.
     """
     source = find_source(str(dataset), revision, config)
     digest = hashlib.sha256()

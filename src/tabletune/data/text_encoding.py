@@ -25,9 +25,8 @@ BLOCK_BYTES = 2**20
 def choose_encoding(path: Path, name: str, encoding: str) -> tuple[str, str]:
     """The encoding to read a text file in, and what to say about it.
 
-    `encoding` is a setting, or "auto".
-
-    Raises StageError if there is no such encoding, or if the file's cannot be determined.
+    `encoding` is a setting, or "auto". Raises StageError if there is no such encoding, or if the
+    file's cannot be determined.
     """
     if encoding == "auto":
         codec = detect_encoding(path, name)

@@ -79,10 +79,8 @@ def call_of_function(call: Any) -> dict[str, Any]:
 def tools_text(value: Any) -> str:
     """The tools of a row as JSON, each {"type": "function", "function": {...}}.
 
-    "" if there are none.
-
-    OpenAI's older `functions` and ShareGPT's tools are bare functions, and are put into that form.
-    Raises Dropped if the value is no list of tools.
+    "" if there are none. OpenAI's older `functions` and ShareGPT's tools are bare functions, and
+    are put into that form. Raises Dropped if the value is no list of tools.
     """
     if isinstance(value, str):
         if not value.strip():

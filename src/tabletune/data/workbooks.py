@@ -88,9 +88,7 @@ def load_book(path: Path, formulas: bool = False) -> Any:
 def choose_sheet(book: Any) -> Sheet:
     """The first sheet with a table: two columns or more, and two rows.
 
-    Else the first that is not empty, or the first.
-
-    Hidden sheets come last.
+    Else the first that is not empty, or the first. Hidden sheets come last.
     """
     ordered = sorted(book.worksheets, key=lambda sheet: sheet.sheet_state != "visible")
     first: Sheet | None = None

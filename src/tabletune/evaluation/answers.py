@@ -42,9 +42,8 @@ WARPERS = {
 def without_settings(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Take a model's own generation settings away for a while.
 
-    `generate` fills in from them what is left open.
-
-    Many models bring a temperature or a penalty on repetition, which is not what "greedy" means.
+    `generate` fills in from them what is left open. Many models bring a temperature or a penalty on
+    repetition, which is not what "greedy" means.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     own_settings = model.generation_config
@@ -58,11 +57,10 @@ def without_settings(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 class SeededSampling(LogitsProcessor):
     """Sampling with a random generator for each row.
 
-    So an answer does not depend on what else is in its batch.
-
-    Gumbel noise is added to the logits: the largest sum is then a draw from the softmax
-    (Gumbel-max, Maddison et al., 2014, https://arxiv.org/abs/1411.0030). So `generate` takes the
-    most likely token, as in greedy decoding.
+    So an answer does not depend on what else is in its batch. Gumbel noise is added to the logits:
+    the largest sum is then a draw from the softmax (Gumbel-max, Maddison et al., 2014,
+    https://arxiv.org/abs/1411.0030). So `generate` takes the most likely token, as in greedy
+    decoding.
     """
 
     def __init__(self, seeds: list[int], device: torch.device):
@@ -89,9 +87,8 @@ def sampling_processors(
 ) -> LogitsProcessorList:
     """What `generate` does to the logits of a batch.
 
-    Nothing where `sampling` does not set `do_sample`.
-
-    Raises ValueError for a setting of sampling that is not in WARPERS.
+    Nothing where `sampling` does not set `do_sample`. Raises ValueError for a setting of sampling
+    that is not in WARPERS.
     """
     processors = LogitsProcessorList()
     if not sampling.get("do_sample"):

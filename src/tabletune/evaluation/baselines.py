@@ -1,10 +1,8 @@
 """The ways to answer from a table, with training and without.
 
-What notebook 5 compares on the same questions.
-
-From the cheapest to the dearest: always the same answer, copy the nearest row, ask the base model
-(alone, with a few fixed rows in the prompt, with the nearest rows), ask the fine-tuned model
-(alone, or with rows where it was trained so).
+What notebook 5 compares on the same questions. From the cheapest to the dearest: always the same
+answer, copy the nearest row, ask the base model (alone, with a few fixed rows in the prompt, with
+the nearest rows), ask the fine-tuned model (alone, or with rows where it was trained so).
 """
 
 import json
@@ -41,10 +39,8 @@ LEAST_LIMIT = 32  # tokens that an answer may have in any case
 class Way:
     """One way to answer a question.
 
-    Who writes the answer, and which rows of the table stand in the prompt.
-
-    `model` is "base", "adapter" or "" for none, `rows` is "fixed", "nearest", "context" (as in
-    training) or "".
+    Who writes the answer, and which rows of the table stand in the prompt. `model` is "base",
+    "adapter" or "" for none, `rows` is "fixed", "nearest", "context" (as in training) or "".
     """
 
     name: str

@@ -29,11 +29,9 @@ def answer_before_and_after(
 ) -> None:
     """Ask the first question of the training split, before and after training.
 
-    Writes the answers to FILE in the run folder.
-
-    The base model is the model with its adapter switched off. Answers are greedy, so no random
-    number is drawn. With `context_rows` the rows stand in the prompt. Nothing is written for texts
-    without questions.
+    Writes the answers to FILE in the run folder. The base model is the model with its adapter
+    switched off. Answers are greedy, so no random number is drawn. With `context_rows` the rows
+    stand in the prompt. Nothing is written for texts without questions.
     """
     splits, _ = load_dataset_of_run(run)
     train = splits["train"]

@@ -195,13 +195,12 @@ def check_content(
 ) -> pd.DataFrame:
     """How right each answer is.
 
-    A line for each of `questions`, which have `references` and `group`.
-
-    Columns: `right`, `outcome` ("right", "wrong" or "nothing"), `exact_match`, `chrf` (0 to 100),
-    `right_item` (None where the table has no item for the question), `facts` (a share; NaN where
-    the references have none), `unknown`, `answerable`. `unknown` says which answers were "the table
-    has nothing on that", `answerable` for which questions the table has an answer. To a question
-    that it has none for, "nothing" is right.
+    A line for each of `questions`, which have `references` and `group`. Columns: `right`, `outcome`
+    ("right", "wrong" or "nothing"), `exact_match`, `chrf` (0 to 100), `right_item` (None where the
+    table has no item for the question), `facts` (a share; NaN where the references have none),
+    `unknown`, `answerable`. `unknown` says which answers were "the table has nothing on that",
+    `answerable` for which questions the table has an answer. To a question that it has none for,
+    "nothing" is right.
     """
     unknown = [False] * len(answers) if unknown is None else list(unknown)
     answerable = [True] * len(answers) if answerable is None else list(answerable)
@@ -327,10 +326,8 @@ def fixed_words(template: str) -> frozenset[str]:
 def numbers_and_names(text: str, fixed: frozenset[str] = frozenset()) -> set[str]:
     """The numbers of a text, and its names.
 
-    Words with a capital letter that do not open a sentence or a line.
-
-    In lower case, without the words `fixed`. A number's separators are made equal: 12,50 is 12.50,
-    and 1,000 is 1000.
+    Words with a capital letter that do not open a sentence or a line. In lower case, without the
+    words `fixed`. A number's separators are made equal: 12,50 is 12.50, and 1,000 is 1000.
     """
     facts = set()
     for number in NUMBER.findall(text):
@@ -354,10 +351,9 @@ def summarize_content(
 ) -> dict:
     """The figures of a model's answers to one set of questions, each with its 95% interval.
 
-    None: does not apply.
-
-    `right`, `wrong` and `nothing` are shares of all answers, `false_nothing` of those to questions
-    that the table can answer. Each question stands once, so answers are independent.
+    None: does not apply. `right`, `wrong` and `nothing` are shares of all answers, `false_nothing`
+    of those to questions that the table can answer. Each question stands once, so answers are
+    independent.
     """
     is_answerable = checked["answerable"].astype(bool)
     entry: dict = {"questions": len(checked)}

@@ -174,10 +174,8 @@ class Examination:
     def examine(self, name: str, model: PreTrainedModel, also: list[dict]) -> None:
         """Score the test rows and answer the questions with a model.
 
-        `also` are prompts without a right answer.
-
-        The answers to them stand under the part "yours". Without `ask_all_models` only the merged
-        model is asked more than the new questions.
+        `also` are prompts without a right answer. The answers to them stand under the part "yours".
+        Without `ask_all_models` only the merged model is asked more than the new questions.
         """
         asks_all = self.settings.ask_all_models or name == "merged"
         # the base model and the adapter are compared on new questions; answering takes most of the

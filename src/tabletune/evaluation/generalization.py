@@ -1,10 +1,8 @@
 """What fine-tuning did besides its task.
 
-What the model memorizes, what it forgot, and which merged model to ship.
-
-Scores here are those of `scoring.score` beside each text's `part` and `group`, its question:
-intervals resample questions, since rows of one question are not independent. `draws` is how often,
-with a `seed`.
+What the model memorizes, what it forgot, and which merged model to ship. Scores here are those of
+`scoring.score` beside each text's `part` and `group`, its question: intervals resample questions,
+since rows of one question are not independent. `draws` is how often, with a `seed`.
 """
 
 import math
@@ -44,10 +42,8 @@ def texts_to_read(
 ) -> list[dict]:
     """Rows to score, with their `part` and `group`.
 
-    The test split, `split_rows` of each other one, and a text outside.
-
-    With a `context` the rows of the table are in the prompts. Raises StageError if the text outside
-    cannot be read.
+    The test split, `split_rows` of each other one, and a text outside. With a `context` the rows of
+    the table are in the prompts. Raises StageError if the text outside cannot be read.
     """
     texts = []
     for part in ("train", "validation", "test"):
@@ -149,11 +145,9 @@ def forgetting(entry: dict) -> str:
 def memorization(base: pd.DataFrame, adapter: pd.DataFrame, draws: int, seed: int) -> list[str]:
     """Sentences on whether the adapter memorizes its training rows.
 
-    And on whether it helps with new ones.
-
-    Training rows may simply be easier than others. So the improvement over the base model on
-    training rows is compared with that on test rows: by how much fine-tuning divides the perplexity
-    here and there.
+    And on whether it helps with new ones. Training rows may simply be easier than others. So the
+    improvement over the base model on training rows is compared with that on test rows: by how much
+    fine-tuning divides the perplexity here and there.
     """
     gains = []
     drawn = []
@@ -221,11 +215,9 @@ def what_to_ship(
 ) -> list[str]:
     """Sentences that say which of the merged variants to ship, and what that costs.
 
-    In 16 bits, and quantized again.
-
-    The one with the lower perplexity, if there is a difference; else the one that is nearer to what
-    was trained; else that of the published weights, as it is the simpler. `variants` are tables of
-    `divergence`, the first that of what was trained.
+    In 16 bits, and quantized again. The one with the lower perplexity, if there is a difference;
+    else the one that is nearer to what was trained; else that of the published weights, as it is
+    the simpler. `variants` are tables of `divergence`, the first that of what was trained.
     """
     sentences = []
     sampling = (groups, draws, seed)

@@ -39,9 +39,8 @@ def table_of_items(
 ) -> dict[str, set[str]]:
     """The items that the table has for each question, {group: {item}}.
 
-    Empty if the table has none at all.
-
-    `rows` have `group`, the key of the question, and `completion`.
+    Empty if the table has none at all. `rows` have `group`, the key of the question, and
+    `completion`.
     """
     items: dict[str, set[str]] = {}
     for row in rows:
@@ -55,11 +54,9 @@ def locate_items(
 ) -> list[str]:
     """Where each item that an answer names stands in the table, a list of PLACES.
 
-    For its question, another, nowhere.
-
-    `items` is what `table_of_items` returns. If the answer has a filled item line, its value
-    counts. Of any other answer every item of the table that it mentions counts, so free text names
-    nothing that stands nowhere.
+    For its question, another, nowhere. `items` is what `table_of_items` returns. If the answer has
+    a filled item line, its value counts. Of any other answer every item of the table that it
+    mentions counts, so free text names nothing that stands nowhere.
     """
     all_items = set().union(*items.values())
     values = item_values(answer, answer_template, item_field)
@@ -123,10 +120,9 @@ def singular(word: str) -> str:
 def summarize_grounding(places: Sequence[list[str]], groups: Sequence[str]) -> dict:
     """A model's `grounding` in the metrics.
 
-    If no answer names anything, no more than `named` and `answers`.
-
-    `places` has a list from `locate_items` for each answer, `groups` the answers' questions. Items
-    of one answer are not independent: the intervals resample questions.
+    If no answer names anything, no more than `named` and `answers`. `places` has a list from
+    `locate_items` for each answer, `groups` the answers' questions. Items of one answer are not
+    independent: the intervals resample questions.
     """
     lines = []
     for group, places_of_answer in zip(groups, places, strict=True):
@@ -146,9 +142,8 @@ def ground_answers(
 ) -> dict[str, dict]:
     """Each model's `grounding` in the metrics, {model: entry}.
 
-    It is of the answers that notebook 4 left, rows of `samples`.
-
-    {} if the table names no items, or if there are no answers.
+    It is of the answers that notebook 4 left, rows of `samples`. {} if the table names no items, or
+    if there are no answers.
     """
     rows = []
     for split in splits.values():

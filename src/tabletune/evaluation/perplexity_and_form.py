@@ -35,11 +35,10 @@ PAIRS = (("adapter", "base"), ("merged", "adapter"))  # the models that are comp
 def check_answers(answers: pd.DataFrame, questions: list[dict], report: dict) -> pd.DataFrame:
     """The answers to `questions`, in their order, with what can be checked by itself.
 
-    `structured` and `exact_match`.
-
-    The structure is that of the answer template, if that has a text of its own and all references
-    have it. An answer matches if it is one of its references word for word, in tables whose answers
-    are labels or short: half of the references have at most `SHORT_ANSWER_WORDS` words.
+    `structured` and `exact_match`. The structure is that of the answer template, if that has a text
+    of its own and all references have it. An answer matches if it is one of its references word for
+    word, in tables whose answers are labels or short: half of the references have at most
+    `SHORT_ANSWER_WORDS` words.
     """
     templates = report.get("templates") or {}
     template, column = templates.get("answer") or "", templates.get("answer_column") or ""
@@ -96,10 +95,8 @@ def summarize(
 ) -> dict:
     """The entry of a model in `evaluation/metrics.json`.
 
-    Intervals come from drawing `groups`, a key a row of `scores`.
-
-    `answers` are to independent questions, checked by `check_answers`; none where nothing could be
-    asked.
+    Intervals come from drawing `groups`, a key a row of `scores`. `answers` are to independent
+    questions, checked by `check_answers`; none where nothing could be asked.
     """
     questions = count_groups(groups)
     figures: dict[str, float | list[float] | None] = {}
@@ -147,10 +144,8 @@ def summarize_all(
 ) -> dict:
     """What `evaluation/metrics.json` says of perplexity and form.
 
-    Of each model, and of their differences.
-
-    `results` has for each model its scores and its answers, the first of which are those to
-    `questions`.
+    Of each model, and of their differences. `results` has for each model its scores and its
+    answers, the first of which are those to `questions`.
     """
     checked = {
         name: (scores, check_answers(answers, questions, report))

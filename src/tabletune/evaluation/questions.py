@@ -16,10 +16,8 @@ from tabletune.evaluation.content import reference_of
 def questions_of(split: Iterable[dict], samples: int | None = None) -> list[dict]:
     """The first `samples` questions of a split, each once.
 
-    Each has all answers that the split has for it.
-
-    Rows that are texts without a question are left out. Where an answer begins with the model's
-    thinking, only what comes after it counts.
+    Each has all answers that the split has for it. Rows that are texts without a question are left
+    out. Where an answer begins with the model's thinking, only what comes after it counts.
     """
     questions: dict[str, dict] = {}
     for row in split:
@@ -75,10 +73,8 @@ def reworded_questions(questions: list[dict], reword: Rewording) -> list[dict]:
 def own_question(text: str, questions: list[dict]) -> tuple[list[dict], list[str]]:
     """The reader's own question as a prompt like those of `questions`, and as a text.
 
-    Two lists of one.
-
-    If `text` is empty, the first of `questions` is asked once more. Both lists are empty if there
-    are no questions.
+    Two lists of one. If `text` is empty, the first of `questions` is asked once more. Both lists
+    are empty if there are no questions.
     """
     if not questions:
         return [], []

@@ -1,9 +1,8 @@
 """What a reader thinks of the answers.
 
-Pairs without names, what was said of them, and the figures of that.
-
-The pairs are the answers of notebook 4, so no model is needed. `export.rating_page` shows them;
-this module does the rest, and works without Gradio.
+Pairs without names, what was said of them, and the figures of that. The pairs are the answers of
+notebook 4, so no model is needed. `export.rating_page` shows them; this module does the rest, and
+works without Gradio.
 """
 
 import hashlib
@@ -33,9 +32,8 @@ METRICS = {"chrf": "chrF", "right": "the rule for right answers"}
 class Pair:
     """The answers of two models to one question, `left` and `right`.
 
-    And what notebook 4 measured of them.
-
-    `left_model` is "base" or "tuned". Who rates sees neither that nor the measured figures.
+    And what notebook 4 measured of them. `left_model` is "base" or "tuned". Who rates sees neither
+    that nor the measured figures.
     """
 
     pair_id: str
@@ -114,10 +112,8 @@ def measured_of(line: dict) -> dict:
 class RatingSession:
     """The pairs of a run that are still to be rated, one after the other.
 
-    Each rating is saved at once.
-
-    Ratings of answers that the run no longer has, as it was evaluated again, stay in the file and
-    do not count.
+    Each rating is saved at once. Ratings of answers that the run no longer has, as it was evaluated
+    again, stay in the file and do not count.
     """
 
     def __init__(self, run: Path, seed: int = 42):
@@ -221,10 +217,8 @@ def judged_answers(rated: Sequence[tuple[Pair, Rating]]) -> pd.DataFrame:
 def rank_correlation(table: pd.DataFrame, name: str) -> dict | None:
     """Spearman's rank correlation of a measured figure with what the reader said.
 
-    Its interval comes from drawing pairs.
-
-    None where fewer than ENOUGH answers were judged, or where all of them are alike: no rank can
-    agree with that.
+    Its interval comes from drawing pairs. None where fewer than ENOUGH answers were judged, or
+    where all of them are alike: no rank can agree with that.
     """
     table = table.dropna(subset=[name])
     if len(table) < ENOUGH:

@@ -89,9 +89,8 @@ MORE_WOULD_TELL = (
 def recommend(checked: Mapping[str, pd.DataFrame], ways: Mapping[str, dict], least_right: float):
     """The `verdict` of `baselines/metrics.json`.
 
-    The choice, and sentences, the most important first.
-
-    `ways` are the entries of the ways in the metrics, for what a question costs.
+    The choice, and sentences, the most important first. `ways` are the entries of the ways in the
+    metrics, for what a question costs.
     """
     rights = rights_of(checked)
     decision = decide(rights, least_right)

@@ -1,12 +1,10 @@
 """Safety of answers about health: prompts, and two rules that judge an answer.
 
-For tables that ask for it.
-
-The rules cannot read. "See a doctor if it lasts for weeks" seeks help, even in an emergency; a
-remedy that is not in `data/kitchen.txt`, or help in other words than those of `data/helpers.txt`,
-is missed; sugar, which is right for low blood sugar, is a remedy. On answers labelled by hand, hard
-ones on purpose, they are right for 46 and 47 of 50 answers (tests/evaluation/test_trust.py). They
-are for comparing models on the same prompts, and no more.
+For tables that ask for it. The rules cannot read. "See a doctor if it lasts for weeks" seeks help,
+even in an emergency; a remedy that is not in `data/kitchen.txt`, or help in other words than those
+of `data/helpers.txt`, is missed; sugar, which is right for low blood sugar, is a remedy. On answers
+labelled by hand, hard ones on purpose, they are right for 46 and 47 of 50 answers
+(tests/evaluation/test_trust.py). They are for comparing models on the same prompts, and no more.
 """
 
 import re
@@ -56,10 +54,8 @@ WHAT_HELPS = (
 def safety_table(safety_prompts: str, samples: int) -> pd.DataFrame:
     """The prompts, a DataFrame with `kind`, "emergency" or "everyday", and `prompt`.
 
-    At most `samples` a kind.
-
-    `safety_prompts` is "bundled", a .jsonl file, or "none". The prompts are taken evenly from each
-    kind. Raises StageError if a file cannot be read as such.
+    At most `samples` a kind. `safety_prompts` is "bundled", a .jsonl file, or "none". The prompts
+    are taken evenly from each kind. Raises StageError if a file cannot be read as such.
     """
     if safety_prompts in ("", "none"):
         return pd.DataFrame(columns=["kind", "prompt"])

@@ -1,9 +1,8 @@
 """What a model makes of rows that it was not trained on.
 
-How likely it finds their answers, and what it answers itself.
-
-Everything here works on padded batches, in one process or in several under `accelerate launch`,
-each of which takes its share and gets the whole result.
+How likely it finds their answers, and what it answers itself. Everything here works on padded
+batches, in one process or in several under `accelerate launch`, each of which takes its share and
+gets the whole result.
 """
 
 import math
@@ -27,10 +26,8 @@ from tabletune.model.checks import check_finite
 def spans(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
     """Cut a text of `length` tokens into spans (start, end, first).
 
-    In start…end, score the tokens from `first` on.
-
-    Every token but the very first is scored exactly once, with at least `window - stride` tokens
-    before it where the text has as many.
+    In start…end, score the tokens from `first` on. Every token but the very first is scored exactly
+    once, with at least `window - stride` tokens before it where the text has as many.
     """
     # the very first token has none before it, so nothing predicts it
     cut = [(0, min(window, length), 1)]
@@ -45,9 +42,8 @@ def padded_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits of a batch of texts, lists of ids, padded on the right.
 
-    (logits, ids), [texts, longest, vocabulary].
-
-    Padding is masked, so that a result depends on its batch by rounding only.
+    (logits, ids), [texts, longest, vocabulary]. Padding is masked, so that a result depends on its
+    batch by rounding only.
     """
     ids = [torch.tensor(text) for text in texts]
     ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(
@@ -141,10 +137,9 @@ def divergence(
 ) -> pd.DataFrame:
     """How far a variant is from what was trained.
 
-    A line a row, `response_nll`, `response_kl`, `response_tokens`.
-
-    `response_kl` is the sum over the response of KL(trained ‖ variant) of the next token, in nats.
-    Both logits are those of `response_logits` for `rows`.
+    A line a row, `response_nll`, `response_kl`, `response_tokens`. `response_kl` is the sum over
+    the response of KL(trained ‖ variant) of the next token, in nats. Both logits are those of
+    `response_logits` for `rows`.
     """
     lines = []
     for p, q, row in zip(trained, variant, rows, strict=True):

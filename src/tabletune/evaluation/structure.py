@@ -45,11 +45,9 @@ def text_before_fields(line: str) -> str:
 def has_structure(answer: str, answer_template: str, answer_column: str) -> bool:
     """Whether an answer is the template filled in.
 
-    Its lines in order, each at most once, the answer column not empty.
-
-    Lines with other fields may be left out, as in the training rows. A template that opens with a
-    brace or a bracket is one of JSON: then the answer must be JSON, too, where the template filled
-    in would be.
+    Its lines in order, each at most once, the answer column not empty. Lines with other fields may
+    be left out, as in the training rows. A template that opens with a brace or a bracket is one of
+    JSON: then the answer must be JSON, too, where the template filled in would be.
     """
     pattern = ""
     openings = []

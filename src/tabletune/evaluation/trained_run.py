@@ -21,10 +21,9 @@ from tabletune.run.artifacts import check_run, load_dataset_of_run
 class TrainedRun:
     """A run after notebooks 1 to 3.
 
-    `inputs` identify what its results are made from, for `Stage.is_done`.
-
-    `merged` is the folder of the merged model, or None where another machine has it. `example` has
-    the settings of the worked example; it is empty for a reader's own table.
+    `inputs` identify what its results are made from, for `Stage.is_done`. `merged` is the folder of
+    the merged model, or None where another machine has it. `example` has the settings of the worked
+    example; it is empty for a reader's own table.
     """
 
     folder: Path

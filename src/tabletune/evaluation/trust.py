@@ -1,9 +1,7 @@
 """The examination of notebook 6.
 
-The same texts are read, and the same prompts answered, with each model.
-
-With `context_rows` the rows of the table come into every prompt, by the same function as in
-training.
+The same texts are read, and the same prompts answered, with each model. With `context_rows` the
+rows of the table come into every prompt, by the same function as in training.
 """
 
 from collections.abc import Mapping
@@ -206,9 +204,8 @@ def in_short(metrics: dict[str, Any]) -> list[str]:
 def inputs_of_trust(trained: TrainedRun, entries: dict) -> dict:
     """What the results of notebook 6 are made from, for `Stage.is_done`.
 
-    `entries` are those of the manifest.
-
-    Raises StageError if notebook 4 has not run: its answers are looked up in the table.
+    `entries` are those of the manifest. Raises StageError if notebook 4 has not run: its answers
+    are looked up in the table.
     """
     read_json(trained.folder / "evaluation" / "metrics.json", "04_evaluate")
     evaluated = entries.get("04_evaluate", {}).get("finished")

@@ -50,9 +50,7 @@ def write_card(export_run: ExportRun, part: str, card_data: ModelCardData) -> Mo
 def upload(export_run: ExportRun, part: str, repository: str) -> None:
     """Upload "adapter" or "merged", with its card, to a repository on the Hub.
 
-    Prints the address.
-
-    Raises StageError if the Hub refuses.
+    Prints the address. Raises StageError if the Hub refuses.
     """
     model = export_run.merged if part == "merged" else export_run.run / part
     cards = export_run.folder / part

@@ -150,11 +150,9 @@ def two_answers(
 ) -> Iterator[list[str]]:
     """Yield the answers of base and fine-tuned model so far, after each token. Greedy.
 
-    These are two texts.
-
-    Each row of a batch gets an adapter of its own or none, so both answers grow at once, and one
-    that has stopped waits for the other. Where PEFT cannot do that (DoRA, experts), one comes after
-    the other.
+    These are two texts. Each row of a batch gets an adapter of its own or none, so both answers
+    grow at once, and one that has stopped waits for the other. Where PEFT cannot do that (DoRA,
+    experts), one comes after the other.
     """
     prompt = encode_prompt(messages, tokenizer)
     settings = GenerationConfig(
@@ -316,10 +314,8 @@ def problem_with(chat: Chat, question: str) -> str | None:
 def answer_turns(chat: Chat, question: str) -> Iterator[tuple[list[dict], list[dict]]]:
     """Yield the turns of base and fine-tuned model while their answers grow.
 
-    A turn is a list of messages.
-
-    Both see the same rows. Below the fine-tuned model's answer stands, in the end, what it rests
-    on.
+    A turn is a list of messages. Both see the same rows. Below the fine-tuned model's answer
+    stands, in the end, what it rests on.
     """
     user = {"role": "user", "content": question}
     prompt = chat.prompt(question)
@@ -346,11 +342,9 @@ def assistant(text: str) -> dict:
 def open_page(page: "gradio.Blocks", inline: bool = True) -> str:
     """Serve a page to this machine alone, and show it in the notebook if `inline`.
 
-    Returns its address.
-
-    Left to itself, Gradio in Colab downloads a program that opens a tunnel, through which anybody
-    could ask for a week. Colab's own proxy does as well, once Gradio knows that its address is
-    another one outside (https://github.com/gradio-app/gradio/issues/13629).
+    Returns its address. Left to itself, Gradio in Colab downloads a program that opens a tunnel,
+    through which anybody could ask for a week. Colab's own proxy does as well, once Gradio knows
+    that its address is another one outside (https://github.com/gradio-app/gradio/issues/13629).
     """
     import gradio as gr
 

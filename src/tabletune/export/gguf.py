@@ -23,9 +23,8 @@ SWALLOWS_SPACE = " (Phi-3)"
 def make_gguf(export_run: ExportRun, kind: str) -> Path:
     """The merged model as a GGUF file of the `kind`, "F16" or one quantized from it.
 
-    A finished file stays.
-
-    Raises StageError if llama.cpp does not know the model's architecture or its tokenizer.
+    A finished file stays. Raises StageError if llama.cpp does not know the model's architecture or
+    its tokenizer.
     """
     file = export_run.folder / "gguf" / f"{export_run.name}-{kind}.gguf"
     if file.exists():
@@ -77,10 +76,8 @@ def quantize(source: Path, file: Path, kind: str) -> None:
 def check_tokens(export_run: ExportRun, file: Path) -> int:
     """Check that llama.cpp splits the conversations of this run into the tokens of the training.
 
-    Returns their number.
-
-    If it does not, `file` moves to `earlier/`, and StageError is raised. Other files stay where
-    they are.
+    Returns their number. If it does not, `file` moves to `earlier/`, and StageError is raised.
+    Other files stay where they are.
     """
     model = InLlamaCpp(file)
     tokenizer = export_run.tokenizer
@@ -111,12 +108,10 @@ def archive_refused(export_run: ExportRun, *files: Path) -> None:
 def prepare_for_converter(model: Path, copy: Path, begins_with_bos: bool) -> None:
     """Fill the folder `copy` with what the converter reads correctly.
 
-    That is links to a model's files, and another tokenizer.
-
-    Tokens beyond the embedding matrix are left out. A SentencePiece vocabulary is also written as
-    tokenizer.model: the converter reads the order of merges from there only, and without it words
-    are split elsewhere. The converter recognizes that kind by the fallback to bytes, which a
-    byte-level vocabulary may claim, too.
+    That is links to a model's files, and another tokenizer. Tokens beyond the embedding matrix are
+    left out. A SentencePiece vocabulary is also written as tokenizer.model: the converter reads the
+    order of merges from there only, and without it words are split elsewhere. The converter
+    recognizes that kind by the fallback to bytes, which a byte-level vocabulary may claim, too.
     """
     # links, not copies: the weights may be many GiB
     for path in model.iterdir():

@@ -55,9 +55,8 @@ def scaling(config: LoraConfig, module: str) -> float:
 def of_layer(patterns: dict[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that a layer's name ends with.
 
-    A pattern is a name or a regular expression.
-
-    This is how PEFT documents `rank_pattern` and `alpha_pattern`.
+    A pattern is a name or a regular expression. This is how PEFT documents `rank_pattern` and
+    `alpha_pattern`.
     """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):

@@ -14,12 +14,10 @@ from tabletune.model.inspection import text_part
 def packing_leak(model: PreTrainedModel) -> float:
     """How much examples that are packed into one row see of each other.
 
-    A share of the logits' range.
-
-    Two rows hold two examples each, with positions that begin anew. The first example is varied,
-    and the change of the second one's logits is compared with their range. It is 0 in Llama and
-    most models, 8% to 60% in hybrids with recurrent layers. A model that takes no positions cannot
-    know where an example begins: 1.
+    A share of the logits' range. Two rows hold two examples each, with positions that begin anew.
+    The first example is varied, and the change of the second one's logits is compared with their
+    range. It is 0 in Llama and most models, 8% to 60% in hybrids with recurrent layers. A model
+    that takes no positions cannot know where an example begins: 1.
     """
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return 1.0
@@ -40,9 +38,8 @@ def packing_leak(model: PreTrainedModel) -> float:
 def check_finite(results: torch.Tensor, model: PreTrainedModel) -> None:
     """Raise StageError if there is infinity or NaN in what `model` computed.
 
-    So it is with Gemma 3 in fp16.
-
-    fp16 ends at 65,504, and some models' activations do not (https://unsloth.ai/blog/gemma3).
+    So it is with Gemma 3 in fp16. fp16 ends at 65,504, and some models' activations do not
+    (https://unsloth.ai/blog/gemma3).
     """
     if results.isfinite().all():
         return

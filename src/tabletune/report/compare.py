@@ -173,10 +173,8 @@ def split_places(text: str) -> list[str]:
 def comparable_runs(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun], list[str]]:
     """The runs that can be compared with each other, and sentences.
 
-    The sentences are on those that cannot, and on what to mind.
-
-    These are the evaluated runs of the test set that most of them share; of several such sets, that
-    of the first run.
+    The sentences are on those that cannot, and on what to mind. These are the evaluated runs of the
+    test set that most of them share; of several such sets, that of the first run.
     """
     sentences = []
     evaluated = []
@@ -249,10 +247,8 @@ def settings_of(runs: Sequence[ComparedRun]) -> list[Setting]:
 def compared_part(runs: Sequence[ComparedRun]) -> str | None:
     """The set of questions by which right answers are compared: one that all runs were asked alike.
 
-    Else None.
-
-    Labels are for what is new; of all else the reworded questions come first, if training had the
-    same questions.
+    Else None. Labels are for what is new; of all else the reworded questions come first, if
+    training had the same questions.
     """
     labels = any((run.info["metrics"].get("content_rules") or {}).get("labels") for run in runs)
     order = (
@@ -279,11 +275,9 @@ def ranked(settings: Sequence[Setting], part: str | None) -> list[Setting]:
 def pair_difference(one: Setting, other: Setting, figure: str, part: str | None) -> dict | None:
     """How much more `one` has of a figure, in pairs on the same rows.
 
-    As `stats.difference` gives it.
-
-    It is `significant` only if it is also larger than what seeds alone do, where one of the
-    settings has several, and, of bits, than LEAST_BITS. None if they have no right answers to
-    compare.
+    As `stats.difference` gives it. It is `significant` only if it is also larger than what seeds
+    alone do, where one of the settings has several, and, of bits, than LEAST_BITS. None if they
+    have no right answers to compare.
     """
     if figure == RIGHT:
         first, second = one.right(part or ""), other.right(part or "")

@@ -1,9 +1,8 @@
 """What the page about a run and the comparison of runs share.
 
-Reading runs, figures, tables whose text stays text.
-
-A run may be unfinished, or older than this package: what is not there is left out. Only a damaged
-file, or a folder in which no stage ever ran, is an error.
+Reading runs, figures, tables whose text stays text. A run may be unfinished, or older than this
+package: what is not there is left out. Only a damaged file, or a folder in which no stage ever ran,
+is an error.
 """
 
 import hashlib
@@ -300,9 +299,7 @@ def digest_of_test(folder: Path) -> str:
 def in_order_of_test(scores: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """The scores of a run's test rows, in one order for all runs with these rows.
 
-    A line for each row.
-
-    Scores of other rows than all of the test split stay as they are.
+    A line for each row. Scores of other rows than all of the test split stay as they are.
     """
     rows = rows_of_test(folder)
     if len(rows) == len(scores):
@@ -329,10 +326,9 @@ def row_counts(data: dict) -> dict[str, str]:
 def answers_of(run: Path, info: dict, most: int) -> tuple[list[AnsweredQuestions], int]:
     """Some answers side by side, {heading: texts}, and how many there are.
 
-    At most `most` of each kind of question.
-
-    Each says whether it is right, and whether it was cut. Runs of an older notebook 4 have only new
-    questions, and nothing that says whether answers are right.
+    At most `most` of each kind of question. Each says whether it is right, and whether it was cut.
+    Runs of an older notebook 4 have only new questions, and nothing that says whether answers are
+    right.
     """
     lines = read_lines(run / "evaluation" / "answers.jsonl")
     headings = {"base": "base", info["tuned"]: "fine-tuned"}
@@ -381,9 +377,8 @@ def show_table(
 ) -> None:
     """Show a frame of texts, or {name: text}, as a table.
 
-    Text stays text, markup and $ included.
-
-    The longer side goes down the page. An empty frame shows as the sentence `without`.
+    Text stays text, markup and $ included. The longer side goes down the page. An empty frame shows
+    as the sentence `without`.
     """
     if isinstance(texts, pd.DataFrame):
         facts, frame = False, texts.fillna("–")
@@ -413,9 +408,8 @@ def show_table(
 def say(*sentences: str, kind: str = "") -> None:
     """Show sentences as they are, but for `code`, a paragraph each.
 
-    Those of the kind "headline" in bold.
-
-    The page about a run has styles for the kinds "headline" and "doubt".
+    Those of the kind "headline" in bold. The page about a run has styles for the kinds "headline"
+    and "doubt".
     """
     if not sentences:
         return

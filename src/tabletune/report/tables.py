@@ -218,10 +218,9 @@ def answered_questions(
 ) -> list[AnsweredQuestions]:
     """At most `most` questions of each kind among the lines of `answers.jsonl`.
 
-    The kinds come in the order of PARTS.
-
-    `headings` are the models to show and what to call them. A model that was not asked a kind of
-    question has no column there, and the title says who was asked.
+    The kinds come in the order of PARTS. `headings` are the models to show and what to call them. A
+    model that was not asked a kind of question has no column there, and the title says who was
+    asked.
     """
     shown = []
     for part, title in PARTS.items():

@@ -27,9 +27,8 @@ def remove(path: Path) -> None:
 def archive(folder: Path, *names: str) -> Path | None:
     """Move what exists of `names` in a run folder to `earlier/`, and print it.
 
-    It goes into a folder named by the time.
-
-    Returns that folder, or None if there was nothing to move.
+    It goes into a folder named by the time. Returns that folder, or None if there was nothing to
+    move.
     """
     existing = [name for name in names if (folder / name).exists()]
     if not existing:
@@ -47,10 +46,8 @@ def archive(folder: Path, *names: str) -> Path | None:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes `path` when the block ends.
 
-    After an error it is deleted.
-
-    A file replaces an earlier one; a folder does not: `archive` that first. Raises StageError if
-    the disk is full, or if there is a folder of that name.
+    After an error it is deleted. A file replaces an earlier one; a folder does not: `archive` that
+    first. Raises StageError if the disk is full, or if there is a folder of that name.
     """
     # beside the target, not in /tmp: only within one file system is a rename one step
     partial = path.with_name(path.name + ".partial")

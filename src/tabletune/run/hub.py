@@ -40,10 +40,8 @@ def open_drive(run_dir: str | Path, name: str) -> Path:
 def fetch_run(run_dir: str | Path, name: str) -> Path:
     """The folder in `runs/` for a run on the Hub.
 
-    With its data set and its adapter, as far as the Hub has them.
-
-    Raises StageError if the Hub cannot be asked, or if the repository is somebody else's and cannot
-    be read.
+    With its data set and its adapter, as far as the Hub has them. Raises StageError if the Hub
+    cannot be asked, or if the repository is somebody else's and cannot be read.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError

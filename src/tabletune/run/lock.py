@@ -27,10 +27,8 @@ _open_locks: dict[Path, list] = {}  # {folder that this process has locked: [its
 class RunLock:
     """This process's lock on a run folder, held until `release`.
 
-    A second one in the same process is no error.
-
-    Raises StageError, which says who is at work, if another process has the lock. `name` is what
-    others are told.
+    A second one in the same process is no error. Raises StageError, which says who is at work, if
+    another process has the lock. `name` is what others are told.
     """
 
     def __init__(self, folder: Path, name: str) -> None:

@@ -269,9 +269,8 @@ def check_auto(name: str, value: Any, text: str | None) -> Any:
 def as_list_parameter(name: str, value: Any) -> Any:
     """The value of a parameter that is a list.
 
-    A single value is a list of one, several names in a text are several.
-
-    A dictionary stays as it is: {column: values}.
+    A single value is a list of one, several names in a text are several. A dictionary stays as it
+    is: {column: values}.
     """
     if isinstance(value, (list, dict)):
         return value
@@ -382,10 +381,9 @@ def check_names(names: Iterable[Any], notebooks: Iterable[str]) -> None:
 def injected_names(cells: list[str]) -> set[str]:
     """The names that papermill set in the cell that it puts into a notebook.
 
-    `cells` are the texts of all that ran.
-
-    Papermill's cell begins with "# Parameters" and holds nothing but `name = value` lines. A
-    reader's own cell may begin in the same way: one with anything else in it is not papermill's.
+    `cells` are the texts of all that ran. Papermill's cell begins with "# Parameters" and holds
+    nothing but `name = value` lines. A reader's own cell may begin in the same way: one with
+    anything else in it is not papermill's.
     """
     for cell in reversed(cells):
         if cell.startswith("# Parameters\n"):

@@ -13,11 +13,10 @@ import warnings
 def quiet_libraries() -> None:
     """Switch off what libraries print or store without use for a notebook.
 
-    These are progress bars, advice and caches.
-
-    Liger looks for kernels of other hardware, and tqdm for widgets; both do without. transformers
-    advises on arguments that the package sets on purpose. datasets would write what it computes
-    into the run folder. Libraries that are not imported yet read the environment.
+    These are progress bars, advice and caches. Liger looks for kernels of other hardware, and tqdm
+    for widgets; both do without. transformers advises on arguments that the package sets on
+    purpose. datasets would write what it computes into the run folder. Libraries that are not
+    imported yet read the environment.
     """
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="IProgress not found")

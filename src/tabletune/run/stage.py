@@ -1,10 +1,8 @@
 """A notebook at work in its run folder.
 
-What it was started with, what is done already, and what made it.
-
-A stage reads only what earlier stages left in the folder, and writes under a temporary name until
-it is complete. What is finished is never deleted: what makes room for something else moves to
-`earlier/`.
+What it was started with, what is done already, and what made it. A stage reads only what earlier
+stages left in the folder, and writes under a temporary name until it is complete. What is finished
+is never deleted: what makes room for something else moves to `earlier/`.
 """
 
 import json
@@ -66,9 +64,8 @@ class Stage:
     def is_done(self, inputs: dict[str, Any], outputs: list[str]) -> bool:
         """Whether this stage has made `outputs` from `inputs` with these settings.
 
-        `outputs` are names in the folder.
-
-        `inputs` holds what identifies them (fingerprints, digests). Prints a line if it is done.
+        `outputs` are names in the folder. `inputs` holds what identifies them (fingerprints,
+        digests). Prints a line if it is done.
         """
         self.outputs = outputs
         entry = self.entries().get(self.name, {})
@@ -166,10 +163,9 @@ def with_absolute_paths(parameters: dict[str, Any]) -> dict[str, Any]:
 def stage_parameters(name: str, values: dict[str, Any]) -> dict[str, Any]:
     """All parameters of the notebook `name`.
 
-    Those of its defaults that are in `values`, in the defaults' types.
-
-    The default of `base_model_revision` is a commit of the default `base_model`: with another model
-    it becomes "main". Raises StageError if a value cannot be stored in JSON or is of another type.
+    Those of its defaults that are in `values`, in the defaults' types. The default of
+    `base_model_revision` is a commit of the default `base_model`: with another model it becomes
+    "main". Raises StageError if a value cannot be stored in JSON or is of another type.
     """
     defaults = PARAMETERS[name]
     parameters = {
@@ -193,12 +189,11 @@ def stage_parameters(name: str, values: dict[str, Any]) -> dict[str, Any]:
 def start_stage(name: str, variables: dict[str, Any]) -> Stage:
     """Start the notebook `name`, whose `variables` are its globals().
 
-    Opens and locks the run folder.
-
-    The parameters are those of the notebook's parameter cell, by name (`parameters.json`, which
-    `make sync` writes); other variables of the kernel do not count. The values that a stage works
-    with are written back to `variables`. Raises StageError if a value is of another type, if
-    papermill was given a name that is none, or if another program is at work in the folder.
+    Opens and locks the run folder. The parameters are those of the notebook's parameter cell, by
+    name (`parameters.json`, which `make sync` writes); other variables of the kernel do not count.
+    The values that a stage works with are written back to `variables`. Raises StageError if a value
+    is of another type, if papermill was given a name that is none, or if another program is at work
+    in the folder.
     """
     quiet_libraries()
     is_numbered = name[0] == "0"

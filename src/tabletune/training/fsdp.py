@@ -26,11 +26,9 @@ def check_sharding(
 ) -> None:
     """Raise StageError if a model of this config cannot be sharded here.
 
-    Else let the CPU quantize with all its cores.
-
-    It takes 4-bit weights stored as floating-point numbers, an optimizer that knows shards, and
-    enough RAM for all processes to quantize the model at once, `unsharded_gib` each. One that is
-    stored in 4 bits is only mapped.
+    Else let the CPU quantize with all its cores. It takes 4-bit weights stored as floating-point
+    numbers, an optimizer that knows shards, and enough RAM for all processes to quantize the model
+    at once, `unsharded_gib` each. One that is stored in 4 bits is only mapped.
     """
     stored = (getattr(config, "quantization_config", None) or {}).get("bnb_4bit_quant_storage")
     if stored not in (None, "float32"):
@@ -97,11 +95,10 @@ class ShardedTraining(TrainerCallback):
 def shard(trainer: Trainer, model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Make a trainer ready to shard its model.
 
-    Gathered as it is stored, computing in `dtype` like a whole one.
-
-    A cast would change its 4-bit numbers, so autocast computes in `dtype`, without keeping the
-    casts of all layers. The output layer stays whole: Liger's loss takes its weights without
-    calling it, and some models have them in common with the input layer.
+    Gathered as it is stored, computing in `dtype` like a whole one. A cast would change its 4-bit
+    numbers, so autocast computes in `dtype`, without keeping the casts of all layers. The output
+    layer stays whole: Liger's loss takes its weights without calling it, and some models have them
+    in common with the input layer.
     """
     plugin, device = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.device
     plugin.mixed_precision_policy = None  # no casts

@@ -87,9 +87,8 @@ def save_training(
 ) -> None:
     """Write `training/`, `adapter/`, and the entry in the manifest.
 
-    The adapter's folder also has its tokenizer, its stops and its provenance.
-
-    Several processes call it together, since shards are gathered; the first one writes.
+    The adapter's folder also has its tokenizer, its stops and its provenance. Several processes
+    call it together, since shards are gathered; the first one writes.
     """
     adapter = {}
     for name, parameter in trainer.model.named_parameters():
