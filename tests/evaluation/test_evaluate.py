@@ -30,8 +30,8 @@ from tabletune.evaluation.perplexity_and_form import (
 from tabletune.evaluation.questions import own_question, questions_of
 from tabletune.evaluation.scoring import divergence, perplexity, response_logits, score, spans
 from tabletune.evaluation.structure import has_structure
+from tabletune.model import batch_size as batch_size_module
 from tabletune.model import dequantize, run_models
-from tabletune.model import memory as memory_module
 from tabletune.model.batch_size import bytes_per_token, max_batch_size
 from tabletune.model.compat import CACHE
 from tabletune.model.cuda_graphs import cuda_graph
@@ -201,7 +201,7 @@ def test_how_many_rows_fit_is_measured(model, monkeypatch):
     token = keys_and_values + config.vocab_size * 12
     assert bytes_per_token(model) == token
     monkeypatch.setattr(
-        memory_module, "available_memory_gib", lambda: 10.2 * 100 * token / 0.8 / 2**30
+        batch_size_module, "available_memory_gib", lambda: 10.2 * 100 * token / 0.8 / 2**30
     )
     assert [max_batch_size(model, 100, most) for most in (4, 16)] == [4, 10]
     assert max_batch_size(model, 100, 999, with_logits=False) == int(10.2 * token / keys_and_values)
