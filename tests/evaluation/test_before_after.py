@@ -57,8 +57,8 @@ def test_three_answers_of_the_table_are_shown_and_the_others_are_counted(
     answer_before_and_after(adapted, *tokenizer, run)
     in_table = json.loads((run / FILE).read_text(encoding="utf-8"))["in the table"]
     assert in_table.startswith("A drink.\n\n[or]\n\nA leaf.\n\n[or]\n\nA very")
-    assert in_table.endswith("[or 2 other answers of the table]")
-    assert "[or 2 other answers of the table]" in before_and_after(run).data
+    assert in_table.endswith("[the table has 2 other answers, which are right, too]")
+    assert "[the table has 2 other answers, which are right, too]" in before_and_after(run).data
 
 
 def test_asking_draws_no_random_number(adapted, tokenizer, run):
