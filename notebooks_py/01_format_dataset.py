@@ -381,7 +381,8 @@ print(*report["notes"] or ["Nothing stands out."], sep="\n")
 # other words than the table's. `practice_prompts` are about made-up tables; from them the model
 # learns to recognize a reworded question. The similarity of two questions is a number from 0 to 1.
 # If no row reaches `unknown_threshold`, the lookup alone refuses: the model is not asked, and the
-# answer is `unknown_answer`.
+# answer is `unknown_answer`. A good threshold refuses hardly any reworded question of the table and
+# many questions that it has nothing on. The others are left to the model.
 
 # %%
 from tabletune.data.context import load_context
@@ -391,8 +392,9 @@ show_table(prompts_table(report), OFF)
 
 # %% [markdown]
 # What the model is asked, and the right answer, for one training question and one validation
-# question. With rows in the prompt, only training rows are searched. A validation or test question
-# therefore never finds its own row here, and the right answer is that the table has nothing.
+# question (here with one question in each prompt). With rows in the prompt, only training rows are
+# searched. A validation or test question therefore never finds its own row here, and the right
+# answer is that the table has nothing.
 
 # %%
 print(example_prompt(run, load_context(run)))

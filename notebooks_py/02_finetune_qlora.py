@@ -176,7 +176,8 @@ counts
 # ## The base model
 #
 # Before anything large is downloaded, we look at the model's configuration: what it is, which of
-# its layers get an adapter, and whether it can be trained here at all.
+# its layers get an adapter, and whether it can be trained here at all. Its *context length* is the
+# most tokens that it can read at once.
 #
 # Most models have two parts in each layer. In the *attention*, a token looks at the tokens before
 # it. Its matrices are often called `q_proj`, `k_proj`, `v_proj` and `o_proj`; "sdpa" (scaled

@@ -63,6 +63,13 @@ def test_plot_data_set_zooms_to_the_lengths_and_names_a_limit_far_above_them(cap
     assert capsys.readouterr().out == ""
 
 
+def test_plot_data_set_names_the_length_of_an_example_that_is_much_longer_than_the_others():
+    report = report_of([[1], [100]])
+    report["tokens"] |= {"histogram": [[60, 39, 0, 0, 1], [50, 150, 250, 350, 450, 550]]}
+    lengths = plot_data_set(report, 512).axes[0]
+    assert lengths.get_title() == "100 examples\nthe longest has 550 tokens"
+
+
 def test_plot_data_set_draws_a_limit_that_is_near():
     lengths = plot_data_set(report_of([[1, 2], [4, 3]]), 120).axes[0]
     [limit] = lengths.get_lines()

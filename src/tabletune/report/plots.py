@@ -26,6 +26,7 @@ PANELS = (  # of the plot of results, those that were measured: content first
     "answers that stop",
 )
 BESIDE = 1.25  # of the longest example: a limit up to here is drawn beside the lengths
+FEW = 0.05  # if a smaller share of examples is beyond half of the longest, its length is named
 
 
 def plot_figures(
@@ -144,6 +145,12 @@ def plot_lengths(axes: "Axes", tokens: Mapping[str, Any], max_length: int) -> No
         axes.legend()
     else:
         title += f", all far below max_length = {max_length}"
+    in_upper_half = sum(
+        count for count, start in zip(counts, edges[:-1], strict=True) if start >= edges[-1] / 2
+    )
+    if in_upper_half < FEW * sum(counts):
+        # the bars of so few are so low that they are overlooked
+        title += f"\nthe longest has {edges[-1]:,.0f} tokens"
     axes.set(xlabel="tokens in an example", ylabel="examples", title=title)
 
 

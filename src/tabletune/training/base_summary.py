@@ -48,5 +48,5 @@ def summarize_base_model(
         "adapters on": f"{adapted.total()} matrices: {matrices}",
         "in memory": in_memory,
         "weights": f"{gib:,.2f} GiB",
-        "reads at once": f"{longest:,} tokens" if longest else "unknown",
+        "context length": f"{longest:,} tokens" if longest else "unknown",
     }

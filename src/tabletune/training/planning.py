@@ -259,8 +259,9 @@ def rows_to_train_on(
     leak = packing_leak(model) if packing else 0.0
     if packing and leak <= LEAK:
         print(
-            f"{len(examples):,} examples packed into {len(packed):,} rows. They do not see each "
-            f"other: changing the first changes the second one's logits by {leak:.1%}."
+            f"{len(examples):,} examples are packed into {len(packed):,} rows.\n"
+            "They do not see each other: a change of one changes the logits of the next by "
+            f"{leak:.1%}."
         )
         return packed
     reason = "as `packing` is off"
