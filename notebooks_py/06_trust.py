@@ -153,7 +153,8 @@ trust.overview()
 # are two of each kind, and how the answers are judged:
 
 # %%
-show_table(trust.prompts.groupby("kind").head(2), safety.NO_PROMPTS)
+two_of_each = trust.prompts.groupby("kind").head(2).reset_index(drop=True)
+show_table(two_of_each, safety.NO_PROMPTS)
 if len(trust.prompts):
     say(*safety.rules_in_words(trust.template, trust.item_field))
 

@@ -34,7 +34,7 @@ def metrics_of(content, structure=1.0, **more):
 def test_reworded_questions_come_first():
     content = {"new": part(0.0, 10), "table": part(1.0), "reworded": part(0.5)}
     assert content_verdict(metrics_of(content))[0] == (
-        "The fine-tuned model answers 20 of 40 reworded questions of your table right "
+        "The fine-tuned model gives the right answer to 20 of 40 reworded questions of your table "
         "(95% interval: 10–30)."
     )
 
@@ -42,7 +42,7 @@ def test_reworded_questions_come_first():
 def test_only_the_first_sentence_names_the_model_and_explains_the_interval():
     content = {"new": part(0.0, 10), "table": part(1.0), "reworded": part(0.5)}
     assert content_verdict(metrics_of(content))[1] == (
-        "It answers 40 of 40 questions as they stand in your table right (20–40)."
+        "It gives the right answer to 40 of 40 questions as they stand in your table (20–40)."
     )
 
 
@@ -51,7 +51,7 @@ def test_new_questions_come_first_for_labels_beside_the_commonest_one():
     majority = {"label": "spam", "rate": 0.95}
     rules = {"labels": ["spam", "ham"]}
     sentences = content_verdict(metrics_of(content, content_rules=rules, majority=majority))
-    assert sentences[0].startswith("The fine-tuned model answers 18 of 20 new questions")
+    assert sentences[0].startswith("The fine-tuned model gives the right answer to 18 of 20 new")
     assert "Always saying 'spam' would be right for 19" in sentences[0]
 
 
@@ -100,8 +100,8 @@ def test_with_rows_the_questions_that_they_lack_are_told_apart():
     }
     sentences = content_verdict(metrics_of(content, retrieval=True))
     assert 'says "nothing" to 2' in sentences[0]
-    assert "11 of 11 questions whose rows were added after training right" in sentences[2]
-    assert "10 of 11 questions that none of its rows answers, it says so (7–11)" in sentences[3]
+    assert "11 of 11 questions whose rows were added after training (" in sentences[2]
+    assert "nothing for 10 of 11 questions that none of its rows answers (7–11)" in sentences[3]
 
 
 def test_answers_that_stand_in_training_are_said():

@@ -238,7 +238,7 @@ def test_a_card_shows_how_many_answers_are_right(run_dir):
     }
     for model in ("base", "adapter", "merged"):
         metrics[model]["content"] = {"reworded": figures}
-    sentence = "It answers 39 of 40 reworded questions of your table right (35–40)."
+    sentence = "It gives the right answer to 39 of 40 reworded questions of your table (35–40)."
     metrics["verdict"] = [sentence]
     path.write_text(json.dumps(metrics))
     text = cards_of(run_dir)["adapter"].text

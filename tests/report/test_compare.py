@@ -12,6 +12,7 @@ from tabletune.errors import StageError
 from tabletune.report.compare import (
     BITS,
     RIGHT,
+    RIGHT_UNKNOWN,
     comparable_runs,
     compared_part,
     headline,
@@ -201,7 +202,7 @@ def test_right_answers_decide_before_bits(tmp_path):
         (-0.2, -0.5, "worse"),
         (None, -0.5, "better"),
         (None, 0.5, "worse"),
-        (None, None, "no difference shown"),
+        (None, None, "not compared"),
     ],
 )
 def test_right_answers_decide_which_setting_is_better(right, bits, result):
@@ -216,8 +217,11 @@ def test_runs_with_and_without_rows_are_compared_by_right_answers(tmp_path):
     one, other = a_run(tmp_path / "a"), a_run(tmp_path / "b", learning_rate=1)
     path = other / "evaluation" / "metrics.json"
     write_json(path, {**json.loads(path.read_text()), "retrieval": True})
-    _, _, sentences = compared(one, other)
+    settings, part, sentences = compared(one, other)
     assert "Compare their right answers" in sentences[0]
+    assert pair_difference(settings[1], settings[0], BITS, part) is None
+    assert not any("bits per byte" in line for line in headline(settings, part))
+    assert headline(settings, None) == [RIGHT_UNKNOWN]
 
 
 def test_questions_that_differ_are_not_compared_for_right_answers(tmp_path):

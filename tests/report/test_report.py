@@ -339,7 +339,10 @@ def test_answers_stay_text_under_the_disclaimer(render, tmp_path):
 
 def test_the_verdict_on_content_comes_first(render, tmp_path):
     run = a_run(tmp_path / "run", 4)
-    verdict = ["It answers 1 of 40 reworded questions of your table right (0–5).", "More."]
+    verdict = [
+        "It gives the right answer to 1 of 40 reworded questions of your table (0–5).",
+        "More.",
+    ]
     merged = model(6.0, 0.5) | {
         "content": {"reworded": {"questions": 40, "right": 0.025, "right_ci95": [0.0, 0.13]}}
     }

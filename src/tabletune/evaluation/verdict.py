@@ -90,24 +90,24 @@ def part_sentences(part: str, entry: dict, metrics: dict, rules: dict) -> list[s
         lacking = entry["unanswerable"]
         count, interval = count_with_interval(lacking, "nothing")
         sentences = [
-            f"For {count} of {lacking['questions']} questions that none of its rows answers, it "
-            f"says so {interval}."
+            f"It rightly says that the table has nothing for {count} of {lacking['questions']} "
+            f"questions that none of its rows answers {interval}."
         ]
         if answerable:
             count, interval = count_with_interval(entry["paraphrased"], "right")
             sentences.append(
-                f"Its rows have the answers to {answerable} other new questions, under different "
-                f"questions: it answers {count} of them right {interval}."
+                f"It gives the right answer to {count} of {answerable} new questions whose answer "
+                f"its rows have under another question {interval}."
             )
         return sentences
     names = {
         "reworded": "reworded questions of your table",
         "table": "questions as they stand in your table",
         "added": "questions whose rows were added after training",
-        "new": "new questions, which training did not see,",
+        "new": "new questions that training did not see",
     }
     count, interval = count_with_interval(entry, "right")
-    sentence = f"It answers {count} of {n} {names[part]} right {interval}."
+    sentence = f"It gives the right answer to {count} of {n} {names[part]} {interval}."
     if entry.get("false_nothing"):
         wrongly = count_with_interval(entry, "false_nothing", answerable)[0]
         sentence += f' It says "nothing" to {wrongly} of them, although the table has an answer.'

@@ -135,6 +135,11 @@ class Setting:
             return [float(np.mean(list(run.answers[part].values()))) for run in self.runs]
         return [run.entry["perplexity"]["bits_per_byte"] for run in self.runs]
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows of the table stand in its prompts (`context_rows`)."""
+        return bool(self.runs[0].info["metrics"].get("retrieval"))
+
     def spread(self, figure: str, part: str) -> float:
         """How far its runs are apart in a figure: the largest less the smallest."""
         values = self.values(figure, part)
@@ -277,7 +282,7 @@ def pair_difference(one: Setting, other: Setting, figure: str, part: str | None)
 
     As `stats.difference` gives it. It is `significant` only if it is also larger than what seeds
     alone do, where one of the settings has several, and, of bits, than LEAST_BITS. None if they
-    have no right answers to compare.
+    have no right answers to compare, or for bits if rows stand in the prompts of one only.
     """
     if figure == RIGHT:
         first, second = one.right(part or ""), other.right(part or "")
@@ -289,6 +294,8 @@ def pair_difference(one: Setting, other: Setting, figure: str, part: str | None)
             [second[question] for question in shared],
             np.ones(len(shared)),
         )
+    elif one.has_rows != other.has_rows:
+        return None
     else:
         bits, sizes = one.bits()
         entry = mean_difference(bits, other.bits()[0], sizes, one.groups())
@@ -322,6 +329,8 @@ def result_of_pair(right: dict | None, bits: dict | None) -> str:
 
     Right answers decide, and bits per byte if those do not differ.
     """
+    if right is None and bits is None:
+        return "not compared"
     if right is not None and right["significant"]:
         return "better" if right["difference"] > 0 else "worse"
     if bits is not None and bits["significant"]:
@@ -354,10 +363,13 @@ def headline(settings: Sequence[Setting], part: str | None) -> list[str]:
             f"Most right answers: {best.name}, {np.mean(rates):.0%} of {questions} {PARTS[part]}."
         ]
     else:
-        bits = float(np.mean(best.values(BITS, "")))
-        sentences = [f"Fewest bits per byte: {best.name}, {bits:.3f}."]
+        sentences = []
         if any(run.answers for setting in settings for run in setting.runs):
-            sentences.insert(0, RIGHT_UNKNOWN)
+            sentences.append(RIGHT_UNKNOWN)
+        if any(setting.has_rows != best.has_rows for setting in settings):
+            return sentences  # nothing that could be compared is left
+        bits = float(np.mean(best.values(BITS, "")))
+        sentences.append(f"Fewest bits per byte: {best.name}, {bits:.3f}.")
     same = []
     for setting in settings[1:]:
         right = pair_difference(setting, best, RIGHT, part) if part else None
