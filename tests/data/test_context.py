@@ -1,6 +1,7 @@
 """Rows of the table in the prompt: one function for all who ask."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -169,9 +170,45 @@ def test_the_reader_can_move_the_threshold(tmp_path):
     assert load_context(tmp_path, unknown_threshold="auto").settings.unknown_threshold == 0.1
 
 
-def test_a_damaged_folder_is_one_line(tmp_path):
+FILES_OF_AN_INDEX = ["use/rows.jsonl", "use/terms.json", "use/vectors.npz", "settings.json"]
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def of_another_kind(path):
+    path.write_text("[]")
+
+
+@pytest.mark.parametrize("name", FILES_OF_AN_INDEX)
+@pytest.mark.parametrize("damage", [empty, cut, of_another_kind, Path.unlink])
+def test_a_damaged_folder_is_one_line(damage, name, tmp_path):
     save(tmp_path, context_of())
-    (tmp_path / "retrieval" / "use" / "terms.json").write_text("{", encoding="utf-8")
+    damage(tmp_path / "retrieval" / name)
     with pytest.raises(StageError, match="run 01_format_dataset again") as error:
         load_context(tmp_path, "use")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "terms.json", "vectors.npz"])
+def test_files_of_two_indexes_do_not_go_together(name, tmp_path):
+    save(tmp_path, context_of())
+    folder = tmp_path / "retrieval" / "use"
+    RowIndex.build([*ROWS, TableRow("A sauna?", "No.", "5")]).save(tmp_path / "other")
+    (tmp_path / "other" / name).replace(folder / name)
+    with pytest.raises(StageError, match="run 01_format_dataset again"):
+        load_context(tmp_path, "use")
+
+
+@pytest.mark.parametrize("name", ["unknown_answer", "context_template", "unknown_threshold"])
+def test_settings_of_another_kind_are_one_line(name, tmp_path):
+    save(tmp_path, context_of())
+    path = tmp_path / "retrieval" / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: ["x"]}))
+    with pytest.raises(StageError, match="run 01_format_dataset again"):
+        load_context(tmp_path, "use")
