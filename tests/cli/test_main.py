@@ -184,3 +184,10 @@ def test_the_package_is_also_a_program():
         [sys.executable, "-m", "tabletune", "--help"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.stdout.startswith("usage: tabletune")
+
+
+def test_ask_without_a_file_of_questions_says_what_to_set(tmp_path):
+    """As make calls it where QUESTIONS is not set."""
+    options = build_parser().parse_args(["ask", str(tmp_path), "--questions", ""])
+    with pytest.raises(StageError, match="Set QUESTIONS to a text file"):
+        options.do(options)

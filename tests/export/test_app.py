@@ -307,6 +307,14 @@ def test_rows_that_cannot_be_read_are_one_line(line, message, arguments, exporte
     assert "Traceback" not in done.stderr
 
 
+def test_settings_that_cannot_be_read_are_one_line(exported):
+    (exported[1] / "settings.json").write_text("{oops")
+    done = run_app(exported[1], QUESTION)
+    assert done.returncode == 1
+    assert "settings.json is not JSON" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_readme_says_how_to_copy(exported, run_dir):
     text = (exported[1] / "README.md").read_text()
     assert 'python app.py --copy "A question"' in text

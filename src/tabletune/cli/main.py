@@ -108,6 +108,12 @@ def ask(options: argparse.Namespace) -> None:
     from tabletune.evaluation.ask import answer_questions
 
     run_dir, values = read_run_values(options)
+    if not options.questions.strip():
+        # make hands on an empty text where QUESTIONS is not set
+        raise StageError(
+            "Which questions? Set QUESTIONS to a text file with one question a line, or a .csv or "
+            ".jsonl with a column question."
+        )
     answer_questions(run_dir, Path(options.questions), options.part, values)
 
 

@@ -50,7 +50,11 @@ class App:
 
         `server` is the address up to "/v1"; without one the settings have it, as for `model`.
         """
-        self.settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        path = folder / "settings.json"
+        try:
+            self.settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
         self.server = (server or self.settings["server"]).rstrip("/")
         self.model = model or self.settings["model"]
         self.rows_file = folder / "rows.jsonl"
