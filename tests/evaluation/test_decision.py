@@ -55,6 +55,16 @@ def test_if_no_way_is_as_good_everywhere_the_worst_part_decides():
     assert choose(parts) == "train"
 
 
+def test_a_worst_part_better_by_chance_does_not_outweigh_a_part_that_is_clearly_worse():
+    """As measured on a table of readings: training had 8 and 16 of 16 right, rows 9 and 10."""
+    right_rows, right_trained = answers(9, 16), answers(8, 16)[::-1]
+    parts = [
+        {"copy": answers(16, 16), "rows": right_rows, "train": right_trained},
+        {"copy": answers(0, 16), "rows": answers(10, 16), "train": answers(16, 16)},
+    ]
+    assert choose(parts) == "train"
+
+
 def test_a_part_that_was_not_asked_is_no_part_of_the_decision():
     rights = {"new": {"copy": answers(3), "adapter": answers(18)}}
     assert decide(rights, 0.5).parts == ["new"]

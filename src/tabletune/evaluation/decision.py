@@ -105,18 +105,34 @@ def choose(parts: Sequence[Mapping[str, np.ndarray]]) -> str:
     """The cheapest way that is as good as the best in every part of the questions.
 
     If there is none, as one is good here and another one there, the best is the way whose worst
-    part is best, and the choice is the cheapest way that is as good as that one in every part.
+    part is best, unless another one is as good in every part and better in one. The choice is the
+    cheapest way that is as good as that one in every part.
     """
     as_good = [as_good_as_best(rights) for rights in parts]
     for name in as_good[0]:
         if all(name in names for names in as_good):
             return name
+
     # no way is good everywhere: the one that is least bad where it is worst
-    balanced = max(parts[0], key=lambda name: min(np.mean(rights[name]) for rights in parts))
+    def worst_part(name: str) -> float:
+        return min(float(np.mean(rights[name])) for rights in parts)
+
+    balanced = max(parts[0], key=worst_part)
+    # a worst part that is better by chance does not make up for another part that is clearly worse
+    better = [name for name in parts[0] if is_better(name, balanced, parts)]
+    if better:
+        balanced = max(better, key=worst_part)
     for name in parts[0]:
         if all(is_as_good(rights[name], rights[balanced]) for rights in parts):
             return name
     return balanced
+
+
+def is_better(one: str, other: str, parts: Sequence[Mapping[str, np.ndarray]]) -> bool:
+    """Whether a way is as good as another in every part, and the other is not so in some part."""
+    if not all(is_as_good(rights[one], rights[other]) for rights in parts):
+        return False
+    return not all(is_as_good(rights[other], rights[one]) for rights in parts)
 
 
 def enough(rights: Mapping[str, np.ndarray]) -> bool:
