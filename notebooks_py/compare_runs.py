@@ -70,7 +70,7 @@ import pandas as pd
 
 from tabletune.report import compare
 from tabletune.report.learning_curve import learning_curve
-from tabletune.report.pages import doubts, figures_table, losses, say, show, show_table
+from tabletune.report.pages import doubts, figures_table, losses, say, say_verdict, show, show_table
 
 every_run = compare.open_runs(runs)
 
@@ -126,11 +126,13 @@ show(figure, "Dot chart of right answers and of bits per byte of each setting")
 # ## Would more rows help?
 
 # %%
-curve, sentences = learning_curve({run.name: run.folder for run in comparable})
-none = "All runs have the same `train_rows`. `make sweep GRID=grids/rows.yaml` makes others."
-say(*(sentences or [none]))
-if curve is not None:
-    show(curve, "Line chart of right answers and perplexity by the number of training questions")
+curves, verdicts = learning_curve({run.name: run.folder for run in comparable})
+if curves is None:
+    say("All runs have the same `train_rows`. `make sweep GRID=grids/rows.yaml` makes others.")
+for verdict in verdicts:
+    say_verdict(verdict)
+if curves is not None:
+    show(curves, "Line chart of right answers and perplexity by the number of training questions")
 
 # %% [markdown]
 # ## All figures

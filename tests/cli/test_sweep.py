@@ -117,3 +117,47 @@ def test_points_whose_names_are_too_long_have_folders_of_their_own():
     names = {point_name(point), point_name(other)}
     assert len(names) == 2
     assert all(len(name) <= 200 for name in names)
+
+
+# --- the same number of steps for every number of rows
+
+
+@pytest.mark.parametrize(
+    ("sizes", "epochs"),
+    [("[0.125, 0.5, 1.0]", [16, 4, 2]), ("[0.3, 0.6]", [4, 2]), ("[10, 25, 100]", [20, 8, 2])],
+)
+def test_equal_steps_give_fewer_rows_more_epochs(swept, sizes, epochs):
+    swept.run(f"train_rows: {sizes}\nequal_steps: true\nlearning_rate: 0.1", "-p", "epochs", "2")
+    assert [choice.values["epochs"] for choice in swept.made] == epochs
+
+
+def test_equal_steps_is_no_parameter_of_a_run(swept):
+    swept.run("train_rows: [0.5, 1.0]\nequal_steps: true\nlearning_rate: 0.1")
+    assert all("equal_steps" not in choice.values for choice in swept.made)
+    assert [choice.run_dir.name for choice in swept.made] == ["train_rows-0.5", "train_rows-1.0"]
+
+
+def test_without_equal_steps_epochs_stay(swept):
+    swept.run("train_rows: [0.5, 1.0]\nlearning_rate: 0.1", "-p", "epochs", "2")
+    assert [choice.values["epochs"] for choice in swept.made] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ("seed: [1, 2]\nequal_steps: true", "needs a list of values of train_rows"),
+        ("train_rows: [20, 1.0]\nequal_steps: true", "only shares up to 1, or only numbers above"),
+        ("train_rows: [0.5, 1.0]\nequal_steps: 3", "equal_steps=3: use true or false"),
+        ("train_rows: [0.5, 1.0]\nequal_steps: [true]", "use true or false"),
+    ],
+)
+def test_equal_steps_that_make_no_sense_are_refused(tmp_path, grid, message):
+    path = tmp_path / "grid.yaml"
+    path.write_text(grid)
+    with pytest.raises(StageError, match=message):
+        read_grid(build_parser().parse_args(["sweep", "--grid", str(path)]))
+
+
+def test_the_grid_for_rows_makes_equal_steps():
+    words = ["sweep", "--grid", str(ROOT / "grids" / "rows.yaml")]
+    assert read_grid(build_parser().parse_args(words))["equal_steps"] is True

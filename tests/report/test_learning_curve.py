@@ -13,10 +13,11 @@ from tabletune.report.learning_curve import curves_of, last_doubling, learning_c
 QUESTIONS = 40  # in the test split
 
 
-def write_run(folder, questions, nll, right=None, **parameters):
+def write_run(folder, questions, nll, right=None, steps=None, **parameters):
     """Leave what a learning curve reads of a run: `nll` has the mean negative log-likelihood of
     each test question."""
-    folder = folder / f"run_{questions}_{len(parameters)}_{parameters.get('seed', '')}"
+    marks = [questions, len(parameters), parameters.get("seed", ""), parameters.get("epochs", "")]
+    folder = folder / f"run_{'_'.join(map(str, marks))}"
     rows = [{"prompt": [{"role": "user", "content": f"q{n}"}], "completion": []} for n in range(5)]
     test = datasets.Dataset.from_list(rows)
     datasets.DatasetDict({"test": test}).save_to_disk(folder / "dataset")
@@ -26,6 +27,9 @@ def write_run(folder, questions, nll, right=None, **parameters):
     manifest = {"01_format_dataset": {"parameters": {}}, "02_finetune_qlora": stage}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "evaluation").mkdir()
+    if steps is not None:
+        (folder / "training").mkdir()
+        (folder / "training" / "metrics.json").write_text(json.dumps({"steps": steps}))
     tables = [
         pd.DataFrame(
             {
@@ -59,9 +63,10 @@ def nll_of(mean, seed=0, spread=0.5):
 
 
 def sentences(tmp_path, runs):
-    """The sentences on runs, [(questions, likelihoods, right answers)]."""
+    """The sentences on runs, [(questions, likelihoods, right answers, steps)], but for the last."""
     folders = {str(questions): write_run(tmp_path, questions, *rest) for questions, *rest in runs}
-    *lines, caution = learning_curve(folders)[1]
+    (of_curve,) = learning_curve(folders)[1]
+    *lines, caution = of_curve
     assert caution.startswith("How much a seed alone changes is not known here")
     return lines
 
@@ -69,51 +74,112 @@ def sentences(tmp_path, runs):
 def test_more_rows_help_where_they_did(tmp_path):
     runs = [(10, nll_of(2.0, 1)), (20, nll_of(1.7, 2)), (40, nll_of(1.4, 3))]
     lines = sentences(tmp_path, runs)
-    assert lines[0].startswith(
+    assert lines[0] == "The last doubling still gained: more rows would probably help."
+    assert lines[1].startswith(
         "From 20 to 40 questions in training, the perplexity of new questions changes by -2"
     )
-    assert lines[-1].startswith("The last doubling still gained")
 
 
 def test_more_copies_do_not_help(tmp_path):
     runs = [(10, nll_of(1.4, 1)), (20, nll_of(1.4, 2)), (40, nll_of(1.4, 3))]
-    assert sentences(tmp_path, runs)[-1].startswith("The last doubling gained nothing")
+    assert sentences(tmp_path, runs)[0].startswith("The last doubling gained nothing")
 
 
 def test_only_the_last_doubling_counts(tmp_path):
     runs = [(10, nll_of(3.0, 1)), (20, nll_of(1.4, 2)), (40, nll_of(1.4, 3))]
-    assert sentences(tmp_path, runs)[-1].startswith("The last doubling gained nothing")
+    assert sentences(tmp_path, runs)[0].startswith("The last doubling gained nothing")
 
 
 def test_a_tenth_of_the_rows_is_no_half(tmp_path):
     lines = sentences(tmp_path, [(10, nll_of(2.4, 1)), (100, nll_of(1.4, 3))])
-    assert lines[-1].startswith("10 times as many questions gained. Whether the last doubling")
+    assert lines[0] == "10 times as many questions still gained: more rows would probably help."
+    assert lines[1].startswith("Whether the last doubling gained is not measured")
 
 
 def test_a_gain_of_less_than_a_hundredth_is_none(tmp_path):
     """It is sure, as the test rows differ alike in both runs, and nobody would notice it."""
     small = nll_of(1.4, 1)
     lines = sentences(tmp_path, [(20, small), (40, small - 0.005)])
-    assert lines[-1].startswith("The last doubling gained nothing")
+    assert lines[0].startswith("The last doubling gained nothing")
+
+
+def test_what_a_seed_alone_changes_is_no_gain(tmp_path):
+    """As measured: seeds of one size of the bundled table differ by up to 0.04 nats a token."""
+    small = nll_of(1.4, 1)
+    lines = sentences(tmp_path, [(20, small), (40, small - 0.035)])
+    assert lines[0].startswith("The last doubling gained nothing")
 
 
 def test_a_run_that_got_worse_is_no_gain(tmp_path):
     runs = [(20, nll_of(1.4, 2)), (40, nll_of(1.8, 3))]
-    assert sentences(tmp_path, runs)[-1].startswith("The last doubling gained nothing")
+    assert sentences(tmp_path, runs)[0].startswith("The last doubling gained nothing")
 
 
 def test_right_answers_count_more_than_likelihood(tmp_path):
     right = [n < 10 for n in range(QUESTIONS)], [n < 30 for n in range(QUESTIONS)]
     runs = [(20, nll_of(1.4, 2), right[0]), (40, nll_of(1.4, 3), right[1])]
     lines = sentences(tmp_path, runs)
-    assert "Right answers to the same 40 new questions: +50 points" in lines[1]
-    assert lines[-1].startswith("The last doubling still gained")
+    assert lines[0].startswith("The last doubling still gained")
+    assert "Right answers to the same 40 new questions: +50 points" in lines[2]
 
 
 def test_more_likely_without_more_right_answers_is_said_to_be_so(tmp_path):
     right = [n < 10 for n in range(QUESTIONS)]
     runs = [(20, nll_of(1.8, 2), right), (40, nll_of(1.4, 3), right)]
-    assert "more likely" in sentences(tmp_path, runs)[-1]
+    assert "but it cannot be told whether" in sentences(tmp_path, runs)[0]
+
+
+def test_more_likely_answers_where_nearly_all_are_right_already_are_no_gain(tmp_path):
+    right = [True] * QUESTIONS
+    lines = sentences(tmp_path, [(20, nll_of(1.8, 2), right), (40, nll_of(1.4, 3), right)])
+    assert "nearly all new questions are answered right with fewer rows already" in lines[0]
+    assert lines[0].endswith("more rows of this kind would hardly help.")
+
+
+def test_likelihood_decides_where_no_answer_is_right(tmp_path):
+    """As measured on the bundled table: right answers stay at nothing, whatever is learned."""
+    right = [False] * QUESTIONS
+    lines = sentences(tmp_path, [(20, nll_of(1.8, 2), right), (40, nll_of(1.4, 3), right)])
+    assert lines[0] == "The last doubling still gained: more rows would probably help."
+    assert lines[1].startswith("Hardly any new question is answered right")
+
+
+def test_a_gain_with_more_steps_may_be_that_of_the_steps(tmp_path):
+    runs = [(20, nll_of(1.8, 2), None, 45), (40, nll_of(1.4, 3), None, 90)]
+    lines = sentences(tmp_path, runs)
+    assert "the larger run also made more steps (90, not 45)" in lines[0]
+
+
+def test_a_gain_with_as_many_steps_is_that_of_the_rows(tmp_path):
+    runs = [(20, nll_of(1.8, 2), None, 96), (40, nll_of(1.4, 3), None, 90)]
+    assert sentences(tmp_path, runs)[0].endswith("more rows would probably help.")
+
+
+def test_no_gain_with_more_steps_is_none(tmp_path):
+    runs = [(20, nll_of(1.4, 2), None, 45), (40, nll_of(1.4, 3), None, 90)]
+    assert sentences(tmp_path, runs)[0].startswith("The last doubling gained nothing")
+
+
+def test_runs_with_as_many_more_epochs_as_they_have_fewer_rows_are_one_curve(tmp_path):
+    """What `equal_steps` in a grid makes."""
+    folders = {
+        "a": write_run(tmp_path, 10, nll_of(2), train_rows=0.25, epochs=8),
+        "b": write_run(tmp_path, 20, nll_of(2), train_rows=0.5, epochs=4),
+        "c": write_run(tmp_path, 40, nll_of(1), train_rows=1.0, epochs=2),
+    }
+    (curve,) = curves_of(folders)
+    assert [point.name for point in curve] == ["a", "b", "c"]
+
+
+def test_several_curves_say_which_they_are(tmp_path):
+    folders = {
+        "a": write_run(tmp_path, 20, nll_of(2), steps=45, train_rows=0.5, epochs=2),
+        "b": write_run(tmp_path, 20, nll_of(2), steps=90, train_rows=0.5, epochs=4),
+        "c": write_run(tmp_path, 40, nll_of(1), steps=90, train_rows=1.0, epochs=2),
+    }
+    _, (of_epochs, of_steps) = learning_curve(folders)
+    assert of_epochs[0].startswith("45 to 90 steps, the same epochs: The last doubling gained, but")
+    assert of_steps[0].startswith("About 90 steps each: The last doubling still gained")
 
 
 def test_runs_of_other_parameters_are_another_curve(tmp_path):
@@ -154,13 +220,13 @@ def test_seeds_alone_are_no_curve(tmp_path):
 
 
 def test_a_gain_of_more_than_the_seeds_do_is_one(tmp_path):
-    _, lines = learning_curve(seeds_of(tmp_path, [(20, 1.7), (40, 1.4)], 0.05))
-    assert lines[-1].startswith("The last doubling still gained")
+    _, (lines,) = learning_curve(seeds_of(tmp_path, [(20, 1.7), (40, 1.4)], 0.05))
+    assert lines[0].startswith("The last doubling still gained")
 
 
 def test_a_gain_that_seeds_make_alone_is_none(tmp_path):
-    _, lines = learning_curve(seeds_of(tmp_path, [(20, 1.7), (40, 1.4)], 0.3))
-    assert lines[-1].startswith("The last doubling gained nothing")
+    _, (lines,) = learning_curve(seeds_of(tmp_path, [(20, 1.7), (40, 1.4)], 0.3))
+    assert lines[0].startswith("The last doubling gained nothing")
 
 
 def test_right_answers_of_several_seeds_are_averaged(tmp_path):

@@ -13,7 +13,9 @@ from tabletune.cli.options import NUMBERED, RunChoice, read_run_choice
 from tabletune.cli.pages import compare_runs
 from tabletune.cli.series import make_series
 from tabletune.errors import StageError
-from tabletune.run.parameters import check_names, read_parameters, read_text
+from tabletune.run.parameters import DEFAULTS, check_names, read_parameters, read_text
+
+EQUAL_STEPS = "equal_steps"  # stands in a grid, and is a parameter of no notebook
 
 MOST_NAME_CHARACTERS = 200  # of a folder; file systems take names of up to 255 bytes
 
@@ -25,6 +27,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     the rest.
     """
     grid = read_grid(options)
+    equal_steps = grid.pop(EQUAL_STEPS, False)
     lists = {name: values for name, values in grid.items() if isinstance(values, list)}
     options.run_dir = None  # each point has its own
     base = read_run_choice(options)
@@ -37,7 +40,10 @@ def run_sweep(options: argparse.Namespace) -> None:
         point = dict(zip(lists, values, strict=True))
         run_dir = folder / point_name(point)
         print(f"{number} of {len(points)}: {run_dir}", flush=True)
-        choice = RunChoice(run_dir, base.values | grid | point, base.gpus, base.profile)
+        values_of_run = base.values | grid | point
+        if equal_steps:
+            values_of_run["epochs"] = more_epochs(values_of_run, lists["train_rows"])
+        choice = RunChoice(run_dir, values_of_run, base.gpus, base.profile)
         try:
             make_series(choice)
             finished.append(run_dir)
@@ -53,6 +59,15 @@ def run_sweep(options: argparse.Namespace) -> None:
         raise StageError("\n".join(lines))
 
 
+def more_epochs(values: dict[str, Any], sizes: list[float]) -> float:
+    """The epochs of a run with fewer rows that make about as many steps as the largest size has.
+
+    `sizes` are all values of `train_rows`: shares, or numbers of questions.
+    """
+    epochs = values.get("epochs", DEFAULTS["epochs"]) * max(sizes) / values["train_rows"]
+    return int(epochs) if float(epochs).is_integer() else epochs
+
+
 def sweep_folder(options: argparse.Namespace) -> Path:
     """The folder for the runs of a sweep: the one that was asked for, or runs/GRID_PROFILE."""
     if options.folder:
@@ -66,7 +81,7 @@ def sweep_folder(options: argparse.Namespace) -> Path:
 def read_grid(options: argparse.Namespace) -> dict[str, Any]:
     """The grid, {name: value or list of values}. Raises StageError if it cannot be run."""
     grid = read_parameters(read_text(options.grid), options.grid, grid=True)
-    check_names(grid, NUMBERED)
+    check_names(set(grid) - {EQUAL_STEPS}, NUMBERED)
     lists = {name: values for name, values in grid.items() if isinstance(values, list)}
     for name, values in lists.items():
         if not values:
@@ -82,7 +97,25 @@ def read_grid(options: argparse.Namespace) -> dict[str, Any]:
         )
     if "run_dir" in grid:
         raise StageError(f"{options.grid}: a sweep sets run_dir itself. Remove it from the grid.")
+    check_equal_steps(grid, options.grid)
     return grid
+
+
+def check_equal_steps(grid: dict[str, Any], path: str) -> None:
+    """Raise StageError if a grid has `equal_steps` and nothing that it could make equal."""
+    equal_steps = grid.get(EQUAL_STEPS, False)
+    if not isinstance(equal_steps, bool):
+        raise StageError(f"{path}: {EQUAL_STEPS}={equal_steps!r}: use true or false.")
+    if not equal_steps:
+        return
+    sizes = grid.get("train_rows")
+    if not isinstance(sizes, list):
+        raise StageError(f"{path}: {EQUAL_STEPS} needs a list of values of train_rows.")
+    if min(sizes) <= 1 < max(sizes):
+        raise StageError(
+            f"{path}: with {EQUAL_STEPS}, train_rows has only shares up to 1, or only numbers "
+            "above 1."
+        )
 
 
 def point_name(point: dict[str, Any]) -> str:

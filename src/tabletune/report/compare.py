@@ -9,6 +9,7 @@ answers are right.
 
 import math
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ RIGHT_UNKNOWN = (
     "questions. Run notebook 4 again with the same `samples`."
 )
 LEAST_BITS = 0.004  # per byte, some 1% of a perplexity: less is no difference, however sure it is
+# Where each setting ran once: in 18 pairs of runs that differed by their seeds alone, the largest
+# difference was 0.014 (docs/how-many-rows.md).
+ONE_SEED_BITS = 0.015
 
 
 @dataclass
@@ -244,9 +248,15 @@ def settings_of(runs: Sequence[ComparedRun]) -> list[Setting]:
     for members in of_setting.values():
         name = members[0].name
         if len(members) > 1:
-            name = f"{name} ({len(members)} seeds)"
+            name = name_of_seeds(name, len(members))
         settings.append(Setting(name, members))
     return settings
+
+
+def name_of_seeds(name: str, seeds: int) -> str:
+    """The name of several seeds of a setting, by that of one of its runs."""
+    without_seed = re.sub(r"_seed-\d+$|^seed-\d+_", "", name)
+    return f"{without_seed} ({seeds} seeds)"
 
 
 def compared_part(runs: Sequence[ComparedRun]) -> str | None:
@@ -281,8 +291,9 @@ def pair_difference(one: Setting, other: Setting, figure: str, part: str | None)
     """How much more `one` has of a figure, in pairs on the same rows.
 
     As `stats.difference` gives it. It is `significant` only if it is also larger than what seeds
-    alone do, where one of the settings has several, and, of bits, than LEAST_BITS. None if they
-    have no right answers to compare, or for bits if rows stand in the prompts of one only.
+    alone do. For bits that is the spread of the settings' seeds, at least LEAST_BITS, and
+    ONE_SEED_BITS where both ran once. None if they have no right answers to compare, or for bits
+    if rows stand in the prompts of one only.
     """
     if figure == RIGHT:
         first, second = one.right(part or ""), other.right(part or "")
@@ -301,7 +312,8 @@ def pair_difference(one: Setting, other: Setting, figure: str, part: str | None)
         entry = mean_difference(bits, other.bits()[0], sizes, one.groups())
     least = max(setting.spread(figure, part or "") for setting in (one, other))
     if figure == BITS:
-        least = max(least, LEAST_BITS)
+        ran_once = len(one.runs) == len(other.runs) == 1
+        least = max(least, ONE_SEED_BITS if ran_once else LEAST_BITS)
     entry["significant"] = entry["significant"] and abs(entry["difference"]) > least
     return entry
 
@@ -356,20 +368,9 @@ def headline(settings: Sequence[Setting], part: str | None) -> list[str]:
     if not settings:
         return ["No two runs can be compared."]
     best = settings[0]
-    if part:
-        rates = best.values(RIGHT, part)
-        questions = len(best.runs[0].answers[part])
-        sentences = [
-            f"Most right answers: {best.name}, {np.mean(rates):.0%} of {questions} {PARTS[part]}."
-        ]
-    else:
-        sentences = []
-        if any(run.answers for setting in settings for run in setting.runs):
-            sentences.append(RIGHT_UNKNOWN)
-        if any(setting.has_rows != best.has_rows for setting in settings):
-            return sentences  # nothing that could be compared is left
-        bits = float(np.mean(best.values(BITS, "")))
-        sentences.append(f"Fewest bits per byte: {best.name}, {bits:.3f}.")
+    sentences = most_right(best, part) or most_likely(settings, part)
+    if any(setting.has_rows != best.has_rows for setting in settings) and not part:
+        return sentences or ["No two runs can be compared."]
     same = []
     for setting in settings[1:]:
         right = pair_difference(setting, best, RIGHT, part) if part else None
@@ -384,6 +385,32 @@ def headline(settings: Sequence[Setting], part: str | None) -> list[str]:
             "Each setting ran with one seed. How much a seed alone changes is not known: run one "
             "setting with two more seeds before you trust a small difference."
         )
+    return sentences
+
+
+def most_right(best: Setting, part: str | None) -> list[str]:
+    """A sentence on the best setting, if it answers any question right."""
+    rates = best.values(RIGHT, part) if part else []
+    if not part or max(rates) == 0:
+        return []
+    questions = len(best.runs[0].answers[part])
+    return [f"Most right answers: {best.name}, {np.mean(rates):.0%} of {questions} {PARTS[part]}."]
+
+
+def most_likely(settings: Sequence[Setting], part: str | None) -> list[str]:
+    """Sentences on the setting with the fewest bits per byte, and why right answers do not count.
+
+    The settings come as `ranked` gives them.
+    """
+    best = settings[0]
+    sentences = []
+    if part:
+        sentences.append(f"No setting answers any of the {PARTS[part]} right.")
+    elif any(run.answers for setting in settings for run in setting.runs):
+        sentences.append(RIGHT_UNKNOWN)
+    if all(setting.has_rows == best.has_rows for setting in settings):
+        bits = float(np.mean(best.values(BITS, "")))
+        sentences.append(f"Fewest bits per byte: {best.name}, {bits:.3f}.")
     return sentences
 
 

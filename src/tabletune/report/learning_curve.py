@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from tabletune.report.compare import NOT_IN_SETTING
+from tabletune.report.compare import NOT_IN_SETTING, name_of_seeds
 from tabletune.report.pages import digest_of_test, in_order_of_test, read_lines
 from tabletune.run.files import read_json
+from tabletune.run.parameters import DEFAULTS
 from tabletune.stats import (
     mean_difference,
     mean_interval,
@@ -30,6 +31,10 @@ TUNED = ("merged", "adapter")  # the model to look at: the first of these that w
 HALF = 0.75  # of the rows of the largest run, at most, for a smaller one to be compared with it
 LEAST_GAIN = 0.01  # nats a token, 1% of the perplexity: less is no gain, however sure it is
 LEAST_HALF = 0.3  # of the rows of the largest run, at least, for it to be the last doubling
+ONE_SEED_GAIN = 0.04  # nats a token: where each size ran once, seeds alone changed as much
+NEARLY_ALL = 0.95  # of the new questions right: then likelier answers are no better ones
+HARDLY_ANY = 0.05
+MORE_STEPS = 1.2  # times as many optimizer steps are more: packing and whole batches make some
 
 
 @dataclass
@@ -39,7 +44,8 @@ class Point:
     `scores` has a line a test row (`group`, `response_nll`, `response_tokens`), `right` says for
     each new question in which share of the runs its answer is right, and is empty where that was
     not measured. Of several seeds both are means; `spreads` is how far the runs are then apart,
-    the largest less the smallest: (nats a token, share of right answers).
+    the largest less the smallest: (nats a token, share of right answers). `steps` are those of the
+    optimizer, None for a run that does not say.
     """
 
     name: str
@@ -48,6 +54,7 @@ class Point:
     right: dict[str, float]
     spreads: tuple[float, float] = (0.0, 0.0)
     has_seeds: bool = False
+    steps: int | None = None
 
     @property
     def nats(self) -> float:
@@ -87,20 +94,25 @@ def read_point(name: str, folder: Path) -> Point | None:
     for line in read_lines(folder / "evaluation/answers.jsonl"):
         if line["part"] == "new" and line["model"] == model:
             right[line["asked"]] = float(line["right"])
-    return Point(name, report["questions"]["train"], scores, right)
+    training_file = folder / "training/metrics.json"
+    training = read_json(training_file, "02_finetune_qlora") if training_file.exists() else {}
+    questions = report["questions"]["train"]
+    return Point(name, questions, scores, right, steps=training.get("steps"))
 
 
 def curves_of(folders: Mapping[str, Path]) -> list[list[Point]]:
     """The learning curves among some runs, each a list of Points from few to many questions.
 
     The runs of a curve have one test split and the same parameters but for `train_rows` and `seed`,
-    and at least two different numbers of training questions.
+    and at least two different numbers of training questions. Their epochs are the same, or as many
+    more as there are fewer rows (`equal_steps` in a grid).
     """
     alike: dict[str, list[Point]] = {}
     for name, folder in folders.items():
         point = read_point(name, folder)
         if point is not None:
-            alike.setdefault(key_of(folder), []).append(point)
+            for key in keys_of(folder):
+                alike.setdefault(key, []).append(point)
     curves = [merge_seeds(points) for points in alike.values()]
     return [curve for curve in curves if len(curve) > 1]
 
@@ -128,30 +140,50 @@ def mean_point(points: Sequence[Point]) -> Point:
         spread_of_right = max(rates) - min(rates)
     nats = [point.nats for point in points]
     spreads = (max(nats) - min(nats), spread_of_right)
-    name = f"{first.name} ({len(points)} seeds)"
+    name = name_of_seeds(first.name, len(points))
     scores = first.scores.assign(response_nll=nll)
-    return Point(name, first.questions, scores, right, spreads, has_seeds=True)
+    return Point(name, first.questions, scores, right, spreads, True, first.steps)
 
 
-def key_of(folder: Path) -> str:
-    """What the runs of one curve have in common, as a text."""
+def keys_of(folder: Path) -> list[str]:
+    """What the runs of one curve have in common, as texts: one for equal epochs, one for steps."""
     manifest = read_json(folder / "manifest.json", "01_format_dataset")
-    parameters: dict[str, object] = {}
+    parameters: dict[str, Any] = {}
     for stage in ("01_format_dataset", "02_finetune_qlora"):
         parameters |= manifest.get(stage, {}).get("parameters", {})
     common = {name: value for name, value in parameters.items() if name not in NOT_COMPARED}
-    return json.dumps([common, digest_of_test(folder)], sort_keys=True)
+    digest = digest_of_test(folder)
+    epochs = common.pop("epochs", DEFAULTS["epochs"])
+    rows_read = round(epochs * parameters.get("train_rows", DEFAULTS["train_rows"]), 6)
+    return [
+        json.dumps([common, digest, {"epochs": epochs}], sort_keys=True),
+        json.dumps([common, digest, {"epochs of all rows": rows_read}], sort_keys=True),
+    ]
 
 
-def learning_curve(folders: Mapping[str, Path]) -> tuple["Figure | None", list[str]]:
-    """(A figure, sentences) on the learning curves among runs, {name: folder}; or (None, [])."""
+def learning_curve(folders: Mapping[str, Path]) -> tuple["Figure | None", list[list[str]]]:
+    """(A figure, the sentences on each curve) of the learning curves among runs, {name: folder}.
+
+    The first sentence on a curve is its verdict. (None, []) where there is no curve.
+    """
     curves = curves_of(folders)
     if not curves:
         return None, []
-    sentences = []
-    for curve in curves:
-        sentences += last_doubling(curve)
+    sentences = [last_doubling(curve) for curve in curves]
+    if len(curves) > 1:
+        for curve, of_curve in zip(curves, sentences, strict=True):
+            of_curve[0] = f"{kind_of(curve)}: {of_curve[0]}"
     return plot_curves(curves), sentences
+
+
+def kind_of(curve: list[Point]) -> str:
+    """What the runs of a curve have in common beside their parameters, to tell curves apart."""
+    steps = [point.steps for point in curve if point.steps is not None]
+    if not steps:
+        return f"{curve[0].name} to {curve[-1].name}"
+    if max(steps) <= MORE_STEPS * min(steps):
+        return f"About {max(steps):,} steps each"
+    return f"{min(steps):,} to {max(steps):,} steps, the same epochs"
 
 
 def plot_curves(curves: list[list[Point]]) -> "Figure":
@@ -230,8 +262,10 @@ class Gain:
 
     @property
     def is_more_likely(self) -> bool:
-        """Whether new answers became more likely, by more than LEAST_GAIN."""
+        """Whether new answers became more likely, by more than LEAST_GAIN and than seeds do."""
         by_seeds = max(self.most.spreads[0], self.half.spreads[0])
+        if not self.most.has_seeds and not self.half.has_seeds:
+            by_seeds = ONE_SEED_GAIN
         least = max(LEAST_GAIN, by_seeds)
         return self.likelihood["significant"] and self.likelihood["difference"] < -least
 
@@ -253,6 +287,23 @@ class Gain:
         """Whether it is known what seeds alone do."""
         return self.most.has_seeds and self.half.has_seeds
 
+    @property
+    def least_right(self) -> float:
+        """The lower of the two shares of new questions that are answered right."""
+        return min(self.most.right_rate, self.half.right_rate)
+
+    @property
+    def most_right(self) -> float:
+        """The higher of the two shares of new questions that are answered right."""
+        return max(self.most.right_rate, self.half.right_rate)
+
+    @property
+    def has_more_steps(self) -> bool:
+        """Whether the training with more rows also made more optimizer steps."""
+        if self.most.steps is None or self.half.steps is None:
+            return False
+        return self.most.steps > MORE_STEPS * self.half.steps
+
 
 def gain_of(most: Point, half: Point) -> Gain:
     """The Gain of the larger run, by pairs of the same test rows."""
@@ -266,7 +317,7 @@ def gain_of(most: Point, half: Point) -> Gain:
 
 
 def last_doubling(curve: list[Point]) -> list[str]:
-    """Whether the last doubling of a curve still gained, in sentences."""
+    """Whether the last doubling of a curve still gained, in sentences, the verdict first."""
     most = curve[-1]
     smaller = [point for point in curve if point.questions <= HALF * most.questions]
     if not smaller:
@@ -275,10 +326,10 @@ def last_doubling(curve: list[Point]) -> list[str]:
             "whether more rows help cannot be said."
         ]
     gain = gain_of(most, smaller[-1])
-    sentences = [likelihood_sentence(most, gain.half, gain.likelihood)]
+    sentences = conclusion(gain)
+    sentences.append(likelihood_sentence(most, gain.half, gain.likelihood))
     if gain.right is not None:
         sentences.append(right_sentence(len(most.right), gain.right))
-    sentences.append(conclusion(gain))
     if not gain.has_seeds:
         sentences.append(
             "How much a seed alone changes is not known here: run each size with three seeds "
@@ -287,27 +338,49 @@ def last_doubling(curve: list[Point]) -> list[str]:
     return sentences
 
 
-def conclusion(gain: Gain) -> str:
-    """Whether more rows would help, in a sentence."""
+def conclusion(gain: Gain) -> list[str]:
+    """Whether more rows would help, in sentences, the verdict first."""
+    step = "The last doubling"
     if not gain.is_last_doubling:
-        gained = "gained nothing that can be told from chance"
-        if gain.is_more_right or gain.is_more_likely:
-            gained = "gained"
-        times = gain.most.questions / gain.half.questions
-        return (
-            f"{times:.0f} times as many questions {gained}. Whether the last doubling still did is "
-            "not measured: run one with half as many (`train_rows`)."
+        step = f"{gain.most.questions / gain.half.questions:.0f} times as many questions"
+    sentences = [conclusion_on(step, gain)]
+    if gain.right is not None and gain.most_right <= HARDLY_ANY:
+        sentences.append(
+            "Hardly any new question is answered right, with fewer rows or with more: facts belong "
+            "in the prompt (`context_rows`)."
         )
-    if gain.is_more_right or (gain.is_more_likely and gain.right is None):
-        return "The last doubling still gained: more rows would probably help."
-    if gain.is_more_likely:
+    if not gain.is_last_doubling:
+        sentences.append(
+            "Whether the last doubling gained is not measured: run one with half as many "
+            "(`train_rows`)."
+        )
+    return sentences
+
+
+def conclusion_on(step: str, gain: Gain) -> str:
+    """Whether a step from fewer to more rows says that still more rows would help."""
+    most, half = gain.most, gain.half
+    if not gain.is_more_right and not gain.is_more_likely:
         return (
-            "The last doubling made the table's answers more likely, but it cannot be told whether "
-            "more of the model's own are right: more rows may help."
+            f"{step} gained nothing that can be told from chance: "
+            "more rows of this kind would hardly help."
+        )
+    if gain.has_more_steps:
+        return (
+            f"{step} gained, but the larger run also made more steps ({most.steps:,}, not "
+            f"{half.steps:,}), and that alone may be why. `equal_steps: true` in the grid gives "
+            "all sizes as many."
+        )
+    if gain.is_more_right or gain.right is None or gain.most_right <= HARDLY_ANY:
+        return f"{step} still gained: more rows would probably help."
+    if gain.least_right >= NEARLY_ALL:
+        return (
+            f"{step} made the table's answers more likely, but nearly all new questions are "
+            "answered right with fewer rows already: more rows of this kind would hardly help."
         )
     return (
-        "The last doubling gained nothing that can be told from chance: "
-        "more rows of this kind would hardly help."
+        f"{step} made the table's answers more likely, but it cannot be told whether "
+        "more of the model's own are right: more rows may help."
     )
 
 
