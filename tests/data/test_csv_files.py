@@ -177,5 +177,6 @@ def test_a_quote_or_the_end_of_a_line_is_no_delimiter(tmp_path, delimiter):
 
 @pytest.mark.parametrize("first_line", ["sep=", "sep=\n", "sep=\r\n"])
 def test_a_line_that_says_no_delimiter_is_passed_over(first_line):
-    assert find_delimiter(first_line) == ","
-    assert find_delimiter(f"{first_line.strip()}\nquestion;answer\na;b\n") == ";"
+    assert find_delimiter(first_line, tabs_first=False) == ","
+    table = f"{first_line.strip()}\nquestion;answer\na;b\n"
+    assert find_delimiter(table, tabs_first=False) == ";"

@@ -26,7 +26,7 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of messages up to where the answer begins.
 
-    Without messages: what the tokenizer puts before a text.
+    Without messages these are the ids that the tokenizer puts before a text.
     """
     if messages:
         text = render(messages, tokenizer, True, tools)
@@ -283,7 +283,7 @@ def earlier_answer_spans(
 def learned_turns(example: dict[str, Any]) -> list[int]:
     """The positions, in the prompt, of the earlier answers that are in the loss.
 
-    Those with a text and no flag 0.
+    An answer is if it has a text, and no flag 0.
     """
     messages = example["prompt"]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

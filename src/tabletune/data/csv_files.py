@@ -142,9 +142,11 @@ def find_delimiter(head: str, tabs_first: bool, quotes: str = "auto") -> str:
     followed by a space, as marks in prose are. Of marks that are equal in both, the first of comma,
     semicolon, tab and bar (in a .tsv file the tab first). An Excel line `sep=;` says it.
     """
-    said = head[4:5] if head.startswith("sep=") else ""
-    if said and said not in NO_DELIMITERS:
-        return said
+    if head.startswith("sep="):
+        said = head[4:5]
+        if said and said not in NO_DELIMITERS:
+            return said
+        head = head.partition("\n")[2]  # it says nothing: the other lines tell
     candidates = "\t,;|" if tabs_first else ",;\t|"
     scores = {}
     for mark in candidates:
@@ -185,7 +187,7 @@ def find_header(records: CsvRecords, name: str, options: ReadOptions) -> Record:
 def is_title(record: list[str], below: list[list[str]]) -> bool:
     """Whether a row is a title above the column names.
 
-    One text in the first cell, and a row of names below it.
+    It is if it has one text, in the first cell, and a row of names below it.
     """
     filled = [cell for cell in record if cell.strip()]
     if len(record) < 2 or len(filled) != 1 or not record[0].strip():
@@ -199,7 +201,7 @@ def is_title(record: list[str], below: list[list[str]]) -> bool:
 def looks_like_names(cells: list[str]) -> bool:
     """Whether cells may be column names.
 
-    All are filled, short and no numbers, and none comes twice.
+    They may if all are filled, short and no numbers, and none comes twice.
     """
     texts = [cell.strip() for cell in cells]
     if len(set(texts)) < len(texts):

@@ -62,7 +62,7 @@ class Hit:
 def table_rows(rows: Iterable[dict]) -> list[TableRow]:
     """The rows of a data set of notebook 1 as the index takes them.
 
-    The last question, its answer, and its `group`.
+    Of a conversation these are the last question, its answer, and its `group`.
     """
     result = []
     for row in rows:

@@ -37,7 +37,7 @@ def headless_hint(table: Table) -> str:
 def advice(table: Table, rejected: list[str]) -> str:
     """What to set, in one sentence.
 
-    With columns that may be a question and an answer, if there are two.
+    It names columns that may be a question and an answer, if there are two.
     """
     columns = text_columns(table, rejected)
     if len(columns) > 1:

@@ -241,7 +241,7 @@ def _matching_files(source: Source, pattern: str) -> list[Path]:
 def _names_of_files(source: Source, own_split: dict[Path, str]) -> dict[str, list[Path]]:
     """The files by whatever `splits` may call them.
 
-    The source's name of the split, a path, a folder, a name.
+    That is the source's name of the split, a path, a folder or the name of a file.
     """
     by_name: dict[str, list[Path]] = {}
     for file in source.files:

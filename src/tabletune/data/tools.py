@@ -137,7 +137,7 @@ def _rendered_calls(message: dict[str, Any], tokenizer: PreTrainedTokenizerBase)
 def _number_for_template(number: WrittenNumber) -> Any:
     """A number as a template takes it.
 
-    One that JSON would write in another way (1.50, 1e6) as a marked text.
+    A number that JSON would write in another way (1.50, 1e6) becomes a marked text.
     """
     value = json.loads(number)
     if json.dumps(value) == number:

@@ -277,7 +277,7 @@ class PromptMaker:
     def missing_rows(self, place: int, shown: list[int]) -> list[int]:
         """The places of similar rows whose questions a context does not answer.
 
-        Not even in other words.
+        So none of its rows has the same question or the same answer.
         """
         missing: list[int] = []
         for other in self.most_similar(place):
@@ -317,7 +317,7 @@ class PromptMaker:
     def known_turn(self, training_row: TrainingRow) -> Turn:
         """A question that the context answers.
 
-        The row's own, reworded or not, or another with the same answer.
+        It is the row's own, reworded or not, or another question with the same answer.
         """
         row = training_row.table_row
         wordings = [

@@ -161,10 +161,7 @@ def content_rules(
 
 
 def rows_with_questions(split: Iterable[dict]) -> list[dict]:
-    """The rows of a split that have a question.
-
-    With their columns `prompt`, `completion` and `group`.
-    """
+    """The rows of a split that have a question: `prompt`, `completion` and `group`."""
     if hasattr(split, "select_columns"):  # the other columns are long, and not needed here
         split = split.select_columns(["prompt", "completion", "group"])
     return [row for row in split if row["prompt"]]
@@ -279,7 +276,7 @@ def names_right_item(
 def says_the_same(answer: str, reference: str, score: float, fixed: frozenset[str]) -> bool:
     """Whether an answer in free text says what a reference says.
 
-    Nearly its words, and its numbers and names.
+    It does if it has nearly the reference's words, and its numbers and names.
     """
     expected, in_answer = numbers_and_names(reference, fixed), numbers_and_names(answer, fixed)
     other_numbers = {fact for fact in in_answer - expected if NUMBER.fullmatch(fact)}
@@ -297,10 +294,7 @@ def says_the_same(answer: str, reference: str, score: float, fixed: frozenset[st
 
 
 def share_of_facts(answer: str, reference: str, fixed: frozenset[str]) -> float:
-    """The share of a reference's numbers and names that an answer has.
-
-    NaN if the reference has none.
-    """
+    """The share of a reference's numbers and names that an answer has; NaN if it has none."""
     expected = numbers_and_names(reference, fixed)
     if not expected:
         return float("nan")

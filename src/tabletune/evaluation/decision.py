@@ -42,16 +42,16 @@ class Decision:
     def rivals(self) -> list[str]:
         """The ways that the subject is compared with.
 
-        Those with training, or, if it was trained itself, those without.
+        They are those with training or, if the subject was trained itself, those without.
         """
         names = self.rights[self.parts[0]]  # each part has them all
         is_trained = self.subject in TRAINED
         return [name for name in names if (name in TRAINED) != is_trained]
 
     def difference(self, part: str, rival: str) -> dict:
-        """How much more often the subject is right than a rival, in pairs.
+        """How much more often the subject is right than a rival, on a part of the questions.
 
-        For a part of the questions; an entry of `stats.difference`.
+        The answers are compared in pairs; the result is an entry of `stats.difference`.
         """
         return rate_difference(self.rights[part][self.subject], self.rights[part][rival])
 

@@ -202,7 +202,7 @@ class Examination:
     ) -> tuple[dict[str, pd.DataFrame], float]:
         """The answers to sets of questions, {part: DataFrame}, and the seconds that they took.
 
-        All are asked at once.
+        All sets are asked together, so that batches are full.
         """
         prompts: list[dict] = []
         for questions in sets.values():

@@ -1,6 +1,6 @@
-"""The figures of notebook 4: perplexity and form.
+"""The figures of notebook 4 on perplexity and on the form of answers.
 
-What is right in an answer is the business of `content`.
+Whether an answer is right is decided in `content.py`.
 """
 
 import json

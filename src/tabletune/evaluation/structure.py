@@ -16,7 +16,7 @@ def fixed_text(template: str) -> str:
 def line_pattern(line: str, patterns: dict[str, str], otherwise: str = FILLED) -> str:
     """A line of a template as a regular expression.
 
-    Its fields as `patterns` says, others as `otherwise`.
+    `patterns` has those of some fields; the other fields have the pattern `otherwise`.
     """
     parts, end = [], 0
     for match in PLACEHOLDER.finditer(line):

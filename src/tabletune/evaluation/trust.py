@@ -175,10 +175,7 @@ class TrustExamination:
         return metrics
 
     def save(self, folder: Path, metrics: dict, disclaimer: str) -> None:
-        """Write `metrics.json` into a folder.
-
-        And `safety.jsonl` if prompts on safety were asked.
-        """
+        """Write `metrics.json` into a folder, and `safety.jsonl` if safety was asked about."""
         write_json(folder / "metrics.json", metrics)
         if len(self.prompts):
             answers = pd.concat(self.judged.values()).assign(disclaimer=disclaimer)

@@ -214,10 +214,7 @@ def open_finished_run(stage: Stage) -> ExportRun:
 
 
 def check_names_on_hub(parameters: dict[str, Any], base_model: str) -> None:
-    """Raise StageError if a name is not OWNER/NAME.
-
-    Or if an upload could not name its base model.
-    """
+    """Raise StageError if a name is not OWNER/NAME, or an upload could not name its base model."""
     for parameter in ("base_model_on_hub", "push_to_hub"):
         name = parameters[parameter]
         if name and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):

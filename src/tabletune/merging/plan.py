@@ -168,10 +168,7 @@ class MergePlan:
         return base_weights
 
     def check_adapter(self) -> None:
-        """Raise StageError if the model lacks what the adapter changes.
-
-        Or if that cannot change.
-        """
+        """Raise StageError if the model lacks what the adapter changes, or if it cannot change."""
         layers, tied = dict(self.model.named_modules()), tied_weight_names(self.model)
         for module in sorted(self.adapted):
             fits = module in layers

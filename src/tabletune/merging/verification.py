@@ -218,7 +218,7 @@ def logits_of(model: PreTrainedModel, rows: list[list[int]], exactly: bool = Tru
 def in_fp32(model: torch.nn.Module) -> Iterator[None]:
     """Compute with a model in fp32 whose weights stay in memory as they are.
 
-    A layer's are cast while it works.
+    The weights of a layer are cast when it begins, and put back when it has ended.
     """
     stored: dict[torch.nn.Module, list] = {}
 

@@ -417,7 +417,7 @@ def most_likely(settings: Sequence[Setting], part: str | None) -> list[str]:
 def settings_table(settings: Sequence[Setting], part: str | None) -> pd.DataFrame:
     """The figures of each setting as texts.
 
-    With its interval of one run, or the mean and spread of several seeds.
+    Those of one run come with an interval, those of several seeds are a mean and a spread.
     """
     lines = {}
     for setting in settings:

@@ -111,7 +111,7 @@ def surroundings_of(entry: dict) -> dict[str, Any]:
 def as_texts(dictionaries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """{name: its value as text} of several dictionaries.
 
-    Where they do not agree, one value after the other.
+    Where they do not agree, the text has one value after the other.
     """
     texts: dict[str, list[str]] = {}
     for dictionary in dictionaries:
