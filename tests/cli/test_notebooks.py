@@ -191,9 +191,9 @@ def test_a_second_program_in_one_folder_is_told_that_the_first_is_at_work(tmp_pa
 def test_a_bug_of_ours_shows_its_traceback(tmp_path):
     """A ValueError is no mistake of the reader's."""
     program = (
-        "import sys\nfrom tabletune.cli import main\n"
+        "import sys\nfrom tabletune.cli import main, summary\n"
         "def broken(options): raise ValueError('a bug')\n"
-        "main.print_summary = broken\nsys.argv[0:1] = ['tabletune', 'summary']\nmain.main()"
+        "summary.print_summary = broken\nsys.argv[0:1] = ['tabletune', 'summary']\nmain.main()"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)

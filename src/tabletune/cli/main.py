@@ -9,9 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tabletune.cli import series
-from tabletune.cli.notebooks import RUN_STAGES, run_notebook
 from tabletune.cli.options import (
+    RUN_STAGES,
     Parser,
     add_parameters,
     add_run_choice,
@@ -23,16 +22,23 @@ from tabletune.cli.options import (
     write_settings,
 )
 from tabletune.cli.paths import notebook
-from tabletune.cli.summary import print_recommendation, print_summary
-from tabletune.cli.sync import add_sync, sync
 from tabletune.errors import StageError
-from tabletune.run.lock import run_lock
 
+# Each command imports what it needs when it runs: so all of them start quickly, and so does --help.
 Command = Callable[[argparse.Namespace], None]
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Run notebooks 1 to 4, as far as they are not done: from a table to an evaluated model."""
+    from tabletune.cli import series
+
+    series.run_all(options)
 
 
 def run(options: argparse.Namespace) -> None:
     """Execute one notebook as TARGET, with the settings of the run folder that TARGET is in."""
+    from tabletune.cli.notebooks import run_notebook
+
     overrides = {**options.files, **options.overrides}
     processes = overrides.pop("gpus", None) or options.processes
     run_notebook(
@@ -45,6 +51,8 @@ def settings(options: argparse.Namespace) -> None:
 
     Without --profile, no profile is read.
     """
+    from tabletune.run.lock import run_lock
+
     choice = read_run_choice(options, detect=False)
     with run_lock(choice.run_dir, "settings"):
         write_settings(choice)
@@ -54,6 +62,8 @@ def on_finished_run(name: str) -> Command:
     """A command that runs one of the later notebooks on a finished run."""
 
     def command(options: argparse.Namespace) -> None:
+        from tabletune.cli.notebooks import run_notebook
+
         run_dir = choose_run_dir(options)
         overrides = {**options.files, **options.overrides}
         gpus = options.gpus or overrides.pop("gpus", None) or read_settings(run_dir).get("gpus", 1)
@@ -64,13 +74,14 @@ def on_finished_run(name: str) -> Command:
 
 def baselines(options: argparse.Namespace) -> None:
     """Run notebook 5 on a finished run, and print what it recommends."""
+    from tabletune.cli.summary import print_recommendation
+
     on_finished_run("05_baselines")(options)
     print_recommendation(choose_run_dir(options))
 
 
 def report(options: argparse.Namespace) -> None:
     """Write report.html, a page about a run, into its folder."""
-    # Imported where they are needed: the start of every other command stays quick.
     from tabletune.cli.pages import write_report
 
     write_report(options)
@@ -99,6 +110,8 @@ def sweep(options: argparse.Namespace) -> None:
 
 def summary(options: argparse.Namespace) -> None:
     """Print what a finished run found."""
+    from tabletune.cli.summary import print_summary
+
     run_dir, _ = read_run_values(options)
     print_summary(run_dir)
 
@@ -140,6 +153,13 @@ def base_models(options: argparse.Namespace) -> None:
     make_base_models(options.kinds)
 
 
+def sync(options: argparse.Namespace) -> None:
+    """For developers: renew parameters.json, badges and install cells."""
+    from tabletune.cli.sync import renew_copies
+
+    renew_copies(options.repository)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     description = __doc__.partition("\n")[0] if __doc__ else None
@@ -159,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_parameters(command)
         return command
 
-    command = add_for_run("run-all", series.run_all)
+    command = add_for_run("run-all", run_all)
     command.add_argument(
         "--until", choices=RUN_STAGES, metavar="STAGE", help="the last stage to run"
     )
@@ -212,7 +232,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("base-models", base_models)
     command.add_argument("kinds", nargs="*", metavar="tiny|smollm2", help="both without it")
-    add_sync(add("sync", sync))
+    command = add("sync", sync)
+    command.add_argument("--repository", metavar="OWNER/NAME", help="as on GitHub")
     return parser
 
 

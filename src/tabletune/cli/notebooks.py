@@ -8,15 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tabletune.cli.options import NUMBERED, read_settings
+from tabletune.cli.options import NUMBERED, RUN_STAGES, read_settings
 from tabletune.cli.paths import repository
 from tabletune.cli.progress import register_engine
 from tabletune.cli.warm_kernel import QUIET_KERNEL
 from tabletune.errors import StageError
 from tabletune.run.lock import run_lock
 from tabletune.run.parameters import PARAMETERS, check_names
-
-RUN_STAGES = NUMBERED[:4]  # these make a run, with `make run-all`; all others need one
 
 
 class NotebookError(StageError):

@@ -5,7 +5,6 @@ The run folder, the profile, the model, and parameters from files and from the c
 
 import argparse
 import shlex
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +26,7 @@ from tabletune.run.parameters import (
 
 # notebooks 1 to 7, which are the series; a profile may hold any of their parameters
 NUMBERED = [name for name in PARAMETERS if name[0] == "0"]
+RUN_STAGES = NUMBERED[:4]  # these make a run, with `make run-all`; all others need one
 SETTINGS = "settings"  # the file in a run folder that holds what the run was started with
 QUOTES = "ARGS=\"-p system_prompt 'You are kind.'\""
 
@@ -162,10 +162,9 @@ class RunChoice:
 
 
 def detect_profile() -> str:
-    """The profile for the hardware of this machine.
+    """The profile for the hardware of this machine: "a100" from 40 GB on, "t4", or else "cpu"."""
+    import subprocess  # 5 ms, and only a new run needs it
 
-    "a100" from 40 GB on, "t4", or "cpu" without an NVIDIA GPU.
-    """
     # asked of the driver, since importing torch for it takes seconds
     query = ["nvidia-smi", "--query-gpu=compute_cap,memory.total", "--format=csv,noheader,nounits"]
     try:

@@ -8,13 +8,12 @@ from typing import Any
 
 from tabletune.cli.base_models import make_base_model
 from tabletune.cli.notebooks import (
-    RUN_STAGES,
     check_environment,
     notebook_values,
     run_notebook,
     set_kernel_environment,
 )
-from tabletune.cli.options import RunChoice, read_run_choice, write_settings
+from tabletune.cli.options import RUN_STAGES, RunChoice, read_run_choice, write_settings
 from tabletune.cli.paths import notebook
 from tabletune.cli.summary import print_summary
 from tabletune.cli.warm_kernel import WarmKernel

@@ -4,7 +4,6 @@
 the text of the notebooks' first code cell, from `pyproject.toml` into README, docs and notebooks.
 """
 
-import argparse
 import ast
 import json
 import re
@@ -34,17 +33,14 @@ PLACES = {  # {where it stands: what is written there}
 }
 
 
-def add_sync(parser: argparse.ArgumentParser) -> Any:
-    """Give `sync` its option."""
-    parser.add_argument("--repository", metavar="OWNER/NAME", help="as on GitHub")
-    return parser
+def renew_copies(repository_name: str | None) -> None:
+    """Renew parameters.json, badges and install cells, for another repository if one is named.
 
-
-def sync(options: argparse.Namespace) -> None:
-    """For developers: renew parameters.json, badges and install cells."""
+    Raises StageError if the name is not OWNER/NAME.
+    """
     home = repository()
-    if options.repository:
-        change_repository(home / "pyproject.toml", options.repository)
+    if repository_name:
+        change_repository(home / "pyproject.toml", repository_name)
     series = tomllib.loads(read_text(home / "pyproject.toml"))["tool"]["series"]
     pages = [home / "README.md", *sorted((home / "docs").glob("*.md"))]
     notebooks = sorted((home / "notebooks_py").glob("*.py"))

@@ -49,9 +49,11 @@ def calibrate(index: RowIndex, seed: int) -> Calibration:
     for place in places:
         row = index.rows[place]
         answerable.append(best_score(index, reword(row.question, generator)))
+        # as if the table did not have it: neither its question nor its answer under another one
         own_question = index.ids == row.question_id
         same = answers == answers[place]
         unanswerable.append(score_of(index, row.question, own_question | same))
+    # a low quantile, and less than that: few real questions may be refused by mistake
     low = min(MOST_THRESHOLD, MARGIN * float(np.quantile(answerable, REFUSED_SHARE)))
     certain = max(LEAST_CERTAIN, float(np.quantile(unanswerable, CERTAIN_SHARE)))
     if certain >= 1:

@@ -83,6 +83,7 @@ class TableContext:
     @property
     def fingerprint(self) -> str:
         """A short name for all that an answer depends on here: the settings and the rows."""
+        # the rows in their order: of equal scores, the earlier row comes first
         rows = [asdict(row) for row in self.index.rows]
         text = json.dumps([asdict(self.settings), rows], ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -104,6 +105,7 @@ class TableContext:
 
         Earlier turns stay as they are.
         """
+        # rows belong to the last question; earlier turns had theirs
         place = max(i for i, turn in enumerate(messages) if turn["role"] == "user")
         question = messages[place]["content"]
         hits = self.hits(question)
@@ -223,6 +225,7 @@ def answer_with_context(
     if context is None:
         return generate(list(prompts))
     with_rows = [context.prompt(messages_of(prompt)) for prompt in prompts]
+    # what the lookup refuses costs no time of the model
     to_ask = [place for place, prompt in enumerate(with_rows) if not prompt.refused]
     lines: list[dict[str, Any]] = [
         {"answer": context.settings.unknown_answer, "stopped": True, "new_tokens": 0}

@@ -141,6 +141,7 @@ class PlainIndex:
         def rank(number: int) -> tuple[float, bool]:
             return -round(scores[number], 6), self.exact_texts[number] != same
 
+        # rounded scores first, then the very same text, then the order of the rows
         best = sorted(range(len(scores)), key=rank)[:k]
         factor = familiarity(question, self.words)
         return [(self.rows[number], factor * scores[number]) for number in best]

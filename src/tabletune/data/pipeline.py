@@ -70,6 +70,7 @@ def format_table(
             formatter.statistics.official_splits,
         )
         split = limit_training(split, formatter.statistics.positions, settings["train_rows"])
+        # not those whose question is held out: it would be in training after all
         safety_rows = []
         if settings["safety_rows"] not in (0, False):
             held_out = read_rows(waiting, np.isin(split, ["validation", "test"]), ["key"])

@@ -75,6 +75,7 @@ def write_retrieval(
     tools = "tools" in splits["train"].column_names and any(splits["train"]["tools"])
     check_context_settings(settings, report["shape"], tools)
     train = list(splits["train"])
+    # rows of the train split alone, so that a test question does not find its own row
     index = RowIndex.build(table_rows(train))
     calibration = calibrate(index, settings["seed"])
     context = TableContext(index, context_settings(settings, calibration))
@@ -88,6 +89,7 @@ def write_retrieval(
         write_json(partial / "settings.json", stored_settings(context, calibration, prompts))
         archive(run, FOLDER)
     report["context"] = prompts.report(context, calibration)
+    # a training on other prompts of the same rows is another training
     digest = hashlib.sha256((report["fingerprint"] + prompts.digest()).encode()).hexdigest()
     report["fingerprint"] = digest[:16]
     write_json(run / "dataset" / "report.json", report)
@@ -164,6 +166,7 @@ class PromptWriter:
         maker = PromptMaker(self.context, rows, options, rewordings)
         most = self.settings["most_tokens"]
         examples = self.examples(maker.prompts(), TABLE_SHARE * most)
+        # practice prompts begin as those of the table do
         system = [turn for turn in train[0]["prompt"][:1] if turn["role"] == "system"]
         examples += self.examples(practice_prompts(self.context, options, system), most)
         self.splits["train"] = examples
@@ -218,6 +221,7 @@ class PromptWriter:
         examples: list[dict[str, Any]] = []
         for prompt in prompts:
             example, length, shorter = self.fitting(prompt)
+            # one prompt at least, however long it is
             if most_tokens and sum(self.lengths) + length > most_tokens and self.lengths:
                 break
             if count:
@@ -249,6 +253,7 @@ class PromptWriter:
                 prompt.turns.pop()
                 continue
             answer = answer_without_thoughts(prompt.turns[0].answer)
+            # the row with the answer stays; what goes is the last of the others
             spare = [row for row in prompt.rows if row.answer != answer]
             if not spare or len(prompt.rows) == 1:
                 return None, len(ids), shorter

@@ -59,6 +59,7 @@ def text_columns(table: Table, rejected: list[str]) -> list[str]:
     No numbers, names or dates.
     """
     sample = table.sample()
+    # fields of objects may be the columns that are meant: "message.text"
     names = [column for column in table.columns if column not in rejected]
     for column in list(names):
         keys: dict[str, None] = {}  # as a set that keeps the order

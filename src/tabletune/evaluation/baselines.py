@@ -199,8 +199,10 @@ class Prompts:
             rows = list(self.fixed)
         elif way.rows == "nearest":
             rows = self.nearest(messages, self.number)
+        # the last of the rows is the least similar one
         while rows and self.length(with_rows(messages, rows)) > self.longest:
             rows.pop()
+        # models look most at what stands nearest to the question
         return with_rows(messages, rows[::-1])
 
     def questions(self, way: Way, questions: Sequence[dict]) -> list[dict]:

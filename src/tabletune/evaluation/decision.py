@@ -83,6 +83,7 @@ def is_as_good(right: np.ndarray, best: np.ndarray) -> bool:
     among simpler and more complex models (Breiman et al., Classification and Regression Trees,
     1984). A single wrong answer more is within it.
     """
+    # rates from 0 to 1; in pairs, as both ways were asked the same questions
     missing = np.mean(best) - np.mean(right)
     return bool(missing <= standard_error(best, right) + 1e-9)  # rounding
 

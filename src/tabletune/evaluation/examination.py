@@ -294,6 +294,7 @@ class Examination:
 
         Returns {model: answers}.
         """
+        # the base model is the adapted one with its adapter off: one model in memory
         with adapted.disable_adapter():
             base, _ = self.ask(adapted, yours, self.context_for_use)
         adapter, _ = self.ask(adapted, yours, self.context_for_use)
@@ -316,6 +317,7 @@ class Examination:
                     continue
                 answers = result.answers[part]
                 table = pd.concat([answers, self.check(answers, part)], axis=1)
+                # `unknown` and `copied` are in both
                 table = table.loc[:, ~table.columns.duplicated()]
                 columns = pd.DataFrame(questions).reindex(columns=QUESTION_COLUMNS)
                 lines.append(pd.concat([columns, table], axis=1).assign(model=name))

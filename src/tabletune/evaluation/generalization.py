@@ -74,6 +74,7 @@ def outside_rows(outside_text: str, tokenizer: PreTrainedTokenizerBase) -> list[
         raise StageError(
             f"outside_text={outside_text}: this text file cannot be read: {error}."
         ) from None
+    # as in training: a text begins with BOS where the tokenizer has one
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = []
     for paragraph in filter(str.strip, re.split(r"\n\s*\n", text)):

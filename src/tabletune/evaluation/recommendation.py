@@ -197,6 +197,7 @@ def comparison(decision: Decision, part: str) -> str:
     place = "ahead"
     if entry["difference"] < 0:
         place = "behind"
+        # behind by so much: the sign turns, and with it which limit is the lower one
         points = [-points[0], -points[2], -points[1]]
     line += f": {IN_WORDS[decision.subject]} is {points[0]:.0f} percentage points {place} "
     line += f"({points[1]:.0f} – {points[2]:.0f})"
@@ -206,6 +207,7 @@ def comparison(decision: Decision, part: str) -> str:
 def costs(decision: Decision, ways: Mapping[str, dict]) -> str:
     """What a question costs with what is recommended, and with the trained model."""
     names = list(dict.fromkeys(decision.best_of_parts.values())) or [decision.subject]
+    # the trained model's costs beside it, since that is what training would buy
     names += [name for name in TRAINED if name in ways and name not in names]
     parts = []
     for name in names:

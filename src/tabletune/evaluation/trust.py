@@ -1,7 +1,7 @@
 """The examination of notebook 6.
 
 The same texts are read, and the same prompts answered, with each model. With `context_rows` the
-rows of the table come into every prompt, by the same function as in training.
+rows of the table come into every prompt, as they do in use.
 """
 
 from collections.abc import Mapping
@@ -123,6 +123,7 @@ class TrustExamination:
                 settings.seed,
             )
 
+        # with the system text of the training, since people will ask that model
         first = trained.splits["test"][0]["prompt"]
         system = [turn for turn in first[:1] if turn["role"] == "system"]
         chats = [[*system, {"role": "user", "content": text}] for text in self.prompts["prompt"]]
@@ -133,6 +134,7 @@ class TrustExamination:
     def set_trained(self, name: str, model: PreTrainedModel) -> None:
         """Take a model as what was trained: the ways to merge are compared with it."""
         self.trained_logits = self.logits_of(model)
+        # its divergence from itself is 0: kept for its likelihoods
         self.variants[name] = divergence(self.trained_logits, self.trained_logits, self.compared)
 
     def compare_way(self, name: str, model: PreTrainedModel) -> None:

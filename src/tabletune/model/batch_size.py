@@ -44,5 +44,6 @@ def max_batch_size(model: PreTrainedModel, length: int, most: int, with_logits: 
         return 1
     model.eval()
     row = length * max(1, bytes_per_token(model, with_logits))  # bytes of a row
+    # a batch that runs out of memory would end the notebook, so a fifth stays free
     rows = int(0.8 * available_memory_gib() * 2**30 / row)
     return min(gather_object([max(1, min(most, rows))]))

@@ -78,6 +78,7 @@ def cuda_graph(step: Callable) -> Callable:
     """
     if not torch.cuda.is_available():
         return step
+    # recording runs nothing: the kernels are noted, and `replay` starts them all at once
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -117,6 +118,7 @@ class CudaGraphCallback(TrainerCallback):
         """Record the layers of the decoder, if batches always have one shape."""
         shape = (args.per_device_train_batch_size, args.max_length)  # [rows, tokens]
         packed = "seq_lengths" in getattr(train_dataloader.dataset, "column_names", [])
+        # restoring the random state waits for the GPU, which a graph cannot
         recomputes, options = checkpointing_of(args)
         restores = recomputes and options.get("preserve_rng_state", True)
         if not packed or uses_dropout(model) or restores:

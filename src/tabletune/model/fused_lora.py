@@ -93,6 +93,7 @@ class LoraProduct(torch.autograd.Function):
         result = layer(x)  # [..., out]; autograd is off in here
         rows = torch.nn.functional.dropout(flatten(x), dropout)  # [tokens, in]
         thin = rows @ a.to(rows.dtype).T  # [tokens, rank]
+        # in place, into the base's result: PEFT would make two more tensors [tokens, out]
         flatten(result).addmm_(thin, b.to(rows.dtype).T, alpha=scaling)
         ctx.save_for_backward(x, thin, a, b)
         return result
@@ -149,6 +150,7 @@ def fuse(module: LoraLayer) -> None:
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapters = module.active_adapters
+        # merged weights, or two adapters at once, are PEFT's business
         switched_off = module.disable_adapters or module.merged or len(adapters) != 1
         if args or kwargs or switched_off or adapters[0] not in module.lora_A:
             return peft_forward(x, *args, **kwargs)

@@ -46,6 +46,7 @@ def decode_loop(
     """
     prompt_length = input_ids.shape[1]
     max_length, pad = generation_config.max_length, generation_config.pad_token_id
+    # room for all new tokens from the start: the tensors keep their shape, as a graph needs it
     new_tokens = max_length - prompt_length
     ids = torch.nn.functional.pad(input_ids, (0, new_tokens), value=pad)  # [rows, max_length]
     positions = prepared.pop("position_ids")

@@ -54,7 +54,7 @@ class Recipe:
     """How to compute a tensor again, and the tensor while the backward pass still needs it."""
 
     compute: Callable[[], torch.Tensor]
-    needed: int = 0
+    needed: int = 0  # how many operations of the backward pass still ask for it
     result: torch.Tensor | None = None
 
     def take(self) -> torch.Tensor:
@@ -78,6 +78,7 @@ class Recipes:
 
     def add(self, output: torch.Tensor, function: Callable, *inputs: Any) -> None:
         """Note that `output` is what `function` gives for these inputs."""
+        # the backward pass runs outside of the forward's autocast, so its state is kept with the recipe
         kind = output.device.type
         enabled = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind)
@@ -86,6 +87,7 @@ class Recipes:
             with torch.no_grad(), torch.autocast(kind, dtype, enabled, cache_enabled=False):
                 return function(*inputs)
 
+        # autograd hands over views, such as [tokens, width] of [rows, tokens, width]: by their address
         self.outputs[output.data_ptr()] = (output, changes_in_place(output), Recipe(compute))
 
     def pack(self, tensor: torch.Tensor) -> Any:
@@ -96,6 +98,7 @@ class Recipes:
         output, version, recipe = self.outputs.get(tensor.data_ptr(), (None, 0, None))
         if output is None or recipe is None or changes_in_place(output) != version:
             return tensor
+        # a cast of it, a part of it, or another order of its numbers is another tensor
         if tensor.dtype != output.dtype or tensor.numel() != output.numel():
             return tensor
         if not tensor.is_contiguous():
@@ -115,7 +118,9 @@ class Recipes:
 class StandIn:
     """A gated MLP whose projections are results already computed.
 
-    The MLP's own forward, called with this as `self`, then computes only what lies between them.
+    The forward of such an MLP is `down_proj(act_fn(gate_proj(x)) * up_proj(x))`. Called with this
+    as `self`, `gate_proj` and `up_proj` return what they gave before, and `down_proj` its input: so
+    it computes `act_fn(gate) * up`, whatever a model has in its place.
     """
 
     def __init__(self, mlp: torch.nn.Module, gate: torch.Tensor, up: torch.Tensor) -> None:
@@ -156,6 +161,7 @@ def is_gated_mlp(module: torch.nn.Module, dtype: torch.dtype) -> bool:
     device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(0)
     try:
+        # two tokens are enough: [1, 2, hidden size]
         x = torch.randn(1, 2, gate.in_features, generator=generator)
         module(x.to(device, dtype))
         return torch.equal(input_of_last(module, seen["gate"], seen["up"]), seen["down"])
@@ -201,6 +207,7 @@ def watch_layer(layer: torch.nn.Module, recipes: Recipes) -> None:
     usual_forward = layer.forward
 
     def forward(*args, **kwargs):
+        # a layer that is recomputed as a whole keeps only its input anyway
         if not torch.is_grad_enabled() or (layer.gradient_checkpointing and layer.training):
             return usual_forward(*args, **kwargs)
         recipes.active = True
@@ -227,6 +234,7 @@ def recompute_cheap_parts(model: torch.nn.Module, dtype: torch.dtype) -> None:
         recipes = Recipes()
         for module in layer.modules():
             weight = getattr(module, "weight", None)
+            # norms of queries and keys are smaller: they are not worth it
             hidden = isinstance(weight, torch.Tensor) and weight.numel() == hidden_size
             if hidden and "Norm" in type(module).__name__:
                 watch_norm(module, recipes)

@@ -116,6 +116,7 @@ class Setting:
     def bits(self) -> tuple[np.ndarray, np.ndarray]:
         """The bits and bytes of each test row's response, both [rows]; the mean over the runs."""
         tables = [run.scores for run in self.runs if run.scores is not None]
+        # nats to bits; [rows], in the order of the test split in all runs
         bits = np.mean([table["response_nll"] / math.log(2) for table in tables], axis=0)
         return bits, tables[0]["response_bytes"].to_numpy()
 
@@ -199,6 +200,7 @@ def comparable_runs(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun], lis
     if not evaluated:
         return [], sentences
     digests = [run.test_digest for run in evaluated]
+    # dict.fromkeys keeps the order, so of equally frequent ones the first wins
     digest = max(dict.fromkeys(digests), key=digests.count)
     same = [run for run in evaluated if run.test_digest == digest]
     for run in evaluated:
@@ -310,6 +312,7 @@ def pair_difference(one: Setting, other: Setting, figure: str, part: str | None)
     else:
         bits, sizes = one.bits()
         entry = mean_difference(bits, other.bits()[0], sizes, one.groups())
+    # a difference that two seeds of one setting also have says nothing of the settings
     least = max(setting.spread(figure, part or "") for setting in (one, other))
     if figure == BITS:
         ran_once = len(one.runs) == len(other.runs) == 1

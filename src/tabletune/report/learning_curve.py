@@ -130,6 +130,7 @@ def mean_point(points: Sequence[Point]) -> Point:
     first = points[0]
     if len(points) == 1:
         return first
+    # [rows]: runs of one curve have the same test rows in the same order
     nll = np.mean([point.scores["response_nll"] for point in points], axis=0)
     right: dict[str, float] = {}
     spread_of_right = 0.0

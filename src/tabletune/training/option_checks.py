@@ -212,6 +212,7 @@ def targets_to_adapt(parameters: dict[str, Any], model: PreTrainedModel) -> list
         adapted.merge_and_unload()
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise StageError(f"lora_options: {first_line(error)}") from error
+    # its original weights are not there, so PEFT could not merge into them
     is_in_4_bits = getattr(model.config, "quantization_config", None)
     if is_in_4_bits and not is_plain_lora(adapted.peft_config["default"], saved):
         raise StageError(
