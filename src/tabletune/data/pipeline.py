@@ -63,21 +63,11 @@ def format_table(
         waiting = Path(temporary) / "rows.arrow"
         write_arrow(waiting, arrow_batches(progress, waiting_features), waiting_features)
         formatter.check_lost()
-        split = assign_splits(
-            formatter.statistics.positions,
-            settings["validation_fraction"],
-            settings["test_fraction"],
-            formatter.statistics.official_splits,
-        )
-        split = limit_training(split, formatter.statistics.positions, settings["train_rows"])
-        # not those whose question is held out: it would be in training after all
+        split = split_of_rows(formatter, settings)
         safety_rows = []
         if settings["safety_rows"] not in (0, False):
-            held_out = read_rows(waiting, np.isin(split, ["validation", "test"]), ["key"])
-            keys: set[str] = set()
-            for batch in held_out:
-                keys.update(batch["key"].to_pylist())
-            safety_rows = formatter.safety_rows(keys)
+            # not those whose question is held out: it would be in training after all
+            safety_rows = formatter.safety_rows(held_out_questions(waiting, split))
         digest = hashlib.sha256()
         streams = {name: Path(temporary) / f"{name}.arrow" for name in SPLITS}
         sizes = {}
@@ -98,6 +88,29 @@ def format_table(
             # last: until the new data set is complete, the earlier one stays where it is
             archive(folder.parent, folder.name)
     return report
+
+
+def split_of_rows(formatter: TableFormatter, settings: dict[str, Any]) -> np.ndarray:
+    """The split of each row that was formatted, [rows]; "" for what `train_rows` leaves out.
+
+    Raises StageError if there are too few questions.
+    """
+    statistics = formatter.statistics
+    split = assign_splits(
+        statistics.positions,
+        settings["validation_fraction"],
+        settings["test_fraction"],
+        statistics.official_splits,
+    )
+    return limit_training(split, statistics.positions, settings["train_rows"])
+
+
+def held_out_questions(waiting: Path, split: np.ndarray) -> set[str]:
+    """The keys of the questions that validation and test have, of the rows in a stream."""
+    keys: set[str] = set()
+    for batch in read_rows(waiting, np.isin(split, ["validation", "test"]), ["key"]):
+        keys.update(batch["key"].to_pylist())
+    return keys
 
 
 def with_digest(

@@ -83,20 +83,35 @@ def report_of(
     `sizes` are the rows of each split, `split` is that of each row, `context` how many tokens the
     model reads at once.
     """
+    statistics = formatter.statistics
+    lengths = np.array(statistics.lengths)  # [rows]
+    report = {
+        **what_went_in(formatter),
+        "rows_in": statistics.rows_in,
+        "rows_out": len(lengths),
+        "answers_apart": statistics.answers_apart,
+        "changed": formatter.clean.changed,
+        "dropped": dict(statistics.dropped),
+        "dropped_rows": statistics.dropped_rows,
+        "unused_columns": formatter.shape.unused,
+        "safety_rows": safety_rows,
+        "splits": sizes,
+        **questions_of_splits(statistics, split),
+        "tokens": {**token_counts(lengths), "over_max_length": len(statistics.too_long)},
+    }
+    beyond_context = 0
+    if context:
+        beyond_context = int((lengths > context).sum())
+    report["notes"] = notes_of(formatter, report, beyond_context, context)
+    return report
+
+
+def what_went_in(formatter: TableFormatter) -> dict[str, Any]:
+    """What the report says of the table, its shape, and the settings that it was formatted with."""
     table = formatter.table
     shape = formatter.shape
     settings = formatter.settings
-    statistics = formatter.statistics
-    lengths = np.array(statistics.lengths)  # [rows]
-    positions = np.array(statistics.positions)  # [rows]
-    questions = {name: np.unique(positions[split == name]) for name in SPLITS}
-    # a question's position is its own, so equal positions are rows of one question
-    rows_of_each_question = np.unique(positions, return_counts=True)[1]
-    leaks = shared_with_training(positions, split)
-    answer_leaks = shared_with_training(np.array(statistics.answers, dtype=np.uint64), split)
-    histogram, edges = np.histogram(lengths, bins=HISTOGRAM_BINS)
-    tokens = {f"p{share}": int(np.quantile(lengths, share / 100)) for share in (50, 95)}
-    report = {
+    return {
         "source": {
             "dataset": settings["dataset"],
             "files": table.descriptions,
@@ -111,37 +126,39 @@ def report_of(
             "answer_column": shape.answer_column,
         },
         **{name: settings[name] for name in SETTINGS_IN_REPORT},
-        "rows_in": statistics.rows_in,
-        "rows_out": len(lengths),
-        "answers_apart": statistics.answers_apart,
-        "changed": formatter.clean.changed,
-        "dropped": dict(statistics.dropped),
-        "dropped_rows": statistics.dropped_rows,
-        "unused_columns": shape.unused,
-        "safety_rows": safety_rows,
+    }
+
+
+def questions_of_splits(statistics: FormatStatistics, split: np.ndarray) -> dict[str, Any]:
+    """What the report says of questions: how many there are, and what splits have in common.
+
+    `split` is that of each row, [rows]; "" for rows that `train_rows` leaves out.
+    """
+    # a question's position is its own, so equal positions are rows of one question
+    positions = np.array(statistics.positions)  # [rows]
+    rows_of_each_question = np.unique(positions, return_counts=True)[1]
+    sizes, how_often = np.unique(rows_of_each_question, return_counts=True)
+    answers = np.array(statistics.answers, dtype=np.uint64)
+    return {
         "left_out_of_training": {
             "rows": int((split == "").sum()),
             "questions": len(np.unique(positions[split == ""])),
         },
-        "splits": sizes,
-        "questions": {name: len(values) for name, values in questions.items()},
-        "rows_a_question": [
-            values.tolist() for values in np.unique(rows_of_each_question, return_counts=True)
-        ],
-        "leaks": leaks,
-        "answer_leaks": answer_leaks,
-        "tokens": {
-            **tokens,
-            "max": int(lengths.max()),
-            "over_max_length": len(statistics.too_long),
-            "histogram": [histogram.tolist(), edges.tolist()],
-        },
+        "questions": {name: len(np.unique(positions[split == name])) for name in SPLITS},
+        "rows_a_question": [sizes.tolist(), how_often.tolist()],
+        "leaks": shared_with_training(positions, split),
+        "answer_leaks": shared_with_training(answers, split),
     }
-    beyond_context = 0
-    if context:
-        beyond_context = int((lengths > context).sum())
-    report["notes"] = notes_of(formatter, report, beyond_context, context)
-    return report
+
+
+def token_counts(lengths: np.ndarray) -> dict[str, Any]:
+    """What the report says of the lengths of examples, [rows], in tokens."""
+    histogram, edges = np.histogram(lengths, bins=HISTOGRAM_BINS)
+    return {
+        **{f"p{share}": int(np.quantile(lengths, share / 100)) for share in (50, 95)},
+        "max": int(lengths.max()),
+        "histogram": [histogram.tolist(), edges.tolist()],
+    }
 
 
 def shared_with_training(values: np.ndarray, split: np.ndarray) -> dict[str, int]:

@@ -133,11 +133,7 @@ def generate(
         eos_token_id=stop_token_ids,
         pad_token_id=tokenizer.pad_token_id,
     )
-    rows = [prompt if isinstance(prompt, dict) else {"prompt": prompt} for prompt in prompts]
-    ids = []
-    for row in rows:
-        tools = json.loads(row["tools"]) if row.get("tools") else None
-        ids.append(encode_prompt(row["prompt"], tokenizer, tools))
+    ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     # as many as one process gets: batches must not leave another process idle
     most = min(batch_size, math.ceil(len(ids) / processes.num_processes))
     longest = max(map(len, ids), default=1) + max_new_tokens
@@ -145,31 +141,19 @@ def generate(
     # prompts of like length together, so that little of a batch is padding
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
-    answers = {}
+    batches_here = batches[processes.process_index :: processes.num_processes]
+    # a bar for one batch would only say that it has ended
+    one_batch = len(batches_here) < 2
+    answers = {}  # {number of the prompt: its answer}
     with without_settings(model):
-        batches_here = batches[processes.process_index :: processes.num_processes]
-        # a bar for one batch would only say that it has ended
-        one_batch = len(batches_here) < 2
-        progress = tqdm(batches_here, "answering", unit="batch", file=sys.stdout, disable=one_batch)
-        for batch in progress:
+        for batch in tqdm(
+            batches_here, "answering", unit="batch", file=sys.stdout, disable=one_batch
+        ):
             batch_ids = [ids[i] for i in batch]
-            # padded on the left, so that each answer follows its prompt directly
-            padded = tokenizer.pad(
-                {"input_ids": batch_ids}, padding_side="left", return_tensors="pt"
-            ).to(model.device)
-            prompt_tokens = padded["input_ids"].shape[1]
-            # None on a CPU, where `generate` keeps its own cache
-            cache = static_cache(model, prompt_tokens + max_new_tokens)
-            loop = {"custom_generate": decode_loop, CACHE: cache} if cache else {}
-            output = model.generate(
-                **padded,
-                generation_config=settings,
-                logits_processor=sampling_processors(batch_ids, seed, model.device, sampling),
-                **loop,
-            )
-            # output: [rows, prompt and new tokens]
-            for i, new_ids in zip(batch, output[:, prompt_tokens:].tolist(), strict=True):
-                answers[i] = answer_text(new_ids, tokenizer, stop_token_ids)
+            processors = sampling_processors(batch_ids, seed, model.device, sampling)
+            new_ids = new_ids_of_batch(model, tokenizer, batch_ids, settings, processors)
+            for i, new in zip(batch, new_ids, strict=True):
+                answers[i] = answer_text(new, tokenizer, stop_token_ids)
     gathered: dict[int, tuple[str, bool, int]] = {}
     for of_process in gather_object([answers]):
         gathered |= of_process
@@ -177,3 +161,33 @@ def generate(
         [gathered[i] for i in range(len(ids))], columns=["answer", "stopped", "new_tokens"]
     )
     return table, time.perf_counter() - started
+
+
+def prompt_ids(prompt: dict | list, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of a prompt: a list of messages, or a row of the data set with its tools."""
+    if not isinstance(prompt, dict):
+        return encode_prompt(prompt, tokenizer, None)
+    tools = json.loads(prompt["tools"]) if prompt.get("tools") else None
+    return encode_prompt(prompt["prompt"], tokenizer, tools)
+
+
+def new_ids_of_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_ids: list[list[int]],
+    settings: GenerationConfig,
+    processors: LogitsProcessorList,
+) -> list[list[int]]:
+    """The ids that `model` writes after each prompt of a batch, with padding after a stop token."""
+    # padded on the left, so that each answer follows its prompt directly
+    padded = tokenizer.pad({"input_ids": batch_ids}, padding_side="left", return_tensors="pt")
+    padded = padded.to(model.device)
+    prompt_tokens = padded["input_ids"].shape[1]
+    # None on a CPU, where `generate` keeps its own cache
+    cache = static_cache(model, prompt_tokens + settings.max_new_tokens)
+    loop = {"custom_generate": decode_loop, CACHE: cache} if cache else {}
+    # [rows, prompt and new tokens]
+    output = model.generate(
+        **padded, generation_config=settings, logits_processor=processors, **loop
+    )
+    return output[:, prompt_tokens:].tolist()

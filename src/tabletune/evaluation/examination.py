@@ -243,37 +243,56 @@ class Examination:
         metrics = summarize_all(
             self.results_of_test(), self.questions, self.groups, self.trained.report, draws, seed
         )
-        checked: dict[str, dict[str, pd.DataFrame]] = {}
-        for name, result in self.results.items():
-            asked_parts = [part for part in self.sets if part in result.answers]
-            checked[name] = {part: self.check(result.answers[part], part) for part in asked_parts}
-        for name, parts in checked.items():
-            metrics[name]["content"] = {
-                part: summarize_content(table, self.rules, draws, seed)
-                for part, table in parts.items()
-            }
-            if self.questions:
-                speed = self.results[name].tokens_per_second()
-                metrics[name]["generation"]["tokens_per_second"] = speed
+        checked = self.check_all()
+        for name, tables in checked.items():
+            self.add_figures_of_answers(metrics[name], self.results[name], tables)
             self.add_figures_of_rows(metrics[name], self.results[name])
-            if self.rules.labels:
-                answers = self.results[name].answers["new"]["answer"]
-                classes = class_figures(answers, self.questions, self.rules)
-                metrics[name]["classes"] = classes.to_dict("index")
-        metrics["content_differences"] = {}
-        for one, other in PAIRS:
-            entry = {}
-            for part in self.sets:
-                if part in checked[one] and part in checked[other]:
-                    a, b = checked[one][part], checked[other][part]
-                    entry[part] = content_differences(a, b, self.rules, draws, seed)
-            metrics["content_differences"][f"{one} - {other}"] = entry
+        metrics["content_differences"] = {
+            f"{one} - {other}": self.differences(checked[one], checked[other])
+            for one, other in PAIRS
+        }
         metrics["content_rules"] = self.rules.as_json()
         metrics["majority"] = majority_baseline(self.questions, self.rules)
         metrics["retrieval"] = self.context is not None
         metrics["answer_leaks"] = (self.trained.report.get("answer_leaks") or {}).get("test", 0)
         metrics["verdict"] = content_verdict(metrics)
         return metrics
+
+    def check_all(self) -> dict[str, dict[str, pd.DataFrame]]:
+        """What is right in all answers, {model: {part: what `check` returns}}."""
+        checked: dict[str, dict[str, pd.DataFrame]] = {}
+        for name, result in self.results.items():
+            checked[name] = {}
+            for part in self.sets:
+                if part in result.answers:
+                    checked[name][part] = self.check(result.answers[part], part)
+        return checked
+
+    def add_figures_of_answers(
+        self, entry: dict, result: ModelResults, checked: Mapping[str, pd.DataFrame]
+    ) -> None:
+        """Add to a model's entry how right its answers are, its speed, and its classes if any."""
+        draws, seed = self.settings.bootstrap_samples, self.settings.seed
+        entry["content"] = {}
+        for part, table in checked.items():
+            entry["content"][part] = summarize_content(table, self.rules, draws, seed)
+        if self.questions:
+            entry["generation"]["tokens_per_second"] = result.tokens_per_second()
+        if self.rules.labels:
+            answers = result.answers["new"]["answer"]
+            classes = class_figures(answers, self.questions, self.rules)
+            entry["classes"] = classes.to_dict("index")
+
+    def differences(
+        self, one: Mapping[str, pd.DataFrame], other: Mapping[str, pd.DataFrame]
+    ) -> dict[str, dict]:
+        """The differences of two models in content, for each part that both have answered."""
+        draws, seed = self.settings.bootstrap_samples, self.settings.seed
+        entries = {}
+        for part in self.sets:
+            if part in one and part in other:
+                entries[part] = content_differences(one[part], other[part], self.rules, draws, seed)
+        return entries
 
     def results_of_test(self) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
         """The scores and the answers of each model for the test split."""

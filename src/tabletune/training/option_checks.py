@@ -194,27 +194,13 @@ def targets_to_adapt(parameters: dict[str, Any], model: PreTrainedModel) -> list
     The adapter is tried on the skeleton, which is of no use afterwards. Raises StageError if PEFT
     refuses it, or if it could not be merged.
     """
-    targets, tied = lora_targets(model, parameters["lora_target_modules"]), tied_weight_names(model)
+    targets = lora_targets(model, parameters["lora_target_modules"])
+    tied = tied_weight_names(model)
     layers = {name for name, _ in model.named_modules()}
-    # a start that is computed from the weights is left out, as a skeleton has none
-    options = parameters["lora_options"] | {"init_lora_weights": True}
-    try:
-        config = LoraConfig(
-            r=parameters["lora_r"],
-            lora_alpha=parameters["lora_alpha"],
-            lora_dropout=parameters["lora_dropout"],
-            target_modules=shortest_target_names(model, targets),
-            **options,
-        )
-        with torch.device("meta"):
-            adapted = get_peft_model(model, config)
-        saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        adapted.merge_and_unload()
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise StageError(f"lora_options: {first_line(error)}") from error
+    config, saved = try_adapter(parameters, model, targets)
     # its original weights are not there, so PEFT could not merge into them
     is_in_4_bits = getattr(model.config, "quantization_config", None)
-    if is_in_4_bits and not is_plain_lora(adapted.peft_config["default"], saved):
+    if is_in_4_bits and not is_plain_lora(config, saved):
         raise StageError(
             "lora_options: this base model is stored in 4 bits, and only plain LoRA can be merged "
             "into that. Leave them out, or take the model in 16 bits."
@@ -231,3 +217,30 @@ def targets_to_adapt(parameters: dict[str, Any], model: PreTrainedModel) -> list
                 "adapter could not be merged. Leave that option out."
             )
     return targets
+
+
+def try_adapter(
+    parameters: dict[str, Any], model: PreTrainedModel, targets: list[str]
+) -> tuple[LoraConfig, list[str]]:
+    """Make an adapter on a `skeleton`, and merge it; no weight is computed.
+
+    Returns its config, and the names of the tensors that it would save. Raises StageError if PEFT
+    refuses to make or to merge it.
+    """
+    # a start that is computed from the weights is left out, as a skeleton has none
+    options = parameters["lora_options"] | {"init_lora_weights": True}
+    try:
+        config = LoraConfig(
+            r=parameters["lora_r"],
+            lora_alpha=parameters["lora_alpha"],
+            lora_dropout=parameters["lora_dropout"],
+            target_modules=shortest_target_names(model, targets),
+            **options,
+        )
+        with torch.device("meta"):
+            adapted = get_peft_model(model, config)
+        saved = list(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        adapted.merge_and_unload()
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise StageError(f"lora_options: {first_line(error)}") from error
+    return config, saved

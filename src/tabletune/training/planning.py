@@ -123,7 +123,7 @@ def room_for_training(
         uses_cuda_graph=can_record and layers_support_cuda_graph(model),
         has_dropout=has_dropout,
     )
-    # as if each GPU held the whole model; if that does not fit, the model is shared and planned again
+    # as if each GPU held the whole model; if that does not fit, they share it, and we plan again
     plan = divide_steps(parameters, rows, room, processes.num_processes)
     if processes.distributed_type == DistributedType.MULTI_GPU:
         one_gpu_gib = room.total(plan.batch_size, room.recomputed_layers(plan.batch_size))
