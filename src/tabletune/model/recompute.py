@@ -78,7 +78,7 @@ class Recipes:
 
     def add(self, output: torch.Tensor, function: Callable, *inputs: Any) -> None:
         """Note that `output` is what `function` gives for these inputs."""
-        # the backward pass runs outside of the forward's autocast: its state is a part of the recipe
+        # the backward pass runs outside of autocast, so its state is a part of the recipe
         kind = output.device.type
         enabled = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind)
@@ -87,7 +87,7 @@ class Recipes:
             with torch.no_grad(), torch.autocast(kind, dtype, enabled, cache_enabled=False):
                 return function(*inputs)
 
-        # by its address: autograd hands over views, such as [tokens, width] of [rows, tokens, width]
+        # by address: autograd hands over views, such as [tokens, width] of [rows, tokens, width]
         self.outputs[output.data_ptr()] = (output, changes_in_place(output), Recipe(compute))
 
     def pack(self, tensor: torch.Tensor) -> Any:
