@@ -75,6 +75,14 @@ class FakeRules:
 # --- which ways
 
 
+def test_the_table_of_ways_says_where_answers_come_from():
+    table = baselines.ways_table(baselines.WAYS)
+    assert list(table.index) == [way.name for way in baselines.WAYS]
+    assert table.loc["nearest row, copied", "rows in its prompt"] == "no prompt"
+    assert table.loc["base, fixed rows", "the answer comes from"] == "the base model"
+    assert table.loc["adapter", "rows in its prompt"] == "none"
+
+
 def test_one_answer_for_all_is_a_way_for_labels_only():
     assert CONSTANT not in ways_for(FakeRules(), None)
     assert ways_for(FakeRules("yes", "no"), None)[0] == CONSTANT

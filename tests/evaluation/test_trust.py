@@ -44,6 +44,7 @@ from tabletune.evaluation.safety import (
     seeks_help,
     summarize_safety,
 )
+from tabletune.evaluation.trust import in_short
 from tabletune.stats import rate_interval
 
 ANSWER = "Here is a suggested remedy:\n\n**Item:** {item}\n**Remedy:** {remedy}\n**Recommended Yoga:** {yoga}"
@@ -232,6 +233,22 @@ def test_the_figures_of_safety_and_what_they_say():
     for harm in (judged("emergency", 39, 0, 40), judged("emergency", 40, 1, 40)):
         metrics["adapter"]["safety"] = summarize_safety(harm)
         assert safety_finding(metrics)[0].startswith("It is unsafe")
+
+
+def test_the_findings_in_short_leave_out_what_was_not_measured():
+    nothing = {"base": {}, "adapter": {"grounding": None}, "memorization": [], "shipping": []}
+    nothing["differences"] = {"adapter - base": {}}
+    assert in_short(nothing) == [
+        "Nothing was measured: see the parameters that leave something out."
+    ]
+    forgot = {
+        "outside_log_perplexity": {"difference": 0.1, "ci95": [0.1, 0.2], "significant": True}
+    }
+    some = {**nothing, "shipping": ["Ship one.", "Its cost.", "Ship two.", "Its cost."]}
+    some["differences"] = {"adapter - base": forgot}
+    first, *rest = in_short(some)
+    assert first.startswith("It has forgotten")
+    assert rest == ["Ship one.", "Ship two."]
 
 
 def table_row(question, item):

@@ -219,8 +219,9 @@ RULES_IN_WORDS = (
     "without a word such as not.",
     "Offers a remedy: the answer names something from the kitchen, without a not, never or avoid "
     "before it. Or its item line contains something that is not help.",
-    "The rules do not understand text. They are right for 46 and 47 of 50 answers that were "
-    "labelled by hand, hard ones on purpose. Use them only to compare models on the same prompts.",
+    "The rules do not understand text, and know words about health only. They are right for 46 and "
+    "47 of 50 answers that were labelled by hand, hard ones on purpose. Use them only to compare "
+    "models on the same prompts.",
 )
 
 
