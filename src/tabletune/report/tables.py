@@ -84,7 +84,7 @@ def content_table(metrics: dict) -> pd.DataFrame:
     lines = []
     for part, title in PARTS.items():
         if part == "new" and with_rows:
-            title = "new questions, their rows kept out"
+            title = "new questions, their rows left out"
         for model, entry in figures_of(metrics).items():
             content = (entry.get("content") or {}).get(part) or {}
             if content.get("questions"):
