@@ -9,6 +9,7 @@ from tabletune.report.tables import (
     all_differences,
     answered_questions,
     as_shown,
+    content_table,
     difference_line,
     own_answers_table,
     reasons_table,
@@ -148,6 +149,13 @@ def test_without_an_own_question_a_sentence_says_so():
 def test_own_answers_that_repeat_are_cut():
     shown = own_answers_table({"Why?": {"base": ["because " * 50]}}, ["Why?"], "Careful.").data
     assert "not shown: the same" in shown
+
+
+@pytest.mark.parametrize(("retrieval", "columns"), [(True, 2), (False, 0)])
+def test_only_with_rows_the_content_table_has_columns_on_nothing(retrieval, columns):
+    content = {"table": {"questions": 3, "right": 1.0, "nothing": 0.0, "false_nothing": 0.0}}
+    table = content_table({"merged": {"content": content}, "retrieval": retrieval})
+    assert sum("nothing" in column for column in table) == columns
 
 
 def test_reasons_have_the_names_of_the_columns_of_the_content_table():

@@ -96,7 +96,7 @@ def content_table(metrics: dict) -> pd.DataFrame:
     # a figure that this table does not have gets no column
     table = pd.DataFrame(lines).reindex(columns=columns).dropna(axis="columns", how="all")
     if not with_rows:  # then no answer is "nothing"
-        table = table.drop(columns=['says "nothing"', 'wrongly "nothing"'], errors="ignore")
+        table = table.drop(columns=[column for column in table if "nothing" in column])
     return table.fillna("–").set_index(["questions", "model"])
 
 
