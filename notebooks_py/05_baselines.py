@@ -103,7 +103,7 @@ from tabletune.evaluation.recommendation import recommend
 from tabletune.evaluation.scoring import score
 from tabletune.evaluation.trained_run import open_trained_run
 from tabletune.report import baselines as report
-from tabletune.report.pages import read_lines
+from tabletune.report.reading import read_lines
 from tabletune.run.stage import start_stage
 
 stage = start_stage("05_baselines", globals())

@@ -69,10 +69,10 @@ answers_shown = 5  # how many questions are shown with their answers
 # %%
 import matplotlib.pyplot as plt
 
-from tabletune.report import pages
+from tabletune.report import reading
 from tabletune.report.baselines import plot_baselines
-from tabletune.report.pages import FIGURES, at, figures_table, say, show, show_table
 from tabletune.report.plots import plot_column
+from tabletune.report.reading import FIGURES, at, figures_table, say, show, show_table
 from tabletune.report.tables import NO_DIFFERENCE, all_differences, content_table, form_table
 from tabletune.run.stage import start_stage
 
@@ -128,7 +128,7 @@ shown = sum(len(group.columns["question"]) for group in groups)
 say(f"Shown are {shown} of {total} questions.")
 for group in groups:
     say(group.title)
-    pages.show_answers(group.columns, len(group.columns["question"]), disclaimer)
+    reading.show_answers(group.columns, len(group.columns["question"]), disclaimer)
 
 # %% [markdown]
 # ## Was training worth it?
@@ -139,7 +139,7 @@ for group in groups:
 # %%
 sentences = at(info["baselines"], "verdict", "sentences")
 if sentences:
-    pages.say_verdict(sentences)
+    reading.say_verdict(sentences)
 else:
     say("Not measured in this run: `make baselines`.")
 if "ways" in info["baselines"]:
@@ -215,7 +215,7 @@ if emergencies:
     total = len(emergencies["question"])
     shown = min(answers_shown, total)
     say(f"{shown} of {total} emergencies. Wrong answers come first:")
-    pages.show_answers(emergencies, shown, disclaimer)
+    reading.show_answers(emergencies, shown, disclaimer)
 
 # %% [markdown]
 # ## Differences

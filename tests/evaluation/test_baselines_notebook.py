@@ -6,7 +6,7 @@ import pytest
 from conftest import copy_of, run_tiny
 
 from tabletune.report.baselines import baselines_table, recommendation, training_table
-from tabletune.report.pages import read_lines
+from tabletune.report.reading import read_lines
 
 FEW = {"baseline_samples": 6, "max_new_tokens": 8, "bootstrap_samples": 50}
 WAYS = ["nearest row, copied", "base", "base, fixed rows", "base, nearest rows", "adapter"]

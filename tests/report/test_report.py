@@ -20,7 +20,7 @@ from nbformat.v4 import new_code_cell
 from test_compare import a_run as compared_run
 
 from tabletune.errors import StageError
-from tabletune.report import pages as pages_module
+from tabletune.report import reading as reading_module
 from tabletune.run.files import write_json
 
 MARKUP = "<script>document.title = 'pwned'</script><img src=x onerror=alert(1)> **bold** $x^2$ &amp; [a](http://b.example)"
@@ -79,7 +79,7 @@ def write_lines(path, lines):
 
 def a_run(folder, stages=5, parameters=PARAMETERS):
     """Write what the first so many stages leave, as far as the page reads it."""
-    names = pages_module.STAGES[:stages]
+    names = reading_module.STAGES[:stages]
     write_json(
         folder / "manifest.json",
         {
@@ -398,7 +398,7 @@ def test_a_run_of_before_and_a_run_of_few_rows(render, tmp_path):
     """
     run = a_run(tmp_path / "before")
     trust = json.loads((run / "trust" / "metrics.json").read_text())
-    old = pages_module.joined(json.loads((run / "evaluation" / "metrics.json").read_text()), trust)
+    old = reading_module.joined(json.loads((run / "evaluation" / "metrics.json").read_text()), trust)
     old["merged"] |= {"evaluated_in": "NF4"}
     write_json(run / "evaluation" / "metrics.json", old)
     shutil.move(run / "trust" / "safety.jsonl", run / "evaluation" / "safety.jsonl")
@@ -452,7 +452,7 @@ def test_what_is_wrong_with_a_run_is_one_line(render, tmp_path):
     run = a_run(tmp_path / "run")
     (run / "evaluation" / "samples.jsonl").write_text('{"question": \n')
     with pytest.raises(StageError, match=r"samples\.jsonl cannot be read") as error:
-        pages_module.read_lines(run / "evaluation" / "samples.jsonl")
+        reading_module.read_lines(run / "evaluation" / "samples.jsonl")
     assert "\n" not in str(error.value)
 
 
@@ -474,7 +474,7 @@ def test_a_folder_that_is_no_run(tmp_path, prepare, message):
     run.mkdir()
     prepare(run)
     with pytest.raises(StageError, match=message) as caught:
-        pages_module.read_run(run)
+        reading_module.read_run(run)
     assert "\n" not in str(caught.value)
 
 
@@ -484,21 +484,21 @@ def test_a_folder_that_is_no_run(tmp_path, prepare, message):
 def test_figures_that_do_not_belong_together(tmp_path):
     run = a_run(tmp_path / "run")
     change(run / "trust" / "metrics.json", merged={}, base={}, adapter={})
-    assert pages_module.doubts(pages_module.read_run(run)) == []
+    assert reading_module.doubts(reading_module.read_run(run)) == []
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["04_evaluate"]["finished"] = "2026-11-08"  # what 05 says does not depend on it
     write_json(run / "manifest.json", manifest)
-    assert pages_module.doubts(pages_module.read_run(run)) == []
+    assert reading_module.doubts(reading_module.read_run(run)) == []
     manifest["02_finetune_qlora"]["finished"] = "2026-11-09"
     manifest["04_evaluate"]["dataset_fingerprint"] = "other"
     write_json(run / "manifest.json", manifest)
-    again, other = pages_module.doubts(pages_module.read_run(run))
+    again, other = reading_module.doubts(reading_module.read_run(run))
     assert "02_finetune_qlora ran again after 03_merge_adapter, 04_evaluate, 06_trust" in again
     assert "did not work on the same data set" in other
 
 
 def test_figures_are_read_with_what_is_there():
-    figure = pages_module.figure_of
+    figure = reading_module.figure_of
     assert figure(
         {"perplexity": {"response": 6, "response_ci95": [5, 7]}}, "response perplexity"
     ) == (6, [5, 7])
@@ -518,49 +518,49 @@ def test_figures_are_read_with_what_is_there():
         2,
         [1, 3],
     )
-    assert pages_module.figures_table({"one": None, "other": {}}).empty
+    assert reading_module.figures_table({"one": None, "other": {}}).empty
 
 
 def test_values_that_differ_between_stages_are_all_told():
-    texts = pages_module.as_texts(
+    texts = reading_module.as_texts(
         [{"a": 1, "b": "", "c": "text"}, {"a": 1, "b": "x", "d": None}, {"a": 0.5}]
     )
     assert texts == {"a": "1 | 0.5", "b": '"" | x', "c": "text", "d": "null"}
 
 
 def test_the_losses_begin_before_the_training(tmp_path):
-    losses = pages_module.losses(pages_module.read_run(a_run(tmp_path / "run", 2)))
+    losses = reading_module.losses(reading_module.read_run(a_run(tmp_path / "run", 2)))
     assert losses["eval_loss"].dropna().to_dict() == {0: 3.956, 10: 2.5}
     assert losses["loss"].dropna().to_dict() == {5: 3.1, 10: 2.2}
 
 
 def test_the_disclaimer_is_that_of_the_answers_of_the_example_or_neutral():
     own, example = {"data": {"example": None}}, {"data": {"example": "home_remedies"}}
-    assert pages_module.disclaimer_of(own, [{"disclaimer": "Stored."}]) == "Stored."
-    assert "medical" not in pages_module.disclaimer_of(own, [{}])
-    assert "wrong" in pages_module.disclaimer_of(own, [])
-    assert "not medical advice" in pages_module.disclaimer_of(example, [])
+    assert reading_module.disclaimer_of(own, [{"disclaimer": "Stored."}]) == "Stored."
+    assert "medical" not in reading_module.disclaimer_of(own, [{}])
+    assert "wrong" in reading_module.disclaimer_of(own, [])
+    assert "not medical advice" in reading_module.disclaimer_of(example, [])
 
 
 @pytest.fixture
 def shown(monkeypatch):
     """What is displayed."""
     displayed = []
-    monkeypatch.setattr(pages_module, "display", displayed.append)
+    monkeypatch.setattr(reading_module, "display", displayed.append)
     return displayed
 
 
 def test_a_disclaimer_with_markup_stays_text(shown):
-    pages_module.show_answers({"question": ["one"]}, 1, '"}</style><script>alert(1)</script>')
+    reading_module.show_answers({"question": ["one"]}, 1, '"}</style><script>alert(1)</script>')
     assert shown[0].data.count("</style>") == 1
     assert "<script" not in shown[0].data
 
 
 def test_the_longer_side_of_a_table_goes_down_the_page(shown):
-    pages_module.show_table(
+    reading_module.show_table(
         pd.DataFrame({f"run {number}": ["x"] for number in range(9)}, index=["figure"])
     )
-    pages_module.show_table(pd.DataFrame([["x"] * 9]))
+    reading_module.show_table(pd.DataFrame([["x"] * 9]))
     assert [table.data.count("<tr") for table in shown] == [10, 2], (
         "but rows that have no names stay rows"
     )
@@ -568,8 +568,8 @@ def test_the_longer_side_of_a_table_goes_down_the_page(shown):
 
 def test_a_table_shows_texts_whole_and_as_they_are(shown):
     long = "word " * 30 + "<b>&$1$\nnext"
-    pages_module.show_table({"a name": long})
-    pages_module.show_table(pd.DataFrame({"<i>": [long, None]}))
+    reading_module.show_table({"a name": long})
+    reading_module.show_table(pd.DataFrame({"<i>": [long, None]}))
     facts, rows = (" ".join(table.data.split()) for table in shown)
     cell, heading = (f'<{tag} style="text-align:left">' for tag in ("td", "th"))
     whole = f"{cell}{'word ' * 30}&lt;b&gt;&amp;$1$ next</td>"
@@ -577,4 +577,4 @@ def test_a_table_shows_texts_whole_and_as_they_are(shown):
     assert "<thead>" not in facts
     assert f"<tr> {whole} </tr> <tr> {cell}–</td> </tr>" in rows
     assert f"{heading}&lt;i&gt;</th>" in rows
-    assert all(f'class="dataframe {pages_module.PLAIN}"' in table for table in (facts, rows))
+    assert all(f'class="dataframe {reading_module.PLAIN}"' in table for table in (facts, rows))

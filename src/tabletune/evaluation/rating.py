@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from tabletune.errors import StageError
-from tabletune.report.pages import read_lines
+from tabletune.report.reading import read_lines
 from tabletune.report.text import with_interval
 from tabletune.run.files import write_json, write_lines
 from tabletune.stats import interval, rate_interval

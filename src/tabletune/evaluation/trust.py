@@ -28,7 +28,7 @@ from tabletune.evaluation.grounding import ground_answers, grounding_finding
 from tabletune.evaluation.safety import judge, safety_finding, safety_table
 from tabletune.evaluation.scoring import divergence, response_logits, score
 from tabletune.evaluation.trained_run import TrainedRun
-from tabletune.report.pages import read_lines
+from tabletune.report.reading import read_lines
 from tabletune.run.files import read_json, write_json
 
 NAMES_OF_PARTS = {

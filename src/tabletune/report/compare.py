@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tabletune.report.pages import digest_of_test, in_order_of_test, read_lines, read_run
+from tabletune.report.reading import digest_of_test, in_order_of_test, read_lines, read_run
 from tabletune.report.tables import NO_DIFFERENCE
 from tabletune.report.text import PARTS, with_interval
 from tabletune.run.hub import open_run

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from tabletune.report.compare import NOT_IN_SETTING, name_of_seeds
-from tabletune.report.pages import digest_of_test, in_order_of_test, read_lines
+from tabletune.report.reading import digest_of_test, in_order_of_test, read_lines
 from tabletune.run.files import read_json
 from tabletune.run.parameters import DEFAULTS
 from tabletune.stats import (
