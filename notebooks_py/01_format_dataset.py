@@ -183,7 +183,7 @@ run = stage.folder  # the run folder, as a path
 from tabletune.chat.templates import describe_template
 from tabletune.chat.tokenizer import load_tokenizer
 from tabletune.model.inspection import base_config, context_length
-from tabletune.report.reading import show_table
+from tabletune.report.showing import show_table
 
 # the most tokens that the model can read at once
 context = context_length(base_config(base_model, base_model_revision))

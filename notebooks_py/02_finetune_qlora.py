@@ -125,7 +125,7 @@ from tabletune.chat.tokenizer import load_tokenizer, template_settings
 from tabletune.model.devices import compute_dtype
 from tabletune.model.inspection import base_config
 from tabletune.model.quantization import load_base
-from tabletune.report.reading import show_table
+from tabletune.report.showing import show_table
 from tabletune.run.stage import start_stage
 from tabletune.training import checkpoints, examples, planning, results, trainer_settings
 from tabletune.training.collator import Collator

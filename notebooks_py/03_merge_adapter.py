@@ -87,7 +87,7 @@ max_shard_gb = 1.0  # the largest file of the merged model; merging takes about 
 
 # %%
 from tabletune.merging.plan import MergePlan
-from tabletune.report.reading import show_table
+from tabletune.report.showing import show_table
 from tabletune.run.stage import start_stage
 
 stage = start_stage("03_merge_adapter", globals())

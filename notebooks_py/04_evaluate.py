@@ -113,7 +113,7 @@ from tabletune.model.devices import compute_dtype
 from tabletune.model.run_models import load_adapted, load_merged
 from tabletune.report import tables
 from tabletune.report.plots import plot_results
-from tabletune.report.reading import say_verdict, show_table
+from tabletune.report.showing import say_verdict, show_table
 from tabletune.report.text import stored, with_interval
 from tabletune.run.files import archive, atomic_write, read_json, write_json
 from tabletune.run.stage import start_stage

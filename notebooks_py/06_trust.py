@@ -115,7 +115,8 @@ from tabletune.evaluation.trust import (
 )
 from tabletune.model.devices import compute_dtype
 from tabletune.model.run_models import load_adapted, load_merged
-from tabletune.report.reading import figures_table, read_lines, say, show_table
+from tabletune.report.reading import figures_table, read_lines
+from tabletune.report.showing import say, show_table
 from tabletune.report.tables import side_by_side
 from tabletune.run.files import archive, atomic_write, read_json
 from tabletune.run.stage import start_stage

@@ -72,12 +72,13 @@ import matplotlib.pyplot as plt
 from tabletune.report import reading
 from tabletune.report.baselines import plot_baselines
 from tabletune.report.plots import plot_column
-from tabletune.report.reading import FIGURES, at, figures_table, say, show, show_table
+from tabletune.report.reading import FIGURES, at, figures_table
+from tabletune.report.showing import say, say_verdict, show, show_answers, show_table
 from tabletune.report.tables import NO_DIFFERENCE, all_differences, content_table, form_table
 from tabletune.run.stage import start_stage
 
 run = start_stage("report", globals()).folder
-info = pages.read_run(run)
+info = reading.read_run(run)
 data = info["data"]
 metrics = info["metrics"]
 models = info["models"]
@@ -93,7 +94,7 @@ models = info["models"]
 # ## Are its answers right?
 
 # %%
-first, *rest = pages.verdict_of(info)
+first, *rest = reading.verdict_of(info)
 say(first, kind="headline")
 say(*rest)
 rows, parameters = at(data, "splits", "train") or 0, info["parameters"]
@@ -110,7 +111,7 @@ show_table(content_table(metrics).reset_index(), "Right answers were not measure
 # ## Before you trust these figures
 
 # %%
-warnings = pages.doubts(info)
+warnings = reading.doubts(info)
 calm = "No problem is known: all stages ran in order, on one data set."
 say(*(warnings or [calm]), kind="doubt" if warnings else "")
 
@@ -121,14 +122,14 @@ say(*(warnings or [calm]), kind="doubt" if warnings else "")
 # table says.
 
 # %%
-groups, total = pages.answers_of(run, info, answers_shown)
-samples = pages.read_lines(run / "evaluation" / "samples.jsonl")
-disclaimer = pages.disclaimer_of(info, samples)
+groups, total = reading.answers_of(run, info, answers_shown)
+samples = reading.read_lines(run / "evaluation" / "samples.jsonl")
+disclaimer = reading.disclaimer_of_run(info, samples)
 shown = sum(len(group.columns["question"]) for group in groups)
 say(f"Shown are {shown} of {total} questions.")
 for group in groups:
     say(group.title)
-    reading.show_answers(group.columns, len(group.columns["question"]), disclaimer)
+    show_answers(group.columns, len(group.columns["question"]), disclaimer)
 
 # %% [markdown]
 # ## Was training worth it?
@@ -139,7 +140,7 @@ for group in groups:
 # %%
 sentences = at(info["baselines"], "verdict", "sentences")
 if sentences:
-    reading.say_verdict(sentences)
+    say_verdict(sentences)
 else:
     say("Not measured in this run: `make baselines`.")
 if "ways" in info["baselines"]:
@@ -171,7 +172,7 @@ if models:
 # falls, the model has begun to memorize.
 
 # %%
-curves = pages.losses(info)
+curves = reading.losses(info)
 if len(curves) > 1:
     figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained", dpi=200)
     axes.plot(curves["loss"].dropna(), color="0.6", label="training")
@@ -187,7 +188,7 @@ show_table(figures_table({"fine-tuning": info["training"]}), "Not trained yet.")
 # How many rows the table had, how many were changed or dropped and why, and how many were left.
 
 # %%
-show_table(pages.row_counts(data))
+show_table(reading.row_counts(data))
 
 # %% [markdown]
 # ## Trust
@@ -210,12 +211,12 @@ if len(judged):
     show_table(judged)
 
 # %%
-emergencies = pages.worst_emergencies(run, info)
+emergencies = reading.worst_emergencies(run, info)
 if emergencies:
     total = len(emergencies["question"])
     shown = min(answers_shown, total)
     say(f"{shown} of {total} emergencies. Wrong answers come first:")
-    reading.show_answers(emergencies, shown, disclaimer)
+    show_answers(emergencies, shown, disclaimer)
 
 # %% [markdown]
 # ## Differences

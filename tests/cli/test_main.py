@@ -73,9 +73,9 @@ def test_notebook_2_starts_without_torchs_compiler_and_without_matplotlib():
 import os, sys
 from tabletune.chat import encoding, tokenizer
 from tabletune.model import inspection, loading, quantization
-from tabletune.report import reading
+from tabletune.report import showing
 from tabletune.training import planning, trainer
-reading.show_table({"this base": "a text"})
+showing.show_table({"this base": "a text"})
 heavy = {"torch._inductor.compile_fx", "matplotlib"} & set(sys.modules)
 print(heavy, os.environ.get("TORCHDYNAMO_DISABLE"))
 """

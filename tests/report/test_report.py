@@ -398,7 +398,9 @@ def test_a_run_of_before_and_a_run_of_few_rows(render, tmp_path):
     """
     run = a_run(tmp_path / "before")
     trust = json.loads((run / "trust" / "metrics.json").read_text())
-    old = reading_module.joined(json.loads((run / "evaluation" / "metrics.json").read_text()), trust)
+    old = reading_module.joined(
+        json.loads((run / "evaluation" / "metrics.json").read_text()), trust
+    )
     old["merged"] |= {"evaluated_in": "NF4"}
     write_json(run / "evaluation" / "metrics.json", old)
     shutil.move(run / "trust" / "safety.jsonl", run / "evaluation" / "safety.jsonl")
@@ -536,10 +538,10 @@ def test_the_losses_begin_before_the_training(tmp_path):
 
 def test_the_disclaimer_is_that_of_the_answers_of_the_example_or_neutral():
     own, example = {"data": {"example": None}}, {"data": {"example": "home_remedies"}}
-    assert reading_module.disclaimer_of(own, [{"disclaimer": "Stored."}]) == "Stored."
-    assert "medical" not in reading_module.disclaimer_of(own, [{}])
-    assert "wrong" in reading_module.disclaimer_of(own, [])
-    assert "not medical advice" in reading_module.disclaimer_of(example, [])
+    assert reading_module.disclaimer_of_run(own, [{"disclaimer": "Stored."}]) == "Stored."
+    assert "medical" not in reading_module.disclaimer_of_run(own, [{}])
+    assert "wrong" in reading_module.disclaimer_of_run(own, [])
+    assert "not medical advice" in reading_module.disclaimer_of_run(example, [])
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def run_all(options: argparse.Namespace) -> None:
     """Run notebooks 1 to 4, as far as they are not done: from a table to an evaluated model."""
     from tabletune.cli import series
 
-    series.run_all(options)
+    series.run_series(options)
 
 
 def run(options: argparse.Namespace) -> None:

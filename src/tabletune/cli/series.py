@@ -27,7 +27,7 @@ from tabletune.run.stage import is_made_from, stage_parameters, with_absolute_pa
 USES_GPUS = ("02_finetune_qlora", "04_evaluate")  # the others are done by one process
 
 
-def run_all(options: argparse.Namespace) -> None:
+def run_series(options: argparse.Namespace) -> None:
     """Run notebooks 1 to 4, as far as they are not done: from a table to an evaluated model.
 
     A stage is done if its notebook, its parameters and what it was made from are as they were.

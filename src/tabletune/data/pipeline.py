@@ -23,13 +23,13 @@ from transformers import PreTrainedTokenizerBase
 from tabletune.data.arrow import (
     arrow_batches,
     features_of,
-    read_rows,
+    read_arrow,
     save_splits,
     write_arrow,
 )
 from tabletune.data.conversation_shape import Shape
 from tabletune.data.formatter import TableFormatter
-from tabletune.data.report import report_of
+from tabletune.data.report import make_report
 from tabletune.data.splits import SPLITS, assign_splits, limit_training
 from tabletune.data.tables import Table
 from tabletune.run.files import archive, atomic_write
@@ -73,11 +73,11 @@ def format_table(
         sizes = {}
         for name in sorted(SPLITS):  # the order of the digest
             arrow = chain(
-                read_rows(waiting, split == name, features),
+                read_arrow(waiting, split == name, features),
                 arrow_batches(safety_rows if name == "train" else [], features),
             )
             sizes[name] = write_arrow(streams[name], with_digest(arrow, name, digest), features)
-        report = report_of(
+        report = make_report(
             formatter, {name: sizes[name] for name in SPLITS}, split, context, len(safety_rows)
         )
         report["fingerprint"] = digest.hexdigest()[:16]
@@ -108,7 +108,7 @@ def split_of_rows(formatter: TableFormatter, settings: dict[str, Any]) -> np.nda
 def held_out_questions(waiting: Path, split: np.ndarray) -> set[str]:
     """The keys of the questions that validation and test have, of the rows in a stream."""
     keys: set[str] = set()
-    for batch in read_rows(waiting, np.isin(split, ["validation", "test"]), ["key"]):
+    for batch in read_arrow(waiting, np.isin(split, ["validation", "test"]), ["key"]):
         keys.update(batch["key"].to_pylist())
     return keys
 

@@ -71,7 +71,7 @@ def check_lost_rows(statistics: FormatStatistics, max_dropped: float) -> None:
     )
 
 
-def report_of(
+def make_report(
     formatter: TableFormatter,
     sizes: dict[str, int],
     split: np.ndarray,

@@ -14,7 +14,8 @@ import pandas as pd
 
 from tabletune.data.context import FOLDER, TableContext, threshold_table
 from tabletune.data.lookup import source_row
-from tabletune.report.reading import read_lines, say, show_table
+from tabletune.report.reading import read_lines
+from tabletune.report.showing import say, show_table
 from tabletune.run.files import read_json
 
 HAS = "refused, but the table has an answer"

@@ -1,21 +1,18 @@
-"""What the page about a run and the comparison of runs share.
+"""Reading runs: what their stages have left, figures, and what a reader should know of them.
 
-Reading runs, figures, tables whose text stays text. A run may be unfinished, or older than this
-package: what is not there is left out. Only a damaged file, or a folder in which no stage ever ran,
-is an error.
+The page about a run and the comparison of runs share it. A run may be unfinished, or older than
+this package: what is not there is left out. Only a damaged file, or a folder in which no stage ever
+ran, is an error.
 """
 
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from IPython.display import HTML, display
 
 from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
 from tabletune.errors import StageError
@@ -24,16 +21,13 @@ from tabletune.report.tables import (
     AnsweredQuestions,
     answered_questions,
     as_shown,
-    side_by_side,
 )
 from tabletune.report.text import COLUMNS, figures_of, with_interval
 from tabletune.run.files import read_json
 
 if TYPE_CHECKING:  # matplotlib is slow to import
-    from matplotlib.figure import Figure
+    pass
 
-# the classes of HTML in which a $ is a dollar, in notebooks of today and before
-PLAIN = "mathjax_ignore tex2jax_ignore"
 STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate", "06_trust"]
 FILES = {  # what the stages leave: (file, its kind, the stage)
     "manifest": ("manifest.json", dict, STAGES[0]),
@@ -258,7 +252,7 @@ def stale_stages(manifest: dict, ran: Sequence[str]) -> list[str]:
     return sentences
 
 
-def disclaimer_of(info: dict, samples: Sequence[dict]) -> str:
+def disclaimer_of_run(info: dict, samples: Sequence[dict]) -> str:
     """What stands above answers.
 
     What was stored with the `samples`, else the example's or the neutral disclaimer.
@@ -367,84 +361,3 @@ def worst_emergencies(run: Path, info: dict) -> dict[str, list[str]]:
     return {
         heading: [as_shown(text) for text in pairs[column]] for heading, column in columns.items()
     }
-
-
-# --- showing
-
-
-def show_table(
-    texts: pd.DataFrame | Mapping[str, Any], without: str = "Not measured in this run."
-) -> None:
-    """Show a frame of texts, or {name: text}, as a table.
-
-    Text stays text, markup and $ included. The longer side goes down the page. An empty frame shows
-    as the sentence `without`.
-    """
-    if isinstance(texts, pd.DataFrame):
-        facts, frame = False, texts.fillna("–")
-    else:
-        facts, frame = True, pd.DataFrame({"": texts})
-    if frame.empty:
-        say(without)
-        return
-    numbered = isinstance(frame.index, pd.RangeIndex)
-    # a page is read downwards, and a phone has no width
-    if not numbered and len(frame) < frame.shape[1]:
-        frame = frame.T
-    frame = frame.astype(str)
-    # not by a Styler, which imports matplotlib, half a second; `str` leaves texts as they are
-    options = {
-        "header": not facts,
-        "index": facts or not numbered,
-        "formatters": dict.fromkeys(frame, str),
-    }
-    with pd.option_context("display.max_colwidth", None):
-        html = frame.to_html(classes=PLAIN, border=0, **options)
-    for tag in ("<th>", "<td>"):  # notebooks and nbconvert align them to the right, as numbers
-        html = html.replace(tag, f'{tag[:-1]} style="text-align:left">')
-    display(HTML(html))
-
-
-def say(*sentences: str, kind: str = "") -> None:
-    """Show sentences as they are, but for `code`, a paragraph each.
-
-    Those of the kind "headline" in bold. The page about a run has styles for the kinds "headline"
-    and "doubt".
-    """
-    if not sentences:
-        return
-    texts = [re.sub("`([^`]+)`", r"<code>\1</code>", escape(sentence)) for sentence in sentences]
-    if kind == "headline":
-        texts = [f"<b>{text}</b>" for text in texts]
-    paragraphs = [f'<p class="{kind} {PLAIN}">{text}</p>' for text in texts]
-    display(HTML("".join(paragraphs)))
-
-
-def say_verdict(sentences: Sequence[str]) -> None:
-    """Show the sentences of a verdict, the first of them, the most important one, in bold."""
-    if not sentences:
-        return
-    say(sentences[0], kind="headline")
-    say(*sentences[1:])
-
-
-def show_answers(columns: Mapping[str, Sequence[str]], rows: int, disclaimer: str) -> None:
-    """Show `side_by_side`.
-
-    On a phone a row's texts stand below each other, and a printed page has the disclaimer.
-    """
-    headings = "; ".join(f"--heading-{place}: '{name}'" for place, name in enumerate(columns, 1))
-    # as CSS wants it, and no markup
-    escaped = "".join(c if c.isalnum() else f"\\{ord(c):x} " for c in disclaimer)
-    style = f'<style>@page {{ @bottom-center {{ content: "{escaped}" }} }}</style>'
-    table = side_by_side(columns, rows, disclaimer).data
-    display(HTML(f'<div class="answers {PLAIN}" style="{headings}">{style}{table}</div>'))
-
-
-def show(figure: "Figure", alt: str) -> None:
-    """Show a figure in print quality, with a text for those who cannot see it."""
-    import matplotlib.pyplot as plt  # half a second
-
-    width = round(figure.get_figwidth() * 100)
-    display(figure, metadata={"image/png": {"alt": alt, "width": width}})
-    plt.close(figure)
