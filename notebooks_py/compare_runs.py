@@ -70,15 +70,8 @@ import pandas as pd
 
 from tabletune.report import compare
 from tabletune.report.learning_curve import learning_curve
-from tabletune.report.reading import (
-    doubts,
-    figures_table,
-    losses,
-    say,
-    say_verdict,
-    show,
-    show_table,
-)
+from tabletune.report.reading import doubts, figures_table, losses
+from tabletune.report.showing import say, say_verdict, show, show_table
 
 every_run = compare.open_runs(runs)
 

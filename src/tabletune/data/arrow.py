@@ -57,7 +57,7 @@ def write_arrow(path: Path, arrow: Iterable[pa.RecordBatch], features: datasets.
     return written
 
 
-def read_arrow(path: Path, keep: np.ndarray, columns: Iterable[str]) -> Iterator[pa.RecordBatch]:
+def read_stream(path: Path, keep: np.ndarray, columns: Iterable[str]) -> Iterator[pa.RecordBatch]:
     """Yield the batches of an Arrow stream, with those rows for which `keep` is true.
 
     `keep` has a truth value a row. It is read, as what is mapped into memory would be counted as

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from tabletune.data.arrow import (
     arrow_batches,
     features_of,
-    read_arrow,
+    read_stream,
     save_splits,
     write_arrow,
 )
@@ -73,7 +73,7 @@ def format_table(
         sizes = {}
         for name in sorted(SPLITS):  # the order of the digest
             arrow = chain(
-                read_arrow(waiting, split == name, features),
+                read_stream(waiting, split == name, features),
                 arrow_batches(safety_rows if name == "train" else [], features),
             )
             sizes[name] = write_arrow(streams[name], with_digest(arrow, name, digest), features)
@@ -108,7 +108,7 @@ def split_of_rows(formatter: TableFormatter, settings: dict[str, Any]) -> np.nda
 def held_out_questions(waiting: Path, split: np.ndarray) -> set[str]:
     """The keys of the questions that validation and test have, of the rows in a stream."""
     keys: set[str] = set()
-    for batch in read_arrow(waiting, np.isin(split, ["validation", "test"]), ["key"]):
+    for batch in read_stream(waiting, np.isin(split, ["validation", "test"]), ["key"]):
         keys.update(batch["key"].to_pylist())
     return keys
 
