@@ -51,7 +51,7 @@ def test_questions_of_files(tmp_path, name, text, expected):
             r"QUESTIONS=.*q\.csv, line 2: a double quote opens a cell that ends 2",
         ),
         ("q.csv", 'question,answer\n"Cold?,Ginger\n', "line 2 has a double quote too many"),
-        ("q.csv", "Cold?\nGas?\n", "Its columns: Cold.. Rename one, or if that is a question"),
+        ("q.csv", "Cold?\nGas?\n", "Its columns: Cold.. Rename it. If it is a question"),
         ("q.xlsx", "PK", "save it as .csv"),
         ("q.jsonl", '{"prompt": [{"role": "user"}]}', "prompt must be a text, not"),
         ("q.jsonl", '{"instruction": "Add", "input": "1 2"}', "both an instruction and an input"),

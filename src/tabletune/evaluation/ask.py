@@ -50,14 +50,14 @@ def answer_questions(run_dir: Path, questions: Path, part: str, values: Mapping[
     context: TableContext | None
     if part == COPY:
         context = copying_context(run_dir, settings)
-        answers = copied_answers(context, [asked.question for asked in asked_questions])
+        answers = copied_answers(context, [question.question for question in asked_questions])
     else:
         # PyTorch, which takes seconds to import, is for the models
         from tabletune.evaluation.ask_model import ask_model
 
         answers, context = ask_model(run_dir, part, asked_questions, settings)
     rules = None
-    if any(asked.expected for asked in asked_questions):
+    if any(question.expected for question in asked_questions):
         splits, report = load_dataset_of_run(run_dir)
         rules = content_rules(splits, report, settings["item_field"])
     lines = answer_lines(asked_questions, answers, part, rules, context)

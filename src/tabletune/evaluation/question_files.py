@@ -126,9 +126,11 @@ def question_of_row(row: dict[Any, Any], path: Path) -> AskedQuestion:
     names = [name for name in QUESTION_NAMES if name in cells]
     if not names:
         columns = ", ".join(map(str, row)) or "none"
+        advice = "Rename one."
+        if len(row) == 1:
+            advice = "Rename it. If it is a question, put a line above it that says: question"
         raise StageError(
-            f"QUESTIONS={path} has no column question. Its columns: {columns}. Rename one, or if "
-            "that is a question already, put a line above it that says: question"
+            f"QUESTIONS={path} has no column question. Its columns: {columns}. {advice}"
         )
     value = cells[names[0]]
     if isinstance(value, list | dict):
