@@ -143,9 +143,9 @@ def find_delimiter(head: str, tabs_first: bool, quotes: str = "auto") -> str:
     semicolon, tab and bar (in a .tsv file the tab first). An Excel line `sep=;` says it.
     """
     if head.startswith("sep="):
-        said = head[4:5]
-        if said and said not in NO_DELIMITERS:
-            return said
+        mark = head[4:5]
+        if mark and mark not in NO_DELIMITERS:
+            return mark
         head = head.partition("\n")[2]  # it says nothing: the other lines tell
     candidates = "\t,;|" if tabs_first else ",;\t|"
     scores = {}

@@ -13,6 +13,8 @@ NOT_FOR_A_FIELD = re.compile(
     r"created|updated|author|file|path|no|nr)",
     re.IGNORECASE,
 )
+# More words than resources/texts/shapes.yaml has, and parts of words: a wrong guess is only advice
+# here, and nothing is learned from it.
 LIKE_A_QUESTION = re.compile(
     r"quest|frage|pregunta|ask|problem|issue|title|subject|prompt|input|user|topic", re.IGNORECASE
 )

@@ -145,6 +145,11 @@ class Setting:
         """Whether rows of the table stand in its prompts (`context_rows`)."""
         return bool(self.runs[0].info["metrics"].get("retrieval"))
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether one of its runs has answered questions."""
+        return any(run.answers for run in self.runs)
+
     def spread(self, figure: str, part: str) -> float:
         """How far its runs are apart in a figure: the largest less the smallest."""
         values = self.values(figure, part)
@@ -409,7 +414,7 @@ def most_likely(settings: Sequence[Setting], part: str | None) -> list[str]:
     sentences = []
     if part:
         sentences.append(f"No setting answers any of the {PARTS[part]} right.")
-    elif any(run.answers for setting in settings for run in setting.runs):
+    elif any(setting.has_answers for setting in settings):
         sentences.append(RIGHT_UNKNOWN)
     if all(setting.has_rows == best.has_rows for setting in settings):
         bits = float(np.mean(best.values(BITS, "")))
