@@ -53,6 +53,7 @@ test-newest: .venv-newest/.ready ## the tests with the newest releases of the li
 test-colab: .venv-colab/.ready ## the tests with the versions of Colab's newest runtime, in .venv-colab
 	@$(call TEST_IN,.venv-colab)
 define TEST_IN
+@$1/bin/python tests/library_sets.py
 $1/bin/python -m tabletune base-models tiny
 $1/bin/python -m pytest -n 2 -m "not (slow or gpu or browser or export or peers or pins)" $(ARGS) tests
 endef

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+LOGGED = re.compile(r"deprecat|will be removed", re.IGNORECASE)  # of what is only logged
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {path.stem for path in (ROOT / "notebooks_py").glob("*.py")}
 CATEGORIES = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
@@ -86,7 +87,7 @@ def own_deprecations():
         return warn(message, category, stacklevel + 1, *args, **kwargs)
 
     def watched_log(self, message, *args, **kwargs):
-        if "deprecated" in str(message):
+        if LOGGED.search(str(message)):
             note(message, sys._getframe(1))
         # the log says where it was called from
         kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1

@@ -3,19 +3,26 @@ test-newest` and `make test-colab` install.
 
     python tests/library_sets.py newest    the newest releases that go together
     python tests/library_sets.py colab     the versions of Colab's newest runtime
+    python tests/library_sets.py           what this environment has, in one line
 
-Prints one requirement a line. PyTorch stays as it is pinned: Colab has builds of its own. It needs
+The first two print one requirement a line. PyTorch stays as it is pinned: Colab has builds of its own. It needs
 nothing but Python.
 """
 
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LINE = re.compile(r"([\w.-]+)==([^\s;#]+)\s*(?:;\s*([^#]+))?")
 # torch, and what it wants; and tools, whose own format or choice of cases other tests rely on
 PINNED = {"torch", "setuptools", "pytest", "hypothesis", "jupytext", "ruff", "mypy"}
+# the libraries that move, which docs/compatibility.md names
+MOVING = (
+    "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "tokenizers",
+    "huggingface_hub", "numpy", "pandas", "torch",
+)  # fmt: skip
 TRANSITIVE = "# what these bring in"  # the heading in requirements.txt
 
 
@@ -68,7 +75,15 @@ def colab(text: str, runtime: str, python: tuple[int, ...]) -> list[str]:
     return lines
 
 
+def installed_versions() -> str:
+    """The versions of the libraries that move, in this environment, as one line."""
+    return ", ".join(f"{name} {version(name)}" for name in MOVING)
+
+
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        print(installed_versions())
+        sys.exit()
     pins = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     if sys.argv[1] == "newest":
         lines = newest(pins, sys.version_info)

@@ -30,6 +30,9 @@ def warn():
 def log():
     log_once("`log` is deprecated")
 
+def log_removal():
+    log_once("`log_removal` will be removed in version 6")
+
 def call_another():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`warn` is")
@@ -70,6 +73,7 @@ def module(monkeypatch):
     [
         ("library.warn()", "`warn` is deprecated"),
         ("library.log()", "`log` is deprecated"),
+        ("library.log_removal()", "`log_removal` will be removed in version 6"),
         ("library.Arguments(old=1)", "`old` is deprecated"),
         ("trl.More(old=1)", "`old` is deprecated"),
     ],

@@ -1,7 +1,9 @@
 """The environments of `make test-newest` and `make test-colab`."""
 
+from importlib.metadata import version
+
 import pytest
-from library_sets import colab, newest, requirements
+from library_sets import colab, installed_versions, newest, requirements
 
 PINS = """
 # models and data
@@ -22,10 +24,10 @@ RUNTIME = "# Python 3.13.15\ntransformers==5.15.0\nhuggingface-hub==1.27.0\nsetu
 
 
 @pytest.mark.parametrize(
-    ("python", "version"), [((3, 11), "2.0.2"), ((3, 13), "2.1.3"), ((3, 14), "2.3.5")]
+    ("python", "number"), [((3, 11), "2.0.2"), ((3, 13), "2.1.3"), ((3, 14), "2.3.5")]
 )
-def test_the_line_for_a_python_counts(python, version):
-    assert ("numpy", version, "") in requirements(PINS, python)
+def test_the_line_for_a_python_counts(python, number):
+    assert ("numpy", number, "") in requirements(PINS, python)
 
 
 def test_newest_frees_what_is_asked_for_and_leaves_the_rest_to_pip():
@@ -48,3 +50,9 @@ def test_colab_has_the_versions_of_the_runtime():
         "huggingface_hub==1.27.0",
         "setuptools==84.2.1",
     ]
+
+
+def test_what_an_environment_has_is_one_line():
+    line = installed_versions()
+    assert f"transformers {version('transformers')}, peft {version('peft')}, " in line
+    assert "\n" not in line

@@ -794,6 +794,17 @@ def test_trl_still_casts_adapters_of_quantized_models():
     assert "param.data.to(torch.bfloat16)" in inspect.getsource(SFTTrainer.__init__)
 
 
+def test_bitsandbytes_still_loads_the_compiler():
+    """If not, model/bnb.py can be a plain import."""
+    assert "@_try_torch_compile" in source("bitsandbytes.backends.default.ops")
+
+
+def test_trainer_still_wants_the_folder_of_the_best_checkpoint_to_be_there():
+    """If not, ShardedTraining need not make it."""
+    text = inspect.getsource(transformers.Trainer._save_checkpoint)
+    assert "if os.path.exists(best_checkpoint_dir):" in text
+
+
 def test_peft_before_0_20_cannot_load_experts():
     """Once the pinned peft can, `attach_adapter` needs its own loading only for its refusals."""
     text = source("peft.utils.transformers_weight_conversion")
@@ -806,6 +817,12 @@ def test_the_pinned_transformers_still_needs_the_older_names():
     """Once it does not, the last part of model/compat.py can go."""
     assert compat.CACHE == "past_key_values"
     assert compat.checkpointing_name() == "gradient_checkpointing"
+
+
+@pytest.mark.pins
+def test_the_pinned_hub_still_reads_its_template_in_the_encoding_of_the_locale():
+    """Once it does not, TokenTrainer can let TRL write a card for each checkpoint."""
+    assert ".read_text()" in source("huggingface_hub.repocard")
 
 
 # --- nothing else
