@@ -5,13 +5,13 @@ test-newest` and `make test-colab` install.
     python tests/library_sets.py colab     the versions of Colab's newest runtime
     python tests/library_sets.py           what this environment has, in one line
 
-The first two print one requirement a line. PyTorch stays as it is pinned: Colab has builds of its own. It needs
-nothing but Python.
+The first two print one requirement a line. PyTorch stays as it is pinned: Colab has builds of its
+own. It needs nothing but Python.
 """
 
 import re
 import sys
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def colab(text: str, runtime: str, python: tuple[int, ...]) -> list[str]:
 
 def installed_versions() -> str:
     """The versions of the libraries that move, in this environment, as one line."""
-    return ", ".join(f"{name} {version(name)}" for name in MOVING)
+    return ", ".join(f"{name} {metadata.version(name)}" for name in MOVING)
 
 
 if __name__ == "__main__":
