@@ -279,7 +279,7 @@ def test_copying_needs_no_server(exported):
     done = run_app(exported[1], "--copy", "--server", "http://127.0.0.1:9/v1", QUESTION)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Here is a suggested remedy:")
-    assert f"1. {QUESTION[:20]}" in done.stdout
+    assert f"  It rests on this row:\n  1. {QUESTION[:20]}" in done.stdout
     assert "2. " not in done.stdout
 
 

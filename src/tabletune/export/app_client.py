@@ -187,6 +187,8 @@ def answer_as_text(result: dict) -> str:
     lines = [result["answer"]]
     if result["unknown"]:
         lines.append("  It rests on nothing: the table has no row for this question.")
+    elif len(result["rows"]) == 1:
+        lines.append("  It rests on this row:")
     elif result["rows"]:
         lines.append("  It rests on these rows:")
     for number, row in enumerate(result["rows"], 1):
