@@ -170,17 +170,17 @@ def vocabulary(kind):
     return json.dumps(content)
 
 
-def make_tokenizer(
-    template, kind="bytes", special=(), plain=(), bos=None, eos=None, pad=None, add_bos=True
-):
+def make_tokenizer(template, kind="bytes", special=(), plain=(), add_bos=True, **named):
     """A tokenizer with `special` and `plain` tokens added; its post-processor writes the BOS if
-    it has one.
+    it has one. `named` are its `bos`, `eos` and `pad` token, as far as it has them.
     """
     base = Tokenizer.from_str(vocabulary(kind))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=base, clean_up_tokenization_spaces=False)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
-    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = bos, eos, pad
+    bos = named.get("bos")
+    for name in ("bos", "eos", "pad"):
+        setattr(tokenizer, f"{name}_token", named.get(name))
     if kind != "bytes":
         tokenizer.unk_token = "<unk>"
     if bos and add_bos:

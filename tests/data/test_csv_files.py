@@ -87,10 +87,13 @@ def test_stray_quote_does_not_swallow_rows(tmp_path_factory, row, column, positi
     ]
     lines[row][column] = lines[row][column][:position] + '"' + lines[row][column][position:]
     (tmp_path / "t.csv").write_text(HEADER + "".join(",".join(cells) + "\n" for cells in lines))
+    message = ""
+    rows_read = 0
     try:
-        assert len(list(opened(tmp_path / "t.csv").rows(NAMES))) == len(rows)
+        rows_read = len(list(opened(tmp_path / "t.csv").rows(NAMES)))
     except StageError as error:
-        assert re.search("double quote|cells", str(error))
+        message = str(error)
+    assert rows_read == len(rows) or re.search("double quote|cells", message)
 
 
 SWALLOWED = ["\t", ",", ";", "|"]
