@@ -98,6 +98,7 @@ class ColumnMatcher:
             return usual[0]
         question, answer = self.question_and_answer()
         for column in self.claims_of_chat():
+            # an answer that is a list of turns is no conversation of its own
             part_of_pair = column in (question, answer) and not self.has_questions(column)
             beside_a_pair = column in self.rendered and question and answer
             if not part_of_pair and not beside_a_pair:
@@ -116,6 +117,7 @@ class ColumnMatcher:
     def question_and_answer(self) -> tuple[str | None, str | None]:
         """The columns of questions and answers, None where there is none."""
         question = self.first(self.claims("question"))
+        # of a multiple choice, the answer may be a letter or a place, under a name such as "label"
         answers = self.claims("answer")
         if not answers and self.candidates(WORDS["columns"]["options"]):
             answers = self.candidates(WORDS["right_option"])
@@ -129,6 +131,7 @@ class ColumnMatcher:
         columns = self.candidates(WORDS["columns"][field_name])
         if not columns:
             columns = self.candidates(WORDS["other_columns"].get(field_name, []))
+        # Alpaca: `instruction` is the question, and `input` what it is about
         inputs = self.names.get("input", [])
         if field_name == "question" and set(columns) - set(inputs):
             columns = [column for column in columns if column not in inputs]

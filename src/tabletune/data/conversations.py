@@ -84,6 +84,7 @@ class ConversationReader:
         question_texts = [texts[name] for name in fields_of(question_template)]
         question = fill(question_template, texts)
         answer = fill(self.shape.answer_template, texts)
+        # a line of the template that lacks some of its fields would be half a sentence
         lines = question_template.split("\n")
         if not any(question_texts) or any(is_incomplete(line, texts) for line in lines):
             raise Dropped("no question")
@@ -94,6 +95,7 @@ class ConversationReader:
         if not texts.get(self.shape.answer_column, answer):
             raise Dropped("no answer")
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        # earlier questions belong to what is asked: the same question after others is another one
         earlier = self._history(row.get("history"))
         asked_before = [message["content"] for message in earlier if message["role"] == "user"]
         return asked_before + question_texts, earlier + messages
@@ -198,19 +200,23 @@ def _labels_and_texts(value: Any) -> tuple[list[str], list[str]]:
     if isinstance(value, str):
         parsed = turns_in(f'[{{"role": "user", "content": {value}}}]')
         value = parsed[0]["content"] if parsed else value
+    # {"label": ["A", "B"], "text": ["Peru", "Chile"]}, as in ARC
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         labels = [cell_text(label) for label in value.get("label") or []]
         texts = [cell_text(text) for text in value["text"]]
         return (labels if len(labels) == len(texts) else list(LETTERS[: len(texts)])), texts
+    # {"A": "Peru", "B": "Chile"}
     if isinstance(value, dict) and value:
         return [str(label) for label in value], [cell_text(text) for text in value.values()]
     if isinstance(value, list) and 1 < len(value) <= len(LETTERS):
+        # [{"label": "A", "text": "Peru"}, …]
         if all(isinstance(item, dict) and "text" in item for item in value):
             labels = [
                 cell_text(item.get("label", letter))
                 for item, letter in zip(value, LETTERS, strict=False)
             ]
             return labels, [cell_text(item["text"]) for item in value]
+        # ["Peru", "Chile"]
         if not any(isinstance(item, (dict, list)) for item in value):
             return list(LETTERS[: len(value)]), [cell_text(item) for item in value]
     raise Dropped("options that are not a list")
@@ -260,6 +266,7 @@ def cell_filter(shape: Shape, values: Any, patterns: Any) -> EmptyCells:
     StageError for a field or a pattern that is none.
     """
     question, answer = fields_of(shape.question_template), fields_of(shape.answer_template)
+    # a field that stands alone in its template is required: without it there is no row
     required = {shape.answer_column}
     for fields in (question, answer):
         if len(fields) == 1:

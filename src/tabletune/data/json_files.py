@@ -89,6 +89,7 @@ class _ValueStream:
             mark = self.next_mark()
             if mark == "":
                 break
+            # the first bracket of a file opens an array of rows; later ones are values
             if mark == "[" and may_have_array and not in_array:
                 in_array = True
                 self.move_to(self.position + 1)
@@ -227,6 +228,7 @@ def is_conversation(value: Any) -> bool:
 
 def rows_of_object(value: Row, name: str) -> Iterator[Row]:
     """Yield the rows in the one object of a file; the object itself if it is a row."""
+    # such as {"data": [{"question": …}, …], "version": 1}
     lists = {key: item for key, item in value.items() if _is_list_of_rows(item)}
     is_split_form = {"columns", "data"} <= set(value) and isinstance(value["columns"], list)
     if is_split_form:  # pandas, orient="split"
@@ -267,8 +269,10 @@ def _are_columns(value: Row) -> bool:
     items = list(value.values())
     if len(items) < 2 and not (items and isinstance(items[0], dict)):
         return False
+    # {"question": ["…", "…"], "answer": ["…", "…"]}
     if all(isinstance(item, list) and not is_conversation(item) for item in items):
         return len({len(item) for item in items}) == 1 and len(items[0]) > 0
+    # {"question": {"0": "…"}, "answer": {"0": "…"}}, as pandas writes a table
     if not all(isinstance(item, dict) and item for item in items):
         return False
     return len(items) > 1 and len({frozenset(item) for item in items}) == 1

@@ -110,6 +110,7 @@ class Rewording:
 
     def __call__(self, question: str, rng: random.Random) -> str:
         """Another wording of a question."""
+        # the question's subject, such as "dry cough" of "What helps against a dry cough?"
         subject = subject_of(question, self.prefix, self.suffix)
         if self.english:
             pattern = rng.choice(AROUND[self.use] if rng.random() < 0.35 else ABOUT[self.use])
@@ -122,6 +123,7 @@ class Rewording:
             text = text.lower()
         if rng.random() < 0.4:
             text = without_punctuation(text)
+        # a rewording that changed nothing gets a typing error at least
         if rng.random() < 0.45 or text == question:
             text = misspell(text, rng, self.use)
         return text

@@ -48,6 +48,7 @@ def recognize(table: Table, settings: dict[str, Any], example: str | None = None
         raise StageError(
             f"shape={requested!r}: use one of {', '.join(shapes)}.{suggestion(requested, shapes)}"
         )
+    # YAML may read a name as a number, and every name is a text here
     columns = {str(name): str(column) for name, column in settings["columns"].items()}
     templates = [
         settings[name] for name in ("question_template", "answer_template", "answer_column")

@@ -142,6 +142,7 @@ def answer_limit(
     and to write it takes most of the time. Where the answers begin with the model's thinking, which
     has no usual length, it is `most`.
     """
+    # of all splits: a limit below the longest right answer would make it wrong
     answers = []
     for split in splits.values():
         answers += [row["completion"][0]["content"] or "" for row in split]

@@ -139,6 +139,7 @@ def content_rules(
     for of_split in rows_of_splits.values():
         rows += of_split
     answers = [reference_of(row) for row in rows]
+    # labels are those of training alone: a test row must not add one
     training = [reference_of(row) for row in rows_of_splits.get("train", [])]
     items = table_of_items(rows, template, item_field)
     short = bool(answers) and median(len(a.split()) for a in answers) <= SHORT_ANSWER_WORDS
@@ -223,6 +224,7 @@ def check_content(
 
 def compare_answer(answer: str, references: list[str], rules: ContentRules, group: str) -> dict:
     """The figures METRICS of one answer to a question with these references."""
+    # the template's own words are in every answer, right or wrong
     fixed = fixed_words(rules.answer_template)
     scores = [chrf(answer, reference) for reference in references] or [0.0]
     # the reference that comes nearest is the one that the answer may have meant

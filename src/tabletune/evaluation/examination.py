@@ -236,6 +236,7 @@ class Examination:
         """
         settings = self.settings
         draws, seed = settings.bootstrap_samples, settings.seed
+        # [rows], in the order of the test split
         sizes = [answer_bytes(row) for row in self.trained.splits["test"]]
         for result in self.results.values():
             # bytes are the same for all tokenizers, so figures by the byte can be compared

@@ -116,6 +116,7 @@ def trust_differences(
 
     Returns {pair: {figure: entry}}.
     """
+    # the adapter against the base says what training did, merged against adapter what merging did
     entries = {}
     for one, other in PAIRS:
         a, b = (scores[name][scores[name]["part"] == "outside"] for name in (one, other))

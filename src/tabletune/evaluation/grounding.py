@@ -25,6 +25,7 @@ PLACES = ("this_condition", "other_condition", "nowhere")
 
 def item_values(answer: str, answer_template: str, item_field: str) -> list[str] | None:
     """What an answer's lines for `item_field` hold; None if the template has no such line."""
+    # the template's line, such as "**Item:** {item}"
     lines = [line for line in answer_template.split("\n") if item_field in fields_in(line)]
     if not item_field or not lines:
         return None
@@ -72,6 +73,7 @@ def locate_items(
             items_named |= parts
         elif item:
             items_named.add(item)
+    # free text, or an empty item line
     if not values:
         items_named = mentioned(answer, all_items)
     return [place_of_item(item, items.get(group, set()), all_items) for item in sorted(items_named)]

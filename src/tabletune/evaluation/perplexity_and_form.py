@@ -40,6 +40,7 @@ def check_answers(answers: pd.DataFrame, questions: list[dict], report: dict) ->
     word, in tables whose answers are labels or short: half of the references have at most
     `SHORT_ANSWER_WORDS` words.
     """
+    # a table of conversations has no templates, and so no structure to check
     templates = report.get("templates") or {}
     template, column = templates.get("answer") or "", templates.get("answer_column") or ""
     references: list[str] = []

@@ -82,6 +82,7 @@ def pairs_of_run(run: Path, seed: int = 42) -> list[Pair]:
     for (part, question), by_model in answers.items():
         if {"base", tuned} <= by_model.keys():
             pairs.append(make_pair(part, question, by_model["base"], by_model[tuned], rng))
+    # not in the order of the parts: a reader tires, and the last ones would all be of one kind
     rng.shuffle(pairs)
     return pairs
 
@@ -171,6 +172,7 @@ def summarize_ratings(pairs: Sequence[Pair], ratings: dict[str, Rating]) -> dict
     """
     rated = [(pair, ratings[pair.pair_id]) for pair in pairs if pair.pair_id in ratings]
     better = [rating.better for _, rating in rated]
+    # ties say nothing of which model is better, so the win rate leaves them out
     wins = [choice == "tuned" for choice in better if choice != "equal"]
     metrics: dict[str, Any] = {
         "rated": len(rated),

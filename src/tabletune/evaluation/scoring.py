@@ -76,6 +76,7 @@ def score(
     work = []  # (row, start, end, first): see `spans`
     for i, row in enumerate(rows):
         work += [(i, *span) for span in spans(len(row["input_ids"]), window, stride)]
+    # by length, so that little of a batch is padding
     work.sort(key=lambda item: item[2] - item[1])
     batch_size = max_batch_size(model, work[-1][2] - work[-1][1], batch_size) if work else 1
     # each process takes every n-th span, and so gets long and short ones
@@ -145,6 +146,7 @@ def divergence(
     for p, q, row in zip(trained, variant, rows, strict=True):
         log_p = p.float().log_softmax(-1)  # [tokens, vocabulary]
         log_q = q.float().log_softmax(-1)
+        # [tokens of the response]: the ids that the logits above predict
         response = torch.tensor(row["input_ids"])[1:][np.flatnonzero(row["completion_mask"][1:])]
         nll = -log_q.gather(-1, response[:, None]).double().sum().item()
         # max(kl, 0): rounding may make the divergence of equal logits a hair below 0

@@ -74,6 +74,7 @@ def merge_in_memory(
     config = PeftConfig.from_pretrained(folder)
     adapter = load_file(folder / "adapter_model.safetensors")
     is_plain = is_plain_lora(config, adapter)
+    # these go through NF4 as in training, so that B · A is added to what it was trained with
     quantized = set()
     if base_weights == "dequantized":
         quantized = {name for name, _ in quantized_layers(model)}

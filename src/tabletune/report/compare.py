@@ -128,6 +128,7 @@ class Setting:
     def right(self, part: str) -> dict[str, float]:
         """How often each question of a part was answered right, {question: share of the runs}."""
         of_runs = [run.answers.get(part, {}) for run in self.runs]
+        # only questions that every seed was asked can be averaged
         shared = set.intersection(*(set(answers) for answers in of_runs))
         return {
             question: float(np.mean([answers[question] for answers in of_runs]))

@@ -326,6 +326,7 @@ def last_doubling(curve: list[Point]) -> list[str]:
             "No run has about half as many questions as the largest: "
             "whether more rows help cannot be said."
         ]
+    # the largest of the smaller runs: the last doubling, or what comes nearest to one
     gain = gain_of(most, smaller[-1])
     sentences = conclusion(gain)
     sentences.append(likelihood_sentence(most, gain.half, gain.likelihood))
@@ -394,6 +395,7 @@ def compare_right(most: Point, half: Point) -> dict | None:
         return None
     one = np.array([most.right[question] for question in most.right])
     other = np.array([half.right[question] for question in most.right])
+    # of one seed each answer is right or wrong; the mean of several seeds is in between
     if set(one) | set(other) <= {0.0, 1.0}:
         return rate_difference(one.astype(bool), other.astype(bool))
     return mean_difference(one, other, np.ones(len(one)))
