@@ -145,7 +145,7 @@ def check_call(words):
     """
     options = build_parser().parse_args(split_args(words))
     name = words[0]
-    if not hasattr(options, "words"):
+    if not hasattr(options, "overrides"):
         return
     profile = getattr(options, "profile", None)
     if profile and Path(profile).stem == MINE:
