@@ -78,7 +78,7 @@ run_dir = "runs/home_remedies"  # that of notebooks 1 and 2; in Colab better "dr
 base_model = "NousResearch/Llama-2-7b-chat-hf"  # as in notebook 2
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"  # its version on the Hub
 base_weights = "original"  # or "dequantized"
-max_shard_gb = 1.0  # the largest file of the merged model; merging takes about as much memory
+max_shard_gb = 1.0  # the largest file of the merged model; merging one takes about as much memory
 
 # %% [markdown]
 # First a plan: which *tensors* (the matrices and lists of numbers of the model) will change? The
@@ -240,8 +240,9 @@ else:
 # ## What we have now
 #
 # One plain model in safetensors files, a format that holds weights and can hold no program. The
-# memory below includes Python and its libraries, which take more than a small model. For a 7B
-# model, merging this way takes a tenth of the memory of the usual way.
+# memory below includes Python and its libraries, which take more than a small model. Where memory
+# is free, up to four files are merged at once. One at a time, a 7B model takes a tenth of the
+# memory of the usual way.
 
 # %% tags=["nbval-ignore-output"]
 show_table(

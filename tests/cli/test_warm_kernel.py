@@ -112,6 +112,21 @@ def test_without_one_a_notebook_gets_a_kernel_of_its_own(write_notebook, tmp_pat
     assert run_in(None, notebook, tmp_path / "executed.ipynb")[0][0].text == "False\n"
 
 
+def test_a_kernel_keeps_the_memory_of_tensors_for_the_next_ones(write_notebook, tmp_path):
+    """The second large array is not filled with zeros by the system again."""
+    count = "import resource\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
+    faults = "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    make = "array = bytearray(200 * 2**20)\ndel array"
+    notebook = write_notebook(make, f"{count}\n{make}\n{faults}")
+    set_kernel_environment()
+    with WarmKernel() as kernel:
+        kernel.start(notebook)
+        manager = kernel.take(notebook)
+        outputs = run_in(manager, notebook, tmp_path / "executed.ipynb")
+    # 51,200 pages of 4 KiB
+    assert int(outputs[1][0].text) < 5000
+
+
 def test_a_kernel_that_has_died_is_not_taken(write_notebook):
     notebook = write_notebook("import math")
     with WarmKernel() as kernel:

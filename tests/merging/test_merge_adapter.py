@@ -5,6 +5,7 @@ base was.
 import json
 import shutil
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -516,6 +517,34 @@ def test_an_interruption_leaves_nothing_that_looks_complete(run, monkeypatch, er
     (run / "merged.partial").mkdir()  # of a kernel that was killed
     assert merge(run)["shards"] == 1
     assert not (run / "merged.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "cores", "expected"), [(100, 16, 4), (100, 2, 2), (7, 16, 3), (1.5, 16, 1)]
+)
+def test_as_many_files_are_written_at_once_as_half_of_the_free_memory_holds(
+    monkeypatch, free_gib, cores, expected
+):
+    room = psutil.virtual_memory()._replace(available=free_gib * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
+    monkeypatch.setattr(write_module.os, "cpu_count", lambda: cores)
+    plan = SimpleNamespace(gib=lambda shards: 1.0)
+    assert write_module.writers(plan, []) == expected
+
+
+def test_files_are_written_at_the_same_time(run, monkeypatch):
+    """Each of two files waits until the other one is being written, too."""
+    both = Barrier(2, timeout=20)
+
+    def save(tensors, path, metadata):
+        both.wait()
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(write_module, "writers", lambda *_: 2)
+    monkeypatch.setattr(write_module, "save_file", save)
+    size = sum(tensor.nbytes for tensor in MergePlan(run, str(TINY)).tensors.values())
+    shards = merge(run, max_shard_gb=0.7 * size / 1e9)["shards"]
+    assert shards == 2
 
 
 def test_a_model_too_large_for_drive_stays_here(run, tmp_path, monkeypatch, capsys):

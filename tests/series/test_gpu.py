@@ -281,9 +281,20 @@ def test_recorded_steps_write_the_same_answers(run_dir, monkeypatch):
 
 def test_recorded_layers_train_as_others_do(run_dir, monkeypatch):
     one_row = {"precision": "bf16", "batch_size": 1, "epochs": 0.2}
+    recorded = []
+    graph_layers = cuda_graphs.graph_layers
+
+    def noted(decoder, shape):
+        take_out = graph_layers(decoder, shape)
+        recorded.append(decoder.forward.__qualname__)
+        return take_out
+
+    monkeypatch.setattr(cuda_graphs, "graph_layers", noted)
     _, after, _, stage = train(run_dir, **one_row)
+    assert len(recorded) == 1
+    assert "graph_layers" in recorded[0]
     decoder = stage.trainer.model.get_base_model().model
-    assert "graph_layers" in decoder.forward.__qualname__
+    assert "graph_layers" not in decoder.forward.__qualname__
     monkeypatch.setattr(cuda_graphs, "MOST_TOKENS", 0)
     assert train(run_dir, **one_row)[1] == pytest.approx(after, abs=NOISE)
 

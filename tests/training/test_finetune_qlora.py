@@ -564,11 +564,25 @@ def test_recorded_layers_accumulate_and_take_fewer_rows(monkeypatch):
         )
 
     losses, usual = gradients()
-    cuda_graphs.graph_layers(model.model, (4, 32))
+    take_out = cuda_graphs.graph_layers(model.model, (4, 32))
     losses_recorded, recorded = gradients()
     assert replayed == [((4, 32), (4, 32))] * 2
+    take_out()
+    assert torch.equal(gradients()[1], usual)
+    assert len(replayed) == 2
     assert losses_recorded == pytest.approx(losses, abs=1e-6)
     assert (recorded - usual).norm() < 1e-5 * usual.norm()
+
+
+def test_a_graph_of_layers_goes_when_the_training_ends():
+    """Whatever the training recorded is taken out, once; without a recording nothing happens."""
+    taken_out = []
+    callback = cuda_graphs.CudaGraphCallback()
+    callback.on_train_end(None, None, None)
+    callback.take_out = lambda: taken_out.append(True)
+    callback.on_train_end(None, None, None)
+    callback.on_train_end(None, None, None)
+    assert taken_out == [True]
 
 
 def test_a_published_data_set_is_as_good_as_notebook_1s_folder(stage, tmp_path, monkeypatch):

@@ -6,7 +6,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from tabletune.run.artifacts import load_dataset_of_run
 from tabletune.run.files import archive, atomic_write, read_json, write_json
 from tabletune.run.machine import peak_memory_gib
 from tabletune.run.stage import Stage
+
+WRITERS = 4  # files that are merged and written at the same time, where memory allows
 
 # weights, what describes the base on the Hub, and what comes from the adapter
 NOT_COPIED = re.compile(
@@ -102,25 +105,50 @@ def rows_to_compare(
 
 
 def write_tensors(plan: MergePlan, folder: Path, shards: Any) -> None:
-    """Write the merged tensors into safetensors files, with an index if there are several."""
+    """Write the merged tensors into safetensors files, with an index if there are several.
+
+    Several files are written at the same time: while one waits for the disk, the next is merged.
+    """
     if not plan.plain:
         plan.merge_by_peft()
-    files = shards.filename_to_tensors.items()
-    for file, names in tqdm(files, "merging", unit="file", file=sys.stdout):
-        tensors = {name: plan.merge(name) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+    files = shards.filename_to_tensors
+    threads = ThreadPoolExecutor(writers(plan, files.values()))
+    try:
+        writing = [
+            threads.submit(write_file, plan, folder / file, names) for file, names in files.items()
+        ]
+        written = as_completed(writing)
+        for future in tqdm(written, "merging", total=len(files), unit="file", file=sys.stdout):
+            future.result()
+    finally:
+        # after an error, too, no thread goes on writing into a folder that is removed
+        threads.shutdown(cancel_futures=True)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def check_room(plan: MergePlan, shards: Iterable[Iterable[str]], folders: list[Path]) -> Path:
+def write_file(plan: MergePlan, path: Path, names: list[str]) -> None:
+    """Merge the tensors `names` and write them into one safetensors file."""
+    tensors = {name: plan.merge(name) for name in names}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def writers(plan: MergePlan, shards: Collection[Iterable[str]]) -> int:
+    """How many files to write at the same time: together they take half of the free RAM at most."""
+    available = psutil.virtual_memory().available / 2**30
+    fitting = int(available / 2 / plan.gib(shards))
+    return max(1, min(WRITERS, os.cpu_count() or 1, fitting))
+
+
+def check_room(plan: MergePlan, shards: Collection[Iterable[str]], folders: list[Path]) -> Path:
     """The first of `folders` with room on its disk. Prints what merging takes.
 
     Raises StageError if there is not enough memory, or no room on any disk.
     """
     memory, available = plan.gib(shards), psutil.virtual_memory().available / 2**30
-    sentence = f"merging takes {memory:.1f} GiB of RAM, and {available:.1f} GiB are free"
+    together = memory * writers(plan, shards)
+    sentence = f"merging takes {together:.1f} GiB of RAM, and {available:.1f} GiB are free"
     if not plan.plain:
         sentence += ": the adapter is more than plain LoRA, so PEFT merges it with the whole model"
         sentence += " in memory"

@@ -23,7 +23,9 @@ def attach_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
     """
     from peft import PeftConfig, get_peft_model  # here, as notebook 1 starts sooner without it
 
-    adapted = get_peft_model(model, PeftConfig.from_pretrained(folder))
+    # made where it is used: PEFT draws random weights first, and on a CPU that takes seconds
+    with model.device:
+        adapted = get_peft_model(model, PeftConfig.from_pretrained(folder))
     load_adapter_weights(adapted, folder)
     adapted.peft_config["default"].inference_mode = True
     return adapted.requires_grad_(False).eval()

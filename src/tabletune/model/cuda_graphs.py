@@ -104,7 +104,13 @@ class CudaGraphCallback(TrainerCallback):
 
     It goes from the token ids to the last hidden state, forward and backward. The loss is left out,
     as it waits for the GPU. Layers may be recomputed in it, if that restores no random numbers.
+    When the training ends, the graph is let go of: it works in gigabytes of its own, and autograd's
+    nodes, which Python's garbage collector cannot see through, lead from it back to the model.
     """
+
+    def __init__(self) -> None:
+        """No graph is recorded."""
+        self.take_out: Callable[[], None] | None = None
 
     def on_train_begin(
         self,
@@ -131,9 +137,15 @@ class CudaGraphCallback(TrainerCallback):
         autocast = torch.autocast("cuda", dtype, dtype != torch.float32, cache_enabled=False)
         try:
             with autocast:
-                graph_layers(text_part(model.get_base_model()), shape)
+                self.take_out = graph_layers(text_part(model.get_base_model()), shape)
         except RuntimeError as error:
             print_no_graph(error)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the decoder its own forward back."""
+        if self.take_out is not None:
+            self.take_out()
+        self.take_out = None
 
 
 class Layers(torch.nn.Module):
@@ -152,11 +164,12 @@ class Layers(torch.nn.Module):
         return output.last_hidden_state
 
 
-def graph_layers(decoder: torch.nn.Module, shape: tuple[int, int]) -> None:
+def graph_layers(decoder: torch.nn.Module, shape: tuple[int, int]) -> Callable[[], None]:
     """Make the forward of a decoder a graph for ids of this shape, [rows, tokens].
 
     Batches with fewer rows are filled up. Those with more rows, another length or an attention
-    mask, and those that need no gradient, are computed as before.
+    mask, and those that need no gradient, are computed as before. Returns a function that takes the
+    graph out again.
     """
     # warm-up and recording run a forward and a backward pass on these ids
     rows, tokens = shape
@@ -194,3 +207,8 @@ def graph_layers(decoder: torch.nn.Module, shape: tuple[int, int]) -> None:
         return BaseModelOutputWithPast(last_hidden_state=replay(*filled)[: len(input_ids)])
 
     decoder.forward = forward
+
+    def take_out() -> None:
+        decoder.forward = layers.decoder_forward
+
+    return take_out
