@@ -79,9 +79,9 @@ def run_notebook(
             execute(source, target, values, prepare_only, kernel)
 
 
-# For glibc's malloc. By default it gets the memory of each large tensor from the system and gives it
-# back at once, and the system fills it with zeros again for the next tensor: a tenth of the CPU
-# time of a training on a CPU. See mallopt(3).
+# For glibc's malloc, see mallopt(3). By default it gets the memory of each large tensor from the
+# system and gives it back at once, and the system fills it with zeros again for the next tensor:
+# a tenth of the CPU time of a training on a CPU.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
