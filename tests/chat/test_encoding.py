@@ -319,7 +319,7 @@ def test_coloured_tokens(tokenizer):
 def test_the_description_says_what_matters(base):
     tokenizer, stops = load_tokenizer(base(TEMPLATES["a switch for thinking"]))
     said = describe_template(tokenizer, stops)
-    assert said["thinking"] == "off: the prompt closes it"
+    assert said["thinking"] == "off: the prompt ends it before it begins"
     assert "<|end|>" in said["an answer stops at"]
     tokenizer, stops = load_tokenizer(base(TEMPLATES["today's date"]))
     assert describe_template(tokenizer, stops)["date in the template"] == "01 Jan 2026"
