@@ -76,6 +76,10 @@ def _with_assistant(turns: list[Turn]) -> list[Turn]:
 def _messages_of_turn(
     turn: Turn, clean: Callable[[str], str], options: TurnOptions
 ) -> list[Message]:
+    """The messages of a turn: one, or one for each result of a tool and one for the rest.
+
+    Raises Dropped for a role that is not known, and StageError for what the reader must decide.
+    """
     role_key = first_key(turn, ROLE_KEYS)
     role_name = str(turn[role_key]) if role_key else ""
     role = options.roles.get(role_name) or ROLES.get(role_name.casefold())
@@ -92,18 +96,10 @@ def _messages_of_turn(
     calls = parts.calls + extras.calls
     reasoning = "\n".join(filter(None, [extras.reasoning, parts.reasoning]))
     text = clean(parts.text)
-    # in the form in which models with <think> write it themselves
     if reasoning and role == "assistant":
+        check_thinking(turn, options)
+        # in the form in which models with <think> write it themselves
         text = f"<think>\n{clean(reasoning)}\n</think>\n\n{text}"
-        if not options.thinking:
-            keys = (
-                ", ".join(key for key in REASONING_KEYS if not is_empty(turn.get(key)))
-                or "thinking"
-            )
-            raise StageError(
-                f"The turns have {keys!r}. Set thinking: true to learn it with the answers, or "
-                f"ignore_turn_keys: [{keys}] to learn the answers without it."
-            )
     messages = [{"role": "tool", "content": clean(result)} for result in parts.results]
     # a turn with results of tools alone is only those
     if text or calls or not messages:
@@ -114,6 +110,18 @@ def _messages_of_turn(
             message["learn"] = False
         messages.append(message)
     return messages
+
+
+def check_thinking(turn: Turn, options: TurnOptions) -> None:
+    """Raise StageError for a turn with the model's thinking, unless thinking is to be learned."""
+    if options.thinking:
+        return
+    keys = ", ".join(key for key in REASONING_KEYS if not is_empty(turn.get(key)))
+    name = keys or "thinking"
+    raise StageError(
+        f"The turns have {name!r}. Set thinking: true to learn it with the answers, or "
+        f"ignore_turn_keys: [{name}] to learn the answers without it."
+    )
 
 
 def _content_key(turn: Turn) -> str | None:
