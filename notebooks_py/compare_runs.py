@@ -70,7 +70,7 @@ import pandas as pd
 
 from tabletune.report import compare
 from tabletune.report.learning_curve import learning_curve
-from tabletune.report.reading import doubts, figures_table, losses
+from tabletune.report.reading import figures_table, losses
 from tabletune.report.showing import say, say_verdict, show, show_table
 
 every_run = compare.open_runs(runs)
@@ -85,9 +85,10 @@ every_run = compare.open_runs(runs)
 
 # %%
 comparable, sentences = compare.comparable_runs(every_run)
-say(*(sentences or ["All runs were evaluated, on the same test set."]), kind="doubt")
-warnings = [f"{run.name}: {' '.join(doubts(run.info))}" for run in every_run if doubts(run.info)]
-say(*warnings)
+say(*sentences, kind="doubt")
+if not sentences:
+    say("All runs were evaluated, on the same test set.")
+say(*compare.doubts_of(every_run))
 
 # %% [markdown]
 # ## Which is best

@@ -16,6 +16,7 @@ from tabletune.report.compare import (
     RIGHT_UNKNOWN,
     comparable_runs,
     compared_part,
+    doubts_of,
     headline,
     open_runs,
     pair_difference,
@@ -25,6 +26,7 @@ from tabletune.report.compare import (
     settings_of,
     settings_table,
 )
+from tabletune.report.learning_curve import in_words
 from tabletune.run.files import write_json
 
 PARAMETERS = {"base_model": "a/base", "learning_rate": 0.01, "seed": 1}
@@ -260,3 +262,25 @@ def test_several_seeds_are_named_without_a_seed(tmp_path):
     folders = [a_run(tmp_path / f"train_rows-0.5_seed-{seed}", seed=seed) for seed in (1, 2)]
     settings, _, _ = compared(*folders)
     assert [setting.name for setting in settings] == ["train_rows-0.5 (2 seeds)"]
+
+
+def test_rows_that_were_left_out_on_purpose_are_no_doubt(tmp_path):
+    run = a_run(tmp_path / "a")
+    notes = ["train_rows: 9 of 73 training questions are used.", "Something else."]
+    write_json(run / "dataset" / "report.json", {"notes": notes})
+    (sentence,) = doubts_of(open_runs([str(run)]))
+    assert sentence.startswith("a: ")
+    assert "Something else." in sentence
+    assert "train_rows" not in sentence
+
+
+def test_a_comparison_is_summed_up_in_words(tmp_path):
+    folders = []
+    for size, right in ((0.5, 0.3), (1.0, 0.8)):
+        run = a_run(tmp_path / f"rows {size}", right=right, train_rows=size, epochs=2)
+        report = {"questions": {"train": round(100 * size)}, "notes": []}
+        write_json(run / "dataset" / "report.json", report)
+        folders.append(str(run))
+    first, *_, last = in_words(folders)
+    assert first == "Most right answers: rows 1.0, 80% of 40 reworded questions."
+    assert last.startswith("The last doubling gained nothing")

@@ -28,11 +28,18 @@ def write_comparison(options: argparse.Namespace) -> None:
 
 
 def compare_runs(runs: list[Path], out: Path) -> None:
-    """Write a page about several runs to `out`, and print where it is. Raises StageError."""
+    """Write a page about several runs to `out`.
+
+    What it finds is printed in words, and where the page is. Raises StageError.
+    """
+    from tabletune.report.learning_curve import in_words  # pandas and scipy: a second
+
     target = out.with_suffix(".ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
-    run_notebook(notebook("compare_runs"), target, {"runs": [str(run) for run in runs]})
-    print(write_page(target))
+    places = [str(run) for run in runs]
+    run_notebook(notebook("compare_runs"), target, {"runs": places})
+    page = write_page(target)
+    print("", *in_words(places), "", page, sep="\n")
 
 
 def write_page(executed: Path) -> Path:

@@ -20,7 +20,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tabletune.report.reading import digest_of_test, in_order_of_test, read_lines, read_run
+from tabletune.report.reading import (
+    digest_of_test,
+    doubts,
+    in_order_of_test,
+    read_lines,
+    read_run,
+)
 from tabletune.report.tables import NO_DIFFERENCE
 from tabletune.report.text import PARTS, with_interval
 from tabletune.run.hub import open_run
@@ -216,6 +222,19 @@ def comparable_runs(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun], lis
                 "is left out. Runs share one if the table and split_seed are the same."
             )
     return same, sentences + cautions(same)
+
+
+def doubts_of(runs: Sequence[ComparedRun]) -> list[str]:
+    """What to know before trusting the figures of some runs, a sentence a run that needs one.
+
+    What `train_rows` leaves out is not among it: it is what the runs were made to differ in.
+    """
+    sentences = []
+    for run in runs:
+        of_run = [doubt for doubt in doubts(run.info) if not doubt.startswith("train_rows:")]
+        if of_run:
+            sentences.append(f"{run.name}: {' '.join(of_run)}")
+    return sentences
 
 
 def cautions(runs: Sequence[ComparedRun]) -> list[str]:

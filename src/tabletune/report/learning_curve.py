@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from tabletune.report.compare import NOT_IN_SETTING, name_of_seeds
+from tabletune.report.compare import (
+    NOT_IN_SETTING,
+    comparable_runs,
+    compared_part,
+    headline,
+    name_of_seeds,
+    open_runs,
+    ranked,
+    settings_of,
+)
 from tabletune.report.reading import digest_of_test, in_order_of_test, read_lines
 from tabletune.run.files import read_json
 from tabletune.run.parameters import DEFAULTS
@@ -175,6 +184,19 @@ def learning_curve(folders: Mapping[str, Path]) -> tuple["Figure | None", list[l
         for curve, of_curve in zip(curves, sentences, strict=True):
             of_curve[0] = f"{kind_of(curve)}: {of_curve[0]}"
     return plot_curves(curves), sentences
+
+
+def in_words(places: Sequence[str]) -> list[str]:
+    """What a comparison of some run folders finds, in sentences, without tables and plots.
+
+    First which setting is best, then the verdicts of the learning curves. Raises StageError if one
+    of the folders is no run.
+    """
+    runs, _ = comparable_runs(open_runs(places))
+    part = compared_part(runs)
+    sentences = headline(ranked(settings_of(runs), part), part)
+    curves = curves_of({run.name: run.folder for run in runs})
+    return sentences + [last_doubling(curve)[0] for curve in curves]
 
 
 def kind_of(curve: list[Point]) -> str:
