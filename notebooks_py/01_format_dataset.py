@@ -154,6 +154,7 @@ most_tokens = 0  # of all training prompts together; 0: no limit
 reworded_share = 0.5  # this share of the training questions is asked in other words
 rewordings = ""  # a column or file with other wordings of the questions; "": simple rules
 practice_prompts = 0  # prompts about made-up tables: practice in recognizing reworded questions
+out_of_scope = ""  # what not to answer: "emergencies", or a text file with a question a line
 unknown_threshold = "auto"  # 0 to 1: if no row is so similar, the answer is unknown_answer
 certain_threshold = "auto"  # 0 to 1: if a row is so similar, its answer replaces a refusal
 
@@ -200,8 +201,7 @@ show_table(describe_template(tokenizer, stops))
 
 # %%
 from tabletune.data import report as data_report
-from tabletune.data.table_file import ReadOptions
-from tabletune.data.tables import open_table
+from tabletune.data.tables import ReadOptions, open_table
 
 options = ReadOptions(encoding, delimiter, quotes, header, header_row)
 table = open_table(dataset, dataset_revision, dataset_config, splits, options)
@@ -325,11 +325,11 @@ show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.data.pipeline import format_table
-from tabletune.data.retrieval_folder import rewordings_digest, write_retrieval
+from tabletune.data.retrieval_folder import named_file_digests, write_retrieval
 from tabletune.run.hub import upload_result
 
 # a digest is a short number that changes if the file changes
-inputs = {"table": table.digest, "commit": table.commit} | rewordings_digest(settings)
+inputs = {"table": table.digest, "commit": table.commit} | named_file_digests(settings)
 outputs = ["dataset", "retrieval"] if context_rows else ["dataset"]
 if not stage.is_done(inputs, outputs):
     format_table(table, table_shape, settings, tokenizer, stops, run / "dataset", context)
@@ -381,7 +381,8 @@ print(*report["notes"] or ["Nothing stands out."], sep="\n")
 # other words than the table's. `practice_prompts` are about made-up tables; from them the model
 # learns to recognize a reworded question. The similarity of two questions is a number from 0 to 1.
 # If no row reaches `unknown_threshold`, the lookup alone refuses: the model is not asked, and the
-# answer is `unknown_answer`. A good threshold refuses hardly any reworded question of the table and
+# answer is `unknown_answer`. So it does for a question that is more similar to one of `out_of_scope`
+# than to any row. A good threshold refuses hardly any reworded question of the table and
 # many questions that it has nothing on. The others are left to the model.
 
 # %%

@@ -15,10 +15,10 @@ from tabletune.data.context import index_fingerprints, load_context
 from tabletune.data.retrieval import TableRow, table_rows
 from tabletune.data.retrieval_folder import (
     PromptWriter,
+    named_file_digests,
     read_rewordings,
     renew_from_table,
     renew_index,
-    rewordings_digest,
     write_retrieval,
 )
 from tabletune.data.splits import question_id, question_key
@@ -42,7 +42,12 @@ def settings_of(**changes):
 
 def formatter_of(table=None):
     tokenizer, stop_token_ids = tokenizer_of(TINY)
-    return SimpleNamespace(tokenizer=tokenizer, stop_token_ids=stop_token_ids, table=table)
+    return SimpleNamespace(
+        shape=SimpleNamespace(question_template=""),
+        tokenizer=tokenizer,
+        stop_token_ids=stop_token_ids,
+        table=table,
+    )
 
 
 @pytest.fixture
@@ -262,10 +267,10 @@ def test_rewordings_that_a_quote_has_swallowed_are_refused(tmp_path):
 def test_a_file_of_rewordings_is_an_input(tmp_path):
     path = tmp_path / "words.csv"
     path.write_text("question,rewording\na,b\n", encoding="utf-8")
-    before = rewordings_digest({"rewordings": str(path)})
+    before = named_file_digests({"rewordings": str(path)})
     path.write_text("question,rewording\na,c\n", encoding="utf-8")
-    assert rewordings_digest({"rewordings": str(path)}) != before
-    assert rewordings_digest({"rewordings": ""}) == {}
+    assert named_file_digests({"rewordings": str(path)}) != before
+    assert named_file_digests({"rewordings": ""}) == {}
 
 
 def test_notebook_2_trains_on_the_prompts(run):

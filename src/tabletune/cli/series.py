@@ -154,10 +154,10 @@ def current_inputs(
     current = dict(recorded)
     if "table" in recorded and not recorded.get("commit"):
         current["table"] = digest_of_table(parameters)
-    if "rewordings" in recorded:
-        from tabletune.data.retrieval_folder import rewordings_digest
+    if "rewordings" in recorded or "out_of_scope" in recorded:
+        from tabletune.data.retrieval_folder import named_file_digests
 
-        current |= rewordings_digest(parameters)
+        current |= named_file_digests(parameters)
     if "retrieval" in recorded:
         from tabletune.data.context import INPUT_NAMES, index_fingerprints
 

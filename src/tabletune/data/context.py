@@ -82,10 +82,15 @@ class TableContext:
 
     @property
     def fingerprint(self) -> str:
-        """A short name for all that an answer depends on here: the settings and the rows."""
+        """A short name for all that an answer depends on here.
+
+        That is the settings, the rows, and the questions out of scope.
+        """
         # the rows in their order: of equal scores, the earlier row comes first
-        rows = [asdict(row) for row in self.index.rows]
-        text = json.dumps([asdict(self.settings), rows], ensure_ascii=False)
+        parts: list[Any] = [asdict(self.settings), [asdict(row) for row in self.index.rows]]
+        if self.index.out_of_scope:
+            parts.append(self.index.out_of_scope)
+        text = json.dumps(parts, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def hits(self, question: str) -> list[Hit]:

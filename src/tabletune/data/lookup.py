@@ -14,6 +14,7 @@ SHORTEST, LONGEST = 2, 5  # characters in an n-gram
 MOST_CONTEXT_ROWS = 40  # that are looked at for one prompt
 FREE_WORDS = 3  # words that no question of the table has, before they lower the scores
 PENALTY = 0.25  # of each such word after them
+OUT_OF_SCOPE = 0.1  # factor of all scores if a question out of scope is more similar than any row
 SENTENCE = 3  # words; fewer may end an answer by chance
 PUNCTUATION = {i: " " for i in range(0x20000) if unicodedata.category(chr(i)).startswith("P")}
 CONTEXT_TEMPLATE = (
@@ -85,11 +86,20 @@ def familiarity(question: str, words: Container[str] | None) -> float:
     return 1 / (1 + PENALTY * max(0, unknown - FREE_WORDS))
 
 
+def scope_factor(row_score: float, out_of_scope_score: float) -> float:
+    """A factor for the scores of a question: OUT_OF_SCOPE where the table is not to answer it.
+
+    That is so if it is more similar to a question out of scope than to any row; else it is 1.
+    """
+    return OUT_OF_SCOPE if round(out_of_scope_score, 6) > round(row_score, 6) else 1.0
+
+
 class PlainIndex:
     """An index over the questions of rows, dicts with `question` and `answer`.
 
     Its scores are cosine similarities of TF-IDF vectors of n-grams, times `familiarity`.
     `function_words` are those of the table's language; None where they are not known.
+    `out_of_scope` are questions that the table is not to answer.
     """
 
     def __init__(
@@ -97,6 +107,7 @@ class PlainIndex:
         rows: Sequence[dict],
         analyzer: str = "char_wb",
         function_words: Sequence[str] | None = None,
+        out_of_scope: Sequence[str] = (),
     ):
         self.rows, self.analyzer = list(rows), analyzer
         self.words: frozenset[str] | None = None
@@ -112,7 +123,10 @@ class PlainIndex:
             for ngram, rows in in_rows.items()
             if rows <= most_rows(len(counts))
         }
-        self.postings = defaultdict(list)  # {n-gram: [(row number, weight), …]}
+        # the questions out of scope are numbered after the rows
+        counts += [Counter(char_ngrams(lookup_text(text), analyzer)) for text in out_of_scope]
+        self.size = len(counts)
+        self.postings = defaultdict(list)  # {n-gram: [(number of the question, weight), …]}
         for number, count in enumerate(counts):
             for ngram, weight in self.weights(count).items():
                 self.postings[ngram].append((number, weight))
@@ -130,12 +144,13 @@ class PlainIndex:
 
     def search(self, question: str, k: int) -> list[tuple[dict, float]]:
         """The k rows with the most similar questions, best first, with scores from 0 to 1."""
-        scores = [0.0] * len(self.rows)
+        scores = [0.0] * self.size
         for ngram, weight in self.weights(
             Counter(char_ngrams(lookup_text(question), self.analyzer))
         ).items():
             for number, other in self.postings[ngram]:
                 scores[number] += weight * other
+        scores, out_of_scope = scores[: len(self.rows)], scores[len(self.rows) :]
         same = exact_text(question)
 
         def rank(number: int) -> tuple[float, bool]:
@@ -144,6 +159,7 @@ class PlainIndex:
         # rounded scores first, then the very same text, then the order of the rows
         best = sorted(range(len(scores)), key=rank)[:k]
         factor = familiarity(question, self.words)
+        factor *= scope_factor(max(scores, default=0.0), max(out_of_scope, default=0.0))
         return [(self.rows[number], factor * scores[number]) for number in best]
 
 

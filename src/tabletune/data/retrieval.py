@@ -23,6 +23,7 @@ from tabletune.data.lookup import (
     known_words,
     lookup_text,
     most_rows,
+    scope_factor,
 )
 
 # Thai, Lao, Myanmar and Khmer; Chinese and Japanese: written without spaces between words
@@ -101,14 +102,24 @@ def function_words_for(analyzer: str, questions: Sequence[str]) -> frozenset[str
 class RowIndex:
     """An index over the questions of rows.
 
-    `vectors` is a sparse matrix [n-grams, rows], one row of it an n-gram, so that a search reads
-    only the n-grams of its question. `function_words` are those of the questions' language: English
-    or, as None, one that is not known here.
+    `vectors` is a sparse matrix [n-grams, rows + questions out of scope], one row of it an n-gram,
+    so that a search reads only the n-grams of its question. `out_of_scope` are questions that the
+    table is not to answer: they are never found, but lower the scores of what resembles them more
+    than any row. `function_words` are those of the questions' language: English or, as None, one
+    that is not known here.
     """
 
-    def __init__(self, rows: Sequence[TableRow], analyzer: str, vectorizer, vectors):
+    def __init__(
+        self,
+        rows: Sequence[TableRow],
+        analyzer: str,
+        vectorizer,
+        vectors,
+        out_of_scope: Sequence[str] = (),
+    ):
         self.rows, self.analyzer = list(rows), analyzer
         self.vectorizer, self.vectors = vectorizer, vectors
+        self.out_of_scope = list(out_of_scope)
         self.ids = np.array([row.question_id for row in self.rows])
         questions = [row.question for row in self.rows]
         self.rows_of_text: dict[str, list[int]] = {}  # {exact text: row numbers}
@@ -120,8 +131,12 @@ class RowIndex:
             self.words = known_words(questions, self.function_words)
 
     @classmethod
-    def build(cls, rows: Sequence[TableRow], analyzer: str = "auto") -> "RowIndex":
+    def build(
+        cls, rows: Sequence[TableRow], analyzer: str = "auto", out_of_scope: Sequence[str] = ()
+    ) -> "RowIndex":
         """Make an index over the questions of `rows`. Raises ValueError if there are none."""
+        from scipy.sparse import vstack
+
         if not rows:
             raise ValueError("an index needs at least one row")
         questions = [row.question for row in rows]
@@ -133,14 +148,21 @@ class RowIndex:
         except ValueError:  # no n-gram is left that tells questions apart: nothing can be found
             vectorizer = new_vectorizer(analyzer, [NEVER_WRITTEN])
             vectors = vectorizer.fit_transform(questions)
-        return cls(rows, analyzer, vectorizer, vectors.T.tocsr())
+        if out_of_scope:
+            # by the n-grams and weights of the rows alone, so that their scores stay as they are
+            vectors = vstack([vectors, vectorizer.transform(out_of_scope)])
+        return cls(rows, analyzer, vectorizer, vectors.T.tocsr(), out_of_scope)
 
     def scores(self, question: str) -> np.ndarray:
         """The similarity of a question with that of every row: an array [rows], from 0 to 1."""
-        result = self.vectorizer.transform([question]) @ self.vectors  # [1, rows]
-        scores = np.zeros(len(self.rows))
-        scores[result.indices] = result.data
-        return scores * familiarity(question, self.words)
+        result = self.vectorizer.transform([question]) @ self.vectors  # [1, vectors]
+        similarity = np.zeros(self.vectors.shape[1])
+        similarity[result.indices] = result.data
+        scores = similarity[: len(self.rows)]
+        out_of_scope = similarity[len(self.rows) :]
+        factor = familiarity(question, self.words)
+        factor *= scope_factor(scores.max(), out_of_scope.max(initial=0.0))
+        return scores * factor
 
     def search(self, question: str, k: int, exclude_question_id: str | None = None) -> list[Hit]:
         """The k rows with the most similar questions, best first; none of `exclude_question_id`."""
@@ -188,7 +210,12 @@ class RowIndex:
             for row in self.rows:
                 file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
         names = self.vectorizer.get_feature_names_out().tolist()
-        terms = {"analyzer": self.analyzer, "ngrams": names, "idf": self.vectorizer.idf_.tolist()}
+        terms = {
+            "analyzer": self.analyzer,
+            "ngrams": names,
+            "idf": self.vectorizer.idf_.tolist(),
+            "out_of_scope": self.out_of_scope,
+        }
         (folder / "terms.json").write_text(json.dumps(terms, ensure_ascii=False), encoding="utf-8")
         save_npz(folder / "vectors.npz", self.vectors)
 
@@ -209,10 +236,13 @@ class RowIndex:
             vectors = load_npz(folder / "vectors.npz").tocsr()
         except (EOFError, BadZipFile, zlib.error) as error:
             raise ValueError(f"vectors.npz: {error}") from None
+        # an index of an earlier version has no questions out of scope
+        out_of_scope = terms.get("out_of_scope", [])
+        questions = len(rows) + len(out_of_scope)
         # files of two indexes, or one that was cut between two lines
-        if not rows or vectors.shape != (len(terms["ngrams"]), len(rows)):
+        if not rows or vectors.shape != (len(terms["ngrams"]), questions):
             raise ValueError(f"vectors.npz does not belong to the {len(rows)} rows of rows.jsonl")
-        return cls(rows, terms["analyzer"], vectorizer, vectors)
+        return cls(rows, terms["analyzer"], vectorizer, vectors, out_of_scope)
 
 
 def new_vectorizer(

@@ -18,6 +18,7 @@ from tabletune.data.calibration import Calibration, calibrate, share_below
 from tabletune.data.context import FOLDER, ContextSettings, TableContext, load_context
 from tabletune.data.csv_files import read_small_csv
 from tabletune.data.lookup import answer_without_thoughts
+from tabletune.data.out_of_scope import read_out_of_scope
 from tabletune.data.retrieval import RowIndex, TableRow, all_rows, table_rows
 from tabletune.data.splits import question_id, question_key
 from tabletune.data.training_prompts import (
@@ -75,8 +76,10 @@ def write_retrieval(
     tools = "tools" in splits["train"].column_names and any(splits["train"]["tools"])
     check_context_settings(settings, report["shape"], tools)
     train = list(splits["train"])
+    template = formatter.shape.question_template
+    out_of_scope = read_out_of_scope(settings["out_of_scope"], template)
     # rows of the train split alone, so that a test question does not find its own row
-    index = RowIndex.build(table_rows(train))
+    index = RowIndex.build(table_rows(train), out_of_scope=out_of_scope)
     calibration = calibrate(index, settings["seed"])
     context = TableContext(index, context_settings(settings, calibration))
     prompts = PromptWriter(context, settings, formatter.tokenizer, formatter.stop_token_ids)
@@ -84,7 +87,7 @@ def write_retrieval(
     prompts.make(train, list(splits["validation"]), rewordings)
     with atomic_write(run / FOLDER) as partial:
         index.save(partial / "evaluation")
-        RowIndex.build(all_rows(splits), index.analyzer).save(partial / "use")
+        RowIndex.build(all_rows(splits), index.analyzer, out_of_scope).save(partial / "use")
         prompts.save(partial / PROMPTS)
         write_json(partial / "settings.json", stored_settings(context, calibration, prompts))
         archive(run, FOLDER)
@@ -283,6 +286,7 @@ class PromptWriter:
             **asdict(settings),
             "prompts": {name: len(rows) for name, rows in self.splits.items()},
             "questions": dict(self.kinds),
+            "out_of_scope": len(context.index.out_of_scope),
             "shortened": self.shortened,
             "dropped": self.dropped,
             "tokens": {
@@ -298,13 +302,18 @@ class PromptWriter:
 # --- rewordings of the reader's
 
 
-def rewordings_digest(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What identifies a file of rewordings among the inputs of notebook 1; {} without one."""
-    path = Path(settings["rewordings"]).expanduser()
-    if not settings["rewordings"] or not path.is_file():
-        return {}
-    with path.open("rb") as file:
-        return {"rewordings": hashlib.file_digest(file, "sha256").hexdigest()[:16]}
+def named_file_digests(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What identifies the files that `rewordings` and `out_of_scope` name: {parameter: digest}.
+
+    They are inputs of notebook 1. A parameter that names no file is left out.
+    """
+    digests = {}
+    for parameter in ("rewordings", "out_of_scope"):
+        path = Path(settings.get(parameter) or "").expanduser()
+        if settings.get(parameter) and path.is_file():
+            with path.open("rb") as file:
+                digests[parameter] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return digests
 
 
 def read_rewordings(source: str, formatter: "TableFormatter") -> dict[str, list[str]]:
@@ -388,7 +397,7 @@ def renew_index(run: Path, rows: Sequence[TableRow]) -> dict[str, int]:
     before = {row.question_id for row in old.rows}
     after = {row.question_id for row in rows}
     with atomic_write(folder / "use") as partial:
-        RowIndex.build(rows, old.analyzer).save(partial)
+        RowIndex.build(rows, old.analyzer, old.out_of_scope).save(partial)
         archive(run, f"{FOLDER}/use")
     return {"rows": len(rows), "came": len(after - before), "went": len(before - after)}
 

@@ -43,6 +43,7 @@ def prompts_table(report: dict[str, Any]) -> pd.DataFrame:
     lines["tokens of all training prompts together"] = context["tokens"]["sum"]
     lines["validation prompts, of one question each"] = context["prompts"]["validation"]
     if context["unknown_answer"]:
+        lines["questions out of scope"] = context["out_of_scope"]
         lines["unknown_threshold"] = context["unknown_threshold"]
         lines[f"{LOOKUP}: reworded questions of the table"] = f"{context['false_nothing']:.0%}"
         lines[f"{LOOKUP}: questions without a row"] = f"{context['refused']:.0%}"

@@ -14,6 +14,38 @@ from tabletune.errors import StageError
 Row = dict[str, Any]
 
 
+def emergency_lines() -> list[list[str]]:
+    """The file's lines: [name of the emergency, question, answer].
+
+    The name is empty for an everyday complaint.
+    """
+    file = resources.files("tabletune").joinpath("resources/texts/safety_rows.txt")
+    lines = file.read_text("utf-8").splitlines()
+    return [[part.strip() for part in line.split("|")] for line in lines]
+
+
+def has_own_words(question_template: str) -> bool:
+    """Whether a template has one field and words around it."""
+    fields = fields_of(question_template)
+    return len(fields) == 1 and question_template.strip() != f"{{{fields[0]}}}"
+
+
+def wordings(emergency: str, question: str, question_template: str) -> list[str]:
+    """A question, and the emergency in the words of the template if that has words of its own."""
+    if not emergency or not has_own_words(question_template):
+        return [question]
+    return [question, fill(question_template, {fields_of(question_template)[0]: emergency})]
+
+
+def emergency_questions(question_template: str) -> list[str]:
+    """The questions about emergencies; none about an everyday complaint."""
+    questions = []
+    for emergency, question, _ in emergency_lines():
+        if emergency:
+            questions += wordings(emergency, question, question_template)
+    return questions
+
+
 class SafetyRows:
     """Our rows as conversations.
 
@@ -30,15 +62,9 @@ class SafetyRows:
     def rows(self) -> list[Row]:
         """All rows: prompt, completion, tools, learned, key and group."""
         rows = []
-        fields = fields_of(self.question_template)
-        has_words = len(fields) == 1 and self.question_template.strip() != f"{{{fields[0]}}}"
-        file = resources.files("tabletune").joinpath("resources/texts/safety_rows.txt")
-        for line in file.read_text("utf-8").splitlines():
-            emergency, question, answer = map(str.strip, line.split("|"))
-            questions = [question]
-            if emergency and has_words:
-                questions.append(fill(self.question_template, {fields[0]: emergency}))
-            rows += [self.row(text, answer) for text in questions]
+        for emergency, question, answer in emergency_lines():
+            for text in wordings(emergency, question, self.question_template):
+                rows.append(self.row(text, answer))
         return rows
 
     def row(self, question: str, answer: str) -> Row:

@@ -63,11 +63,11 @@ def answer_questions(run_dir: Path, questions: Path, part: str, values: Mapping[
     lines = answer_lines(asked_questions, answers, part, rules, context)
     archive(run_dir, FILE)
     write_lines(run_dir / FILE, lines)
-    print(table_of_answers(lines, disclaimer_of(report_of(run_dir), settings["disclaimer"])))
+    print(table_of_answers(lines, disclaimer_of(data_report_of(run_dir), settings["disclaimer"])))
     print(f"\n{run_dir / FILE}")
 
 
-def report_of(run_dir: Path) -> dict[str, Any]:
+def data_report_of(run_dir: Path) -> dict[str, Any]:
     """The report of notebook 1; {} where only its index is: copying needs no more."""
     path = run_dir / "dataset" / "report.json"
     return read_json(path, "01_format_dataset") if path.exists() else {}

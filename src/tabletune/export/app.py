@@ -59,7 +59,10 @@ def app_files(export_run: ExportRun) -> dict[str, str]:
         "app.py": app_source(),
         "settings.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
         "README.md": jinja2.Template(template, keep_trailing_newline=True).render(
-            run=export_run, settings=settings, gguf=gguf_name(export_run)
+            run=export_run,
+            settings=settings,
+            gguf=gguf_name(export_run),
+            out_of_scope=questions_out_of_scope(export_run),
         ),
     }
     lines = []
@@ -67,7 +70,16 @@ def app_files(export_run: ExportRun) -> dict[str, str]:
         entry = {"question": row.question, "answer": row.answer}
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
     files["rows.jsonl"] = "".join(lines)
+    if questions := questions_out_of_scope(export_run):
+        files["out_of_scope.txt"] = "\n".join(questions) + "\n"
     return files
+
+
+def questions_out_of_scope(export_run: ExportRun) -> list[str]:
+    """The questions that the table is not to answer, each on one line; [] if there are none."""
+    if export_run.context is None:
+        return []
+    return [" ".join(text.split()) for text in export_run.context.index.out_of_scope]
 
 
 def rows_in_use(export_run: ExportRun) -> list[TableRow]:

@@ -8,7 +8,8 @@ It needs Python and nothing else. The model answers behind a server that speaks 
 llama.cpp, Ollama, vLLM or `transformers serve`; README.md beside this file has the commands.
 With --copy no server is needed.
 settings.json says how rows are found and what the model is told; rows.jsonl is the table, a row a
-line, with a question and an answer: add lines, and they are found.
+line, with a question and an answer: add lines, and they are found. What is more similar to a line
+of out_of_scope.txt, if there is one, than to any row counts as hardly similar to the rows.
 """
 
 import argparse
@@ -58,6 +59,7 @@ class App:
         self.server = (server or self.settings["server"]).rstrip("/")
         self.model = model or self.settings["model"]
         self.rows_file = folder / "rows.jsonl"
+        self.out_of_scope_file = folder / "out_of_scope.txt"
         self.index: PlainIndex | None = None
         if self.settings["context_rows"]:
             self.row_index()
@@ -66,9 +68,10 @@ class App:
         """The index over the rows; made when it is first needed, as a large table takes time."""
         if self.index is None:
             self.index = PlainIndex(
-                read_rows(self.rows_file),
+                rows_of_file(self.rows_file),
                 self.settings["analyzer"],
                 self.settings["function_words"],
+                questions_in(self.out_of_scope_file),
             )
         return self.index
 
@@ -162,7 +165,7 @@ class App:
         return answer_without_thoughts(text)
 
 
-def read_rows(path: Path) -> list[dict]:
+def rows_of_file(path: Path) -> list[dict]:
     """The rows of rows.jsonl. Raises ValueError naming a line that is none."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
@@ -180,6 +183,14 @@ def read_rows(path: Path) -> list[dict]:
     if not rows:
         raise ValueError(f"{path} has no rows.")
     return rows
+
+
+def questions_in(path: Path) -> list[str]:
+    """The lines of out_of_scope.txt; [] without the file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return [line for line in lines if line.strip()]
 
 
 def answer_as_text(result: dict) -> str:
