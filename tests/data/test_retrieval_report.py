@@ -26,7 +26,12 @@ def run(tmp_path):
     write(path, ["question", "answer"], ROWS)
     formatted(tmp_path, path)
     tokenizer, stop_token_ids = tokenizer_of(TINY)
-    formatter = SimpleNamespace(tokenizer=tokenizer, stop_token_ids=stop_token_ids, table=None)
+    formatter = SimpleNamespace(
+        shape=SimpleNamespace(question_template=""),
+        tokenizer=tokenizer,
+        stop_token_ids=stop_token_ids,
+        table=None,
+    )
     write_retrieval(tmp_path, PARAMETERS["01_format_dataset"] | OPTIONS, formatter)
     return tmp_path
 

@@ -59,13 +59,13 @@ def bare_run(folder, merged, rows, tokenizer, stop_token_ids) -> ExportRun:
     )
 
 
-def with_rows(run_dir, **settings):
+def with_rows(run_dir, out_of_scope=(), **settings):
     """Give a run folder an index over the rows of its table, as notebook 1 with `context_rows`
     leaves it.
     """
     splits = load_from_disk(run_dir / "dataset")
     rows = table_rows(row for split in splits.values() for row in split)
-    index = RowIndex.build(rows)
+    index = RowIndex.build(rows, out_of_scope=list(out_of_scope))
     for which in ("evaluation", "use"):
         index.save(run_dir / "retrieval" / which)
     defaults = {

@@ -71,6 +71,17 @@ def test_prompts_equal_those_of_the_series(knowledge_run, exported):
         assert [row["score"] for row in prompt.rows] == pytest.approx(scores, abs=1e-4), question
 
 
+def test_the_app_refuses_what_is_out_of_scope(run_dir):
+    question = "I am suffering from Gas Trouble after a fall. Please suggest a home remedy."
+    folder = app_module.write_app(read(with_rows(run_dir, [question])))
+    app = app_module.load_app(folder).App(folder)
+    assert (folder / "out_of_scope.txt").read_text(encoding="utf-8") == f"{question}\n"
+    assert "out_of_scope.txt" in (folder / "README.md").read_text(encoding="utf-8")
+    assert app.prompt(question).refused
+    (folder / "out_of_scope.txt").unlink()
+    assert not app_module.load_app(folder).App(folder).prompt(question).refused
+
+
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=40)
 WORDS = st.text(st.sampled_from("abcde éßñ東京ไทย?!-{}%"), min_size=1, max_size=30)
 
@@ -84,9 +95,10 @@ WORDS = st.text(st.sampled_from("abcde éßñ東京ไทย?!-{}%"), min_size=1
     ),
     asked=st.lists(WORDS | TEXTS, min_size=1, max_size=5),
     threshold=st.sampled_from([0.0, 0.3, 0.9]),
+    out_of_scope=st.lists(WORDS.filter(str.strip), max_size=3),
 )
 def test_prompts_equal_those_of_the_series_whatever_the_table(
-    table, asked, threshold, tmp_path_factory
+    table, asked, threshold, out_of_scope, tmp_path_factory
 ):
     from datasets import Dataset, DatasetDict
 
@@ -100,12 +112,12 @@ def test_prompts_equal_those_of_the_series_whatever_the_table(
     splits = DatasetDict({name: Dataset.from_list(rows) for name in ("train", "test")})
     splits.save_to_disk(run / "dataset")
     (run / "dataset" / "report.json").write_text("{}")
-    with_rows(run, unknown_threshold=threshold)
+    with_rows(run, out_of_scope, unknown_threshold=threshold)
     context = load_context(run, "use")
     folder = run / "app"
     folder.mkdir()
     app = write_by_hand(folder, context)
-    for question in [*asked, *(question for question, _ in table)]:
+    for question in [*asked, *out_of_scope, *(question for question, _ in table)]:
         expected = context.prompt([{"role": "user", "content": question}])
         prompt = app.prompt(question)
         assert prompt.messages == expected.messages
