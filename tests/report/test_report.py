@@ -8,7 +8,6 @@ import shutil
 from html.parser import HTMLParser
 
 import jupytext
-import pandas as pd
 import pytest
 from conftest import ROOT
 from datasets import Dataset
@@ -21,7 +20,6 @@ from test_compare import a_run as compared_run
 
 from tabletune.errors import StageError
 from tabletune.report import reading as reading_module
-from tabletune.report import showing as showing_module
 from tabletune.run.files import write_json
 
 MARKUP = "<script>document.title = 'pwned'</script><img src=x onerror=alert(1)> **bold** $x^2$ &amp; [a](http://b.example)"
@@ -543,41 +541,3 @@ def test_the_disclaimer_is_that_of_the_answers_of_the_example_or_neutral():
     assert "medical" not in reading_module.disclaimer_of_run(own, [{}])
     assert "wrong" in reading_module.disclaimer_of_run(own, [])
     assert "not medical advice" in reading_module.disclaimer_of_run(example, [])
-
-
-@pytest.fixture
-def shown(monkeypatch):
-    """What is displayed."""
-    displayed = []
-    monkeypatch.setattr(showing_module, "display", displayed.append)
-    return displayed
-
-
-def test_a_disclaimer_with_markup_stays_text(shown):
-    showing_module.show_answers({"question": ["one"]}, 1, '"}</style><script>alert(1)</script>')
-    assert shown[0].data.count("</style>") == 1
-    assert "<script" not in shown[0].data
-
-
-def test_the_longer_side_of_a_table_goes_down_the_page(shown):
-    showing_module.show_table(
-        pd.DataFrame({f"run {number}": ["x"] for number in range(9)}, index=["figure"])
-    )
-    showing_module.show_table(pd.DataFrame([["x"] * 9]))
-    assert [table.data.count("<tr") for table in shown] == [10, 2], (
-        "but rows that have no names stay rows"
-    )
-
-
-def test_a_table_shows_texts_whole_and_as_they_are(shown):
-    long = "word " * 30 + "<b>&$1$\nnext"
-    showing_module.show_table({"a name": long})
-    showing_module.show_table(pd.DataFrame({"<i>": [long, None]}))
-    facts, rows = (" ".join(table.data.split()) for table in shown)
-    cell, heading = (f'<{tag} style="text-align:left">' for tag in ("td", "th"))
-    whole = f"{cell}{'word ' * 30}&lt;b&gt;&amp;$1$ next</td>"
-    assert f"{heading}a name</th> {whole}" in facts
-    assert "<thead>" not in facts
-    assert f"<tr> {whole} </tr> <tr> {cell}–</td> </tr>" in rows
-    assert f"{heading}&lt;i&gt;</th>" in rows
-    assert all(f'class="dataframe {showing_module.PLAIN}"' in table for table in (facts, rows))
