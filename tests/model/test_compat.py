@@ -369,7 +369,7 @@ def unreachable_hub_is_recognized(folder):
 
 
 def llama_takes_its_settings_from_it(folder):
-    low_level = pytest.importorskip("llama_cpp.llama_cpp")
+    low_level = importlib.import_module("llama_cpp.llama_cpp")
     assert low_level.llama_model_default_params
     assert "llama_cpp.llama_model_default_params()" in source(sys.modules["llama_cpp"].Llama)
 
@@ -543,7 +543,8 @@ def rename_first_line(monkeypatch, path):
 
 
 def rename_settings_of_llama(monkeypatch, path):
-    monkeypatch.delattr(sys.modules["llama_cpp"].llama_cpp, "llama_model_default_params")
+    low_level = importlib.import_module("llama_cpp.llama_cpp")
+    monkeypatch.delattr(low_level, "llama_model_default_params")
 
 
 def rename_status(monkeypatch, path):
@@ -647,15 +648,22 @@ def each_internal(test):
     return pytest.mark.parametrize("internal", INTERNALS, ids=lambda internal: internal.path)(test)
 
 
-@each_internal
+def each_installed_internal(test):
+    """The same; that of llama.cpp only where `make test-export` has installed it."""
+    cases = []
+    for internal in INTERNALS:
+        marks = [pytest.mark.export] if internal.path.startswith("llama_cpp") else []
+        cases.append(pytest.param(internal, id=internal.path, marks=marks))
+    return pytest.mark.parametrize("internal", cases)(test)
+
+
+@each_installed_internal
 def test_an_internal_is_what_it_was(internal, tmp_path):
     ask_canary(internal, tmp_path)
 
 
-@each_internal
+@each_installed_internal
 def test_a_renamed_internal_is_noticed(internal, tmp_path, monkeypatch):
-    if internal.path.startswith("llama_cpp"):
-        pytest.importorskip("llama_cpp")
     CANARIES[internal.path].rename(monkeypatch, internal.path)
     with pytest.raises(AssertionError, match=f"^{re.escape(internal.path)} is gone"):
         ask_canary(internal, tmp_path)
