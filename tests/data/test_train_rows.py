@@ -214,15 +214,19 @@ def test_the_held_out_questions_hang_on_split_seed_alone(
     assert after["train"] <= before["train"]
 
 
-@given(TABLE_ROWS, st.integers(0, 9), st.floats(0.01, 1), st.floats(0.01, 1))
+GROUPINGS = st.sampled_from([{}, {"near_duplicate_threshold": 0.7}, {"split_by": "row"}])
+
+
+@given(TABLE_ROWS, st.integers(0, 9), st.floats(0.01, 1), st.floats(0.01, 1), GROUPINGS)
 @examples(12)
 def test_of_two_training_sets_the_smaller_is_part_of_the_larger(
-    tmp_path_factory, rows, split_seed, one, other
+    tmp_path_factory, rows, split_seed, one, other, grouping
 ):
+    """However rows that are alike are kept together."""
     assume(len({question_key([question]) for question, _ in rows}) >= 6)
     folder = tmp_path_factory.mktemp("table")
     small, large = (
-        asked_keys(folder, rows, split_seed=split_seed, train_rows=share)["train"]
+        asked_keys(folder, rows, split_seed=split_seed, train_rows=share, **grouping)["train"]
         for share in sorted([one, other])
     )
     assert small <= large
