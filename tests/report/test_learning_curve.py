@@ -29,7 +29,8 @@ def write_run(folder, questions, nll, right=None, steps=None, **parameters):
     (folder / "evaluation").mkdir()
     if steps is not None:
         (folder / "training").mkdir()
-        (folder / "training" / "metrics.json").write_text(json.dumps({"steps": steps}))
+        training = {"steps": steps, "epochs": parameters.get("epochs", 1)}
+        (folder / "training" / "metrics.json").write_text(json.dumps(training))
     tables = [
         pd.DataFrame(
             {
@@ -148,6 +149,7 @@ def test_a_gain_with_more_steps_may_be_that_of_the_steps(tmp_path):
     runs = [(20, nll_of(1.8, 2), None, 45), (40, nll_of(1.4, 3), None, 90)]
     lines = sentences(tmp_path, runs)
     assert "the larger run also made more steps (90, not 45)" in lines[0]
+    assert lines[0].endswith("`equal_steps: true` in the grid gives all sizes as many.")
 
 
 def test_a_gain_with_as_many_steps_is_that_of_the_rows(tmp_path):
@@ -169,6 +171,16 @@ def test_runs_with_as_many_more_epochs_as_they_have_fewer_rows_are_one_curve(tmp
     }
     (curve,) = curves_of(folders)
     assert [point.name for point in curve] == ["a", "b", "c"]
+
+
+def test_equal_steps_that_batches_of_other_sizes_made_unequal_are_said_to_be_so(tmp_path):
+    folders = {
+        "a": write_run(tmp_path, 20, nll_of(2), steps=12, train_rows=0.5, epochs=4),
+        "b": write_run(tmp_path, 40, nll_of(1), steps=18, train_rows=1.0, epochs=2),
+    }
+    _, (lines,) = learning_curve(folders)
+    assert "more steps (18, not 12)" in lines[0]
+    assert lines[0].endswith("give `batch_size` a number in the grid.")
 
 
 def test_several_curves_say_which_they_are(tmp_path):

@@ -1,5 +1,6 @@
 """Would more rows help? A curve of runs that differ in `train_rows`, over one test split."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,7 @@ class Point:
     each new question in which share of the runs its answer is right, and is empty where that was
     not measured. Of several seeds both are means; `spreads` is how far the runs are then apart,
     the largest less the smallest: (nats a token, share of right answers). `steps` are those of the
-    optimizer, None for a run that does not say.
+    optimizer, and `epochs` how often it read each row, None for a run that does not say.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Point:
     spreads: tuple[float, float] = (0.0, 0.0)
     has_seeds: bool = False
     steps: int | None = None
+    epochs: float | None = None
 
     @property
     def nats(self) -> float:
@@ -106,7 +108,8 @@ def read_point(name: str, folder: Path) -> Point | None:
     training_file = folder / "training/metrics.json"
     training = read_json(training_file, "02_finetune_qlora") if training_file.exists() else {}
     questions = report["questions"]["train"]
-    return Point(name, questions, scores, right, steps=training.get("steps"))
+    steps, epochs = training.get("steps"), training.get("epochs")
+    return Point(name, questions, scores, right, steps=steps, epochs=epochs)
 
 
 def curves_of(folders: Mapping[str, Path]) -> list[list[Point]]:
@@ -152,7 +155,9 @@ def mean_point(points: Sequence[Point]) -> Point:
     spreads = (max(nats) - min(nats), spread_of_right)
     name = name_of_seeds(first.name, len(points))
     scores = first.scores.assign(response_nll=nll)
-    return Point(name, first.questions, scores, right, spreads, True, first.steps)
+    return dataclasses.replace(
+        first, name=name, scores=scores, right=right, spreads=spreads, has_seeds=True
+    )
 
 
 def keys_of(folder: Path) -> list[str]:
@@ -327,6 +332,13 @@ class Gain:
             return False
         return self.most.steps > MORE_STEPS * self.half.steps
 
+    @property
+    def has_fewer_epochs(self) -> bool:
+        """Whether the training with fewer rows read them more often (`equal_steps` in a grid)."""
+        if self.most.epochs is None or self.half.epochs is None:
+            return False
+        return self.half.epochs > MORE_STEPS * self.most.epochs
+
 
 def gain_of(most: Point, half: Point) -> Gain:
     """The Gain of the larger run, by pairs of the same test rows."""
@@ -390,10 +402,12 @@ def conclusion_on(step: str, gain: Gain) -> str:
             "more rows of this kind would hardly help."
         )
     if gain.has_more_steps:
+        remedy = "`equal_steps: true` in the grid gives all sizes as many."
+        if gain.has_fewer_epochs:
+            remedy = "Their batches differ in size: give `batch_size` a number in the grid."
         return (
             f"{step} gained, but the larger run also made more steps ({most.steps:,}, not "
-            f"{half.steps:,}), and that alone may be why. `equal_steps: true` in the grid gives "
-            "all sizes as many."
+            f"{half.steps:,}), and that alone may be why. {remedy}"
         )
     if gain.is_more_right or gain.right is None or gain.most_right <= HARDLY_ANY:
         return f"{step} still gained: more rows would probably help."
