@@ -1,10 +1,9 @@
 """Would more rows help? A curve of runs that differ in `train_rows`, over one test split."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,9 +154,7 @@ def mean_point(points: Sequence[Point]) -> Point:
     spreads = (max(nats) - min(nats), spread_of_right)
     name = name_of_seeds(first.name, len(points))
     scores = first.scores.assign(response_nll=nll)
-    return dataclasses.replace(
-        first, name=name, scores=scores, right=right, spreads=spreads, has_seeds=True
-    )
+    return replace(first, name=name, scores=scores, right=right, spreads=spreads, has_seeds=True)
 
 
 def keys_of(folder: Path) -> list[str]:
