@@ -112,6 +112,21 @@ def test_without_one_a_notebook_gets_a_kernel_of_its_own(write_notebook, tmp_pat
     assert run_in(None, notebook, tmp_path / "executed.ipynb")[0][0].text == "False\n"
 
 
+def test_at_the_end_libraries_may_clean_up_and_then_the_kernel_is_gone(write_notebook, tmp_path):
+    """Of what is to be done at exit, only what takes Python apart is left out."""
+    clean_up = f"import atexit\natexit.register(open({str(tmp_path / 'cleaned')!r}, 'w').close)"
+    # Python would wait for it when it takes its modules apart
+    slow = "class Slow:\n    def __del__(self):\n        import time\n        time.sleep(60)"
+    notebook = write_notebook(clean_up, f"{slow}\nimport math\nmath.slow = Slow()")
+    with WarmKernel() as kernel:
+        kernel.start(notebook)
+        manager = kernel.take(notebook)
+        process = manager.provisioner.process
+        run_in(manager, notebook, tmp_path / "executed.ipynb")
+    assert (tmp_path / "cleaned").exists()
+    assert process.returncode == 0  # ended by itself, not by a signal
+
+
 def test_a_kernel_keeps_the_memory_of_tensors_for_the_next_ones(write_notebook, tmp_path):
     """The second large array is not filled with zeros by the system again."""
     count = "import resource\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
@@ -175,10 +190,16 @@ class Recorder(WarmKernel):
 
 @pytest.mark.parametrize(
     ("gpus", "started"),
-    [(1, ["02_finetune_qlora", "03_merge_adapter", "04_evaluate"]), (2, ["03_merge_adapter"])],
+    [
+        (
+            1,
+            ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate"],
+        ),
+        (2, ["01_format_dataset", "03_merge_adapter"]),
+    ],
 )
 def test_the_kernel_of_the_next_notebook_is_started(monkeypatch, tmp_path, gpus, started):
-    """But for the first, and for those that run in several processes, which start their own."""
+    """The first one's, too, but not of those that run in several processes: they start theirs."""
     warm = []
     monkeypatch.setattr(series, "WarmKernel", Recorder)
     monkeypatch.setattr(Recorder, "started", [])

@@ -56,12 +56,25 @@ def make_series(choice: RunChoice, until: str = RUN_STAGES[-1]) -> None:
             if is_up_to_date(stage, target):
                 continue
             print(f"{stage}  ({choice.profile} profile, in {choice.run_dir})", flush=True)
-            kernel = warm_kernel.take(notebook(stage))
+            kernel = take_kernel(warm_kernel, stage, choice)
             following = stages[number + 1 : number + 2]
             if following and processes_of(following[0], choice) == 1:
                 warm_kernel.start(notebook(following[0]))
             # {}: the settings were written above, and run_notebook reads them from the run folder
             run_notebook(notebook(stage), target, {}, processes_of(stage, choice), kernel=kernel)
+
+
+def take_kernel(warm_kernel: WarmKernel, stage: str, choice: RunChoice) -> Any:
+    """The kernel that waits for a notebook; the first one gets one that begins to import now.
+
+    None where the notebook needs several processes, or there is no room for a kernel beside this
+    process: then papermill starts one.
+    """
+    kernel = warm_kernel.take(notebook(stage))
+    if kernel is None and processes_of(stage, choice) == 1:
+        warm_kernel.start(notebook(stage))
+        kernel = warm_kernel.take(notebook(stage))
+    return kernel
 
 
 def processes_of(stage: str, choice: RunChoice) -> int:

@@ -7,6 +7,7 @@ module, started with the path of a notebook, is such a kernel.
 """
 
 import ast
+import atexit
 import contextlib
 import importlib
 import json
@@ -144,6 +145,9 @@ def be_kernel() -> None:
     """
     if sys.path[0] in ("", os.getcwd()):
         del sys.path[0]
+    # Registered first, so it comes last: after all that libraries want to do at the end, Python
+    # would take PyTorch and transformers apart, piece by piece, for more than two seconds.
+    atexit.register(os._exit, 0)
     from ipykernel.kernelapp import IPKernelApp
 
     notebook = Path(sys.argv.pop(1))
