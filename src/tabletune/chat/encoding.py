@@ -283,7 +283,7 @@ def earlier_answer_spans(
 def learned_turns(example: dict[str, Any]) -> list[int]:
     """The positions, in the prompt, of the earlier answers that are in the loss.
 
-    An answer is if it has a text, and no flag 0.
+    An answer counts if it has a text, and no flag 0.
     """
     messages = example["prompt"]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
