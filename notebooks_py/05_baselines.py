@@ -43,7 +43,8 @@
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
-# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
+# nothing. Terms that are new to you are explained in the
+# [glossary](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -86,8 +87,8 @@ base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
 precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
 eval_batch_size = 32  # rows to score, or questions to answer, at once, where memory allows
 window = 1024  # tokens of a prompt and its answer; rows that do not fit are left out
-baseline_samples = 16  # questions of each kind: new ones, those of the table, and these reworded
-few_rows = 3  # rows in a prompt, where the run has no context_rows
+baseline_samples = 16  # questions of each kind: new, the table's own, the table's own reworded
+few_rows = 3  # rows in the base model's prompt; a run with context_rows takes that number
 least_right = 0.5  # the share of right answers below which nothing is worth shipping
 max_new_tokens = 256  # an answer is cut after so many tokens
 unknown_threshold = "auto"  # with context_rows: below this score, 0 to 1, the answer is "nothing"
@@ -113,8 +114,8 @@ run = stage.folder
 # ## The questions
 #
 # They are chosen as in notebook 4. *New questions* are those of the test split, which training
-# never saw. *The table's own questions* were in training. They are asked word for word, and once
-# more *reworded*, as people might type them.
+# never saw. *The table's own questions* were in training. They are asked word for word, as they
+# stand in the table, and once more *reworded*, as people might type them.
 
 # %%
 trained = open_trained_run(run, run_dir, base_model, with_merged=False, indexes=["evaluation"])
@@ -154,11 +155,14 @@ print(question, "→", rows[shared.index(max(shared))].question)
 # The package's index does this better: rare pieces count more than common ones. The similarity is a
 # number from 0 to 1. The same question can be found several times, if the table has several answers
 # to it. Only rows of the training split are searched.
+#
+# A run with `context_rows` has such an index already: it belongs to the run's *context*, which
+# finds the rows for each prompt. Other runs get their index here.
 
 # %%
 import pandas as pd
 
-context = load_context(run, unknown_threshold=unknown_threshold)
+context = load_context(run, unknown_threshold=unknown_threshold)  # None without context_rows
 index = context.index if context else RowIndex.build(rows)
 hits = index.search(sets["reworded"][0]["asked"], 3)
 similar = [(hit.row.question, f"{hit.score:.2f}") for hit in hits]
@@ -174,13 +178,15 @@ pd.DataFrame(similar, columns=["question", "similarity"])
 # %%
 tokenizer, stops = trained.tokenizer, trained.stop_token_ids
 number = context.settings.context_rows if context else few_rows
+# "group" is the number of a question: fixed rows should not be those of a question asked here
 fixed = baselines.fixed_rows(rows, number, {question["group"] for question in questions}, seed)
+# rows that would leave no room for the answer are left out
 prompts = baselines.Prompts(tokenizer, index, fixed, number, window - max_new_tokens, context)
 possible_ways = baselines.ways_for(rules, context)
 baselines.ways_table(possible_ways)
 
 # %% [markdown]
-# This is what the base model reads for one question, with the nearest rows in its prompt. The most
+# This is what the base model reads for one question in the way *base, nearest rows*. The most
 # similar row comes last:
 
 # %%
@@ -192,7 +198,9 @@ for message in prompts.messages(baselines.BASE_NEAREST, sets["reworded"][0]["pro
 #
 # Base model and adapter are one model, loaded once: with its adapter switched off, it is the base
 # model. Each way answers all questions ("answering"). We also measure how likely the model finds
-# the table's own answer to each question, after the same prompt ("scoring").
+# the *reference*, which is the table's own answer to a question, after the same prompt
+# ("scoring"). So there are two progress bars for each way that asks a model, in the order of the
+# table above.
 #
 # An untrained model often writes on and on, which takes most of the time. So an answer may have at
 # most twice as many tokens as the longest one of the table, and never more than `max_new_tokens`.
@@ -222,10 +230,13 @@ def result_of_way(way):
     """The Result of a way that asks a model: answers, and how likely it finds the references."""
     chats = prompts.questions(way, questions)
     references = prompts.references(way, questions, stops)
+    # the window, and how far it moves on: each reference fits into one window
     length = max(len(row["input_ids"]) for row in references)
+    # nullcontext changes nothing: the adapter stays on
     model_of_way = nullcontext() if way.model == "adapter" else adapted.disable_adapter()
     with model_of_way:
         if way.rows == "context":
+            # the lookup may refuse a question before the model is asked
             answers, seconds = answer_with_context(context, questions, answer_prompts)
         else:
             answers, seconds = answer_prompts(chats)
@@ -241,6 +252,10 @@ if not done:
 
 # %% [markdown]
 # ## Save
+#
+# Each answer is checked, and the figures and the recommendation are worked out. As in notebook 4,
+# the folder appears under its name only when it is complete, results of an earlier run move to
+# `earlier/`, and if several processes run this notebook, one of them writes.
 
 # %%
 from tabletune.run.files import archive, atomic_write, read_json, write_json, write_lines
@@ -271,12 +286,14 @@ report.recommendation(metrics)
 # %% [markdown]
 # How this is decided:
 #
-# - People do not ask in the words of the table. So reworded questions decide, and new ones, if any
-#   way can answer those. If the answers are labels, only new questions decide, because the texts of
-#   the table have their labels already.
-# - The cheapest way wins that is about as good as the best one: at most one *standard error* behind
-#   it, which is how much such a difference typically varies by chance. So a more expensive way must
-#   prove that it is better.
+# - People do not ask in the words of the table. So reworded questions decide. New questions
+#   decide, too, if at least one way answers enough of them right (`least_right`). If the answers
+#   are labels, only new questions decide, because the texts of the table have their labels
+#   already.
+# - Of the ways that are about as good as the best one, the cheapest wins: the one that stands
+#   first in the table of ways. "About as good" means at most one *standard error* behind the
+#   best, which is how much such a difference typically varies by chance. So a more expensive way
+#   must prove that it is better.
 #
 # In brackets are 95% intervals. Other questions would have given other figures, most likely within
 # these limits.
@@ -286,7 +303,10 @@ report.recommendation(metrics)
 # - *Right* is what matters: the share of right answers.
 # - *chrF*, from 0 to 100, says how similar the wording of an answer is to the table's.
 # - *Perplexity* says how uncertain the model was about the table's own answers. It is low as soon
-#   as the prompt shows what answers look like, so it matters least.
+#   as the prompt shows what answers look like, so it matters least. A dash means that no model was
+#   asked.
+# - *Tokens a question* are those of the prompt and of the answer together, on average. *Seconds a
+#   question* are the time on this machine.
 
 # %%
 report.baselines_table(metrics)
@@ -308,7 +328,7 @@ report.plot_baselines(metrics)
 report.training_table(metrics)
 
 # %% [markdown]
-# ### Read them
+# ### Read some answers
 #
 # Here are two of the reworded questions, and what each way answers. The last line is the table's
 # own answer.
@@ -321,4 +341,6 @@ report.answers_of_ways(lines, trained.disclaimer(disclaimer))
 # Two things to try: `baseline_samples = 50`, for narrower intervals; `context_rows = 3` in notebook
 # 1, which trains the model to answer from rows in its prompt.
 #
-# Next: [6 · trust](06_trust.ipynb) asks what else the training did.
+# Next: [6 · trust](06_trust.ipynb)
+# ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/06_trust.ipynb))
+# asks what else the training did.

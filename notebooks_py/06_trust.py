@@ -47,7 +47,8 @@
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
-# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
+# nothing. Terms that are new to you are explained in the
+# [glossary](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -94,7 +95,7 @@ eval_batch_size = 32  # rows to score, or prompts to answer, at once, where memo
 split_rows = 100  # rows of training and of validation to score besides the test split; 0: none
 fidelity_rows = 50  # test rows on which to compare the ways to merge; 0 leaves that out
 outside_text = "bundled"  # or a text file of yours, on anything but the table's subject; "": none
-safety_prompts = ""  # "bundled", "none", or a .jsonl of "kind" and "prompt"; "": the example's
+safety_prompts = ""  # "": the example's; "bundled", "none", or a file (docs/parameters.md)
 safety_samples = 40  # prompts of each kind
 safety_tokens = 96  # the most that an answer to one of them may have
 
@@ -140,7 +141,7 @@ print(warning)
 # %% [markdown]
 # The models read rows of all splits, because a model that learns by heart does well on its training
 # rows only. They also read *other texts*, which come with the package and are about other subjects.
-# These show what was forgotten. So many are read:
+# With these we measure what the model forgot. This is how many of each are read:
 
 # %%
 trust.overview()
@@ -149,9 +150,11 @@ trust.overview()
 # ## Where a wrong answer does harm
 #
 # Fine-tuning teaches a model to answer every question in the way of the table. On some subjects a
-# wrong answer does harm; health is one. A table on such a subject comes with prompts on safety,
-# none of which is in the table, and all models answer them. If this table has such prompts, here
-# are two of each kind, and how the answers are judged:
+# wrong answer does harm; health is one. The worked example, which is on health, comes with
+# *prompts on safety*: questions that are not in the table. All models answer them. For another
+# table, `safety_prompts` can be a file of your own.
+#
+# If there are such prompts, here are two of each kind, and how the answers are judged:
 
 # %%
 two_of_each = trust.prompts.groupby("kind").head(2).reset_index(drop=True)
@@ -191,15 +194,17 @@ if not done:
 # ## The ways to merge
 #
 # With `quantization = "nf4"`, the adapter was trained on top of weights that were rounded to 4 bits
-# (NF4). Notebook 3 can add it to the published weights (`base_weights = "original"`) or to these
-# rounded weights (`"dequantized"`). Who serves the model later may round it to NF4 again. So there
-# are four merged models, and each differs a little from what was trained.
+# (NF4). This model, *adapter on NF4*, is what was trained. Notebook 3 can add the adapter to the
+# published weights (`base_weights = "original"`) or to these rounded weights (`"dequantized"`).
+# Later, a merged model is often rounded to NF4 once more, to serve it in less memory ("NF4 again").
+# So there are four merged models, such as *merged, original, NF4 again*, and each differs a little
+# from what was trained.
 #
-# The *Kullback-Leibler divergence* (KL) measures how much their predictions differ. Let `p` be the
-# probability of a token as trained, and `q` that of the merged model. KL is the mean of
-# `log(p / q)`, each token weighted by its `p`. It is 0 if both models predict the same. Its unit
-# is the nat, that of the natural logarithm. For one prediction among three tokens, by hand, and
-# compared with the package's function:
+# The *Kullback-Leibler divergence* (KL) measures how much their predictions differ. Let `p` be
+# the probability that the trained model gives to a token, and `q` that of the merged model. KL is
+# the mean of `log(p / q)`, each token weighted by its `p`. It is 0 if both models predict the
+# same. Its unit is the nat, that of the natural logarithm. For one prediction among three tokens,
+# by hand, and compared with the package's function:
 
 # %%
 from tabletune.evaluation.scoring import divergence
@@ -207,18 +212,19 @@ from tabletune.merging.in_memory import merge_in_memory, nf4_round_trip_model
 from tabletune.model.inspection import base_config
 from tabletune.model.loading import load_model
 
-p = torch.tensor([[0.7, 0.2, 0.1]])  # probabilities of three tokens, as trained
-q = torch.tensor([[0.5, 0.4, 0.1]])  # and merged
+p = torch.tensor([[0.7, 0.2, 0.1]])  # what the trained model gives to each of three tokens
+q = torch.tensor([[0.5, 0.4, 0.1]])  # what the merged model gives to them
 by_hand = (p * (p / q).log()).sum().item()
-# the package wants a row with it: of its two tokens, the second one is the answer
+# `divergence` takes the predictions of a whole row: here of two tokens, the second is the answer
 row = {"input_ids": [0, 1], "completion_mask": [0, 1]}
 assert abs(by_hand - divergence([p.log()], [q.log()], [row])["response_kl"][0]) < 1e-6
 print(f"{by_hand:.4f} nats")
 
 # %% [markdown]
 # The merged model is loaded as anyone would load it, without an adapter and without 4 bits. Then
-# each of its matrices is rounded to NF4 and unpacked again. The results are the same as if it
-# stayed in 4 bits.
+# each of its matrices is rounded to NF4 and unpacked again, in place. The results are the same as
+# if it stayed in 4 bits. (If the merged model is too large for this machine, it is loaded in 4
+# bits at once. Then `evaluated_in` is "NF4", and it can be compared only in this form.)
 
 # %% tags=["nbval-ignore-output"]
 made_from = base_weights_of(trained)
@@ -233,7 +239,10 @@ if not done:
 
 # %% [markdown]
 # Notebook 3 merged in one of the two ways. The other one is tried here, in memory, with one more
-# copy of the base model.
+# copy of the base model. The cell does this only if the ways are compared at all (`fidelity_rows`),
+# if the merged model fitted in 16 or 32 bits, and if the base model was not published in a
+# quantized form. The adapter is added in the number format of the training; then the model computes
+# in that of this notebook.
 
 # %% tags=["nbval-ignore-output"]
 stored = base_config(base_model, base_model_revision)
@@ -266,15 +275,19 @@ if not done and processes.is_main_process:
         trust.save(folder, metrics, warning)
     stage.record(trained.report["fingerprint"], inputs)
 processes.wait_for_everyone()
-done = True
+done = True  # if cells above run again, they do not compute again
 
 # %% [markdown]
 # ## What was found
 #
 # The first lines are perplexities, where lower is better: on rows that the model was trained on
 # (*training rows*), on rows that were only used to choose the best checkpoint (*validation rows*),
-# on questions that it never saw (*test rows*), and on *other texts*. Further lines are there only
-# if they were measured. In brackets are 95% intervals.
+# on questions that it never saw (*test rows*), and on *other texts*. In brackets are 95% intervals.
+#
+# Further lines are there only if they were measured. They are shares. With prompts on safety, there
+# are lines for each kind of prompt: how many answers do what a rule above says? *Items named* are
+# those in the answers to the test questions: how many stand in the table for this question, only
+# for another one, or nowhere? A dash means that the answers of a model name no items.
 
 # %%
 metrics = read_json(run / "trust" / "metrics.json", stage.name)
@@ -282,6 +295,9 @@ figures_table({name: metrics[name] for name in ("base", "adapter", "merged")})
 
 # %% [markdown]
 # ### Is it safe?
+#
+# One dangerous answer is too many. So the model is called unsafe as soon as one answer breaks the
+# rules above.
 
 # %%
 from IPython.display import display
@@ -328,7 +344,12 @@ print(forgetting(forgot) if forgot else "Not measured: no other text was read (o
 #
 # The rule: take the one with the lower perplexity, if the interval of the difference excludes zero.
 # Otherwise take the one whose predictions are nearer to what was trained (lower KL). If that does
-# not decide either, take the one from the published weights, which is simpler.
+# not decide either, take the one from the published weights, which is simpler. The rule is applied
+# twice: among the models that are served in 16 bits, and among those in NF4. Ship one of the two
+# that are recommended, by how you will serve it.
+#
+# A KL such as `1.23e-05` is 0.0000123 nats. For comparison: in the example by hand, where two of
+# three probabilities clearly changed, it was 0.0969.
 #
 # Look at *dequantized, NF4 again*. Its weights had been rounded to sixteen values before the
 # adapter was added. The adapter moves most of them by less than the distance between two of these
@@ -354,4 +375,5 @@ print(*in_short(metrics), sep="\n")
 #   table has nothing?
 # - `epochs = 3` in notebook 2: how much more does it memorize?
 #
-# Next: [7 · export](07_export.ipynb).
+# Next: [7 · export](07_export.ipynb)
+# ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/07_export.ipynb)).

@@ -44,7 +44,8 @@
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
-# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
+# nothing. Terms that are new to you are explained in the
+# [glossary](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -79,7 +80,7 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed parameters
 language = "en"  # of the table's texts
-tags = "qlora"  # separated by commas; tags that fit every such model are added
+tags = "qlora"  # separated by commas; tags such as "text-generation" are added
 private = True  # only you can see the uploads
 window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
 stride = 512  # tokens by which the window moves on
@@ -92,15 +93,16 @@ seed = 42
 license = ""  # of the model, as the Hub writes it ("apache-2.0"); it follows the base model's
 base_model_on_hub = ""  # if base_model was a folder: its id, "HuggingFaceTB/SmolLM2-135M-Instruct"
 push_to_hub = ""  # "owner/name" of the merged model, whose adapter becomes "owner/name-adapter"
-gguf_types = ["F16", "Q8_0", "Q4_K_M"]  # [] needs no llama.cpp; the others are made from F16
+gguf_types = ["F16", "Q8_0", "Q4_K_M"]  # 16, 8, about 4 bits a weight; []: no GGUF, no llama.cpp
 proof_rows = 30  # rows of the test split that each file is scored on
 proof_questions = 5  # questions that each file answers
 max_new_tokens = 256  # an answer is cut after so many tokens
-unknown_threshold = "auto"  # similarity, 0 to 1, below which the table has nothing; or notebook 1's
+unknown_threshold = "auto"  # with context_rows: below this score, 0 to 1, the answer is "nothing"
 
 # %% [markdown]
 # The notebook first checks that data set, adapter, merged model and figures belong together.
-# Otherwise it stops.
+# Otherwise it stops. The name of the model is that in `push_to_hub`, or else that of the run
+# folder. The disclaimer stands on the cards, in the `Modelfile`, and above the answers of the app.
 
 # %%
 from tabletune.export import app, cards, gguf, llama_cpp, ollama, verification
@@ -117,7 +119,9 @@ print(f"Disclaimer: {export_run.disclaimer}")
 #
 # A model card is the README of a model on the Hub. Its first lines are written in YAML and serve
 # the Hub's search. They name a data set or a base model only if it is on the Hub, since a path on
-# your disk means nothing to others.
+# your disk means nothing to others. The adapter and the merged model get a card each. On the Hub,
+# they differ in the library that loads them, and in the *relation* to the base model: one is an
+# adapter for it, the other a fine-tuned model of its own.
 
 # %%
 from huggingface_hub import EvalResult, ModelCardData
@@ -141,7 +145,8 @@ for part, library, relation in (
     )
 
 # %% [markdown]
-# The Hub can show a figure in its lists, but only if the data set is on the Hub, too.
+# The Hub can show a figure of a model in its lists, but only if the data set is on the Hub, too.
+# Then the perplexity of notebook 4 goes into the card's first lines:
 
 # %%
 for part, data in card_data.items():
@@ -149,6 +154,7 @@ for part, data in card_data.items():
         value = round(export_run.models[part]["perplexity"]["response"], 4)
         name = "Response perplexity, test split"
         data.model_name = export_run.name
+        # the task, the data set's type and name, the metric, its value, and what it is called
         data.eval_results = [
             EvalResult("text-generation", dataset, dataset, "perplexity", value, name)
         ]
@@ -187,8 +193,9 @@ if gguf_types and "google.colab" in sys.modules and find_spec("llama_cpp") is No
 kinds = llama_cpp.usable_types(gguf_types)
 
 # %% [markdown]
-# llama.cpp's own converter writes the file of 16 bits. It knows most kinds of models. It reads some
-# tokenizers wrongly, so these are corrected first.
+# llama.cpp's own converter writes the file of 16 bits, F16. It knows most kinds of models. It reads
+# some tokenizers wrongly, so it gets a copy in which these are corrected. All other files are made
+# from F16, so F16 comes first in `kinds`, even if you leave it out of `gguf_types`.
 
 # %%
 files = {kind: gguf.make_gguf(export_run, kind) for kind in kinds[:1]}
@@ -223,25 +230,26 @@ if files:
 
 # %% [markdown]
 # Rounding by hand: we take the first 32 weights of the embeddings, the table with a row of numbers
-# for each token. The cell stops if the result differs from the file:
+# for each token. Each weight becomes a whole number from -127 to 127, one byte, and the scale takes
+# two more bytes. The cell stops if the result differs from the file:
 
 # %%
 if "Q8_0" in files:
+    import numpy as np
     from gguf import GGUFReader, dequantize
-    from numpy import abs, allclose, float16, float32
 
     tensors = {}
     for kind in ("F16", "Q8_0"):
         reader = GGUFReader(files[kind])
         tensors[kind] = next(t for t in reader.tensors if t.name == "token_embd.weight")
-    weights = tensors["F16"].data[0, :32].astype(float32)
-    largest = abs(weights).max()
+    weights = tensors["F16"].data[0, :32].astype(np.float32)
+    largest = np.abs(weights).max()
     scale = largest / 127
-    by_hand = float32(float16(scale)) * (weights / scale).round()
+    by_hand = np.float32(np.float16(scale)) * (weights / scale).round()
     in_file = dequantize(tensors["Q8_0"].data[:1], tensors["Q8_0"].tensor_type)[0, :32]
-    assert allclose(by_hand, in_file, atol=scale / 100)
-    error = abs(by_hand - weights).max() / largest
-    print(f"32 weights in 34 bytes; the largest error is {error:.2%}")
+    assert np.allclose(by_hand, in_file, atol=scale / 100)
+    error = np.abs(by_hand - weights).max() / largest
+    print(f"32 weights in 34 bytes; the largest error is {error:.2%} of the largest weight")
 
 # %% [markdown]
 # ### The same answers?
@@ -250,6 +258,9 @@ if "Q8_0" in files:
 # on test rows, and the answers to some questions. Every token is the most likely one, so the same
 # model gives the same answers. How many are the same shows how much rounding changes. With
 # `context_rows`, all rows of the table can be found for the prompts, as in the app.
+#
+# In the table, *of the merged model's* is the perplexity of a file divided by that of the merged
+# model. If its interval contains 100%, no loss was seen.
 
 # %%
 losses = verification.verify_files(export_run, files) if files else {}
@@ -257,16 +268,16 @@ if files:
     display(pd.DataFrame(verification.loss_table(losses)).T)
 
 # %% [markdown]
-# *Of the merged model's* is the perplexity of a file divided by that of the merged model. If the
-# interval contains 100%, no loss was seen. Rounding to 16 bits cannot change it by more than half a
-# percent. A larger difference means a mistake in the file, and the notebook stops.
+# Rounding to 16 bits cannot change the perplexity by more than half a percent. A larger difference
+# means a mistake in the file, and the notebook stops.
 #
 # ## Ollama
 #
 # Ollama does not use the chat template in a GGUF file. It wants one in the template language of Go,
-# in a `Modelfile`. To find it, we render a few conversations with the tokenizer's template, and see
-# which texts it puts before, between and after the messages. The new template must give exactly the
-# same texts and the same tokens. Otherwise no `Modelfile` is written.
+# in a `Modelfile`. We write it from examples: we render a few conversations with the tokenizer's
+# template, and see which texts it puts before, between and after the messages. The template for
+# Ollama puts the same texts there. It must give exactly the same texts and the same tokens for the
+# questions of this run. Otherwise no `Modelfile` is written.
 #
 # The disclaimer stands at the top of the file and in the licence, which `ollama show --license`
 # prints. It is not in a system message, because the model was not trained with such a prompt.
@@ -308,19 +319,28 @@ if push_to_hub:
 # ## What we have now
 
 # %%
-print(f"Two model cards and {len(files)} GGUF files in {export_run.folder}.")
+more = " and the app" if app_folder else ""
+print(f"Two model cards, {len(files)} GGUF files{more} in {export_run.folder}.")
 for kind in files:
     size, ratio = losses[kind]["mib"], losses[kind]["ratio_to_merged"]
     print(f"{kind}: {size:,.0f} MiB, {ratio:.2%} of the merged model's perplexity")
 
 # %% [markdown]
-# To run them, in the run folder:
+# To use them, go to the run folder, and replace NAME with the name of the model. First start a
+# server. This is llama.cpp's:
 #
 # ```bash
 # llama-server -m export/gguf/NAME-Q8_0.gguf -c 1024
-# ollama create NAME -f export/gguf/Modelfile  # or this
+# ```
+#
+# Then ask it with the app, in a second terminal:
+#
+# ```bash
 # python export/app/app.py "A question"
 # ```
+#
+# With Ollama instead, `ollama create NAME -f export/gguf/Modelfile` adds the model, and
+# `ollama run NAME` asks it, without rows of the table. The app's README says how the app asks it.
 #
 # The app prints the disclaimer, but servers do not. If you let others ask the model, show it to
 # them.
@@ -330,5 +350,8 @@ for kind in files:
 # - `gguf_types = ["Q6_K", "Q3_K_M"]`: where do the answers begin to differ?
 # - With `context_rows`: add a line to `app/rows.jsonl`, and ask for it.
 #
-# Next: [chat](chat.ipynb) opens a page on which the base model and this one answer side by side,
-# and [report](report.ipynb) makes one page of the whole run.
+# Next: [chat](chat.ipynb)
+# ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/chat.ipynb))
+# opens a page on which the base model and this one answer side by side, and [report](report.ipynb)
+# ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/report.ipynb))
+# makes one page of the whole run.

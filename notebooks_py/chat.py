@@ -38,7 +38,8 @@
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
-# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
+# nothing. Terms that are new to you are explained in the
+# [glossary](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -64,13 +65,13 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # of notebooks 1 and 2; in Colab better "drive:home_remedies"
-base_model = "NousResearch/Llama-2-7b-chat-hf"
-base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
+base_model = "NousResearch/Llama-2-7b-chat-hf"  # as in notebook 2
+base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"  # its version on the Hub
 precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
-attn_implementation = "auto"
+attn_implementation = "auto"  # "sdpa" where the model has it, PyTorch's fast attention
 window = 1024  # tokens of a question, its rows and its answer together
-max_new_tokens = 256
-unknown_threshold = "auto"  # similarity, 0 to 1, below which the table has nothing; or notebook 1's
+max_new_tokens = 256  # an answer is cut after so many tokens
+unknown_threshold = "auto"  # with context_rows: below this score, 0 to 1, the answer is "nothing"
 wait = False  # True: the last cell runs until you interrupt it; `make chat` sets this
 disclaimer = ""  # above the page; "" for the example's, or a neutral one
 
@@ -91,7 +92,7 @@ chat = load_chat(stage)
 # ## What the model is asked
 #
 # With `context_rows`, each question is looked up in the table first. The most similar rows go into
-# the prompt, worded as in training, and both models see them. All rows of the table can be found
+# the prompt, laid out as in training, and both models see them. All rows of the table can be found
 # here, those of the test split, too. Without `context_rows`, the prompt is the question alone. Here
 # is the prompt for one question:
 
@@ -109,13 +110,17 @@ for question in chat.examples[:1]:
 # - Every token is the most likely one, as in notebook 4. So the same question gets the same answer.
 # - Each question is answered by itself, as in training. The models do not see earlier questions of
 #   the chat.
-# - Below an answer are the rows that were found, and how similar their questions are. If the table
-#   has nothing, the page says *nothing*, and why: no row was similar enough, or the model did not
-#   find an answer in the rows.
+# - With `context_rows`, below an answer are the rows that it rests on, and how similar their
+#   questions are. If the table has nothing, *Rests on nothing* stands there, and why: no row was
+#   similar enough, or the model did not find an answer in the rows.
 # - If two people ask at once, the second one waits. The disclaimer stays in view.
 
 # %%
-page = chat_page(chat)
+page = chat_page(chat)  # made with Gradio, a library for such pages
+
+# %% [markdown]
+# The cell below opens the page: inside this notebook, or with `make chat` at the address that is
+# printed.
 
 # %%
 import time
@@ -127,3 +132,13 @@ try:
         time.sleep(1)  # Ctrl-C ends it
 except KeyboardInterrupt:
     page.close()
+
+# %% [markdown]
+# Two things to try:
+#
+# - Ask a question of the table in three other ways. Which rows does the answer rest on?
+# - Ask something that the table has nothing on. Which of the two models makes something up?
+#
+# Next: [report](report.ipynb)
+# ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/report.ipynb))
+# makes one page of the whole run.

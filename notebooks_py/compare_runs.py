@@ -31,8 +31,9 @@
 # - **Time:** seconds; no GPU is used and no model is loaded.
 
 # %% [markdown] tags=["not-in-report"]
-# On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it
-# does nothing.
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
+# nothing. Terms that are new to you are explained in the
+# [glossary](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -57,9 +58,7 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 # ## Parameters
 
 # %% tags=["parameters"]
-runs = [
-    "runs/home_remedies"
-]  # run folders, as a list or with spaces between; in Colab "drive:NAME" if they live there
+runs = ["runs/home_remedies"]  # two or more run folders; in Colab ["drive:NAME", "drive:OTHER"]
 
 # %% [markdown] tags=["not-in-report"]
 # Each run is named after its folder.
@@ -81,7 +80,7 @@ every_run = compare.open_runs(runs)
 # ## What can be compared
 #
 # Runs are compared in pairs, on the same questions. So they must have the same test set. Runs that
-# differ only in their seeds are one *setting*.
+# differ only in their seeds are one *setting*: the figures of such runs differ by chance alone.
 
 # %%
 comparable, sentences = compare.comparable_runs(every_run)
@@ -92,8 +91,13 @@ say(*compare.doubts_of(every_run))
 
 # %% [markdown]
 # ## Which is best
+#
+# The setting with the most right answers is the best. If these are equal or cannot be compared,
+# the one with the fewest *bits per byte* is: they say how unlikely a model finds the table's
+# answers, measured so that models with different tokenizers can be compared (lower is better).
 
 # %%
+# the kind of questions that all runs were asked, such as "reworded"; None if there is none
 part = compare.compared_part(comparable)
 settings = compare.ranked(compare.settings_of(comparable), part)
 first, *rest = compare.headline(settings, part)
@@ -104,12 +108,12 @@ show_table(compare.settings_table(settings, part), "No run was evaluated.")
 # %% [markdown]
 # The best setting comes first. In round brackets are 95% intervals: other questions would have
 # given other figures, most likely within these limits. In square brackets are the smallest and the
-# largest figure of several seeds. *Bits per byte* say how unlikely a model finds the table's
-# answers, measured so that models with different tokenizers can be compared (lower is better).
+# largest figure of several seeds.
 #
 # Below, each other setting is compared with the best one on the same questions. That is more exact
 # than comparing two intervals. *Better* or *worse* means that the interval of the difference
-# excludes zero, and that the difference is larger than that between seeds.
+# excludes zero, and that the difference is larger than that between seeds. "Points" are percentage
+# points.
 
 # %%
 show_table(compare.pairs_table(settings, part), "There is no second setting to compare.")
@@ -126,11 +130,15 @@ show(figure, "Dot chart of right answers and of bits per byte of each setting")
 
 # %% [markdown]
 # ## Would more rows help?
+#
+# Runs that differ only in `train_rows`, the share of the training rows that is used, show it.
+# Each is a point of the figure. The verdict is about the last *doubling*: did the run with most
+# rows gain anything over one with about half as many?
 
 # %%
 curves, verdicts = learning_curve({run.name: run.folder for run in comparable})
 if curves is None:
-    say("All runs have the same `train_rows`. `make sweep GRID=grids/rows.yaml` makes others.")
+    say("All runs have the same `train_rows`. `make sweep GRID=grids/rows.yaml` varies it.")
 for verdict in verdicts:
     say_verdict(verdict)
 if curves is not None:
@@ -140,7 +148,8 @@ if curves is not None:
 # ## All figures
 #
 # These are the figures of the fine-tuned models: of the merged model, or of the adapter where
-# nothing was merged.
+# nothing was merged. Their intervals were drawn with random numbers of their own, so they can
+# differ a little from those above. A dash means that a figure was not measured.
 
 # %%
 evaluated = {run.name: run.entry for run in every_run if run.entry}
@@ -150,7 +159,9 @@ show_table(figures_table(evaluated), "Not evaluated yet.")
 # ## What differs
 #
 # First the parameters, then the versions and machines. On another machine or with other versions,
-# the same parameters may give other figures.
+# the same parameters may give other figures. A dash means that no notebook with this parameter ran.
+# If the notebooks of a run had different values, they stand with | in between. The *commit* is the
+# version of this series.
 
 # %%
 for what in ("parameters", "surroundings"):
@@ -160,6 +171,10 @@ for what in ("parameters", "surroundings"):
 
 # %% [markdown]
 # ## Training
+#
+# The validation loss is measured on rows that training does not use. If it rises again, the model
+# has begun to memorize. In an optimizer step the adapter is changed once; step 0 is the model
+# before training. A nat is the unit of a natural logarithm.
 
 # %%
 show_table(figures_table({run.name: run.info["training"] for run in every_run}))
@@ -170,15 +185,15 @@ figure, axes = plt.subplots(figsize=size, layout="constrained", dpi=200)
 for place, run in enumerate(every_run):
     style = "os^Dv*P"[place % 7] + ["-", "--", ":", "-."][place % 4]
     axes.plot(losses(run.info)["eval_loss"].dropna(), style, label=run.name)
-axes.set(xlabel="optimizer step", ylabel="validation loss (nats a token, lower is better)")
+axes.set(xlabel="optimizer step", ylabel="validation loss\n(nats a token, lower is better)")
 figure.legend(loc="outside lower center", frameon=False)
 show(figure, "Line chart of the validation loss of each run")
 
 # %% [markdown] tags=["not-in-report"]
 # ## Try
 #
-# - `make sweep GRID=grids/lora.yaml PROFILE=tiny` makes such runs from a grid, and ends with this
-#   page.
+# - `make sweep GRID=grids/lora.yaml PROFILE=tiny` makes such runs from a *grid*, a file with
+#   several values for some parameters, and ends with this page.
 # - Make two runs that differ only in `seed`. How far apart are they? Do not trust a difference that
 #   is smaller than that.
 #

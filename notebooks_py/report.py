@@ -27,12 +27,14 @@
 #
 # - **In:** the run folder of notebooks 1 to 6, of as many of them as have run.
 # - **Out:** this page. `make report RUN_DIR=...` renders it, code hidden, as `report.html` in the
-#   run folder: one file that opens without a network, on a phone, and prints.
+#   run folder. It is a single file: it opens without a network, also on a phone, and can be
+#   printed.
 # - **Time:** seconds; no GPU is used and no model is loaded.
 
 # %% [markdown] tags=["not-in-report"]
-# On Colab, this cell installs what the runtime lacks, and nothing the second time. Elsewhere it
-# does nothing.
+# On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
+# nothing. Terms that are new to you are explained in the
+# [glossary](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -57,14 +59,16 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 # ## Parameters
 
 # %% tags=["parameters"]
-run_dir = "runs/home_remedies"  # that of notebooks 1 to 5; in Colab perhaps "drive:home_remedies"
-price_per_hour = (
-    1.0  # of your machine, in your currency: a stage costs its hours times this; 0 shows no costs
-)
+run_dir = "runs/home_remedies"  # that of notebooks 1 to 6; in Colab better "drive:home_remedies"
+price_per_hour = 1.0  # what an hour of your machine costs, in your currency; 0: show no costs
 answers_shown = 5  # how many questions are shown with their answers
 
 # %% [markdown] tags=["not-in-report"]
 # The notebooks have left their figures in files. Where one is missing, the page says so.
+#
+# `info` below has the contents of these files, one inside the other as in JSON.
+# `at(info, "a", "b")` is `info["a"]["b"]`, or `None` if it is not there. `FIGURES` has the figures
+# that a table can show: for each name, where it stands in these files and how it is written.
 
 # %%
 import matplotlib.pyplot as plt
@@ -134,27 +138,33 @@ for group in groups:
 # %% [markdown]
 # ## Was training worth it?
 #
-# Simpler ways were asked the same questions (`make baselines`), and a person can rate the answers
-# (`make rate`).
+# Notebook 5 (`make baselines`) asks simpler ways the same questions. With `make rate`, people can
+# rate the answers without knowing which model gave them.
 
 # %%
 sentences = at(info["baselines"], "verdict", "sentences")
 if sentences:
     say_verdict(sentences)
 else:
-    say("Not measured in this run: `make baselines`.")
+    say("Not measured in this run: `make baselines` measures it.")
 if "ways" in info["baselines"]:
     show(plot_baselines(info["baselines"]), "Dot chart of the right answers of each way to answer")
 
 # %%
-say(*(info["rating"].get("sentences") or ["No person has rated the answers: `make rate`."]))
+say(*(info["rating"].get("sentences") or ["No person has rated the answers yet."]))
 
 # %% [markdown]
 # ## Perplexity and form
 #
 # Perplexity says how uncertain the model is about the table's answers. A perplexity of 50 means
 # that it is as uncertain as if it chose each token among 50 equally likely ones. Lower is better.
-# It does not say whether the model's own answers are right.
+# It does not say whether the model's own answers are right. *Response perplexity* counts the tokens
+# of the answers only, *full-text perplexity* those of the questions, too. *Bits per byte* say the
+# same per byte instead of per token, so they can be compared between models with different
+# tokenizers.
+#
+# The form of the model's own answers: they *stop* if the model ends them by itself, they *have the
+# structure* if they are the answer template, filled in, and *new tokens* are their length.
 
 # %%
 show_table(form_table(metrics), "Not evaluated yet.")
@@ -167,9 +177,10 @@ if models:
 # %% [markdown]
 # ## Training
 #
-# The loss is the logarithm of the perplexity. Lower is better. The model is trained on the training
-# rows, and not on the validation rows. If the validation loss rises while the training loss still
-# falls, the model has begun to memorize.
+# The loss is the logarithm of the perplexity. Lower is better. The model is trained on the
+# training rows, and not on the validation rows. If the validation loss rises while the training
+# loss still falls, the model has begun to memorize. In an optimizer step the adapter is changed
+# once; step 0 is the model before training. A nat is the unit of a natural logarithm.
 
 # %%
 curves = reading.losses(info)
@@ -185,7 +196,9 @@ show_table(figures_table({"fine-tuning": info["training"]}), "Not trained yet.")
 # %% [markdown]
 # ## Data
 #
-# How many rows the table had, how many were changed or dropped and why, and how many were left.
+# This is what notebook 1 did with the rows of the table: how many were changed, how many were
+# dropped and why, and how many were left. "Of these" says how the rows that were left are
+# divided.
 
 # %%
 show_table(reading.row_counts(data))
@@ -194,10 +207,12 @@ show_table(reading.row_counts(data))
 # ## Trust
 #
 # This is measured by notebook 6 (`make trust`). Fine-tuning should lower the perplexity of rows
-# that the model was not trained on (test rows). If it lowers that of training rows much more, the
-# model has memorized. The perplexity of other texts should not rise.
+# that the model was not trained on (test rows). If it lowers the perplexity of training rows much
+# more, the model has memorized. *Other texts* are about other subjects. If their perplexity rises,
+# the model has forgotten something.
 
 # %%
+# of all figures those that notebook 6 measures: first by split, and further down by rules
 places = {name: place for name, (place, _) in FIGURES.items()}
 of_splits = [name for name in places if places[name].startswith(("by_split", "outside"))]
 show_table(figures_table(models, of_splits))
@@ -207,7 +222,10 @@ say(*(metrics.get("memorization") or []))
 of_rules = [name for name in places if places[name].startswith(("safety", "grounding"))]
 judged = figures_table(models, of_rules)
 if len(judged):
-    say("Shares of the answers to prompts on safety, or of the items that answers name:")
+    say(
+        "Of the answers to prompts on safety, how many send people to help, and how many offer a "
+        "remedy? Of the items that answers name, how many stand in the table, and where?"
+    )
     show_table(judged)
 
 # %%
@@ -215,14 +233,18 @@ emergencies = reading.worst_emergencies(run, info)
 if emergencies:
     total = len(emergencies["question"])
     shown = min(answers_shown, total)
-    say(f"{shown} of {total} emergencies. Wrong answers come first:")
+    say(
+        f"Here are {shown} of {total} emergencies. Answers that offer a remedy or do not send people "
+        "to help come first:"
+    )
     show_answers(emergencies, shown, disclaimer)
 
 # %% [markdown]
 # ## Differences
 #
 # Two models are compared on the same questions. That is more exact than comparing two intervals.
-# *Better* and *worse* are about the first of the two models. About 1 in 20 comparisons looks
+# *Better* and *worse* are about the first of the two models. "Points" are percentage points.
+# Perplexities are divided: a ratio of 0.5 means half as uncertain. About 1 in 20 comparisons looks
 # significant by chance. Do not trust a single borderline one.
 
 # %%
@@ -255,13 +277,13 @@ show_table(figures_table(info["manifest"]))
 seconds = sum(at(entry, "seconds") or 0 for entry in info["manifest"].values())
 cost = ""
 if price_per_hour:
-    cost = f", {seconds / 3600 * price_per_hour:,.3f} at {price_per_hour:g} an hour"
-say(f"In all {seconds:,.0f} seconds{cost}.")
+    cost = f" At {price_per_hour:g} an hour, this costs {seconds / 3600 * price_per_hour:,.3f}."
+say(f"All notebooks together took {seconds:,.0f} seconds.{cost}")
 
 # %% [markdown]
 # ## Parameters of the run
 #
-# If notebooks ran with different values, all of them are listed.
+# If notebooks ran with different values of a parameter, all of them are listed, with | in between.
 
 # %%
 show_table(info["parameters"])
@@ -269,8 +291,9 @@ show_table(info["parameters"])
 # %% [markdown]
 # ## Provenance
 #
-# State this beside a figure from this run. With the same versions on the same kind of machine, the
-# figures can be reproduced.
+# If you publish a figure of this run, publish these beside it: with the same versions on the same
+# kind of machine, it can be reproduced. Two data sets with the same *fingerprint* are the same.
+# The *commit* is the version of this series.
 
 # %%
 show_table({"data set (fingerprint)": data.get("fingerprint"), **info["surroundings"]})
@@ -283,4 +306,6 @@ show_table({"data set (fingerprint)": data.get("fingerprint"), **info["surroundi
 # - Set `answers_shown` to the number of all questions. Do you find an answer that is wrong in a way
 #   that no figure here shows?
 #
-# Next: [compare_runs](compare_runs.ipynb) puts runs beside each other.
+# Next: [compare_runs](compare_runs.ipynb)
+# ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/compare_runs.ipynb))
+# puts runs beside each other.

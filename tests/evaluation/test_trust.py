@@ -328,7 +328,7 @@ def test_the_summary_of_grounding():
     assert "name no items" in grounding_finding({"named": 0, "answers": 0})
     assert "not measured" in grounding_finding(None)
     assert (
-        "It names 4 items in 2 answers. Of these, 25% stand in the table for that very question"
+        "names 4 items in 2 answers. Of these, 25% stand in the table for that very question"
         in grounding_finding(entry)
     )
 

@@ -165,7 +165,7 @@ def test_a_worse_setting_is_told_apart_by_more_than_the_seeds_do(tmp_path):
     table = pairs_table(settings, part)
     assert table.loc["near", "result"] == "no difference shown"
     assert table.loc["worse", "result"] == "worse"
-    [same] = [line for line in headline(settings, part) if line.startswith("No difference to it")]
+    [same] = [line for line in headline(settings, part) if line.startswith("No difference from it")]
     assert "near" in same
     assert "worse" not in same
 

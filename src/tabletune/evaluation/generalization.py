@@ -240,7 +240,7 @@ def what_to_ship(
         sentences.append(f'Ship {what}: "{name}", as {reason}.')
         sentences.append(
             f"Compared with what was trained, it is {change}: its perplexity is "
-            f"{as_ratio(cost, '.4f')} times as high."
+            f"{as_ratio(cost, '.4f')} times that of what was trained."
         )
     return sentences
 

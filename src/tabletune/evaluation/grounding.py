@@ -169,17 +169,17 @@ def ground_answers(
 
 
 def grounding_finding(entry: dict | None) -> str:
-    """A sentence on what a model's `grounding` says; None is called not measured."""
+    """A sentence on the fine-tuned model's `grounding`; None is called not measured."""
     if entry is None:
         return (
             "Whether its answers name items of the table was not measured: the answer template has "
             "no line for an item (item_field), or there are no answers."
         )
     if not entry["named"]:
-        return "Its answers name no items."
+        return "The answers of the fine-tuned model name no items."
     share_here, elsewhere, nowhere = (f"{entry[place]:.0%}" for place in PLACES)
     return (
-        f"It names {entry['named']} items in {entry['answers']} answers. Of these, {share_here} "
-        f"stand in the table for that very question, {elsewhere} only for other questions, and "
-        f"{nowhere} nowhere."
+        f"The fine-tuned model names {entry['named']} items in {entry['answers']} answers. "
+        f"Of these, {share_here} stand in the table for that very question, {elsewhere} only for "
+        f"other questions, and {nowhere} nowhere."
     )

@@ -43,9 +43,9 @@ ROWS_BY_HAND = (
     "To ship it, put the rows in front of each question as earlier turns, as notebook 5 shows: "
     "no command does it."
 )
-EXPORT_MODEL = f"To ship it: `make export RUN_DIR=…`. To ask it here: `{ASK}`."
+EXPORT_MODEL = f"To ask it here: `{ASK}`. To ship it: `make export RUN_DIR=…`."
 COMMANDS = {
-    COPY.name: f"To ship it: `{ASK} MODEL_PART=copy`. To take it away: `make export RUN_DIR=…`, "
+    COPY.name: f"To ask it here: `{ASK} MODEL_PART=copy`. To ship it: `make export RUN_DIR=…`, "
     "then `python app.py --copy` in export/app.",
     BASE.name: f"To ask it here: `{ASK} MODEL_PART=base`. To ship it, serve the base model itself.",
     BASE_FIXED.name: ROWS_BY_HAND,
@@ -56,8 +56,8 @@ COMMANDS = {
 WORTH_IT = "Training was worth it"
 PROBABLY_WORTH_IT = "Training was probably worth it"
 ONLY_OF_THE_TABLE = (
-    "This is about the table's own questions, in any words: "
-    "no way answers enough new questions right."
+    "This holds for questions that the table has, in any words. "
+    "Of new questions, no way answers enough right."
 )
 IN_WORDS = {
     CONSTANT.name: "always the same answer",

@@ -405,7 +405,7 @@ def headline(settings: Sequence[Setting], part: str | None) -> list[str]:
         if not is_told_apart(right, pair_difference(setting, best, BITS, part)):
             same.append(setting.name)
     if same:
-        sentences.append(f"No difference to it is shown for: {', '.join(same)}.")
+        sentences.append(f"No difference from it is shown for: {', '.join(same)}.")
     elif settings[1:]:
         sentences.append("All others differ from it by more than chance.")
     if all(len(setting.runs) == 1 for setting in settings):

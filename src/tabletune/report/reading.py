@@ -40,6 +40,7 @@ FILES = {  # what the stages leave: (file, its kind, the stage)
     "trust": ("trust/metrics.json", dict, STAGES[4]),
     "rating": ("rating/metrics.json", dict, "make rate"),
 }
+NAMES_OF_SPLITS = {"train": "training"}  # the others are called as they are stored
 # name: (where it stands in the entry of a model, a way to merge or a stage, how it is written)
 FIGURES = {
     **{name: (f"{group} {key}", form) for name, (group, key, form) in COLUMNS.items()},
@@ -47,9 +48,9 @@ FIGURES = {
     "perplexity, validation rows": ("by_split validation response", ",.2f"),
     "perplexity, test rows": ("by_split test response", ",.2f"),
     "perplexity, other texts": ("outside perplexity", ",.2f"),
-    "emergencies: sends for help": ("safety emergency seeks_help", ".0%"),
+    "emergencies: sends to help": ("safety emergency seeks_help", ".0%"),
     "emergencies: offers a remedy": ("safety emergency offers_remedy", ".0%"),
-    "everyday: sends for help": ("safety everyday seeks_help", ".0%"),
+    "everyday: sends to help": ("safety everyday seeks_help", ".0%"),
     "everyday: offers a remedy": ("safety everyday offers_remedy", ".0%"),
     "items named, for this question": ("grounding this_condition", ".0%"),
     "items named, for another one": ("grounding other_condition", ".0%"),
@@ -310,11 +311,17 @@ def row_counts(data: dict) -> dict[str, str]:
         counts[f"dropped: {reason}"] = -count
     counts["left"] = data.get("rows_out")
     for name, count in (data.get("splits") or {}).items():
-        counts[f"for {name}"] = count
+        counts[f"of these, {NAMES_OF_SPLITS.get(name, name)}"] = count
     for name, count in (data.get("answer_leaks") or {}).items():
-        counts[f"of {name}, the answer is in training, too"] = count
+        title = NAMES_OF_SPLITS.get(name, name)
+        counts[f"of {title}, the answer is in training, too"] = count
     counts["safety examples mixed into training"] = data.get("safety_rows")
-    return {name: f"{count:,} rows".replace("-", "−") for name, count in counts.items() if count}
+    texts = {}
+    for name, count in counts.items():
+        if count:
+            unit = "row" if abs(count) == 1 else "rows"
+            texts[name] = f"{count:,} {unit}".replace("-", "−")
+    return texts
 
 
 def answers_of(run: Path, info: dict, most: int) -> tuple[list[AnsweredQuestions], int]:

@@ -31,9 +31,9 @@ FIGURES_COMPARED = {  # of the differences, {name in the metrics: what tables ca
     "exact_match_rate": "answers right word for word",
     "stop_rate": "answers that stop",
     "structure_rate": "answers with the structure",
-    "emergency_seeks_help": "emergencies: sends for help",
+    "emergency_seeks_help": "emergencies: sends to help",
     "emergency_offers_remedy": "emergencies: offers a remedy",
-    "everyday_seeks_help": "everyday: sends for help",
+    "everyday_seeks_help": "everyday: sends to help",
     "everyday_offers_remedy": "everyday: offers a remedy",
 }
 NEITHER_IS_BETTER = {  # {name: (what more of it is called, what less of it)}
