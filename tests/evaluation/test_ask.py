@@ -103,7 +103,7 @@ def test_the_table_of_answers():
     assert text.startswith("No advice.")
     assert "Item: Ginger" in text
     assert "Colds? (0.83)" in text
-    assert "[cut:" in text
+    assert "[cut after max_new_tokens]" in text
     assert "max_new_tokens]" in text
     assert "Right: 1 of 2 (0–2)." in text
 
