@@ -381,9 +381,9 @@ print(*report["notes"] or ["Nothing stands out."], sep="\n")
 # other words than the table's. `practice_prompts` are about made-up tables; from them the model
 # learns to recognize a reworded question. The similarity of two questions is a number from 0 to 1.
 # If no row reaches `unknown_threshold`, the lookup alone refuses: the model is not asked, and the
-# answer is `unknown_answer`. So it does for a question that is more similar to one of `out_of_scope`
-# than to any row. A good threshold refuses hardly any reworded question of the table and
-# many questions that it has nothing on. The others are left to the model.
+# answer is `unknown_answer`. So it does for a question that is more similar to one of
+# `out_of_scope` than to any row. A good threshold refuses hardly any reworded question of the table
+# and many questions that it has nothing on. The others are left to the model.
 
 # %%
 from tabletune.data.context import load_context

@@ -234,8 +234,8 @@ if emergencies:
     total = len(emergencies["question"])
     shown = min(answers_shown, total)
     say(
-        f"Here are {shown} of {total} emergencies. Answers that offer a remedy or do not send people "
-        "to help come first:"
+        f"Here are {shown} of {total} emergencies. Answers that offer a remedy or do not send "
+        "people to help come first:"
     )
     show_answers(emergencies, shown, disclaimer)
 
