@@ -1,0 +1,23 @@
+"""What a page about a run says of the rows of its table."""
+
+from tabletune.report.reading import row_counts
+
+REPORT = {
+    "rows_in": 1_200,
+    "dropped": {"no answer": 3, "too long": 1},
+    "rows_out": 1_196,
+    "splits": {"train": 1_000, "validation": 1, "test": 195},
+}
+
+
+def test_row_counts_say_one_row_in_the_singular():
+    counts = row_counts(REPORT)
+    assert counts["dropped: too long"] == "−1 row"
+    assert counts["dropped: no answer"] == "−3 rows"
+    assert counts["of these, validation"] == "1 row"
+
+
+def test_row_counts_call_the_split_train_training():
+    counts = row_counts(REPORT)
+    assert counts["of these, training"] == "1,000 rows"
+    assert "of these, train" not in counts
