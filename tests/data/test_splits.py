@@ -42,6 +42,24 @@ def test_too_few_questions_are_refused():
         assign_splits(places(["a", "b", "a"]), 0.1, 0.1)
 
 
+@pytest.mark.parametrize(("validation", "test"), [(0, 0.15), (0.15, 0), (0, 0), (1e-9, 0.15)])
+def test_an_empty_split_takes_one_question_and_leaves_the_others_as_they_are(validation, test):
+    positions = places([f"q{number}" for number in range(400)])
+    split = assign_splits(positions, validation, test)
+    fractions = {"validation": validation, "test": test}
+    for name, fraction in fractions.items():
+        if fraction < 1e-6:
+            assert (split == name).sum() == 1
+        else:
+            assert 0.1 < (split == name).mean() < 0.2
+    assert (split == "train").mean() > 0.8
+
+
+def test_an_empty_training_split_takes_a_question_of_the_largest():
+    split = assign_splits([0.1, 0.2, 0.3, 0.4, 0.4], 0.1, 0.85)
+    assert sorted(split) == ["test", "test", "test", "train", "validation"]
+
+
 def test_case_and_punctuation_make_no_other_question():
     assert (
         question_key(["Sore Throat"])

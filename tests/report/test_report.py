@@ -76,7 +76,7 @@ def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def a_run(folder, stages=5, parameters=PARAMETERS):
+def a_run(folder, stages=6, parameters=PARAMETERS):
     """Write what the first so many stages leave, as far as the page reads it."""
     names = reading_module.STAGES[:stages]
     write_json(
@@ -291,7 +291,7 @@ def test_a_page_about_a_run(render, tmp_path):
     assert "80% (10% – 90%)" in text
     assert "98.7%" in text
     assert "0.0123 (0 – 1)" in text
-    assert "1,500 seconds. At 1 an hour, this costs 0.417." in text
+    assert "2,100 seconds. At 1 an hour, this costs 0.583." in text
     assert all(name in text for name in (*PARAMETERS, "abc123", "9.8.7", "c0ffee")), (
         "parameters and provenance"
     )
@@ -487,14 +487,17 @@ def test_figures_that_do_not_belong_together(tmp_path):
     change(run / "trust" / "metrics.json", merged={}, base={}, adapter={})
     assert reading_module.doubts(reading_module.read_run(run)) == []
     manifest = json.loads((run / "manifest.json").read_text())
-    manifest["04_evaluate"]["finished"] = "2026-11-08"  # what 05 says does not depend on it
+    manifest["04_evaluate"]["finished"] = "2026-11-08"  # 05 and 06 do not depend on it
     write_json(run / "manifest.json", manifest)
     assert reading_module.doubts(reading_module.read_run(run)) == []
     manifest["02_finetune_qlora"]["finished"] = "2026-11-09"
     manifest["04_evaluate"]["dataset_fingerprint"] = "other"
     write_json(run / "manifest.json", manifest)
     again, other = reading_module.doubts(reading_module.read_run(run))
-    assert "02_finetune_qlora ran again after 03_merge_adapter, 04_evaluate, 06_trust" in again
+    assert (
+        "02_finetune_qlora ran again after 03_merge_adapter, 04_evaluate, 05_baselines, 06_trust"
+        in again
+    )
     assert "did not work on the same data set" in other
 
 

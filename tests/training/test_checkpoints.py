@@ -112,6 +112,19 @@ def test_checkpoints_of_other_hardware_are_not_gone_on_from(trained):
     assert list(trained.folder.glob("earlier/*/checkpoints/settings.json"))
 
 
+def test_a_training_goes_on_from_another_folder(tmp_path, monkeypatch):
+    """The base model's path is another text there, and the same folder."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    relative = Stage("02_finetune_qlora", tmp_path / "run", {"base_model": "base"})
+    check_done_or_archive(relative, ON_CPU, OneProcess())
+    absolute = Stage("02_finetune_qlora", tmp_path / "run", {"base_model": str(tmp_path / "base")})
+    monkeypatch.chdir("/")
+    check_done_or_archive(absolute, ON_CPU, OneProcess())
+    assert not (tmp_path / "run" / "earlier").exists()
+
+
 @pytest.mark.parametrize(("ended", "epochs"), [(True, 0), (False, 1)])
 def test_a_training_that_had_ended_is_only_read(tmp_path, ended, epochs):
     control = {"args": {"should_training_stop": ended}}

@@ -91,9 +91,10 @@ def assign_splits(
     the test split, one at 0.15 in validation, one at 0.7 in training.
 
     `official` has the split that a row must stay in, or ""; the held-out splits that no row has
-    officially come from the rows for training, "" or "train". Where the fractions leave one empty,
-    as in a small table, the questions with the lowest positions fill it. Raises StageError if there
-    are too few different questions for that.
+    officially come from the rows for training, "" or "train". Where the fractions leave a split
+    empty, as in a small table or with a fraction of 0, it gets one question of the largest split,
+    and the others stay as they are. Raises StageError if there are too few different questions for
+    that.
     """
     positions = np.array(positions)  # [rows]
     official_splits = np.array(
@@ -110,10 +111,16 @@ def assign_splits(
             f"Only {len(questions)} different questions are left; {', '.join(names)} need at least "
             f"{len(names)}. If one prompt has many answers in this table, set split_by: row."
         )
-    if len(np.unique(np.digitize(questions, bounds))) < len(names):
-        # one question for each held-out split; all others train
-        bounds = questions[1 : len(names)]
-    return np.where(is_free, np.array(names)[np.digitize(positions, bounds)], official_splits)
+    places = np.digitize(questions, bounds)  # [questions]: the place of each one's split in names
+    for place in range(len(names)):
+        if place not in places:
+            largest = np.bincount(places).argmax()
+            # its question with the lowest position
+            places[np.flatnonzero(places == largest)[0]] = place
+    of_rows = places[np.searchsorted(questions, positions[is_free])]
+    splits = official_splits.copy()
+    splits[is_free] = np.array(names)[of_rows]
+    return splits
 
 
 def limit_training(split: np.ndarray, positions: Sequence[float], train_rows: float) -> np.ndarray:

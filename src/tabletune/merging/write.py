@@ -66,7 +66,7 @@ def merge_adapter(
     for folder in folders:
         if (folder / "merged").exists():
             # what was measured belongs to the merged model that it was measured on
-            archive(folder, "merged", "evaluation", "trust")
+            archive(folder, "merged", "evaluation", "baselines", "trust", "rating")
     with atomic_write(target / "merged") as partial_folder:
         partial_folder.mkdir()
         started = time.perf_counter()

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -25,10 +25,14 @@ from tabletune.report.tables import (
 from tabletune.report.text import COLUMNS, figures_of, with_interval
 from tabletune.run.files import read_json
 
-if TYPE_CHECKING:  # matplotlib is slow to import
-    pass
-
-STAGES = ["01_format_dataset", "02_finetune_qlora", "03_merge_adapter", "04_evaluate", "06_trust"]
+STAGES = [
+    "01_format_dataset",
+    "02_finetune_qlora",
+    "03_merge_adapter",
+    "04_evaluate",
+    "05_baselines",
+    "06_trust",
+]
 FILES = {  # what the stages leave: (file, its kind, the stage)
     "manifest": ("manifest.json", dict, STAGES[0]),
     "data": ("dataset/report.json", dict, STAGES[0]),
@@ -36,8 +40,8 @@ FILES = {  # what the stages leave: (file, its kind, the stage)
     "history": ("training/log_history.json", list, STAGES[1]),
     "merge": ("merged/merge_report.json", dict, STAGES[2]),
     "evaluation": ("evaluation/metrics.json", dict, STAGES[3]),
-    "baselines": ("baselines/metrics.json", dict, "05_baselines"),
-    "trust": ("trust/metrics.json", dict, STAGES[4]),
+    "baselines": ("baselines/metrics.json", dict, STAGES[4]),
+    "trust": ("trust/metrics.json", dict, STAGES[5]),
     "rating": ("rating/metrics.json", dict, "make rate"),
 }
 NAMES_OF_SPLITS = {"train": "training"}  # the others are called as they are stored
@@ -246,7 +250,7 @@ def stale_stages(manifest: dict, ran: Sequence[str]) -> list[str]:
         when = str(at(manifest, stage, "finished"))
         later_stages = ran[position + 1 :]
         older = [later for later in later_stages if str(at(manifest, later, "finished")) < when]
-        if older and stage != "04_evaluate":  # 06 does not build on its figures
+        if older and stage in STAGES[:3]:  # no other stage is built on
             sentences.append(
                 f"{stage} ran again after {', '.join(older)}, which tell of something older."
             )

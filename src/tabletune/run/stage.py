@@ -36,7 +36,7 @@ PACKAGES = [
     "safetensors",
     "tabletune",
 ]
-# no result depends on these parameters, so changing one does not run a stage again
+# no result depends on these parameters, so changing one does not compute a stage again
 NOT_IN_RESULTS = {"run_dir", "push_dataset_to", "your_question", "ignore_memory"}
 # What a result was computed on. A finished one counts on another machine, too: whoever trained on a
 # GPU and opens the run on a laptop keeps the adapter.
@@ -65,7 +65,7 @@ class Stage:
         """Whether this stage has made `outputs` from `inputs` with these settings.
 
         `outputs` are names in the folder. `inputs` holds what identifies them (fingerprints,
-        digests). Prints a line if it is done.
+        digests). If it is done, prints a line and releases the lock of the run.
         """
         self.outputs = outputs
         entry = self.entries().get(self.name, {})

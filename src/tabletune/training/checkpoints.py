@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from tabletune.run.files import archive, remove, write_json
-from tabletune.run.stage import COMPUTED_ON, Stage
+from tabletune.run.stage import COMPUTED_ON, Stage, normalized_parameters
 
 
 def check_done_or_archive(stage: Stage, inputs: dict[str, Any], processes: PartialState) -> bool:
@@ -27,8 +27,8 @@ def check_done_or_archive(stage: Stage, inputs: dict[str, Any], processes: Parti
     """
     run = stage.folder
     file = run / "checkpoints" / "settings.json"
-    # as JSON has them, to compare with what was read from a file
-    settings = json.loads(json.dumps(stage.settings | inputs))
+    # with absolute paths, as the training may go on from another folder
+    settings = normalized_parameters(stage.settings | inputs)
     # the first process archives before the others look
     with processes.main_process_first():
         if stage.is_done(inputs, ["adapter", "training/metrics.json"]):
@@ -38,7 +38,7 @@ def check_done_or_archive(stage: Stage, inputs: dict[str, Any], processes: Parti
             # nothing here was made by this training
             archive(run, "adapter", "training")
             write_json(file, settings)
-        elif json.loads(file.read_text(encoding="utf-8")) != settings:
+        elif normalized_parameters(json.loads(file.read_text(encoding="utf-8"))) != settings:
             archive(run, "checkpoints", "adapter", "training")
             write_json(file, settings)
     return False

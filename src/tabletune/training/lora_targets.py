@@ -20,7 +20,8 @@ def lora_targets(model: PreTrainedModel, wanted: str | list[str] = "auto") -> li
 
     `wanted` is one of:
 
-    - "auto": the linear layers of attention and of what stands in its place (in Llama q, k, v, o)
+    - "auto": the linear layers of attention and of what stands in its place (in Llama q, k, v, o);
+      as "all-linear" where no layer has such a name
     - "all-linear": all but the output layer and a mixture's experts, which are no linear layers
     - another text: a regular expression
     - a list of names, or of ends of names
@@ -61,7 +62,10 @@ def lora_targets(model: PreTrainedModel, wanted: str | list[str] = "auto") -> li
 
 
 def adaptable_layers(model: PreTrainedModel, attention_only: bool) -> list[str]:
-    """The names of the linear layers that can have an adapter; all of them without attention."""
+    """The names of the linear layers that can have an adapter.
+
+    With `attention_only` those of attention, or all of them if the model has none by that name.
+    """
     modules, is_mixture = dict(model.named_modules()), has_experts(model)
     adaptable, in_attention = [], []
     for name in linear_layers(model):
