@@ -29,9 +29,9 @@
 #
 # **What fine-tuning is.** A chat model has read a large part of the internet, and it answers any
 # question in its own way. Fine-tuning shows it a few hundred of *your* questions and answers, and
-# changes it a little, until it answers like them. People do this for a fixed format, a tone or
-# labels, or so that a small model can use their data. This series does it with a table, and
-# measures whether it was worth it.
+# changes it a little, until it answers like them. The model before that is called the *base model*.
+# People fine-tune to get a fixed format or a tone, to sort texts into classes, or so that a small
+# model can use their data. This series does it with a table, and measures whether it was worth it.
 #
 # The worked example is a table of home remedies. The one that comes with this series begins like
 # this (*Yogasan* is a yoga posture; the web address in the first row is a slip, which this notebook
@@ -87,45 +87,52 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 # ## Parameters
 #
 # For your own table, `dataset` is often all that you change: the notebook recognizes how its rows
-# become conversations, and shows it below.
+# become conversations, and shows it below. Terms in the comments are explained further down, where
+# they are used.
+# [docs/parameters.md](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/parameters.md)
+# says more about each parameter, and
+# [docs/own-data.md](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/own-data.md)
+# explains each `shape`.
 
 # %% tags=["main-parameters"]
 run_dir = "runs/home_remedies"  # where everything is written; in Colab better "drive:home_remedies"
 seed = 42  # of all random choices but the splits
-base_model = "NousResearch/Llama-2-7b-chat-hf"  # the model that notebook 2 will train
+base_model = "NousResearch/Llama-2-7b-chat-hf"  # its Hub id; notebook 2 will train it
 dataset = "medss19/home_remedies_dataset"  # a file, a folder, a pattern like "data/*.csv", a Hub id
 dataset_config = ""  # a sheet of a workbook, or a configuration of a Hub data set
 splits = {}  # files of each split, if you have them: {"train": "train.csv", "test": "test.csv"}
 shape = "auto"  # or columns, prompt_completion, instruction, messages, conversations, text
-columns = {}  # what your columns are: {"question": "Frage", "answer": "Antwort"}
+columns = {}  # your names of columns: {"question": "Customer asks", "answer": "We reply"}
 question_template = ""  # makes a question from columns: "I have {issue}. What helps?"
 answer_template = ""  # the same for the answer; a line whose columns are all empty is skipped
-answer_column = ""  # the column of the answer itself: a row without it is dropped
+answer_column = ""  # the column that an answer cannot do without: a row without it is dropped
 system_prompt = ""  # how the model is to behave, for all rows that do not say so themselves
-context_rows = 0  # 3: the three most similar rows of the table stand in every prompt
+context_rows = 0  # how many rows of the table, the most similar ones, stand in every prompt
 unknown_answer = ""  # what to answer if no row fits, such as "The table has nothing on that."
 max_length = 512  # tokens (parts of words) in an example; a longer one is dropped, never cut
 validation_fraction = 0.1  # of the questions
 test_fraction = 0.15  # of the questions
 
 # %% [markdown]
-# The other parameters are folded away. Open a cell to change one.
+# The other parameters are folded away. Open a cell to change one. If you start the notebooks with
+# the command `make`, it adds a cell with the settings of a *profile*, a file of parameters for one
+# kind of hardware. They override those above. In Colab there is no such cell.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed: how a table is read
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"  # its version on the Hub
-thinking = False  # true: the answers in the table begin with <think>…</think>
+thinking = False  # True: the answers in the table begin with <think>…</think>
 template_date = "2026-01-01"  # the date in prompts, for a chat template that writes one
 dataset_revision = "main"  # the version of a Hub data set: a branch or a commit
 encoding = "auto"  # of a text file: "utf-8", "cp1252", "shift_jis", …
 delimiter = "auto"  # between the cells of a .csv: ",", ";", "tab", …
-quotes = "auto"  # of a .csv; "letters": '"' is a letter; "cells": quoted cells may look like rows
+quotes = "auto"  # "letters": " is an ordinary letter; "cells": a quoted cell may have many lines
 header = True  # False: the first line is a row, and the columns are called 1, 2, …
-header_row = 0  # the line with the column names; 0: the first line that is no title
+header_row = 0  # the line with the column names; 0: the first line that is not a title
 split_column = ""  # the column that names the split of a row; "split" is recognized
 roles = {}  # who speaks in a conversation: {"Alice": "user", "Bob": "assistant"}
 ignore_turn_keys = []  # keys of turns to leave out, such as ["reasoning_content"]
-answer_lists = ""  # what a list in an answer is: "rows", "first", "lines" or "json"
+answer_lists = ""  # if a cell has a list of answers: "rows" makes a row of each; "first", …
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed: what becomes of its rows
@@ -135,31 +142,31 @@ strip_addresses = False  # remove web addresses from all texts
 collapse_spaces = False  # single spaces, no invisible characters; not for code
 html_to_text = False  # keep the text of HTML without its tags
 max_dropped = 0.1  # the notebook stops if a larger share of the rows is lost
-near_duplicate_threshold = 1.0  # above 1: keep rows that differ only in capitals and punctuation
+near_duplicate_threshold = 1.0  # 1.01 keeps rows that differ only in capitals and punctuation
 keep_duplicates = False  # True: rows that stand there twice on purpose are kept
-split_by = "question"  # "row" if all rows have the same question: they would be one split
+split_by = "question"  # "row": for a table in which all rows have the same question
 split_seed = 42  # decides which questions are test questions
-train_rows = 1.0  # use a share of the training questions, or (above 1) so many
+train_rows = 1.0  # 0.5: half of the training questions; 50: fifty of them
 loss_on_last_answer = False  # True: only the last answer of a conversation is learned
 safety_rows = 0  # add rows about emergencies to the training: True for all, or how many
-push_dataset_to = ""  # publish the result on the Hub as this; needs an access token
+push_dataset_to = ""  # publish the result on the Hub as this (docs/colab.md: the token it needs)
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed: prompts with rows of the table in them, where context_rows is above 0
 context_template = "Rows of the table:\n\n{rows}\n\nAnswer this, from the rows if they have it:\n{question}"
 context_characters = 0  # if rows are short, more of them: up to so many characters together
-context_hit_rate = 0.6  # this share of the training questions has its own row in the prompt
-copies = 1  # how often each row is asked, in different prompts; 0.3: three rows of ten
+context_hit_rate = 0.6  # share of the training questions with their own row in the prompt
+copies = 1  # 2: each row is asked in two different prompts; 0.3: only 30% of the rows are asked
 most_tokens = 0  # of all training prompts together; 0: no limit
-reworded_share = 0.5  # this share of the training questions is asked in other words
+reworded_share = 0.5  # share of the training questions that are asked in other words
 rewordings = ""  # a column or file with other wordings of the questions; "": simple rules
 practice_prompts = 0  # prompts about made-up tables: practice in recognizing reworded questions
 out_of_scope = ""  # what not to answer: "emergencies", or a text file with a question a line
-unknown_threshold = "auto"  # 0 to 1: if no row is so similar, the answer is unknown_answer
-certain_threshold = "auto"  # 0 to 1: if a row is so similar, its answer replaces a refusal
+unknown_threshold = "auto"  # 0.3: if all rows are less similar than that, refuse to answer
+certain_threshold = "auto"  # 0.9: a row more similar than that is the answer, if the model refuses
 
 # %% tags=["parameters"]
-# `make` adds a cell below this one, with the settings of its profile. They override those above.
+# `make` adds its cell below this one
 
 # %%
 from tabletune.run.stage import start_stage
@@ -176,9 +183,10 @@ run = stage.folder  # the run folder, as a path
 # of its own, its *chat template*. We use that template as it is, so that our rows look like the
 # conversations that the model knows.
 #
-# The table shows the template of this model. A *system message* comes before a conversation and
-# says how the model is to behave. *Thinking* is what some models write before they answer. Some
-# templates also write a date.
+# The table shows the template of this model. Its first line is how a prompt ends, here one in which
+# the user has said *Hello*: after that the model writes its answer. ⏎ is the end of a line. A
+# *system message* comes before a conversation and says how the model is to behave. *Thinking* is
+# what some models write before they answer. Some templates also write a date.
 
 # %%
 from tabletune.chat.templates import describe_template
@@ -211,9 +219,10 @@ show_table(data_report.first_rows(table))
 # %% [markdown]
 # From the names of the columns, the notebook recognizes the *shape* of the table: how its rows
 # become conversations. In the shape `columns`, two templates put question and answer together from
-# several columns. A name in braces, such as `{issue}`, stands for the text in a column; the list
-# below says in which one. The worked example is recognized, too, and has settings of its own. Your
-# own `shape`, `columns` and templates override what is recognized.
+# several columns. A name in braces, such as `{issue}`, stands for the text of a column. The last
+# lines of the list below say of which column: `issue = column 'Health Issue'`. The worked example
+# is recognized, too, and has settings of its own. Your own `shape`, `columns` and templates
+# override what is recognized.
 
 # %%
 from tabletune.data.shapes import recognize, with_example
@@ -238,7 +247,8 @@ show_table({field: text[:500] for field, text in row.items()})
 # %% [markdown]
 # **Cleaned.** By default little is changed. A letter such as é can be stored in two ways; one of
 # them is used everywhere (Unicode's form NFC). Line ends are made the same, and white space around
-# a text is removed. Everything inside a text stays as you wrote it.
+# a text is removed. Everything inside a text stays as you wrote it. The cell below does the same in
+# one line of its own, and compares the result with the package's.
 
 # %%
 import unicodedata
@@ -276,9 +286,10 @@ if first["prompt"]:
 print(rendered[:2000])
 
 # %% [markdown]
-# **As numbers.** The text becomes the numbers of its tokens. A mask is 1 for the tokens that the
-# model is to learn: those of the answer, and the one that ends it. Only they count in the *loss*,
-# the error that training makes smaller.
+# **As numbers.** The text becomes the numbers of its tokens. Beside them stands a *mask*, a list
+# with a 1 for each token that the model is to learn, and a 0 for each other one. To be learned are
+# the tokens of the answer, and the one that ends it. Only they count in the *loss*, the error that
+# training makes smaller.
 #
 # We check the package's `encode` by hand on this row: we encode the whole conversation, and encode
 # the prompt alone. What follows the prompt is the answer.
@@ -288,7 +299,9 @@ from tabletune.chat.encoding import encode, encode_prompt, show_tokens
 
 encoded = encode(first, tokenizer, stops)
 prompt = encode_prompt(first["prompt"], tokenizer)
+# the template has written the special tokens already
 by_hand = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+# some templates write a line end after the token that ends the answer: it is left out
 answer = by_hand[len(prompt) : len(encoded["input_ids"])]
 print(f"{len(encoded['input_ids'])} tokens, {sum(encoded['completion_mask'])} of them in the loss")
 print("the numbers of the first ten:", encoded["input_ids"][:10])
@@ -297,7 +310,7 @@ print("prompt and answer by hand equal the package's:", encoded["input_ids"] == 
 # %% [markdown]
 # The same, token by token. **Bold** tokens are special: they are marks and not text, such as the
 # end of a turn. Tokens on a coloured ground are in the loss; the model only reads the others. ⏎ is
-# the end of a line.
+# the end of a line, and an empty box is a space. A rare word has several tokens.
 
 # %%
 show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
@@ -305,11 +318,12 @@ show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 # %% [markdown]
 # ## All rows
 #
-# Three kinds of rows are dropped:
+# These rows are dropped:
 #
-# - rows without a question or an answer: they teach nothing;
+# - rows without a question or an answer: they teach nothing. (In the worked example, the remedy is
+#   what an answer cannot do without; the yoga may be missing.)
 # - copies of other rows, also if they differ in capitals and punctuation (near duplicates): they
-#   would be learned twice, and a copy among the test rows would make the test too easy;
+#   would be learned twice, and a copy among the test rows would make the test too easy.
 # - rows that are too long. They are not cut: from an answer without its end, the model would learn
 #   not to stop.
 #
@@ -328,7 +342,8 @@ from tabletune.data.pipeline import format_table
 from tabletune.data.retrieval_folder import named_file_digests, write_retrieval
 from tabletune.run.hub import upload_result
 
-# a digest is a short number that changes if the file changes
+# What the result depends on: a digest is a short number that changes if a file changes, and a
+# commit is the version of a table on the Hub. The report's fingerprint is a digest of the result.
 inputs = {"table": table.digest, "commit": table.commit} | named_file_digests(settings)
 outputs = ["dataset", "retrieval"] if context_rows else ["dataset"]
 if not stage.is_done(inputs, outputs):
@@ -340,7 +355,8 @@ if not stage.is_done(inputs, outputs):
 report = data_report.read_report(run)
 
 # %% [markdown]
-# What happened to the rows:
+# What happened to the rows. First a sum: the rows in the table, less those that were dropped. Then
+# how many rows were changed, and by which rule:
 
 # %%
 data_report.rows_table(report)
@@ -367,6 +383,9 @@ print(*report["notes"] or ["Nothing stands out."], sep="\n")
 # %% [markdown]
 # ## Rows of the table in the prompt
 #
+# This section is about runs with `context_rows` above 0. With 0, the default, nothing here is done:
+# go on with [Look at it](#Look-at-it).
+#
 # A small model that is fine-tuned on a table learns how answers look, but hardly what they say. So
 # the table itself can go into the prompt. With `context_rows = 3`, each question is first looked
 # up, both in training and later, when you ask the model: the prompt contains the three rows whose
@@ -377,13 +396,15 @@ print(*report["notes"] or ["Nothing stands out."], sep="\n")
 # [docs/right-answers.md](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/right-answers.md)
 # has the measurements.
 #
-# A training prompt has some rows and asks several questions about them, half of them *reworded*: in
-# other words than the table's. `practice_prompts` are about made-up tables; from them the model
-# learns to recognize a reworded question. The similarity of two questions is a number from 0 to 1.
-# If no row reaches `unknown_threshold`, the lookup alone refuses: the model is not asked, and the
-# answer is `unknown_answer`. So it does for a question that is more similar to one of
-# `out_of_scope` than to any row. A good threshold refuses hardly any reworded question of the table
-# and many questions that it has nothing on. The others are left to the model.
+# To save time, a training prompt has several questions about the same rows. Half of the questions
+# are *reworded*: they say the same in other words than the table. With `practice_prompts` there are
+# also prompts about made-up tables. From them the model learns to recognize a reworded question.
+#
+# The similarity of two questions is a number from 0 to 1. If no row reaches `unknown_threshold`,
+# the lookup alone refuses: the model is not asked, and the answer is `unknown_answer`. With a good
+# threshold, the lookup refuses many of the questions that the table has nothing on, but hardly any
+# reworded question of the table. It also refuses a question that is more similar to one of
+# `out_of_scope` than to any row. All other questions are put to the model.
 
 # %%
 from tabletune.data.context import load_context
@@ -392,10 +413,13 @@ from tabletune.data.retrieval_report import OFF, example_prompt, prompts_table
 show_table(prompts_table(report), OFF)
 
 # %% [markdown]
-# What the model is asked, and the right answer, for one training question and one validation
-# question (here with one question in each prompt). With rows in the prompt, only training rows are
-# searched. A validation or test question therefore never finds its own row here, and the right
-# answer is that the table has nothing.
+# Below is what the model is asked, and the right answer, for one training question and one
+# validation question. (In training, several questions can share a prompt; here there is one in
+# each.)
+#
+# With `context_rows`, only training rows are searched here. A validation or test question therefore
+# never finds its own row, and the right answer to it is `unknown_answer`. So we see whether the
+# model has learned to refuse.
 
 # %%
 print(example_prompt(run, load_context(run)))
@@ -434,9 +458,8 @@ print(*data_report.sentences_on_data_set(report), sep="\n")
 # %% [markdown]
 # Two things to try:
 #
-# - Set `max_length` to the number of tokens that half of the rows exceed (see above). What does the
-#   notebook say?
-# - Set `system_prompt` to a sentence of your own, and find it among the tokens above.
+# - Set `max_length` to the number in "Half of them are longer than … tokens" above, so that half of
+#   the rows are too long. What does the notebook say?
 #
 # Next: [2 · fine-tune](02_finetune_qlora.ipynb)
 # ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/02_finetune_qlora.ipynb)).

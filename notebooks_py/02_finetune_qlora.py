@@ -31,15 +31,17 @@
 # - **Out:** `adapter/`, what was learned, some hundred megabytes or less; `training/metrics.json`
 #   and the loss curves.
 # - **Time:** minutes for a table of a few hundred rows on a GPU; three to six minutes on two CPU
-#   cores with the small model of the profiles `cpu` and `knowledge`.
+#   cores with the small model of `cpu` and `knowledge`, two
+#   [profiles](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/parameters.md#profiles)
+#   (files of parameters).
 #
-# A model of seven billion weights (7B) takes 13 GB, two bytes a weight, and training all of them
-# takes several times that. *LoRA* ([Hu et al., 2021](https://arxiv.org/abs/2106.09685)) leaves the
-# weights of the model *frozen*, which means that they do not change. It trains a small *adapter*
-# beside them; for a 7B model the adapter has about one weight for every hundred of the model.
-# *QLoRA* ([Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)) also stores the frozen model
-# with 4 bits a weight, in a format called NF4. So a 7B model can be trained on a T4, the GPU of
-# free Colab, which has 15 GB.
+# A model is a long list of numbers, its *weights*. Training changes them. A model with nearly seven
+# billion weights (7B) takes 13 GB, two bytes a weight, and training all of them takes several times
+# that. *LoRA* ([Hu et al., 2021](https://arxiv.org/abs/2106.09685)) leaves the weights of the model
+# *frozen*, which means that they do not change. It trains a small *adapter* beside them; for a 7B
+# model the adapter has about one weight for every hundred of the model. *QLoRA* ([Dettmers et al.,
+# 2023](https://arxiv.org/abs/2305.14314)) also stores the frozen model with 4 bits a weight, in a
+# format called NF4. So a 7B model can be trained on a T4, the GPU of free Colab, which has 15 GB.
 #
 # In Colab this notebook runs on a machine of its own, which does not have the files of notebook 1.
 # Set `run_dir = "drive:home_remedies"` below and in notebook 1: both then work in that folder of
@@ -73,7 +75,10 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 # ## Parameters
 #
 # For a first run nothing needs to change. Terms in the comments are explained further down, where
-# they are used.
+# they are used, or in the
+# [glossary](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/glossary.md).
+# The two that matter most: a *batch* is the rows that the model reads at once, and in a *step* it
+# reads one or more batches and then changes the adapter once.
 
 # %% tags=["main-parameters"]
 run_dir = "runs/home_remedies"  # that of notebook 1; in Colab better "drive:home_remedies"
@@ -86,36 +91,37 @@ attn_implementation = "auto"  # "sdpa" where the model has it
 max_length = 512  # tokens in a row, at least those of the longest example
 lora_r = 64  # the rank: the larger, the more the adapter can learn
 lora_alpha = 16  # how strongly the adapter counts: it is multiplied by lora_alpha / lora_r
-lora_dropout = 0.0  # 0.1 costs a quarter more memory and gained nothing in one epoch
+lora_dropout = 0.0  # dropout; 0.1 costs a quarter more memory and gained nothing in one epoch
 lora_target_modules = "auto"  # what gets an adapter: attention; or "all-linear", or names
 epochs = 1  # passes over all training examples
 packing = True  # several examples in one row of max_length tokens, kept apart: no padding
-batch_size = "auto"  # rows at once; "auto": a step has up to 16, if min_steps steps remain
-min_steps = 300  # for batch_size "auto": a small table gets small batches, so enough steps
-gradient_accumulation_steps = 1  # batches in a step
+batch_size = "auto"  # rows in a batch; "auto": a step has up to 16, fewer for a small table
+min_steps = 300  # with "auto", batches are so small that there are this many steps, if possible
+gradient_accumulation_steps = 1  # how many batches there are in a step
 learning_rate = 3e-4  # how large the changes of a step are
-optim = "paged_adamw_32bit"  # the optimizer
+optim = "paged_adamw_32bit"  # the optimizer: AdamW, which may move its memory to the CPU
 gradient_checkpointing = True  # recompute layers where memory is short: up to a third slower
 use_liger_kernel = True  # Liger's code for GPUs: faster, and with less memory for the loss
 evaluations = 4  # how often the validation loss is measured and a checkpoint saved
 early_stopping_patience = 0  # stop after so many evaluations without improvement; 0: never
 
 # %% [markdown]
-# The other parameters are folded away. Open the cell to change one.
+# The other parameters are folded away. Open the cell to change one. If you start the notebooks with
+# the command `make`, it adds a cell with the settings of a profile. They override those above.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed parameters
 published_dataset = ""  # a data set that notebook 1 published on the Hub, if the run has none
 lora_options = {}  # anything else for peft.LoraConfig, such as {"use_rslora": True}
 training_options = {}  # anything else for trl.SFTConfig, such as {"weight_decay": 0.01}
-lr_scheduler_type = "cosine"  # how the learning rate falls
+lr_scheduler_type = "cosine"  # how the learning rate falls: as half a wave of the cosine
 warmup = 0.03  # the share of steps in which the learning rate rises; a whole number counts steps
 max_grad_norm = 0.3  # longer gradients are shortened to this length
 report_to = "tensorboard"  # a page with live curves; or "wandb", "trackio", "none"
 ignore_memory = False  # True: train even if the weights alone do not seem to fit
 
 # %% tags=["parameters"]
-# `make` adds a cell below this one, with the settings of its profile. They override those above.
+# `make` adds its cell below this one
 
 # %%
 # PyTorch reads this setting when it is imported. With it, freed GPU memory is used again better.
@@ -156,9 +162,9 @@ processes = PartialState(cpu=not torch.cuda.is_available())
 splits, report = examples.load_examples(run, published_dataset, processes)
 
 # %% [markdown]
-# Each example becomes token ids, the numbers of its tokens, and as many labels. A label is the id
-# that the model should predict, or -100 where nothing is to be learned. Only the answers are in the
-# loss.
+# Each example becomes two lists of the same length. The *token ids* are the numbers of its tokens.
+# The *labels* say what the model should predict: the same id, or -100 where nothing is to be
+# learned. Only the answers are in the loss.
 #
 # The model learns from the training split alone. The validation split shows during training how it
 # does on other questions. The test split waits for notebook 4.
@@ -168,6 +174,7 @@ splits, report = examples.load_examples(run, published_dataset, processes)
 # counted without rows in its prompts.
 
 # %%
+# the chat template as notebook 1 has used it: with thinking or without, and with which date
 tokenizer, stops = load_tokenizer(base_model, base_model_revision, *template_settings(report))
 encoded, counts = examples.encode_splits(splits, tokenizer, stops, max_length)
 counts
@@ -177,12 +184,14 @@ counts
 #
 # Before anything large is downloaded, we look at the model's configuration: what it is, which of
 # its layers get an adapter, and whether it can be trained here at all. Its *context length* is the
-# most tokens that it can read at once.
+# most tokens that it can read at once. The last lines are the chat template, as in notebook 1.
 #
 # Most models have two parts in each layer. In the *attention*, a token looks at the tokens before
 # it. Its matrices are often called `q_proj`, `k_proj`, `v_proj` and `o_proj`; "sdpa" (scaled
 # dot-product attention) is PyTorch's fast implementation. The other part changes each token by
-# itself, with the matrices `gate_proj`, `up_proj` and `down_proj`.
+# itself, with the matrices `gate_proj`, `up_proj` and `down_proj`. With NF4, these matrices are
+# stored in 4 bits. The rest of the model keeps 16 or 32 bits, above all the table that has a list
+# of numbers for each token of the vocabulary.
 
 # %%
 config, dtype = base_config(base_model, base_model_revision), compute_dtype(precision)
@@ -195,17 +204,19 @@ show_table(summary)
 # Examples differ in length. If the shorter ones of a batch were filled up to the longest, about a
 # third of the work would be wasted. *Packing* puts several examples into one row of `max_length`
 # tokens instead. They must not see each other. So the positions of the tokens start at 0 again with
-# each example. From that, transformers knows where an example begins, and hides the earlier ones
-# from it.
+# each example. From that, transformers (the library that runs the model) knows where an example
+# begins, and hides the earlier ones from it.
 #
-# The cell below packs the examples and looks at the first row. (With `packing = False`, the
-# training does not use these rows.)
+# The cell below packs the examples and looks at the first row. The *collator* makes the batches: it
+# turns rows into tensors, which are PyTorch's arrays, and adds the positions. (With `packing =
+# False`, the training does not use these rows.)
 
 # %%
 from trl.data_utils import pack_dataset
 
 packed = pack_dataset(encoded["train"], max_length)
-positions = Collator(tokenizer.pad_token_id, max_length)([packed[0]])["position_ids"][0]
+collate = Collator(tokenizer.pad_token_id, max_length)
+positions = collate([packed[0]])["position_ids"][0]  # [tokens]: 0, 1, 2, …, 0, 1, 2, …
 print("In the first row, examples begin at tokens", (positions == 0).nonzero()[:, 0].tolist())
 
 # %% [markdown]
@@ -219,7 +230,9 @@ print("In the first row, examples begin at tokens", (positions == 0).nonzero()[:
 # - the adapter. Each of its weights also has a *gradient*, the direction in which the loss falls,
 #   and the *optimizer*, which changes the weights, remembers earlier gradients.
 # - *activations*: the results of all layers, from which the gradients are computed.
-# - working memory for one layer at a time, or for the loss.
+# - working memory: what one layer, or the loss, needs while it computes. It is freed at once.
+# - what there is besides: on a CPU Python and its libraries, on a GPU the memory that PyTorch
+#   reserves in advance.
 #
 # With several GPUs, each holds a full copy of the model if it fits (DDP, distributed data
 # parallel). If not, they share it (FSDP, fully sharded data parallel): each keeps a part of every
@@ -235,10 +248,11 @@ room.expected.round(2).to_frame()
 # ## The base model is loaded
 #
 # With 4 bits a weight can have one of sixteen values. NF4 ("normal float") has more of them near
-# zero, where most weights of a neural network are. Every 64 weights share a scale; "double
-# quantization" stores those scales in 8 bits, too. Whenever a layer computes, its weights are
-# unpacked to 16 or 32 bits. With `quantization = "none"` there is no NF4: all weights are loaded in
-# 16 or 32 bits.
+# zero, where most weights of a neural network are. Every 64 weights share a *scale*, a number that
+# the sixteen values are multiplied by. "Double quantization" stores the scales in 8 bits instead of
+# 32. Whenever a layer computes, its weights are unpacked to 16 or 32 bits. The library bitsandbytes
+# does all this. With `quantization = "none"` there is no NF4: all weights are loaded in 16 or 32
+# bits.
 
 # %%
 quantization_config = BitsAndBytesConfig(
@@ -275,6 +289,7 @@ plan = planning.plan_steps(stage.parameters, train, encoded["train"], room, proc
 # %%
 from peft import LoraConfig, get_peft_model
 
+# CAUSAL_LM: a language model that predicts the next token from those before it
 lora_config = LoraConfig(
     r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, task_type="CAUSAL_LM",
     target_modules=shortest_target_names(model, targets), **lora_options,
@@ -288,9 +303,9 @@ print(f"{model.num_parameters(only_trainable=True):,} weights are trained.")
 #
 # A *checkpoint* is the state of a training, saved to disk. Run this notebook again after an
 # interruption: it continues from the newest complete checkpoint, and ends where a run without
-# interruption would have ended. Checkpoints of other settings or other data are moved to
-# `earlier/`. If this very training has been completed before, `done` is true, and the cells below
-# show its results.
+# interruption would have ended. `inputs` are what the training depends on besides its parameters.
+# Checkpoints of other settings or other data are moved to `earlier/`. If this very training has
+# been completed before, `done` is true, and the cells below show its results.
 
 # %%
 inputs = planning.inputs_of(report, dtype, processes, room)
@@ -299,21 +314,22 @@ done = checkpoints.check_done_or_archive(stage, inputs, processes)
 # %%
 from trl import SFTConfig
 
-# the rest: batches and checkpoints, the learning rate's course, number formats, several GPUs
+# SFT is supervised fine-tuning: training on examples with the right answer. `settings` has what
+# is not written here: checkpoints, the learning rate's course, number formats, several GPUs.
 settings = trainer_settings.sft_arguments(stage, done, dtype, room, plan, train is packed)
 training_arguments = SFTConfig(
     num_train_epochs=epochs, learning_rate=learning_rate, optim=optim, remove_unused_columns=False,
     per_device_train_batch_size=plan.batch_size, gradient_accumulation_steps=plan.accumulated,
-    dataset_kwargs={"skip_prepare_dataset": True},  # the rows are token ids and labels already
-    **settings | training_options,
+    # the rows are token ids and labels already, and keep all of their columns
+    dataset_kwargs={"skip_prepare_dataset": True}, **settings | training_options,
 )
 
 # %% [markdown]
 # TRL's `SFTTrainer` does the work. Our `TokenTrainer` differs from it in a few points,
 # of which these matter most:
 #
-# - Its validation loss, which decides which checkpoint is the best, is the mean over all tokens. So
-#   a batch counts by its tokens, and not by its rows.
+# - Its validation loss decides which checkpoint is the best. It is the mean over all tokens, so a
+#   batch with more tokens counts more.
 # - The adapter stays in numbers of 32 bits (fp32). For a 4-bit model, TRL would store it in bf16,
 #   a format of 16 bits. Small updates would be lost, and a T4 cannot train with it
 #   ([trl#4901](https://github.com/huggingface/trl/issues/4901)).
@@ -321,19 +337,22 @@ training_arguments = SFTConfig(
 #   numbers are the same, and training takes a sixth less time.
 
 # %%
+# callbacks are called during training: they stop it early, or say which layers to recompute
 trainer = TokenTrainer(
     model=model, args=training_arguments, processing_class=tokenizer, train_dataset=train,
-    eval_dataset=encoded["validation"], data_collator=Collator(tokenizer.pad_token_id, max_length),
+    eval_dataset=encoded["validation"], data_collator=collate,
     callbacks=training_callbacks(early_stopping_patience, room.recomputed_layers(plan.batch_size)),
 )
 
 # %% [markdown]
 # ## Train
 #
-# Both losses below should fall. The training loss jumps, because each step reads other rows. If the
-# validation loss rises again while the training loss goes on falling, the model has begun to learn
-# its rows by heart. (With `evaluations = 1` there is only one validation loss, at the end.)
-# TensorBoard, a page with live curves, shows the same: `tensorboard --logdir runs`.
+# The first line below says where the training starts. The table gets a line each time the
+# validation loss is measured. Both losses should fall. The training loss jumps, because each step
+# reads other rows. If the validation loss rises again while the training loss goes on falling, the
+# model has begun to learn its rows by heart. (With `evaluations = 1` there is only one validation
+# loss, at the end.) TensorBoard, a page with live curves, shows the same: `tensorboard --logdir
+# runs`.
 
 # %% tags=["nbval-ignore-output"]
 if not done:
@@ -355,8 +374,9 @@ if not done:
 # ## What it learned
 #
 # The loss is the mean of $-\log p$, where $p$ is the probability that the model gave to the token
-# that really came next. With the natural logarithm, its unit is called *nat*. Lower is better: 0
-# would be certainty; at 2 nats the right token had a probability of $e^{-2}$, 14%, on average.
+# that really came next. With the natural logarithm, its unit is called *nat*. Lower is better. A
+# model that gives every right token a probability of 14% has a loss of 2 nats, since $e^{-2}$ is
+# 0.14. If it is certain of every right token, its loss is 0.
 
 # %%
 from tabletune.run.files import read_json
@@ -379,9 +399,10 @@ plot_losses(read_json(run / "training" / "log_history.json", stage.name), metric
 # fine-tuned one, the first question of the training split. With `context_rows`, both have rows of
 # the table in the prompt. A small base model often only repeats what it was asked.
 #
-# Compare the form of the answers first, then what they say: does the last one agree with an answer
-# of the table? If the table has several, any of them is right. To save time, an answer is cut after
-# 64 tokens. Notebook 4 asks many questions, also new ones, and counts the right answers.
+# Compare the form of the answers first, then what they say: does the answer of the fine-tuned model
+# agree with an answer of the table? If the table has several, any of them is right. To save time,
+# an answer is cut after 64 tokens. Notebook 4 asks many questions, also new ones, and counts the
+# right answers.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.evaluation.before_after import answer_before_and_after, before_and_after
@@ -416,7 +437,8 @@ print(f"{likely[0]:.2%} with the base model, {likely[1]:.2%} after training.")
 # Two things to try:
 #
 # - `epochs = 2`: does the validation loss still fall in the second one?
-# - `lora_r = 16`, which trains a quarter of the weights. How much of the loss does that cost?
+# - `lora_r = 16`, which trains a quarter of the weights: how much higher is the validation loss at
+#   the end?
 #
 # Next: [3 · merge](03_merge_adapter.ipynb)
 # ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/03_merge_adapter.ipynb)).

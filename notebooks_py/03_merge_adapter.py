@@ -28,8 +28,8 @@
 # | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away |
 #
 # - **In:** `adapter/` in the run folder, from notebook 2, and the base model.
-# - **Out:** `merged/`, a plain model that transformers loads like any other, without the training
-#   libraries, and `merged/merge_report.json`.
+# - **Out:** `merged/`, a plain model, and `merged/merge_report.json`. The library transformers
+#   loads the model like any other, without the training libraries.
 # - **Time:** about as long as copying the base model's files, and as long again to verify the
 #   result: a minute or two for 7B on a T4, half a minute on a CPU with the small model of
 #   `profiles/cpu.yaml`.
@@ -78,7 +78,7 @@ run_dir = "runs/home_remedies"  # that of notebooks 1 and 2; in Colab better "dr
 base_model = "NousResearch/Llama-2-7b-chat-hf"  # as in notebook 2
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"  # its version on the Hub
 base_weights = "original"  # or "dequantized"
-max_shard_gb = 1.0  # the largest file of the merged model; merging one takes about as much memory
+max_shard_gb = 1.0  # size limit for a file of the merged model; merging one takes about as much
 
 # %% [markdown]
 # First a plan: which *tensors* (the matrices and lists of numbers of the model) will change? The
@@ -99,13 +99,15 @@ print(f"{len(plan.tensors)} tensors in the base model, {len(plan.adapted)} of th
 # ## One matrix
 #
 # LoRA leaves a matrix $W$ as it is and learns two thin ones beside it, $A$ with $r$ rows and $B$
-# with $r$ columns. The shapes of the first three, as rows and columns:
+# with $r$ columns. The name of the first layer that has an adapter, and the shapes of its $W$, $A$
+# and $B$, as (rows, columns):
 
 # %%
 from tabletune.merging.lora import lora_matrices
 
-# plan.modules: {tensor in the files: layer of the model}; the first layer that has an adapter
-name, module = next(item for item in plan.modules.items() if item[1] in plan.adapted)
+# `plan.modules` says for each tensor in the files which layer (module) of the model it belongs to
+adapted = [(name, module) for name, module in plan.modules.items() if module in plan.adapted]
+name, module = adapted[0]
 weight = plan.read(name)
 a, b = lora_matrices(plan.adapter, module)
 print(f"{module}\nW {tuple(weight.shape)}, A {tuple(a.shape)}, B {tuple(b.shape)}")
@@ -121,8 +123,9 @@ from tabletune.merging.lora import scaling
 merged = weight + scaling(plan.config, module) * b @ a
 
 # %% [markdown]
-# The package's `add_lora` does the same without a second matrix in memory. From here on it merges
-# all layers. The next cell stops with an error if its result differs from ours:
+# The package's `add_lora` does the same, but writes the result into $W$ itself: a second matrix
+# would take memory. Here it gets a copy of $W$ (`clone`). From here on it merges all layers. The
+# next cell stops with an error if its result differs from ours:
 
 # %%
 import torch
@@ -152,7 +155,9 @@ changes = {
     "the adapter": merged - weight,
     f"rounding to {str(plan.dtype).removeprefix('torch.')}": merged.to(plan.dtype).float() - merged,
 }
+# `plan.provenance` is what notebook 2 has written about its training
 if plan.provenance.get("quantization", "nf4") == "nf4":
+    # there and back: rounded to NF4 as for the training, and unpacked again
     changes["rounding to NF4"] = nf4_round_trip(weight, plan.training_dtype) - weight
 sizes = {name: change.norm() / weight.norm() for name, change in changes.items()}
 pd.Series({name: f"{size.item():.3%}" for name, size in sizes.items()}).to_frame("changes W by")
@@ -166,8 +171,8 @@ pd.Series({name: f"{size.item():.3%}" for name, size in sizes.items()}).to_frame
 #
 # Then the result is verified. Three models read the same two rows of the test split: the base
 # model, the base model with its adapter, and the merged model, read back from its files. The last
-# two must give the same scores, except for rounding. (With `"dequantized"`, the base model is the
-# quantized one.) A merged model that differs by more is not kept.
+# two must give the same scores (logits) to all tokens, except for rounding. (With `"dequantized"`,
+# the base model is the quantized one.) A merged model that differs by more is not kept.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.merging.write import merge_adapter
@@ -175,14 +180,16 @@ from tabletune.merging.write import merge_adapter
 merged_folder, report = merge_adapter(plan, stage, max_shard_gb)
 
 # %% [markdown]
-# We measure the difference between the last two models as a share of what the adapter changes: 0%
+# The adapter changes the base model's scores. By how much do the merged model's scores still differ
+# from those of the base model with its adapter? We show that as a share of the adapter's change: 0%
 # is a perfect merge, and 100% is one that left the adapter out. Rounding alone gives a few percent
-# if the files are in bf16, and well under 1% if they are in fp16, which has more digits.
+# if the files are in bf16, and well under 1% if they are in fp16, which has more digits. (Less than
+# 0.1% is shown as 0.1%.)
 
 # %%
 verified = report["difference_to_effect"] is not None
 if verified:
-    part = max(report["difference_to_effect"], 0.001)  # 0.1% also stands for less
+    part = max(report["difference_to_effect"], 0.001)
     same = report["same_next_token"]
     print(f"At a typical token the merged model differs by {part:.1%} of what the adapter changes.")
     print(f"For {same:.0%} of the tokens, the two find the same next token most likely.")
@@ -213,9 +220,11 @@ from tabletune.run.artifacts import load_dataset_of_run
 
 splits, dataset_report = load_dataset_of_run(run)
 row = splits["test"][0]
+# the question as messages, or the beginning of a plain text
 start = row["prompt"] or row["completion"][0]["content"][:40]
-context = load_context(run, "use")  # None without context_rows
+context = load_context(run, "use")  # what searches the rows; None without context_rows
 if context is not None:
+    # the question with the most similar rows of the table
     prompt = context.prompt(row["prompt"])
     start = prompt.messages
 
@@ -229,7 +238,8 @@ if verified:
     question = start[-1]["content"] if row["prompt"] else start
     answer = written[-1]["content"] if row["prompt"] else written
     if context is not None:
-        answer, _ = context.final_answer(answer, prompt)  # the lookup may have refused
+        # `unknown_answer` instead, if no row is similar enough
+        answer, _ = context.final_answer(answer, prompt)
     warning = example_settings(dataset_report).get("disclaimer", NEUTRAL_DISCLAIMER)
     columns = {"asked": [question], "the merged model, at most 60 tokens": [answer]}
     display(side_by_side(columns, 1, warning))
@@ -239,10 +249,10 @@ else:
 # %% [markdown]
 # ## What we have now
 #
-# One plain model in safetensors files, a format that holds weights and can hold no program. The
-# memory below includes Python and its libraries, which take more than a small model. Where memory
-# is free, up to four files are merged at once. One at a time, a 7B model takes a tenth of the
-# memory of the usual way.
+# One plain model in safetensors files, a format that holds weights and can hold no program. A
+# *layer* in the table below is one of the matrices with an adapter. The memory includes Python and
+# its libraries, which take more than a small model. Where memory is free, up to four files are
+# merged at once. One at a time, a 7B model takes a tenth of the memory of the usual way.
 
 # %% tags=["nbval-ignore-output"]
 show_table(
@@ -258,9 +268,9 @@ show_table(
 # %% [markdown]
 # Two things to try:
 #
-# - `base_weights = "dequantized"`: the table in "One matrix" says how much rounding to NF4 changes
-#   $W$. Notebook 6 says what that does to the model.
-# - `max_shard_gb = 0.1`: more files, less memory, and the same tensors to the last bit.
+# - `base_weights = "dequantized"`, and then run notebooks 3 and 4 again: are the answers any
+#   different? The table in "One matrix" says how much rounding to NF4 changes $W$, and notebook 6
+#   says what that does to the model.
 #
 # Next: [4 · evaluate](04_evaluate.ipynb)
 # ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/04_evaluate.ipynb)).

@@ -36,8 +36,9 @@
 # - the *adapter*: the base model with what notebook 2 trained,
 # - the *merged* model of notebook 3, in which both are one.
 #
-# We also measure how probable each model finds the table's own answers. What else the training did,
-# to safety for instance, is the subject of notebook 6.
+# We also measure how probable each model finds the table's own answers (its *perplexity*, which is
+# explained below). What else the training did, to safety for instance, is the subject of notebook
+# 6.
 #
 # - **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
 # - **Out:** `evaluation/metrics.json`, `answers.jsonl`, `samples.jsonl`, `scores.parquet` and
@@ -47,7 +48,8 @@
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
-# nothing. Terms that are new to you are explained in the [glossary](../docs/glossary.md).
+# nothing. Terms that are new to you are explained in the
+# [glossary](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/glossary.md).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Install what Colab lacks (elsewhere this does nothing)
@@ -71,9 +73,12 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 # %% [markdown]
 # ## Parameters
 #
-# Rarely changed settings are folded away and come first; the next cell can override them. When
-# `make` runs a notebook, it adds one more cell, with the settings of its profile. These override
-# all others.
+# The first cell has settings that are rarely changed. It is folded away; open it to change one. If
+# you start the notebooks with the command `make`, it adds one more cell, with the settings of a
+# profile (a file of parameters). These override all others. Terms in the comments are explained
+# further down;
+# [docs/parameters.md](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/parameters.md)
+# says more about each.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed parameters
@@ -82,23 +87,23 @@ window = 1024  # tokens that the model sees at once; a longer text is read in ov
 stride = 512  # tokens by which the window moves on
 do_sample = False  # False takes the most likely token each time, so answers can be reproduced
 temperature = 0.7  # with do_sample: higher values give more varied answers
-top_p = 0.9  # with do_sample: draw from the likeliest tokens that have this probability together
+top_p = 0.9  # with do_sample: leave out unlikely tokens, those beyond 90% of the probability
 bootstrap_samples = 2000  # draws behind each 95% interval
-item_field = ""  # the answer template's field of what is recommended, or "none"; "": the example's
-disclaimer = ""  # above every answer; "" for the example's, or a neutral one
+item_field = ""  # the {name} in the answer template for what is recommended, or "none"
+disclaimer = ""  # a sentence above all answers; "": that of the worked example, or a neutral one
 
 # %% tags=["parameters"]
 run_dir = "runs/home_remedies"  # that of notebooks 1 to 3; in Colab better "drive:home_remedies"
-seed = 42
-base_model = "NousResearch/Llama-2-7b-chat-hf"
-base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"
+seed = 42  # of all random choices
+base_model = "NousResearch/Llama-2-7b-chat-hf"  # as in notebook 2
+base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"  # its version on the Hub
 precision = "auto"  # "bf16", "fp16", "fp32", or "auto": what the hardware computes natively
 eval_batch_size = 32  # rows to score, or questions to answer, at once, where memory allows
-samples = 20  # questions of each kind: new ones, those of the table, and these reworded
+samples = 20  # at most this many questions of each kind; more make narrower intervals
 ask_all_models = True  # False saves time: all but the merged model answer the new questions only
 max_new_tokens = 256  # an answer is cut after so many tokens
-unknown_threshold = "auto"  # with context_rows: below this score, 0 to 1, the answer is "nothing"
-your_question = ""  # one more, of your own; "": the example's, or the first of the test split
+unknown_threshold = "auto"  # 0.3, with context_rows: refuse if all rows are less similar than that
+your_question = ""  # one question of your own; "": that of the worked example, or the first new one
 
 # %%
 import pandas as pd
@@ -159,9 +164,10 @@ examination = Examination(trained, settings)
 examination.overview()
 
 # %% [markdown]
-# What counts as a right answer depends on the table. Labels and short answers are compared word for
-# word. Where the answer template has a line for an item, the item must be right. Free text must
-# have nearly the words of the table's answer, and the same numbers and names.
+# What counts as a right answer depends on the table. If the answers are short, such as the names of
+# classes, they are compared word for word. Where the answer template has a line for an item, the
+# item must be right. Free text must have nearly the words of the table's answer, and the same
+# numbers and names.
 #
 # These are the figures for this table. The first one decides; the others help to understand it:
 
@@ -179,7 +185,7 @@ show_table(tables.reasons_table(examination.rules.reasons))
 import torch
 from accelerate import PartialState
 
-# under `accelerate launch` one of several
+# with several GPUs, each has a process of its own
 processes = PartialState(cpu=not torch.cuda.is_available())
 source = (base_model, base_model_revision, compute_dtype(precision), attn_implementation)
 adapted = None if done else load_adapted(run / "adapter", *source)
@@ -194,17 +200,20 @@ adapted = None if done else load_adapted(run / "adapter", *source)
 # certain. Lower is better.
 #
 # Here is the perplexity of one row. Only its answer (the *response*) counts, because the words of
-# the question are mostly the same in all rows.
+# the question are mostly the same in all rows. In the code, `nll` is $-\log p$ of each token, its
+# *negative log-likelihood*. At each place the model predicts the token that comes after it. So the
+# first token is not predicted, and the prediction after the last one is not used.
 
 # %% tags=["nbval-ignore-output"]
 if not done:
     shortest = min(examination.rows, key=lambda row: len(row["input_ids"]))
-    # the response is at the end
+    # a row that is too long: the end of it, where the response is
     row = {name: values[-window:] for name, values in shortest.items()}
     ids = torch.tensor([row["input_ids"]], device=adapted.device)
     with torch.no_grad():
-        # [tokens, vocabulary]: of the next token
+        # [tokens - 1, vocabulary]: log p of each token as the next one
         log_p = adapted(ids).logits[0, :-1].float().log_softmax(-1)
+    # [tokens - 1]: of the token that really comes next
     nll = -log_p.gather(-1, ids[0, 1:, None])[:, 0].cpu()
     by_hand = nll[torch.tensor(row["completion_mask"][1:]) == 1].mean().exp().item()
     scored = score(adapted, [row], trained.tokenizer.pad_token_id, 1, window, stride)
@@ -217,8 +226,8 @@ if not done:
 # than short ones. A text longer than `window` tokens is read in overlapping windows, and each token
 # is scored once.
 #
-# With `context_rows` the figure is high. The prompt has no row with this answer here, so the model
-# cannot know it.
+# With `context_rows` the figure is high: for this measurement, the rows of the test questions
+# cannot be found, so the model cannot know the answer.
 #
 # ## Score the rows, answer the questions
 #
@@ -233,6 +242,7 @@ if not done:
 
 # %% tags=["nbval-ignore-output"]
 your_text = your_question or trained.example.get("your_question")
+# two lists of one: the question as a prompt, and its text
 yours, your_questions = own_question(your_text, examination.questions)
 if not done:
     with adapted.disable_adapter():
@@ -246,10 +256,11 @@ adapted = None  # room for the next
 
 # %% tags=["nbval-ignore-output"]
 if not done:
+    # `evaluated_in`: None, or "NF4" if memory is short and the model had to be loaded in 4 bits
     merged, evaluated_in = load_merged(trained.merged, run / "adapter", *source)
     examination.examine("merged", merged, yours)
     # for "Against the joined training texts", below
-    often_done = joined_perplexity(merged, trained.tokenizer, trained.splits["train"]["text"][:10])
+    joined = joined_perplexity(merged, trained.tokenizer, trained.splits["train"]["text"][:10])
     merged = None
 
 # %% [markdown]
@@ -264,8 +275,9 @@ folder = run / "evaluation"
 warning = trained.disclaimer(disclaimer)
 if not done:
     metrics = examination.metrics()
-    metrics["merged"] |= {"evaluated_in": evaluated_in} if evaluated_in else {}
-    metrics["ten_joined_training_texts"] = {"perplexity": often_done}
+    if evaluated_in:
+        metrics["merged"]["evaluated_in"] = evaluated_in
+    metrics["ten_joined_training_texts"] = {"perplexity": joined}
 if not done and processes.is_main_process:
     archive(run, "evaluation")
     with atomic_write(folder) as partial:
@@ -273,6 +285,7 @@ if not done and processes.is_main_process:
         write_json(partial / "metrics.json", metrics)
         examination.save(partial, warning, your_questions)
         plot_results(metrics).savefig(partial / "results.png", dpi=150)
+    # what this was made from, for the next time
     stage.record(trained.report["fingerprint"], trained.inputs)
 processes.wait_for_everyone()
 metrics = read_json(folder / "metrics.json", stage.name)
@@ -288,7 +301,9 @@ say_verdict(metrics["verdict"])
 
 # %% [markdown]
 # The same in a table: a line for each kind of question, and for each model that was asked. A dash
-# means that there was nothing to measure.
+# means that no answer could be counted. *Right item* counts only the questions for which the table
+# names an item, so its share can differ from *right*. (In the worked example, answers on
+# emergencies name none.)
 #
 # With `context_rows` there are two more things to know:
 #
@@ -321,13 +336,16 @@ tables.samples_table(folder, warning)
 # This section is about runs with `context_rows` and an `unknown_answer`. They can go wrong in two
 # ways: refuse a question that the table has an answer to, or answer one that it has no answer to.
 #
-# A question is refused in three cases. The lookup gives each row a score from 0 to 1 for how
-# similar its question is. If no row reaches `unknown_threshold`, the model is not asked. If the
-# model takes its answer from a row below the threshold, that answer is replaced. And the model can
-# say by itself that the rows do not help.
+# The lookup gives each row a score from 0 to 1 for how similar its question is. A question is
+# refused, which means that the answer is `unknown_answer`, in three cases:
 #
-# A higher threshold means more errors of the first kind and fewer of the second. How many there
-# would be, as a share of the questions of each kind:
+# - No row reaches `unknown_threshold`. Then the model is not asked.
+# - The model takes its answer from a row below the threshold. Then that answer is replaced.
+# - The model itself says that the rows do not help.
+#
+# A higher threshold means more errors of the first kind (wrongly refused) and fewer of the second
+# (wrongly answered). The table says for each threshold which share of the questions would be in
+# error:
 
 # %%
 show_refusals(run, examination.context)
@@ -339,14 +357,15 @@ show_refusals(run, examination.context)
 #
 # - *Response perplexity* counts the tokens of the table's answers only. *Full-text perplexity*
 #   counts those of the questions, too. Lower is better.
-# - *Bits per byte* measure the same per byte of text instead of per token. So they can be compared
-#   between models with different tokenizers. Lower is better.
+# - *Bits per byte* also say how uncertain the model is, but for each byte of the answer instead of
+#   each token. So they can be compared between models with different tokenizers. Lower is better.
 # - *New tokens* are the length of the model's own answers.
 #
 # With `context_rows` look at *own rows in the index* only: how probable the right answers are when
 # their rows can be found. For the other figures the rows of these questions are left out. The model
-# was trained not to answer then, so the perplexity may rise. And most answers are "nothing", which
-# has no structure and few tokens, or none if the lookup gave it.
+# was trained to refuse without them, so the perplexity of the table's answers may rise. And most of
+# its own answers are "nothing", which has no structure and few tokens, or none if the lookup gave
+# it.
 
 # %%
 if metrics["base"]["too_small"]:
@@ -361,12 +380,13 @@ tables.form_table(metrics)
 # questions it draws as many as there are, so that some are drawn twice and others not at all, and
 # computes the perplexity. It does this again and again. The interval is where the middle 95% of
 # these perplexities lie. A question is drawn with all of its rows, since they resemble each other.
-# By hand, for the adapter:
+# In the code, `group` is the number of the question. By hand, for the adapter:
 
 # %%
 import numpy as np
 
 table = pd.read_parquet(folder / "scores.parquet").query("model == 'adapter'")
+# [questions, 2]: the sum of -log p over a question's answers, and how many tokens these have
 totals = table.groupby("group")[["response_nll", "response_tokens"]].sum().to_numpy()
 random = np.random.default_rng(seed)
 size = len(totals)
@@ -377,8 +397,9 @@ caution = "" if size >= 6 else f", but with {size} questions that means nothing"
 print(f"the middle 95%: {low:.2f} – {high:.2f}{caution}")
 
 # %% [markdown]
-# The package draws the same. With few questions, the bootstrap's interval is too narrow, so the
-# package makes it a little wider (by the *t* distribution):
+# The package draws the same questions, as the next cell checks. With few questions, the bootstrap's
+# interval is too narrow. So the package makes it a little wider, by a usual correction for small
+# samples (Student's *t* distribution):
 
 # %%
 columns = (table["response_nll"], table["response_tokens"], table["group"])
@@ -393,12 +414,14 @@ print("perplexity:", with_interval(*stored(metrics["adapter"], "response perplex
 # ### Which differences are real?
 #
 # Each line compares two models on the same questions. That is more exact than comparing two
-# intervals, because a hard question is hard for both models. "points" are percentage points.
-# Perplexities are divided: a ratio of 0.5 means half as uncertain.
+# intervals, because a hard question is hard for both models. `-9 (-29 – +13) points` means: 9
+# percentage points less, and the interval goes from 29 less to 13 more. Perplexities are divided: a
+# ratio of 0.5 means half as uncertain.
 #
-# *Better* and *worse* are about the first of the two models. *No difference shown* means that the
-# interval contains 0 (or 1 for a ratio). About 1 in 20 comparisons looks significant by chance. Do
-# not trust a single borderline one.
+# Look at the lines with *right* first. *Better* and *worse* are about the first of the two models.
+# *No difference shown* means that the interval contains 0 (or 1 for a ratio). That is what we hope
+# for from *merged - adapter*, since merging should change nothing. About 1 in 20 comparisons shows
+# a difference by chance. Do not trust a single borderline one.
 
 # %%
 tables.all_differences(metrics)
@@ -419,13 +442,14 @@ print(f"responses of the test split:    {figure}")
 # %% [markdown]
 # ## Ask it yourself
 #
-# The answers to `your_question` are below. To ask something else, change it and run the notebook
-# again. Only the base model and the adapter are loaded then, and nothing is measured again. To ask
-# a whole file of questions, use `make ask`.
+# The answers to `your_question` are below, cut after `max_new_tokens`. To ask something else,
+# change it and run the notebook again. Only the base model and the adapter are loaded then, and
+# nothing is measured again. On your own machine, `make ask` asks a whole file of questions
+# ([docs/export.md](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/export.md)).
 
 # %% tags=["nbval-ignore-output"]
 answers = read_json(folder / "your_questions.json", stage.name)
-if set(your_questions) - set(answers):
+if set(your_questions) - set(answers):  # it has not been asked yet
     adapted = load_adapted(run / "adapter", *source)
     answers[your_questions[0]] = examination.answer_yours(adapted, yours)
     if processes.is_main_process:
@@ -449,6 +473,9 @@ say_verdict(metrics["verdict"][:1])
 # - `context_rows = 3` in notebook 1, if it was 0: the prompt then contains the most similar rows.
 # - `samples = 50`: how much narrower do the intervals become?
 #
-# Next: [5 · baselines](05_baselines.ipynb) asks whether training was worth it, [6 ·
-# trust](06_trust.ipynb) what else the training did; [chat](chat.ipynb) opens a page for more
-# questions, and [report](report.ipynb) makes one page about the run.
+# Next: [5 · baselines](05_baselines.ipynb) ([in
+# Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/05_baselines.ipynb))
+# asks whether training was worth it, and [6 · trust](06_trust.ipynb) ([in
+# Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/06_trust.ipynb))
+# what else the training did. [chat](chat.ipynb) opens a page for more questions, and
+# [report](report.ipynb) makes one page about the run.
