@@ -192,3 +192,18 @@ def test_ask_without_a_file_of_questions_says_what_to_set(tmp_path):
     options = build_parser().parse_args(["ask", str(tmp_path), "--questions", ""])
     with pytest.raises(StageError, match="Set QUESTIONS to a text file"):
         options.do(options)
+
+
+@pytest.mark.parametrize(("command", "processes"), [("export", 1), ("trust", 2)])
+def test_notebook_7_works_in_one_process_whatever_the_run_has(
+    command, processes, tmp_path, monkeypatch
+):
+    (tmp_path / "settings").mkdir()
+    calls = []
+    monkeypatch.setattr(main_module, "read_settings", lambda folder: {"gpus": 2})
+    monkeypatch.setattr(
+        "tabletune.cli.notebooks.run_notebook", lambda *values: calls.append(values[3])
+    )
+    options = build_parser().parse_args([command, str(tmp_path)])
+    options.do(options)
+    assert calls == [processes]

@@ -248,3 +248,9 @@ def test_a_profile_of_the_working_directory_goes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = read_run_choice(parsed("--profile", "mine")).values
     assert values == {"dataset": "t.csv", "seed": 5}
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b-instruct", "models/llama-3.1-8b-instruct.yaml"])
+def test_models_with_a_point_in_their_name_have_folders_of_their_own(model):
+    options = Namespace(run_dir=None, profile="t4", model=model)
+    assert str(choose_run_dir(options)) == "runs/t4_llama-3.1-8b-instruct"

@@ -79,11 +79,18 @@ def test_the_folder_of_a_sweep_is_named_by_grid_and_profile():
     assert str(folder) == "runs/lora_tiny_qwen3-4b"
 
 
+def test_a_point_is_part_of_the_name_of_a_model():
+    words = ["sweep", "--profile", "t4", "--model", "llama-3.1-8b-instruct", "--grid", "a.b.yaml"]
+    folder = sweep_module.sweep_folder(build_parser().parse_args(words))
+    assert str(folder) == "runs/a.b_t4_llama-3.1-8b-instruct"
+
+
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
         ("learning_rate: []", "learning_rate is an empty list"),
         ("seed: [1, 2]", "seed is set in the grid and in ARGS"),
+        ("seed: 1\nepochs: [1, 2]", "seed is set in the grid and in ARGS"),
         ("learning_rate: 1", "no parameter has a list of values"),
         ("learning_rate: [1]\nrun_dir: a", "a sweep sets run_dir itself."),
         ("learning_rte: [1, 2]", "No notebook has a parameter 'learning_rte'. Did you mean"),

@@ -59,7 +59,10 @@ def settings(options: argparse.Namespace) -> None:
 
 
 def on_finished_run(name: str) -> Command:
-    """A command that runs one of the later notebooks on a finished run."""
+    """A command that runs one of the later notebooks on a finished run.
+
+    Notebook 7 works in one process, on a run of several GPUs, too: its files are written once.
+    """
 
     def command(options: argparse.Namespace) -> None:
         from tabletune.cli.notebooks import run_notebook
@@ -67,6 +70,8 @@ def on_finished_run(name: str) -> Command:
         run_dir = choose_run_dir(options)
         overrides = {**options.files, **options.overrides}
         gpus = options.gpus or overrides.pop("gpus", None) or read_settings(run_dir).get("gpus", 1)
+        if name == "07_export":
+            gpus = 1
         run_notebook(notebook(name), run_dir / f"{name}.ipynb", overrides, gpus)
 
     return command

@@ -35,6 +35,14 @@ def notebook(name: str) -> Path:
     return shown(repository() / "notebooks" / f"{name}.ipynb")
 
 
+def title_of(name: str) -> str:
+    """What a profile, a model or a grid is called in the name of a folder.
+
+    That is its file's name without .yaml: a point is part of a name (llama-3.1-8b-instruct).
+    """
+    return Path(name).name.removesuffix(".yaml").removesuffix(".yml")
+
+
 def find_choice(kind: str, name: str) -> Path:
     """The YAML file of a profile or a model (`kind` is "profiles" or "models").
 

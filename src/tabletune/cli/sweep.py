@@ -11,6 +11,7 @@ from typing import Any
 from tabletune.cli.notebooks import NotebookError
 from tabletune.cli.options import NUMBERED, RunChoice, read_run_choice
 from tabletune.cli.pages import compare_runs
+from tabletune.cli.paths import title_of
 from tabletune.cli.series import make_series
 from tabletune.errors import StageError
 from tabletune.run.parameters import DEFAULTS, check_names, read_parameters, read_text
@@ -72,10 +73,10 @@ def sweep_folder(options: argparse.Namespace) -> Path:
     """The folder for the runs of a sweep: the one that was asked for, or runs/GRID_PROFILE."""
     if options.folder:
         return Path(options.folder)
-    names = [Path(options.grid).stem, options.profile]
+    names = [options.grid, options.profile]
     if options.model:
         names.append(options.model)
-    return Path("runs") / "_".join(Path(name).stem for name in names)
+    return Path("runs") / "_".join(title_of(name) for name in names)
 
 
 def read_grid(options: argparse.Namespace) -> dict[str, Any]:
@@ -86,6 +87,7 @@ def read_grid(options: argparse.Namespace) -> dict[str, Any]:
     for name, values in lists.items():
         if not values:
             raise StageError(f"{options.grid}: {name} is an empty list. Give it values.")
+    for name in grid:
         if name in options.overrides:
             raise StageError(
                 f"{options.grid}: {name} is set in the grid and in ARGS. Remove one of them."
