@@ -111,7 +111,8 @@ def assign_splits(
             f"Only {len(questions)} different questions are left; {', '.join(names)} need at least "
             f"{len(names)}. If one prompt has many answers in this table, set split_by: row."
         )
-    places = np.digitize(questions, bounds)  # [questions]: the place of each one's split in names
+    # [questions]: the place of each one's split in names
+    places = np.asarray(np.digitize(questions, bounds))
     for place in range(len(names)):
         if place not in places:
             largest = np.bincount(places).argmax()
