@@ -23,7 +23,10 @@ DO_NOT_LEARN_KEYS: list[str] = WORDS["turn_keys"]["do_not_learn"]
 NOTES = set(WORDS["turn_keys"]["notes"])
 CALL_KEYS = ("tool_calls", "function_call", "functionCall")
 CALL_ROLES = ("function_call", "tool_call")
-TEXT_PARTS = (None, "text", "input_text", "output_text")
+TEXT_PARTS = (None, "text", "input_text", "output_text", "summary_text")
+THINKING_PARTS = ("thinking", "reasoning")
+THINKING_KEYS = ("thinking", "text", "reasoning", "content", "summary")  # of such a part
+PART = "a part of the content"
 Message = dict[str, Any]
 
 
@@ -94,12 +97,17 @@ def _messages_of_turn(
         parts.text = ""
     extras = _read_extras(turn, {role_key, content_key}, options)
     calls = parts.calls + extras.calls
-    reasoning = "\n".join(filter(None, [extras.reasoning, parts.reasoning]))
+    thoughts = dict(extras.thoughts)
+    # a part of the content has no key of its own: what is ignored is its type
+    if parts.reasoning and "thinking" not in options.ignore_turn_keys:
+        thoughts[PART] = parts.reasoning
     text = clean(parts.text)
-    if reasoning and role == "assistant":
-        check_thinking(turn, options)
+    if thoughts and role == "assistant":
+        reasoning = read_thinking(thoughts, options)
         # in the form in which models with <think> write it themselves
         text = f"<think>\n{clean(reasoning)}\n</think>\n\n{text}"
+    elif thoughts:  # of somebody who is not the model
+        options.left_out.update(thoughts.keys())
     messages = [{"role": "tool", "content": clean(result)} for result in parts.results]
     # a turn with results of tools alone is only those
     if text or calls or not messages:
@@ -112,16 +120,25 @@ def _messages_of_turn(
     return messages
 
 
-def check_thinking(turn: Turn, options: TurnOptions) -> None:
-    """Raise StageError for a turn with the model's thinking, unless thinking is to be learned."""
-    if options.thinking:
-        return
-    keys = ", ".join(key for key in REASONING_KEYS if not is_empty(turn.get(key)))
-    name = keys or "thinking"
-    raise StageError(
-        f"The turns have {name!r}. Set thinking: true to learn it with the answers, or "
-        f"ignore_turn_keys: [{name}] to learn the answers without it."
-    )
+def read_thinking(thoughts: dict[str, str], options: TurnOptions) -> str:
+    """The model's thinking in a turn, of {key: text}; that of PART are parts of its content.
+
+    Raises StageError unless thinking is to be learned, and if two keys have different texts.
+    """
+    if not options.thinking:
+        name = ", ".join(dict.fromkeys("thinking" if key == PART else key for key in thoughts))
+        raise StageError(
+            f"The turns have {name!r}. Set thinking: true to learn it with the answers, or "
+            f"ignore_turn_keys: [{name}] to learn the answers without it."
+        )
+    keys = [key for key in thoughts if key != PART]
+    # the same text under two keys is no contradiction
+    if len({thoughts[key] for key in keys}) > 1:
+        raise StageError(
+            f"A turn has different thinking under {' and '.join(map(repr, keys))}. Remove one of "
+            "these keys, or list it in ignore_turn_keys."
+        )
+    return "\n".join(dict.fromkeys(thoughts.values()))
 
 
 def _content_key(turn: Turn) -> str | None:
@@ -141,7 +158,7 @@ class Extras:
     """What a turn has besides its role and its content."""
 
     calls: list[dict[str, Any]] = field(default_factory=list)
-    reasoning: str = ""
+    thoughts: dict[str, str] = field(default_factory=dict)  # by key
     learn: bool = True
     names: dict[str, str] = field(default_factory=dict)
 
@@ -175,7 +192,11 @@ def _read_extra(extras: Extras, key: str, value: Any, options: TurnOptions) -> N
     if key in CALL_KEYS:
         extras.calls += calls_in(value)
     elif key in REASONING_KEYS:
-        extras.reasoning = read_content(value).text
+        content = read_content(value)
+        # as a text, or as a list of parts of which some are of the type "thinking"
+        reasoning = "\n".join(filter(None, [content.reasoning, content.text]))
+        if reasoning:
+            extras.thoughts[key] = reasoning
     elif key in ("name", "tool_call_id"):
         extras.names[key] = str(value)
     elif key in NOTES:
@@ -247,8 +268,11 @@ def _read_part(part: dict[str, Any], texts: list[str], result: Content) -> None:
         )
     elif kind == "tool_result":
         result.results.append(read_content(part.get("content")).text)
-    elif kind in ("thinking", "reasoning"):
-        result.reasoning += cell_text(part.get("thinking") or part.get("text"))
+    elif kind in THINKING_PARTS:
+        filled = [part[name] for name in THINKING_KEYS if not is_empty(part.get(name))]
+        content = read_content(filled[0] if filled else "")
+        thoughts = [result.reasoning, content.reasoning, content.text]
+        result.reasoning = "\n".join(filter(None, thoughts))
     elif not is_empty(part.get("functionCall")):
         result.calls += calls_in(part["functionCall"])
     elif not is_empty(part.get("functionResponse")):
