@@ -105,6 +105,45 @@ def test_system_text_goes_before_the_question_without_a_system_role(tmp_path):
     }
 
 
+def with_system_turn(text, **columns):
+    """Rows whose turns begin with a system turn."""
+    turn = {"role": "system", "content": text}
+    return [{"messages": [turn, *chat["messages"][1:]], **columns} for chat in chats()]
+
+
+def first_messages(splits):
+    """The texts of the first messages of all prompts."""
+    return {prompt[0]["content"] for split in splits.values() for prompt, _ in split}
+
+
+def test_an_empty_system_turn_leaves_the_place_to_the_system_prompt(tmp_path):
+    table = jsonl(tmp_path, *with_system_turn(""))
+    _, splits = formatted(tmp_path, table, system_prompt="Be kind.")
+    assert first_messages(splits) == {"Be kind."}
+
+
+def test_an_empty_system_turn_leaves_the_place_to_the_system_column(tmp_path):
+    _, splits = formatted(tmp_path, jsonl(tmp_path, *with_system_turn("", system="Own.")))
+    assert first_messages(splits) == {"Own."}
+
+
+def test_system_column_and_system_turn_are_both_kept(tmp_path):
+    _, splits = formatted(tmp_path, jsonl(tmp_path, *with_system_turn("Turn.", system="Own.")))
+    assert first_messages(splits) == {"Own.\n\nTurn."}
+
+
+def test_system_column_that_repeats_the_system_turn_is_kept_once(tmp_path):
+    _, splits = formatted(tmp_path, jsonl(tmp_path, *with_system_turn("Own.", system="Own.")))
+    assert first_messages(splits) == {"Own."}
+
+
+def test_an_empty_system_turn_adds_no_blank_lines_without_a_system_role(tmp_path):
+    table = jsonl(tmp_path, *with_system_turn(""))
+    report, splits = formatted(tmp_path, table, base_models.cached("gemma"))
+    assert report["rows_out"] == 6
+    assert all(text.startswith("Say ") for text in first_messages(splits))
+
+
 def test_refused_conversation_is_dropped_and_counted(tmp_path):
     """Gemma's wants turns in strict order."""
     broken = {"messages": [TURNS[0], TURNS[0], TURNS[1]]}

@@ -47,9 +47,7 @@ class ConversationReader:
             messages = self._read_turns(row)
             questions = [message["content"] for message in messages if message["role"] == "user"]
         system = self.clean(read_content(_parts_or_text(row.get("system"))).text)
-        if system and messages and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system})
-        return questions, messages
+        return questions, with_system_column(system, messages)
 
     def _read_turns(self, row: dict[str, Any]) -> list[Message]:
         """The messages of the columns that hold turns; a text in place of turns is one turn."""
@@ -161,6 +159,22 @@ class ConversationReader:
                 return []
             raise Dropped("a history that is not a list of turns")
         return messages_in(turns, self.clean, self.turn_options)
+
+
+def with_system_column(system: str, messages: list[Message]) -> list[Message]:
+    """The messages of a row with the text of its system column, which may be "".
+
+    A system turn at the start keeps its text behind that of the column. An empty one is left out:
+    it says nothing, and would take the place of the parameter `system_prompt`.
+    """
+    turn: Message = {"role": "system", "content": ""}
+    if messages and messages[0]["role"] == "system":
+        turn, *messages = messages
+    # often the column repeats what the turn says
+    texts = dict.fromkeys(filter(None, [system, turn["content"]]))
+    if not texts or not messages:
+        return messages
+    return [{**turn, "content": "\n\n".join(texts)}, *messages]
 
 
 def _parts_or_text(value: Any) -> Any:
