@@ -19,6 +19,8 @@ from tabletune.data.rewording import (
     same_answer,
     subject_of,
     template_words,
+    without_marks,
+    without_punctuation,
 )
 
 REMEDIES = [
@@ -97,3 +99,35 @@ def test_most_rewordings_keep_the_subject(use):
     reword = Rewording(REMEDIES, use)
     texts = [reword(REMEDIES[1], random.Random(number)).lower() for number in range(200)]
     assert sum("acne" in text for text in texts) > 100
+
+
+@pytest.mark.parametrize(
+    ("text", "bare"),
+    [
+        (".5 mg of what?", ".5 mg of what"),
+        ("Take (.5 mg).", "Take .5 mg"),
+        ("What does cd .. do?", "What does cd .. do"),
+        ("What does `cd ../a` do, or cd ..?", "What does `cd ../a` do or cd .."),
+        ("Where is .NET?", "Where is .NET"),
+        ("Well... and then?", "Well and then"),
+        ("...and then?", "and then"),
+    ],
+)
+def test_points_that_belong_to_a_word_are_no_punctuation(text, bare):
+    assert without_punctuation(text) == bare
+
+
+def test_the_subject_keeps_its_points():
+    assert subject_of("How much is .5 mg?", ["How", "much", "is"], []) == ".5 mg"
+    assert subject_of("What does cd ..?", ["What", "does"], []) == "cd .."
+
+
+@given(text=st.text('ab5 .,?!"', max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_only_points_of_words_are_kept_at_the_ends(text):
+    """Of any other text exactly the marks at its ends are taken."""
+    marks = ' .,?!"'
+    bare = without_marks(text, marks)
+    assert bare.strip(marks) == text.strip(marks)
+    if not any(points in text for points in (".a", ".b", ".5", "..")):
+        assert bare == text.strip(marks)

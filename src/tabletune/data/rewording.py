@@ -53,6 +53,9 @@ ABOUT = {  # English words around the subject of a question
 LEAST_SHARE = 0.6  # of the questions that begin, or end, with the words of a template
 # questions of one answer; an answer to more is a label, such as "yes" or "positive"
 MOST_WORDINGS = 12
+# points that belong to a word: of ".5" and ".NET", of "../a" and "./a", and ".." as in "cd .."
+POINTS_BEFORE = re.compile(r"\.(?=\w)|\.\.?(?=/)|\.\.(?=\s|$)")
+POINTS_AFTER = re.compile(r"(?<![^\s/])\.\.$")
 
 
 def template_words(questions: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -94,7 +97,7 @@ def subject_of(question: str, prefix: list[str], suffix: list[str]) -> str:
         words = words[: -len(suffix)]
     if len(words) == len(question.split()):
         words = [word for word in words if lookup_text(word) not in FUNCTION_WORDS]
-    return " ".join(words).strip(" .,;:!?¿¡。？！") or question
+    return without_marks(" ".join(words), " .,;:!?¿¡。？！") or question
 
 
 class Rewording:
@@ -123,15 +126,32 @@ class Rewording:
             text = text.lower()
         if rng.random() < 0.4:
             text = without_punctuation(text)
-        # a rewording that changed nothing gets a typing error at least
+        # a rewording that changed nothing gets a typing error, if a word has letters enough
         if rng.random() < 0.45 or text == question:
             text = misspell(text, rng, self.use)
         return text
 
 
 def without_punctuation(text: str) -> str:
-    """A text without the punctuation at the ends of its words."""
-    return " ".join(word.strip(".,;:!?¿¡…\"'()") for word in text.split()).strip() or text
+    """A text without the punctuation at the ends of its words.
+
+    Points that belong to a word stay, as in ".5 mg".
+    """
+    words = [without_marks(word, ".,;:!?¿¡…\"'()") for word in text.split()]
+    return " ".join(words).strip() or text
+
+
+def without_marks(text: str, marks: str) -> str:
+    """A text without the marks, such as ",;.", at its ends.
+
+    Points that belong to a word stay: ".5 mg", "cd ..".
+    """
+    text = text.strip(marks.replace(".", ""))
+    if not POINTS_BEFORE.match(text):
+        text = text.lstrip(marks)
+    if not POINTS_AFTER.search(text):
+        text = text.rstrip(marks)
+    return text
 
 
 def misspell(text: str, rng: random.Random, use: str = "evaluation") -> str:
