@@ -93,7 +93,10 @@ def test_official_splits_stay(tmp_path, held_out):
     assert all(0 < len(asked[name]) < 25 and not asked[name] & asked["train"] for name in drawn)
     if "Question 1?" in asked["train"]:
         assert report["leaks"] == dict.fromkeys(sorted(held_out, reverse=True), 1)
-        assert any(note.startswith("Asked in training, too") for note in report["notes"])
+        counts = " and ".join(f"1 of 10 rows of the {name} split" for name in report["leaks"])
+        assert any(
+            note.startswith(f"Asked in training, too: {counts}.") for note in report["notes"]
+        )
     assert sum(report["splits"].values()) == 50 + 10 * len(held_out)
 
 

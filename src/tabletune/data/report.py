@@ -191,8 +191,12 @@ def notes_on_splits(report: dict[str, Any]) -> list[str]:
     """What a reader should know about the splits: what they share, and how small they are."""
     notes = []
     if report["leaks"]:
+        counts = [
+            f"{rows:,} of {report['splits'][name]:,} rows of the {name} split"
+            for name, rows in report["leaks"].items()
+        ]
         notes.append(
-            f"Asked in training, too: {report['leaks']} rows. The splits of the source stay as "
+            f"Asked in training, too: {' and '.join(counts)}. The splits of the source stay as "
             "they are."
         )
     for name, rows in report["answer_leaks"].items():
@@ -245,7 +249,7 @@ def notes_on_rows(formatter: TableFormatter) -> list[str]:
 
 
 def read_report(run: Path) -> dict[str, Any]:
-    """What `report_of` said of the data set in a run folder. Raises StageError if it is missing."""
+    """What `make_report` said of the data set of a run. Raises StageError if it is missing."""
     return read_json(run / "dataset" / "report.json", "01_format_dataset")
 
 
