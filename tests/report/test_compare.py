@@ -18,6 +18,7 @@ from tabletune.report.compare import (
     compared_part,
     doubts_of,
     headline,
+    name_of_seeds,
     open_runs,
     pair_difference,
     pairs_table,
@@ -262,6 +263,19 @@ def test_several_seeds_are_named_without_a_seed(tmp_path):
     folders = [a_run(tmp_path / f"train_rows-0.5_seed-{seed}", seed=seed) for seed in (1, 2)]
     settings, _, _ = compared(*folders)
     assert [setting.name for setting in settings] == ["train_rows-0.5 (2 seeds)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "without_seed"),
+    [
+        ("lora_r-8_seed-1_epochs-2", "lora_r-8_epochs-2"),
+        ("lora_r-8_seed-1", "lora_r-8"),
+        ("seed-1_lora_r-8", "lora_r-8"),
+        ("split_seed-1_seed-2", "split_seed-1"),
+    ],
+)
+def test_the_seed_is_left_out_wherever_it_stands_in_a_name(name, without_seed):
+    assert name_of_seeds(name, 3) == f"{without_seed} (3 seeds)"
 
 
 def test_rows_that_were_left_out_on_purpose_are_no_doubt(tmp_path):

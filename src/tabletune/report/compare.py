@@ -57,7 +57,7 @@ ONE_SEED_BITS = 0.015
 class ComparedRun:
     """A run folder among others.
 
-    Its `name`, and what its stages left, `info` (see `pages.read_run`).
+    Its `name`, and what its stages left, `info` (see `read_run` in report/reading.py).
     """
 
     name: str
@@ -282,7 +282,8 @@ def settings_of(runs: Sequence[ComparedRun]) -> list[Setting]:
 
 def name_of_seeds(name: str, seeds: int) -> str:
     """The name of several seeds of a setting, by that of one of its runs."""
-    without_seed = re.sub(r"_seed-\d+$|^seed-\d+_", "", name)
+    # not of split_seed, another parameter
+    without_seed = re.sub(r"(?<!split)_seed-\d+(?=_|$)|^seed-\d+_", "", name)
     return f"{without_seed} ({seeds} seeds)"
 
 
