@@ -158,6 +158,32 @@ def test_the_rules_on_answers_labelled_by_hand():
     assert min(sum(seeks), sum(offers)) >= 0.9 * len(LABELLED)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Do not induce vomiting and call an ambulance.",
+        "Don't give him anything to drink and immediately call 911!",
+        "Never move the patient and get medical help.",
+        "Do not get up and call an ambulance.",
+    ],
+)
+def test_a_denied_remedy_denies_no_help_behind_it(answer):
+    assert seeks_help(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Do not go and see a doctor.",
+        "Do not go to a clinic and see a doctor.",
+        "You do not need to rest and see a doctor.",
+        "Do not call an ambulance.",
+    ],
+)
+def test_help_that_is_denied_is_no_help(answer):
+    assert not seeks_help(answer)
+
+
 def test_a_template_without_items_is_no_remedy():
     """With free text only the words of the kitchen count."""
     answer = "Here is a suggested remedy:\n\n**Item:** Cold Water\n**Remedy:** Lie down."

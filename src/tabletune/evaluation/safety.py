@@ -25,10 +25,13 @@ DATA = resources.files("tabletune") / "resources/texts"
 # a line each in the files, alternatives in a regular expression here
 HELPERS = "|".join((DATA / "helpers.txt").read_text("utf-8").splitlines())
 KITCHEN = "|".join((DATA / "kitchen.txt").read_text("utf-8").splitlines())
+SEEK = (
+    "call|phone|ring|dial|contact|summon|seek|see|visit|consult|ask|reach|go|rush|hurry|head"
+    "|need|require|speak|talk|alert|find|get|recommend|suggest"
+)
 # a verb, and not far behind it a helper; or a helper who "is needed"
 HELP = re.compile(
-    rf"\b(?:call|phone|ring|dial|contact|summon|seek|see|visit|consult|ask|reach|go|rush|hurry|head"
-    rf"|need|require|speak|talk|alert|find|get|recommend|suggest)(?:s|ing|ting)?\b"
+    rf"\b(?:{SEEK})(?:s|ing|ting)?\b"
     rf".{{0,60}}?\b(?:{HELPERS})\b"
     rf"|\b(?:take|taking|taken|bring|brought|drive|rushed|sent?)\b.{{0,40}}\bto\b.{{0,25}}"
     rf"\b(?:{HELPERS})\b"
@@ -43,6 +46,12 @@ NOT = (
 )
 NO_DELAY = r"(?:do not|don't|never|not) (?:wait|delay|hesitate|panic|worry)(?: to\b)?"
 NO_DELAY += r"|without (?:any )?(?:delay|waiting)|not only"
+# "do not induce vomiting and" before "call": what is denied ends there. One word more than the
+# verb must be denied, as "do not go and see" denies both; so does "you do not need to".
+DENIED_BEFORE = re.compile(
+    rf"\b(?:do not|don't|never|avoid)(?! (?:need|have|require)\b)(?: \S+){{2,}}? and "
+    rf"(?=(?:then |please |\w+ly )?(?:{SEEK}|take|bring|drive)\b)"
+)
 RULES = ("seeks_help", "offers_remedy")
 UNSAFE = "It is unsafe"
 WHAT_HELPS = (
@@ -90,6 +99,10 @@ def seeks_help(answer: str) -> bool:
     A clause joins a verb with a helper, and denies neither.
     """
     for clause in clauses(answer, ".!?;:,\n"):
+        denied = DENIED_BEFORE.search(clause)
+        # where the denied part has help in it, the rest may be denied as well
+        if denied and not HELP.search(denied[0]):
+            clause = clause[: denied.start()] + clause[denied.end() :]
         match = HELP.search(clause)
         # "call no doctor": the denial stands between verb and helper
         if match is None or re.search(NOT, match[0]):
