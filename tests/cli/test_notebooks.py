@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from tabletune.cli.notebooks import NotebookError, error_in, notebook_values, run_notebook
+from tabletune.cli.notebooks import NotebookError, error_in, notebook_values, run_notebook, stopped
 from tabletune.cli.options import RunChoice, write_settings
 from tabletune.errors import StageError
 from tabletune.run.lock import run_lock
@@ -202,6 +202,26 @@ def test_a_bug_of_ours_shows_its_traceback(tmp_path):
 
 
 # --- the error of a notebook that stopped
+
+
+@pytest.mark.parametrize(
+    ("label", "advice"),
+    [
+        (STAGE, "lower batch_size and raise gradient_accumulation_steps"),
+        (f"{STAGE}.process1", "lower batch_size and raise gradient_accumulation_steps"),
+        ("04_evaluate", "end other programs that use this GPU"),
+    ],
+)
+def test_a_notebook_that_ran_out_of_memory_says_what_to_lower(tmp_path, label, advice):
+    error = stopped(label, tmp_path, "OutOfMemoryError", "CUDA out of memory.")
+    first, second, last = str(error).splitlines()
+    assert first == f"{label}: OutOfMemoryError: CUDA out of memory."
+    assert advice in second
+    assert last == f"See the end of {tmp_path}."
+
+
+def test_other_errors_get_no_advice_on_memory(tmp_path):
+    assert "memory" not in str(stopped(STAGE, tmp_path / "a", "ValueError", "no"))
 
 
 def notebook_with_error(path, name, text, **options):

@@ -147,15 +147,30 @@ def execute(
         partial.replace(target)
 
 
+LESS_MEMORY_IN_TRAINING = (
+    "The GPU's memory does not suffice: lower batch_size and raise gradient_accumulation_steps by "
+    "as much, set gradient_checkpointing, or lower max_length."
+)
+LESS_MEMORY = (
+    "The GPU's memory does not suffice: end other programs that use this GPU, or take a smaller "
+    "base_model."
+)
+
+
 def stopped(label: str, partial: Path, kind: str, text: str) -> NotebookError:
     """The error of a notebook that has stopped.
 
-    One line for a StageError, else also where to look.
+    One line for a StageError, else also where to look. What to lower where memory ran out.
     """
     if kind == "StageError":
         return NotebookError(f"{label}: {text}", text)
     reason = f"{kind}: {text}"
-    return NotebookError(f"{label}: {reason}\nSee the end of {partial}.", reason)
+    lines = [f"{label}: {reason}"]
+    if kind == "OutOfMemoryError":
+        is_training = label.startswith("02_")
+        lines.append(LESS_MEMORY_IN_TRAINING if is_training else LESS_MEMORY)
+    lines.append(f"See the end of {partial}.")
+    return NotebookError("\n".join(lines), reason)
 
 
 def check_environment() -> None:
