@@ -1,6 +1,7 @@
 """The command line as a whole: its commands, their help, and how soon it starts."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ COMMANDS = [
     "settings",
     "index",
     "ask",
+    "rate",
     "compare",
     "sweep",
     "run",
@@ -43,7 +45,7 @@ def test_each_command_has_help(command, capsys):
 
 def test_the_list_of_commands_is_complete():
     text = build_parser().format_help()
-    assert all(f"\n    {command}" in text for command in COMMANDS)
+    assert sorted(re.findall(r"^    ([a-z-]+)", text, re.MULTILINE)) == sorted(COMMANDS)
 
 
 def test_the_command_line_starts_fast():
