@@ -141,7 +141,10 @@ def thinking_is_on(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template has a place for a system message."""
+    """Whether the chat template has a place for a system message.
+
+    Where it has none, `with_system` in data/formatter.py puts the text before the question.
+    """
     try:
         return MARK in render([{"role": "system", "content": MARK}, USER], tokenizer)
     except StageError:

@@ -24,7 +24,8 @@ from tabletune.run.lock import run_lock
 from tabletune.run.parameters import PARAMETERS
 from tabletune.run.stage import is_made_from, stage_parameters, with_absolute_paths
 
-USES_GPUS = ("02_finetune_qlora", "04_evaluate")  # the others are done by one process
+# of notebooks 1 to 4; for later ones see `on_finished_run` in cli/main.py
+USES_GPUS = ("02_finetune_qlora", "04_evaluate")
 
 
 def run_series(options: argparse.Namespace) -> None:

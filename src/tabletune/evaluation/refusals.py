@@ -4,6 +4,8 @@ A run with `context_rows` and an `unknown_answer` says it in three cases: no row
 scores `unknown_threshold`, the model's answer was taken from a row that scores less, or the model
 itself refuses. A higher threshold refuses more: fewer questions get an answer that the table does
 not have, and more are refused although it has one.
+
+`is_refused` and `is_unknown` in data/lookup.py decide what is a refusal; here they are counted.
 """
 
 from collections.abc import Mapping, Sequence

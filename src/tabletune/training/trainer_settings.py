@@ -43,7 +43,7 @@ def sft_arguments(
     settings |= checkpointing_arguments(recomputes, options, parameters["training_options"])
     return settings | {
         "output_dir": str(stage.folder / "checkpoints"),
-        "warmup_steps": parameters["warmup"],
+        "warmup_steps": parameters["warmup"],  # below 1 it is a share of all steps
         "report_to": "none" if done else parameters["report_to"],
         "use_cpu": not gpu,
         "bf16": dtype == torch.bfloat16,
