@@ -9,9 +9,11 @@ from conftest import TINY, copy_of
 from tabletune.evaluation.ask import (
     answer_lines,
     answer_questions,
+    answers_to_the_same,
     is_expected,
     table_of_answers,
     width_of,
+    with_alternatives,
 )
 from tabletune.evaluation.content import ContentRules
 from tabletune.evaluation.question_files import AskedQuestion
@@ -106,6 +108,37 @@ def test_the_table_of_answers():
     assert "[cut after max_new_tokens]" in text
     assert "max_new_tokens]" in text
     assert "Right: 1 of 2 (0–2)." in text
+
+
+def a_row(question, answer):
+    prompt = [{"role": "user", "content": question}]
+    return {
+        "prompt": prompt,
+        "completion": [{"role": "assistant", "content": answer}],
+        "group": question,
+    }
+
+
+def test_the_tables_other_answers_to_the_question_are_right_too():
+    splits = {
+        "train": [a_row("Cold?", "Ginger tea."), a_row("Cold?", "Warm soup, twice a day.")],
+        "test": [a_row("Gas?", "Mint."), a_row("Cold?", "Some rest.")],
+    }
+    alternatives = answers_to_the_same(splits)
+    expected = ["ginger TEA", "Sleep."]
+    assert with_alternatives(expected, alternatives) == [
+        *expected,
+        "Ginger tea.",
+        "Some rest.",
+        "Warm soup, twice a day.",
+    ]
+    assert with_alternatives(["Sleep."], alternatives) == ["Sleep."]
+    answers = pd.DataFrame({"answer": ["Some rest.", "Mint."], "stopped": True})
+    asked = [AskedQuestion("A cold?", ["Ginger tea."])] * 2
+    accepted = [with_alternatives(question.expected, alternatives) for question in asked]
+    lines = answer_lines(asked, answers, "merged", FREE_TEXT, None, accepted)
+    assert [line["right"] for line in lines] == [True, False]
+    assert lines[0]["expected"] == ["Ginger tea."]
 
 
 @pytest.mark.parametrize("part", ["adapter", "merged", "base"])

@@ -8,7 +8,7 @@ file has expected answers, it is said which answers are right.
 import shutil
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from tabletune.evaluation.content import (
     compare_answer,
     content_rules,
     normalized,
+    reference_of,
+    rows_with_questions,
 )
 from tabletune.evaluation.copying import copied_answers, copying_context
 from tabletune.evaluation.grounding import table_of_items
@@ -57,10 +59,13 @@ def answer_questions(run_dir: Path, questions: Path, part: str, values: Mapping[
 
         answers, context = ask_model(run_dir, part, asked_questions, settings)
     rules = None
-    if any(question.expected for question in asked_questions):
+    accepted = [question.expected for question in asked_questions]
+    if any(accepted):
         splits, report = load_dataset_of_run(run_dir)
         rules = content_rules(splits, report, settings["item_field"])
-    lines = answer_lines(asked_questions, answers, part, rules, context)
+        alternatives = answers_to_the_same(splits)
+        accepted = [with_alternatives(expected, alternatives) for expected in accepted]
+    lines = answer_lines(asked_questions, answers, part, rules, context, accepted)
     archive(run_dir, FILE)
     write_lines(run_dir / FILE, lines)
     print(table_of_answers(lines, disclaimer_of(data_report_of(run_dir), settings["disclaimer"])))
@@ -73,20 +78,54 @@ def data_report_of(run_dir: Path) -> dict[str, Any]:
     return read_json(path, "01_format_dataset") if path.exists() else {}
 
 
+def answers_to_the_same(splits: Mapping[str, Iterable[dict]]) -> dict[str, set[str]]:
+    """For each answer of a table, all answers to the questions that it is an answer to.
+
+    {normalized answer: answers}, as `normalized` writes it.
+    """
+    answers_of: dict[str, set[str]] = {}  # {question id: answers}
+    questions_of: dict[str, set[str]] = {}  # {normalized answer: question ids}
+    for split in splits.values():
+        for row in rows_with_questions(split):
+            answer = reference_of(row)
+            answers_of.setdefault(row["group"], set()).add(answer)
+            questions_of.setdefault(normalized(answer), set()).add(row["group"])
+    return {
+        answer: set().union(*(answers_of[question] for question in questions))
+        for answer, questions in questions_of.items()
+    }
+
+
+def with_alternatives(expected: list[str], alternatives: Mapping[str, set[str]]) -> list[str]:
+    """The expected answers, and those that the table has for the same questions.
+
+    A table may have several answers to one question, as the worked example has several remedies. As
+    in notebook 4 each of them is right.
+    """
+    others: set[str] = set()
+    for text in expected:
+        others |= alternatives.get(normalized(text), set())
+    return [*expected, *sorted(others - set(expected))]
+
+
 def answer_lines(
     questions: Sequence[AskedQuestion],
     answers: pd.DataFrame,
     part: str,
     rules: ContentRules | None,
     context: TableContext | None,
+    accepted: Sequence[list[str]] | None = None,
 ) -> list[dict]:
     """The lines of `answers.jsonl`.
 
     `question`, `answer`, `unknown`, `rows`, and `expected` and `right` where known: only these need
-    the `rules`.
+    the `rules`. Right is one of the `accepted` answers to a question, without them of the expected.
     """
     lines = []
-    for question, generated in zip(questions, answers.to_dict("records"), strict=True):
+    accepted = accepted or [question.expected for question in questions]
+    for question, right_answers, generated in zip(
+        questions, accepted, answers.to_dict("records"), strict=True
+    ):
         unknown = bool(generated.get("unknown", False))
         line = {
             "question": question.question,
@@ -98,9 +137,7 @@ def answer_lines(
         }
         if question.expected and rules is not None:
             line["expected"] = question.expected
-            line["right"] = is_expected(
-                generated["answer"], unknown, question.expected, rules, context
-            )
+            line["right"] = is_expected(generated["answer"], unknown, right_answers, rules, context)
         lines.append(line)
     return lines
 
