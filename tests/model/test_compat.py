@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from unittest import mock
 
 import accelerate
 import bitsandbytes
+import datasets
 import huggingface_hub
 import jupyter_client
 import nbformat
@@ -27,6 +29,7 @@ import papermill.engines
 import papermill.parameterize
 import papermill.translators
 import peft
+import pyarrow.parquet
 import pytest
 import torch
 import transformers
@@ -39,6 +42,7 @@ from transformers import AutoConfig, TrainerControl, TrainerState, TrainingArgum
 from trl import SFTConfig
 
 from tabletune.cli.progress import running_cell
+from tabletune.data.columnar_files import features_of_schema, source_value
 from tabletune.errors import is_unreachable
 from tabletune.merging.lora import base_module_name
 from tabletune.model import compat
@@ -361,6 +365,15 @@ def kernels_die_with_this_message(folder):
     assert "died before replying" in source("jupyter_client.client")
 
 
+def labels_have_their_names(folder):
+    features = datasets.Features({"a": datasets.ClassLabel(names=["no", "yes"])})
+    file = folder / "table.parquet"
+    datasets.Dataset.from_dict({"a": [1]}, features=features).to_parquet(file)
+    schema = pyarrow.parquet.read_schema(file)
+    feature = features_of_schema(schema)["a"]
+    assert source_value(1, schema.field("a").type, feature) == "yes"
+
+
 def unreachable_hub_is_recognized(folder):
     """It is the error of the library that the Hub's client uses: httpx or httpx2."""
     kind = huggingface_hub.errors.HTTPError
@@ -542,6 +555,15 @@ def rename_first_line(monkeypatch, path):
     monkeypatch.setattr(translator, "codify", lambda values, comment: codify(values, "Values"))
 
 
+def rename_kinds_of_features(monkeypatch, path):
+    to_dict = datasets.Features.to_dict
+
+    def renamed(features):
+        return json.loads(json.dumps(to_dict(features)).replace("_type", "_kind"))
+
+    monkeypatch.setattr(datasets.Features, "to_dict", renamed)
+
+
 def rename_settings_of_llama(monkeypatch, path):
     low_level = importlib.import_module("llama_cpp.llama_cpp")
     monkeypatch.delattr(low_level, "llama_model_default_params")
@@ -624,6 +646,9 @@ CANARIES = {
     "papermill.clientwrap.PapermillNotebookClient": Canary(papermill_has_a_client),
     "jupyter_client: died before replying": Canary(
         kernels_die_with_this_message, rename_in_source("died before replying")
+    ),
+    "datasets: schema.metadata.huggingface.info.features.NAME._type.ClassLabel": Canary(
+        labels_have_their_names, rename_kinds_of_features
     ),
     "huggingface_hub.errors.HTTPError": Canary(unreachable_hub_is_recognized),
     "llama_cpp: llama_model_default_params": Canary(
@@ -865,7 +890,10 @@ def own_code():
 
 
 def private_names(tree):
-    """Underscored attributes of other objects, and imports of underscored names: (line, name)."""
+    """Underscored names of others: (line, name).
+
+    Attributes, also by `getattr` and the like, keys, arguments, and what is imported.
+    """
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Attribute):
@@ -873,9 +901,38 @@ def private_names(tree):
             names = [] if own else [node.attr]
         elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("tabletune"):
             names = [alias.name for alias in node.names] + (node.module or "").split(".")
+        elif isinstance(node, ast.Call):
+            names = [keyword.arg for keyword in node.keywords if keyword.arg]
+            if ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
+                names.append(getattr(node.args[1], "value", None))
+        elif isinstance(node, ast.Subscript):
+            names = [getattr(node.slice, "value", None)]
         for name in names:
-            if name.startswith("_") and not name.startswith("__"):
+            if isinstance(name, str) and name.startswith("_") and not name.startswith("__"):
                 yield node.lineno, name
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "model._name",
+        "getattr(model, '_name')",
+        "setattr(model, '_name', 1)",
+        "inputs['_name'] = 1",
+        "model(_name=1)",
+        "from library import _name",
+        "from library._name import function",
+    ],
+)
+def test_a_private_name_is_seen(code):
+    assert {name for _, name in private_names(ast.parse(code))} == {"_name"}
+
+
+@pytest.mark.parametrize(
+    "code", ["self._name", "model.__class__", "from tabletune.cli._main import x", "rows[0]"]
+)
+def test_what_is_our_own_or_public_is_not_seen_as_private(code):
+    assert list(private_names(ast.parse(code))) == []
 
 
 def test_no_private_name_of_a_library_is_used_elsewhere():

@@ -39,6 +39,7 @@ TRANSFORMERS = "https://github.com/huggingface/transformers/blob/main/src/transf
 TORCH = "https://github.com/pytorch/pytorch/blob/main/torch"
 PEFT = "https://github.com/huggingface/peft/blob/main/src/peft"
 BITSANDBYTES = "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes"
+DATASETS = "https://github.com/huggingface/datasets/blob/main/src/datasets"
 ACCELERATE = "https://github.com/huggingface/accelerate/blob/main/src/accelerate"
 PAPERMILL = "https://github.com/nteract/papermill/blob/main/papermill"
 MERGING = "merging one tensor at a time needs the name that each stored tensor gets in the model"
@@ -277,7 +278,13 @@ INTERNALS = (
         "two kernels that start at one moment can pick the same port: then it is tried again",
         "https://github.com/jupyter/jupyter_client/blob/main/jupyter_client/client.py",
     ),
-    # --- the Hub
+    # --- datasets, the Hub
+    Internal(
+        "datasets: schema.metadata.huggingface.info.features.NAME._type.ClassLabel",
+        "data/columnar_files.py",
+        "a table that datasets has written stores numbers for labels; their names stand here",
+        f"{DATASETS}/features/features.py",
+    ),
     Internal(
         "huggingface_hub.errors.HTTPError",
         "errors.py",
