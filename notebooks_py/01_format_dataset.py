@@ -33,9 +33,11 @@
 # People fine-tune to get a fixed format or a tone, to sort texts into classes, or so that a small
 # model can use their data. This series does it with a table, and measures whether it was worth it.
 #
-# The worked example is a table of home remedies. The one that comes with this series begins like
-# this (*Yogasan* is a yoga posture; the web address in the first row is a slip, which this notebook
-# removes):
+# The worked example is a table of home remedies. There are two of them, with the same columns: one
+# on the Hub (huggingface.co, where models and data sets are shared), which `dataset` below names,
+# and `data/home_remedies.csv`, which comes with this series for runs without a GPU. This one begins
+# like this (*Yogasan* is a yoga posture; the web address in the first row is a slip, which this
+# notebook removes):
 #
 # | Name of Item | Health Issue | Home Remedy | Yogasan |
 # |---|---|---|---|
@@ -47,7 +49,7 @@
 # Please suggest a home remedy."
 #
 # - **In:** a table: a `.csv`, `.tsv`, `.xlsx`, `.json`, `.jsonl` or `.parquet` file, a folder, or a
-#   data set on the Hub (huggingface.co, where models and data sets are shared).
+#   data set on the Hub.
 # - **Out:** `dataset/` in the *run folder*, which is `run_dir` below. It holds conversations,
 #   divided into training, validation and test rows, and a report, `report.json`.
 # - **Time:** under a minute for a table of ten thousand rows; no GPU is used.
@@ -183,10 +185,10 @@ run = stage.folder  # the run folder, as a path
 # of its own, its *chat template*. We use that template as it is, so that our rows look like the
 # conversations that the model knows.
 #
-# The table shows the template of this model. Its first line is how a prompt ends, here one in which
-# the user has said *Hello*: after that the model writes its answer. ⏎ is the end of a line. A
-# *system message* comes before a conversation and says how the model is to behave. *Thinking* is
-# what some models write before they answer. Some templates also write a date.
+# The table shows the template of this model. Its first line is the end of a prompt in which the
+# user has said *Hello*. After it, the model writes its answer. ⏎ is the end of a line. A *system
+# message* comes before a conversation and says how the model is to behave. *Thinking* is what some
+# models write before they answer. Some templates also write a date.
 
 # %%
 from tabletune.chat.templates import describe_template
@@ -219,9 +221,9 @@ show_table(data_report.first_rows(table))
 # %% [markdown]
 # From the names of the columns, the notebook recognizes the *shape* of the table: how its rows
 # become conversations. In the shape `columns`, two templates put question and answer together from
-# several columns. A name in braces, such as `{issue}`, stands for the text of a column. The last
-# lines of the list below say of which column: `issue = column 'Health Issue'`. The worked example
-# is recognized, too, and has settings of its own. Your own `shape`, `columns` and templates
+# several columns. A name in braces, such as `{issue}`, stands for the text of a column. Which
+# column that is, the last lines of the list below say: `issue = column 'Health Issue'`. The worked
+# example is recognized, too, and has settings of its own. Your own `shape`, `columns` and templates
 # override what is recognized.
 
 # %%
@@ -310,7 +312,8 @@ print("prompt and answer by hand equal the package's:", encoded["input_ids"] == 
 # %% [markdown]
 # The same, token by token. **Bold** tokens are special: they are marks and not text, such as the
 # end of a turn. Tokens on a coloured ground are in the loss; the model only reads the others. ⏎ is
-# the end of a line, and an empty box is a space. A rare word has several tokens.
+# the end of a line. Most spaces belong to the token of the word that follows; a space that is a
+# token of its own is an empty box. A rare word has several tokens.
 
 # %%
 show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
@@ -332,7 +335,8 @@ show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 # The remaining rows are divided into three *splits*. The model learns from the training rows. On
 # the validation rows we watch how well it does during training. The test rows are for the end. All
 # rows with the same question go to the same split: if a test question had also been asked in
-# training, the test would measure memory. (Notebook 4 also asks training questions, but counts them
+# training, the test would measure memory. Capitals and punctuation make no other question: *COMMON
+# COLD* asks the same as *Common Cold*. (Notebook 4 also asks training questions, but counts them
 # separately.)
 #
 # If all this was done before, with the same table and settings, the cell below skips it.
@@ -369,7 +373,9 @@ data_report.rows_table(report)
 show_table(data_report.changes_table(report), "Nothing was changed.")
 
 # %% [markdown]
-# The first rows that were dropped, with their texts as they are in the table:
+# The first rows that were dropped. Their texts are shown as they are in the table, before cleaning.
+# So a row with "no answer" can have something there that cleaning takes away, such as a web address
+# or `None`:
 
 # %%
 show_table(data_report.dropped_table(report), "No row was dropped.")
@@ -404,7 +410,8 @@ print(*report["notes"] or ["Nothing stands out."], sep="\n")
 # the lookup alone refuses: the model is not asked, and the answer is `unknown_answer`. With a good
 # threshold, the lookup refuses many of the questions that the table has nothing on, but hardly any
 # reworded question of the table. It also refuses a question that is more similar to one of
-# `out_of_scope` than to any row. All other questions are put to the model.
+# `out_of_scope`, the questions that are not to be answered, than to any row. All other questions
+# are put to the model.
 
 # %%
 from tabletune.data.context import load_context
@@ -435,7 +442,9 @@ from tabletune.report.plots import plot_data_set
 plot_data_set(report, max_length)
 
 # %% [markdown]
-# The splits:
+# The splits. `validation_fraction` and `test_fraction` are met only roughly in a small table: each
+# question is given to a split at random, whatever the others are. So questions that you add later
+# do not move the others:
 
 # %%
 data_report.splits_table(report)
@@ -456,10 +465,8 @@ if push_dataset_to:
 print(*data_report.sentences_on_data_set(report), sep="\n")
 
 # %% [markdown]
-# Two things to try:
-#
-# - Set `max_length` to the number in "Half of them are longer than … tokens" above, so that half of
-#   the rows are too long. What does the notebook say?
+# One thing to try: set `max_length` to the number in "Half of them are longer than … tokens" above,
+# so that half of the rows are too long. What does the notebook say?
 #
 # Next: [2 · fine-tune](02_finetune_qlora.ipynb)
 # ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/02_finetune_qlora.ipynb)).

@@ -30,16 +30,17 @@
 # - **In:** `dataset/` in the run folder, from notebook 1.
 # - **Out:** `adapter/`, what was learned, some hundred megabytes or less; `training/metrics.json`
 #   and the loss curves.
-# - **Time:** minutes for a table of a few hundred rows on a GPU; three to six minutes on two CPU
-#   cores with the small model of `cpu` and `knowledge`, two
-#   [profiles](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/parameters.md#profiles)
-#   (files of parameters).
+# - **Time:** minutes for a table of a few hundred rows on a GPU. Without a GPU, three to six
+#   minutes on two CPU cores, with a small model: that of `cpu` or `knowledge`. These are two
+#   [profiles](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/parameters.md#profiles),
+#   files of parameters.
 #
 # A model is a long list of numbers, its *weights*. Training changes them. A model with nearly seven
 # billion weights (7B) takes 13 GB, two bytes a weight, and training all of them takes several times
 # that. *LoRA* ([Hu et al., 2021](https://arxiv.org/abs/2106.09685)) leaves the weights of the model
 # *frozen*, which means that they do not change. It trains a small *adapter* beside them; for a 7B
-# model the adapter has about one weight for every hundred of the model. *QLoRA* ([Dettmers et al.,
+# model the adapter has about one weight for every hundred of the model. (The share is larger for a
+# small model, and if more than the attention gets an adapter.) *QLoRA* ([Dettmers et al.,
 # 2023](https://arxiv.org/abs/2305.14314)) also stores the frozen model with 4 bits a weight, in a
 # format called NF4. So a 7B model can be trained on a T4, the GPU of free Colab, which has 15 GB.
 #
@@ -78,7 +79,8 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 # they are used, or in the
 # [glossary](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/glossary.md).
 # The two that matter most: a *batch* is the rows that the model reads at once, and in a *step* it
-# reads one or more batches and then changes the adapter once.
+# reads one or more batches and then changes the adapter once. A *row* is here what the model reads
+# as one text: an example or, with `packing`, several.
 
 # %% tags=["main-parameters"]
 run_dir = "runs/home_remedies"  # that of notebook 1; in Colab better "drive:home_remedies"
@@ -183,15 +185,17 @@ counts
 # ## The base model
 #
 # Before anything large is downloaded, we look at the model's configuration: what it is, which of
-# its layers get an adapter, and whether it can be trained here at all. Its *context length* is the
-# most tokens that it can read at once. The last lines are the chat template, as in notebook 1.
+# its matrices get an adapter, and whether it can be trained here at all. (The *parameters* in its
+# first line are the model's weights.) Its *context length* is the most tokens that it can read at
+# once. The last lines are the chat template, as in notebook 1.
 #
+# A model computes in *layers*, one after the other: each works on the results of the one before.
 # Most models have two parts in each layer. In the *attention*, a token looks at the tokens before
 # it. Its matrices are often called `q_proj`, `k_proj`, `v_proj` and `o_proj`; "sdpa" (scaled
 # dot-product attention) is PyTorch's fast implementation. The other part changes each token by
 # itself, with the matrices `gate_proj`, `up_proj` and `down_proj`. With NF4, these matrices are
-# stored in 4 bits. The rest of the model keeps 16 or 32 bits, above all the table that has a list
-# of numbers for each token of the vocabulary.
+# stored in 4 bits. The rest of the model keeps 16 or 32 bits. Most of it is a large matrix with a
+# line of numbers for each token of the *vocabulary*, which is all the tokens that the model knows.
 
 # %%
 config, dtype = base_config(base_model, base_model_revision), compute_dtype(precision)
@@ -201,11 +205,12 @@ show_table(summary)
 # %% [markdown]
 # ## Rows without padding
 #
-# Examples differ in length. If the shorter ones of a batch were filled up to the longest, about a
-# third of the work would be wasted. *Packing* puts several examples into one row of `max_length`
-# tokens instead. They must not see each other. So the positions of the tokens start at 0 again with
-# each example. From that, transformers (the library that runs the model) knows where an example
-# begins, and hides the earlier ones from it.
+# Examples differ in length. If the shorter ones of a batch were filled up to the longest
+# (*padding*), work would be wasted: little if all are about as long, and it can be more than half
+# if a few are very long. *Packing* puts several examples into one row of `max_length` tokens
+# instead. They must not see each other. So the positions of the tokens start at 0 again with each
+# example. From that, transformers (the library that runs the model) knows where an example begins,
+# and hides the earlier ones from it.
 #
 # The cell below packs the examples and looks at the first row. The *collator* makes the batches: it
 # turns rows into tensors, which are PyTorch's arrays, and adds the positions. (With `packing =
@@ -416,9 +421,9 @@ before_and_after(run)
 # %% [markdown]
 # ## What we have now
 #
-# An adapter that has learned how the table's answers look, and some of what they say. It is saved
-# with its tokenizer and with the name of its base model, so that notebook 3 can refuse to merge it
-# into another one.
+# An adapter that has learned how the table's answers look. How much it has learned of what they say
+# is measured in notebook 4; it can be very little. The adapter is saved with its tokenizer and with
+# the name of its base model, so that notebook 3 can refuse to merge it into another one.
 #
 # The last two lines below are the validation losses again, as probabilities: $e^{-loss}$.
 
@@ -437,8 +442,8 @@ print(f"{likely[0]:.2%} with the base model, {likely[1]:.2%} after training.")
 # Two things to try:
 #
 # - `epochs = 2`: does the validation loss still fall in the second one?
-# - `lora_r = 16`, which trains a quarter of the weights: how much higher is the validation loss at
-#   the end?
+# - `lora_r = 16`, which trains a quarter of the weights, with `lora_alpha = 4`, so that
+#   `lora_alpha/lora_r` stays the same: is the validation loss at the end higher?
 #
 # Next: [3 · merge](03_merge_adapter.ipynb)
 # ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/03_merge_adapter.ipynb)).

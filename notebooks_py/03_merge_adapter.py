@@ -36,9 +36,9 @@
 #
 # An adapter works only beside its base model. *Merging* adds it to the base model's weights, so
 # that one plain model remains. The usual way is `merge_and_unload` of PEFT, the library that made
-# the adapter. It holds the whole base model in memory: 13 GB for a 7B model, more than free Colab
-# has. But each matrix can be merged on its own. So this notebook reads, merges and writes one
-# matrix after the other.
+# the adapter. It holds the whole base model in the computer's memory (RAM): 13 GB for a 7B model,
+# and free Colab has 12.7. But each matrix can be merged on its own. So this notebook reads, merges
+# and writes one matrix after the other.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
@@ -99,8 +99,9 @@ print(f"{len(plan.tensors)} tensors in the base model, {len(plan.adapted)} of th
 # ## One matrix
 #
 # LoRA leaves a matrix $W$ as it is and learns two thin ones beside it, $A$ with $r$ rows and $B$
-# with $r$ columns. The name of the first layer that has an adapter, and the shapes of its $W$, $A$
-# and $B$, as (rows, columns):
+# with $r$ columns. Below is the name of the first matrix that has an adapter. The first number in
+# it is that of its layer, counted from 0; `mlp`, in many models, is the part of a layer that is not
+# attention. Then come the shapes of its $W$, $A$ and $B$, as (rows, columns):
 
 # %%
 from tabletune.merging.lora import lora_matrices
@@ -123,9 +124,9 @@ from tabletune.merging.lora import scaling
 merged = weight + scaling(plan.config, module) * b @ a
 
 # %% [markdown]
-# The package's `add_lora` does the same, but writes the result into $W$ itself: a second matrix
-# would take memory. Here it gets a copy of $W$ (`clone`). From here on it merges all layers. The
-# next cell stops with an error if its result differs from ours:
+# The package's `add_lora` does the same, but overwrites $W$ with the result, so that no memory is
+# needed for a second matrix. It will merge all matrices further down. The next cell gives it a copy
+# of $W$ (`clone`), and stops with an error if its result differs from ours:
 
 # %%
 import torch
@@ -140,7 +141,9 @@ assert torch.allclose(merged, by_package, rtol=1e-4, atol=1e-5)
 #
 # - the adapter;
 # - rounding the sum to the number format of the files;
-# - rounding to NF4, if the training saw quantized weights.
+# - rounding to NF4, if the training saw quantized weights. With `base_weights = "original"` the
+#   merged model has none of this rounding: the line says how far the weights of the training were
+#   from those that are merged now.
 #
 # Each is shown as a share of the size of $W$. Size here is the Frobenius norm: the root of the sum
 # of all squared numbers. Rounding to NF4 can change a matrix more than the adapter does. It matters
@@ -172,7 +175,8 @@ pd.Series({name: f"{size.item():.3%}" for name, size in sizes.items()}).to_frame
 # Then the result is verified. Three models read the same two rows of the test split: the base
 # model, the base model with its adapter, and the merged model, read back from its files. The last
 # two must give the same scores (logits) to all tokens, except for rounding. (With `"dequantized"`,
-# the base model is the quantized one.) A merged model that differs by more is not kept.
+# all three start from the weights after rounding to NF4.) A merged model that differs by more is
+# not kept.
 
 # %% tags=["nbval-ignore-output"]
 from tabletune.merging.write import merge_adapter
@@ -184,7 +188,8 @@ merged_folder, report = merge_adapter(plan, stage, max_shard_gb)
 # from those of the base model with its adapter? We show that as a share of the adapter's change: 0%
 # is a perfect merge, and 100% is one that left the adapter out. Rounding alone gives a few percent
 # if the files are in bf16, and well under 1% if they are in fp16, which has more digits. (Less than
-# 0.1% is shown as 0.1%.)
+# 0.1% is shown as 0.1%.) The most likely next token can differ even then: where a model finds two
+# tokens about equally likely, the smallest rounding decides between them.
 
 # %%
 verified = report["difference_to_effect"] is not None
@@ -251,8 +256,9 @@ else:
 #
 # One plain model in safetensors files, a format that holds weights and can hold no program. A
 # *layer* in the table below is one of the matrices with an adapter. The memory includes Python and
-# its libraries, which take more than a small model. Where memory is free, up to four files are
-# merged at once. One at a time, a 7B model takes a tenth of the memory of the usual way.
+# its libraries, which take more than a small model. A 7B model has many files. Where memory is
+# short, they are merged one at a time, which takes a tenth of the memory of the usual way; where
+# there is enough, up to four at once.
 
 # %% tags=["nbval-ignore-output"]
 show_table(
@@ -266,11 +272,9 @@ show_table(
 )
 
 # %% [markdown]
-# Two things to try:
-#
-# - `base_weights = "dequantized"`, and then run notebooks 3 and 4 again: are the answers any
-#   different? The table in "One matrix" says how much rounding to NF4 changes $W$, and notebook 6
-#   says what that does to the model.
+# One thing to try: `base_weights = "dequantized"`, and then run notebooks 3 and 4 again: are the
+# answers any different? The table in "One matrix" says how much rounding to NF4 changes $W$, and
+# notebook 6 says what that does to the model.
 #
 # Next: [4 · evaluate](04_evaluate.ipynb)
 # ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/04_evaluate.ipynb)).

@@ -41,8 +41,9 @@
 # 6.
 #
 # - **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
-# - **Out:** `evaluation/metrics.json`, `answers.jsonl`, `samples.jsonl`, `scores.parquet` and
-#   `results.png`.
+# - **Out:** the folder `evaluation/`: the figures in `metrics.json` and `results.png`; all answers,
+#   each with all right ones, in `answers.jsonl`, and those to the new questions side by side in
+#   `samples.jsonl`; how probable each row was in `scores.parquet`.
 # - **Time:** some minutes on a T4; about a minute on two CPU cores with the small model of the
 #   `cpu` profile, about four with `context_rows`.
 
@@ -200,9 +201,11 @@ adapted = None if done else load_adapted(run / "adapter", *source)
 # certain. Lower is better.
 #
 # Here is the perplexity of one row. Only its answer (the *response*) counts, because the words of
-# the question are mostly the same in all rows. In the code, `nll` is $-\log p$ of each token, its
-# *negative log-likelihood*. At each place the model predicts the token that comes after it. So the
-# first token is not predicted, and the prediction after the last one is not used.
+# the question are mostly the same in all rows. In the code, `log_p` is a table with a line for each
+# place in the text and a column for each token of the vocabulary. `gather` picks from each line the
+# entry of the token that really comes next. So `nll` is $-\log p$ of each token, its *negative
+# log-likelihood*. At each place the model predicts the token that comes after it. So the first
+# token is not predicted, and the prediction after the last one is not used.
 
 # %% tags=["nbval-ignore-output"]
 if not done:
@@ -232,7 +235,8 @@ if not done:
 # ## Score the rows, answer the questions
 #
 # Each model now reads the test rows for their perplexity ("scoring"), and answers the questions
-# ("answering"). Two things about an answer's form are noted:
+# ("answering"; the bar is missing if all questions are answered at once). Two things about an
+# answer's form are noted:
 #
 # - It *stops* if the model ends it by itself, within `max_new_tokens`.
 # - It *has the structure* if it is the answer template, filled in.
@@ -294,7 +298,9 @@ metrics = read_json(folder / "metrics.json", stage.name)
 # ## Are the answers right?
 #
 # In brackets are 95% intervals. Other questions would have given other figures, most likely within
-# these limits.
+# these limits. `0 of 20 (0–3)` means that 0 of 20 answers are right, and that among all questions
+# like these it would most likely be 0 to 3 of every 20. The table further down has the same in
+# percent.
 
 # %%
 say_verdict(metrics["verdict"])
@@ -303,7 +309,8 @@ say_verdict(metrics["verdict"])
 # The same in a table: a line for each kind of question, and for each model that was asked. A dash
 # means that no answer could be counted. *Right item* counts only the questions for which the table
 # names an item, so its share can differ from *right*. (In the worked example, answers on
-# emergencies name none.)
+# emergencies name none.) The plot below shows some of the figures. Its thin lines are the
+# intervals; where a share is 0%, there is no bar.
 #
 # With `context_rows` there are two more things to know:
 #
@@ -325,7 +332,14 @@ plot_results(metrics)
 #
 # The figures say how many answers are right. Now read some of them, to see what is wrong with the
 # others. An answer that did not stop by itself is marked as cut. What an answer repeats again and
-# again is shown only twice.
+# again is shown only twice. Of several right answers only the first is shown here; `answers.jsonl`
+# has all (`references`).
+#
+# Adapter and merged model can answer differently, although notebook 3 found next to no difference.
+# Here the adapter works beside weights of 4 bits, as in training, and the merged model was usually
+# made from the weights as they were published. Such a difference can change one token, and after it
+# the answers go on differently. (With `quantization = "none"` in notebook 2, or `base_weights =
+# "dequantized"` in notebook 3, they should differ much less.)
 
 # %%
 tables.samples_table(folder, warning)
@@ -333,8 +347,9 @@ tables.samples_table(folder, warning)
 # %% [markdown]
 # ### When it says that the table has nothing
 #
-# This section is about runs with `context_rows` and an `unknown_answer`. They can go wrong in two
-# ways: refuse a question that the table has an answer to, or answer one that it has no answer to.
+# This section is about runs with `context_rows` and an `unknown_answer`. Without them, go on with
+# [Form and perplexity](#Form-and-perplexity). Such a run can go wrong in two ways: refuse a
+# question that the table has an answer to, or answer one that it has no answer to.
 #
 # The lookup gives each row a score from 0 to 1 for how similar its question is. A question is
 # refused, which means that the answer is `unknown_answer`, in three cases:
@@ -420,8 +435,8 @@ print("perplexity:", with_interval(*stored(metrics["adapter"], "response perplex
 #
 # Look at the lines with *right* first. *Better* and *worse* are about the first of the two models.
 # *No difference shown* means that the interval contains 0 (or 1 for a ratio). That is what we hope
-# for from *merged - adapter*, since merging should change nothing. About 1 in 20 comparisons shows
-# a difference by chance. Do not trust a single borderline one.
+# for from *merged - adapter*, since merging should change next to nothing. About 1 in 20
+# comparisons shows a difference by chance. Do not trust a single borderline one.
 
 # %%
 tables.all_differences(metrics)
@@ -443,8 +458,9 @@ print(f"responses of the test split:    {figure}")
 # ## Ask it yourself
 #
 # The answers to `your_question` are below, cut after `max_new_tokens`. To ask something else,
-# change it and run the notebook again. Only the base model and the adapter are loaded then, and
-# nothing is measured again. On your own machine, `make ask` asks a whole file of questions
+# change it and run the notebook again. Only the base model and the adapter are loaded and asked
+# then, and nothing is measured again. On your own machine, `make ask` asks a whole file of
+# questions
 # ([docs/export.md](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/export.md)).
 
 # %% tags=["nbval-ignore-output"]
@@ -470,7 +486,8 @@ say_verdict(metrics["verdict"][:1])
 #
 # Two things to try:
 #
-# - `context_rows = 3` in notebook 1, if it was 0: the prompt then contains the most similar rows.
+# - `context_rows = 3` in notebook 1, if it was 0, and then notebooks 1 to 4 again: the prompt now
+#   contains the most similar rows. How many answers are right?
 # - `samples = 50`: how much narrower do the intervals become?
 #
 # Next: [5 · baselines](05_baselines.ipynb) ([in
