@@ -30,7 +30,7 @@
 # - **In:** `dataset/` in the run folder, from notebook 1.
 # - **Out:** `adapter/`, what was learned, some hundred megabytes or less; `training/metrics.json`
 #   and the loss curves.
-# - **Time:** minutes for a table of a few hundred rows on a GPU. Without a GPU, three to six
+# - **Time:** minutes for a table of a few hundred rows on a GPU. Without a GPU, two to four
 #   minutes on two CPU cores, with a small model: that of `cpu` or `knowledge`. These are two
 #   [profiles](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/parameters.md#profiles),
 #   files of parameters.

@@ -38,8 +38,8 @@
 #
 # - **In:** `dataset/` and `adapter/` in the run folder, from notebooks 1 and 2.
 # - **Out:** `baselines/metrics.json`, `answers.jsonl` and `results.png`.
-# - **Time:** some minutes on a T4; six minutes on two CPU cores with the small model of the `cpu`
-#   profile.
+# - **Time:** some minutes on a T4; four to six minutes on two CPU cores with the small
+#   model of the `cpu` profile.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
