@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tabletune.cli.paths import find_choice, repository, title_of
+from tabletune.cli.paths import find_choice, folder_title, repository
 from tabletune.errors import StageError
 from tabletune.run.files import write_text_if_changed
 from tabletune.run.parameters import (
@@ -205,9 +205,9 @@ def choose_run_dir(options: argparse.Namespace) -> Path:
             "Leave one of them out."
         )
     if options.run_dir is None:
-        names = [title_of(choose_profile(options))]
+        names = [folder_title(choose_profile(options))]
         if options.model:
-            names.append(title_of(options.model))
+            names.append(folder_title(options.model))
         return Path("runs") / "_".join(names)
     if options.run_dir.startswith(("drive:", "hub:")):
         raise StageError(

@@ -35,7 +35,7 @@ def notebook(name: str) -> Path:
     return shown(repository() / "notebooks" / f"{name}.ipynb")
 
 
-def title_of(name: str) -> str:
+def folder_title(name: str) -> str:
     """What a profile, a model or a grid is called in the name of a folder.
 
     That is its file's name without .yaml: a point is part of a name (llama-3.1-8b-instruct).

@@ -11,7 +11,7 @@ from typing import Any
 from tabletune.cli.notebooks import NotebookError
 from tabletune.cli.options import NUMBERED, RunChoice, read_run_choice
 from tabletune.cli.pages import compare_runs
-from tabletune.cli.paths import title_of
+from tabletune.cli.paths import folder_title
 from tabletune.cli.series import make_series
 from tabletune.errors import StageError
 from tabletune.run.parameters import DEFAULTS, check_names, read_parameters, read_text
@@ -76,7 +76,7 @@ def sweep_folder(options: argparse.Namespace) -> Path:
     names = [options.grid, options.profile]
     if options.model:
         names.append(options.model)
-    return Path("runs") / "_".join(title_of(name) for name in names)
+    return Path("runs") / "_".join(folder_title(name) for name in names)
 
 
 def read_grid(options: argparse.Namespace) -> dict[str, Any]:
