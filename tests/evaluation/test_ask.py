@@ -88,7 +88,8 @@ def test_what_rests_on_nothing_says_so_without_a_row():
     assert "nothing" in text
 
 
-def test_the_table_of_answers():
+def test_the_table_of_answers(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     answers = pd.DataFrame(
         {
             "answer": ["**Item:** Ginger", "Mint"],
