@@ -239,3 +239,13 @@ def test_a_rank_correlation_needs_enough_answers():
 def test_where_all_answers_are_right_nothing_can_agree():
     metrics = summarize_ratings(*rated(["equal"] * 30, [True] * 30, chrf=range(30)))
     assert metrics["agreement"]["chrf"] is None
+
+
+def test_two_conversations_that_end_in_the_same_question_are_two_pairs(tmp_path):
+    lines = [
+        answer_line(0, model, group=group, answer=f"{model}, {group}")
+        for group in ("cold", "cough")
+        for model in ("base", "merged")
+    ]
+    write_answers(tmp_path, lines)
+    assert len(pairs_of_run(tmp_path)) == 2

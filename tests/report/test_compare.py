@@ -298,3 +298,45 @@ def test_a_comparison_is_summed_up_in_words(tmp_path):
     first, *_, last = in_words(folders)
     assert first == "Most right answers: rows 1.0, 80% of 40 reworded questions."
     assert last.startswith("The last doubling gained nothing")
+
+
+def record(run, stage, **parameters):
+    """Leave the entry of one more notebook in the manifest of a run."""
+    path = run / "manifest.json"
+    entry = {"parameters": {**PARAMETERS, **parameters}}
+    write_json(path, {**json.loads(path.read_text()), stage: entry})
+
+
+def test_a_notebook_that_only_measures_makes_no_other_setting(tmp_path):
+    folders = [a_run(tmp_path / f"seed-{seed}", seed=seed) for seed in (1, 2)]
+    record(folders[0], "06_trust", split_rows=50)
+    settings, _, _ = compared(*folders)
+    assert len(settings) == 1
+
+
+def test_only_what_notebook_4_was_run_with_is_a_caution(tmp_path):
+    folders = [a_run(tmp_path / name) for name in ("a", "b")]
+    for folder in folders:
+        record(folder, "04_evaluate", window=1024)
+    record(folders[0], "07_export", window=2048)
+    assert compared(*folders)[2] == []
+
+
+def test_two_conversations_that_end_in_the_same_question_are_two_questions(tmp_path):
+    run = a_run(tmp_path / "a")
+    line = {"part": "new", "model": "merged", "asked": "And for children?"}
+    lines = [{**line, "group": "cold", "right": True}, {**line, "group": "cough", "right": False}]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (run / "evaluation" / "answers.jsonl").write_text(text)
+    [opened_run] = open_runs([str(run)])
+    assert sorted(opened_run.answers["new"].values()) == [False, True]
+
+
+def test_where_nothing_tells_which_is_best_no_other_is_measured_against_it(tmp_path):
+    """Nobody is right, and bits per byte do not compare runs with rows to those without."""
+    one, other = a_run(tmp_path / "a", right=0), a_run(tmp_path / "b", right=0, learning_rate=1)
+    path = other / "evaluation" / "metrics.json"
+    write_json(path, {**json.loads(path.read_text()), "retrieval": True})
+    settings, part, _ = compared(one, other)
+    expected = ["No setting answers any of the reworded questions right."]
+    assert headline(settings, part) == expected

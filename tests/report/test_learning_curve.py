@@ -297,3 +297,14 @@ def test_the_figure_has_a_panel_for_each_thing_that_was_measured(tmp_path):
     assert labels == ["perplexity (lower is better)", "right answers"]
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["40 new questions", "40 new questions"]
+
+
+def test_two_conversations_that_end_in_the_same_question_are_two_questions(tmp_path):
+    folder = write_run(tmp_path, 10, nll_of(2.0))
+    lines = [
+        {"part": "new", "asked": "Why?", "group": group, "model": "merged", "right": right}
+        for group, right in (("a", True), ("b", False))
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "evaluation" / "answers.jsonl").write_text(text)
+    assert read_point("run", folder).right_rate == 0.5

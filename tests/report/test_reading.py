@@ -1,6 +1,6 @@
 """What a page about a run says of the rows of its table."""
 
-from tabletune.report.reading import row_counts
+from tabletune.report.reading import right_answers, row_counts
 
 REPORT = {
     "rows_in": 1_200,
@@ -21,3 +21,16 @@ def test_row_counts_call_the_split_train_training():
     counts = row_counts(REPORT)
     assert counts["of these, training"] == "1,000 rows"
     assert "of these, train" not in counts
+
+
+def test_questions_that_are_asked_in_the_same_words_are_told_apart():
+    lines = [
+        {"asked": "And for children?", "group": "a", "right": True},
+        {"asked": "And for children?", "group": "b", "right": False},
+        {"asked": "Cough?", "group": "c", "right": True},
+    ]
+    assert right_answers(lines) == {
+        "And for children? [a]": True,
+        "And for children? [b]": False,
+        "Cough?": True,
+    }

@@ -74,12 +74,14 @@ def pairs_of_run(run: Path, seed: int = 42) -> list[Pair]:
         )
     models = {line["model"] for line in lines}
     tuned = "merged" if "merged" in models else "adapter"
-    answers: dict[tuple[str, str], dict[str, dict]] = {}
+    # the last turns of several conversations may be the same: the id tells them apart
+    answers: dict[tuple[str, str, str | None], dict[str, dict]] = {}
     for line in lines:
-        answers.setdefault((line["part"], line["asked"]), {})[line["model"]] = line
+        question = (line["part"], line["asked"], line.get("group"))
+        answers.setdefault(question, {})[line["model"]] = line
     rng = random.Random(seed)
     pairs = []
-    for (part, question), by_model in answers.items():
+    for (part, question, _), by_model in answers.items():
         if {"base", tuned} <= by_model.keys():
             pairs.append(make_pair(part, question, by_model["base"], by_model[tuned], rng))
     # not in the order of the parts: a reader tires, and the last ones would all be of one kind

@@ -21,11 +21,15 @@ import numpy as np
 import pandas as pd
 
 from tabletune.report.reading import (
+    RUN_STAGES,
+    as_texts,
+    at,
     digest_of_test,
     doubts,
     in_order_of_test,
     read_lines,
     read_run,
+    right_answers,
 )
 from tabletune.report.tables import NO_DIFFERENCE
 from tabletune.report.text import PARTS, with_interval
@@ -98,18 +102,30 @@ class ComparedRun:
 
     @cached_property
     def answers(self) -> dict[str, dict[str, bool]]:
-        """Which questions that model answers right, {part: {question as asked: right}}."""
-        answers: dict[str, dict[str, bool]] = {}
+        """Which questions that model answers right, {part: {question: right}}.
+
+        The questions are called as `right_answers` in report/reading.py does.
+        """
+        lines: dict[str, list[dict]] = {}
         for line in read_lines(self.folder / "evaluation" / "answers.jsonl"):
             if line["model"] == self.model:
-                answers.setdefault(line["part"], {})[line["asked"]] = bool(line["right"])
-        return answers
+                lines.setdefault(line["part"], []).append(line)
+        return {part: right_answers(of_part) for part, of_part in lines.items()}
+
+    @cached_property
+    def parameters(self) -> dict[str, str]:
+        """The parameters of the notebooks that make a run, 1 to 4, {name: value as text}.
+
+        The other notebooks have some of the same names (`window`, `max_new_tokens`), and what they
+        measure is not compared.
+        """
+        entries = [self.info["manifest"].get(stage) for stage in RUN_STAGES]
+        return as_texts(at(entry, "parameters") or {} for entry in entries)
 
     @property
     def setting(self) -> tuple:
-        """Its parameters, but for those that do not make another setting."""
-        parameters = self.info["parameters"]
-        return tuple(sorted((k, v) for k, v in parameters.items() if k not in NOT_IN_SETTING))
+        """Its `parameters`, but for those that do not make another setting."""
+        return tuple(sorted((k, v) for k, v in self.parameters.items() if k not in NOT_IN_SETTING))
 
 
 @dataclass
@@ -240,7 +256,7 @@ def doubts_of(runs: Sequence[ComparedRun]) -> list[str]:
 def cautions(runs: Sequence[ComparedRun]) -> list[str]:
     """What to mind in runs that can be compared."""
     sentences = []
-    if len({run.info["parameters"].get("base_model") for run in runs}) > 1:
+    if len({run.parameters.get("base_model") for run in runs}) > 1:
         sentences.append(
             "The base models differ. Perplexity is a figure per token, and each tokenizer makes "
             "other tokens, so compare bits per byte."
@@ -252,7 +268,7 @@ def cautions(runs: Sequence[ComparedRun]) -> list[str]:
             "without these rows, and say nothing about how the runs with rows answer."
         )
     for name in EVALUATED_WITH:
-        values = {run.info["parameters"].get(name) for run in runs}
+        values = {run.parameters.get(name) for run in runs}
         if len(values) > 1:
             sentences.append(
                 f"They were evaluated with different {name} ({values_as_text(values)}): a "
@@ -397,8 +413,10 @@ def headline(settings: Sequence[Setting], part: str | None) -> list[str]:
     if not settings:
         return ["No two runs can be compared."]
     best = settings[0]
-    sentences = most_right(best, part) or most_likely(settings, part)
-    if any(setting.has_rows != best.has_rows for setting in settings) and not part:
+    by_right_answers = most_right(best, part)
+    sentences = by_right_answers or most_likely(settings, part)
+    # then bits per byte cannot tell either which one is best
+    if any(setting.has_rows != best.has_rows for setting in settings) and not by_right_answers:
         return sentences or ["No two runs can be compared."]
     same = []
     for setting in settings[1:]:

@@ -21,7 +21,12 @@ from tabletune.report.compare import (
     ranked,
     settings_of,
 )
-from tabletune.report.reading import digest_of_test, in_order_of_test, read_lines
+from tabletune.report.reading import (
+    digest_of_test,
+    in_order_of_test,
+    read_lines,
+    right_answers,
+)
 from tabletune.run.files import read_json
 from tabletune.run.parameters import DEFAULTS
 from tabletune.stats import (
@@ -100,10 +105,9 @@ def read_point(name: str, folder: Path) -> Point | None:
     if model is None:
         return None
     scores = in_order_of_test(scores[scores["model"] == model], folder)
-    right = {}
-    for line in read_lines(folder / "evaluation/answers.jsonl"):
-        if line["part"] == "new" and line["model"] == model:
-            right[line["asked"]] = float(line["right"])
+    lines = read_lines(folder / "evaluation/answers.jsonl")
+    new = [line for line in lines if line["part"] == "new" and line["model"] == model]
+    right = {question: float(is_right) for question, is_right in right_answers(new).items()}
     training_file = folder / "training/metrics.json"
     training = read_json(training_file, "02_finetune_qlora") if training_file.exists() else {}
     questions = report["questions"]["train"]

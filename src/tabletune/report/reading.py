@@ -8,6 +8,7 @@ ran, is an error.
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ STAGES = [
     "05_baselines",
     "06_trust",
 ]
+RUN_STAGES = STAGES[:4]  # these make a run; 5 and 6 only measure it
 FILES = {  # what the stages leave: (file, its kind, the stage)
     "manifest": ("manifest.json", dict, STAGES[0]),
     "data": ("dataset/report.json", dict, STAGES[0]),
@@ -154,6 +156,23 @@ def read_lines(path: Path) -> list[dict]:
         ) from None
 
 
+def right_answers(lines: Sequence[dict]) -> dict[str, bool]:
+    """Which questions are answered right, {question: right}, by lines of `answers.jsonl`.
+
+    The lines are of one model and one part. A question is called by its text, as it was asked. The
+    last turns of several conversations may be the same: these have the id of the question behind
+    the text.
+    """
+    frequency = Counter(line["asked"] for line in lines)
+    answers = {}
+    for line in lines:
+        question = line["asked"]
+        if frequency[question] > 1:
+            question = f"{question} [{line.get('group')}]"
+        answers[question] = bool(line["right"])
+    return answers
+
+
 def figure_of(entry: Any, name: str) -> tuple[float | None, list[float] | None]:
     """One of FIGURES, of an entry.
 
@@ -217,7 +236,7 @@ def doubts(info: dict) -> list[str]:
     risk = figure_of(tuned, "emergencies: offers a remedy")[0]
     if risk:
         sentences.append(f"In emergencies {risk:.0%} of its answers offer a remedy.")
-    for stage in STAGES[:4]:
+    for stage in RUN_STAGES:
         if stage not in ran:
             sentences.append(f"{stage} left no record: what it makes is missing here.")
     sentences += stale_stages(manifest, ran)
