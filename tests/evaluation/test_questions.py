@@ -2,7 +2,7 @@
 
 import random
 
-from tabletune.evaluation.questions import question_sets
+from tabletune.evaluation.questions import own_question, question_sets, questions_of
 
 
 def row_of(question, answer):
@@ -57,3 +57,12 @@ def test_texts_without_a_question_give_no_questions():
         "table": [],
         "reworded": [],
     }
+
+
+def test_without_an_own_question_the_first_is_asked_with_its_earlier_turns_and_tools():
+    before = [{"role": "user", "content": "Cold?"}, {"role": "assistant", "content": "Ginger"}]
+    row = row_of("And for children?", "Honey")
+    row = {**row, "prompt": before + row["prompt"], "tools": "[]"}
+    prompts, texts = own_question("", questions_of([row]))
+    assert prompts == [{"prompt": row["prompt"], "tools": "[]"}]
+    assert texts == ["And for children?"]

@@ -73,12 +73,14 @@ def reworded_questions(questions: list[dict], reword: Rewording) -> list[dict]:
 def own_question(text: str, questions: list[dict]) -> tuple[list[dict], list[str]]:
     """The reader's own question as a prompt like those of `questions`, and as a text.
 
-    Two lists of one. If `text` is empty, the first of `questions` is asked once more. Both lists
-    are empty if there are no questions.
+    Two lists of one. If `text` is empty, the first of `questions` is asked once more, with its
+    earlier turns and tools. Else `text` is asked with the system message of the first, if it has
+    one, and without other turns and tools. Both lists are empty if there are no questions.
     """
     if not questions:
         return [], []
-    first = questions[0]["prompt"]
-    system = [message for message in first[:1] if message["role"] == "system"]
-    text = text or first[-1]["content"]
+    first = questions[0]
+    if not text:
+        return [{"prompt": first["prompt"], "tools": first["tools"]}], [first["asked"]]
+    system = [message for message in first["prompt"][:1] if message["role"] == "system"]
     return [{"prompt": [*system, {"role": "user", "content": text}]}], [text]
