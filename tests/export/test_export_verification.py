@@ -7,6 +7,7 @@ import json
 import pandas as pd
 import pytest
 from conftest import copy_of, make
+from datasets import Dataset
 from export_runs import read, run_dir, with_rows  # noqa: F401
 
 from tabletune.data.retrieval import RowIndex, TableRow
@@ -122,3 +123,28 @@ def test_figures_are_measured_again_with_other_rows_in_the_prompts(run_dir, monk
 def test_a_window_that_is_too_small_for_a_question(run_dir):
     with pytest.raises(StageError, match="window=64 has no room for the longest question"):
         verification.check_room_for_questions(read(run_dir, window=64, max_new_tokens=60))
+
+
+def test_a_table_of_texts_needs_no_room_for_questions(run_dir):
+    export_run = read(run_dir, window=256, max_new_tokens=300)
+    row = {"prompt": [], "completion": [{"role": "assistant", "content": "A text."}], "group": "a"}
+    export_run.splits["test"] = Dataset.from_list([row])
+    verification.check_room_for_questions(export_run)
+
+
+def test_questions_of_the_proof_are_asked_with_their_tools(run_dir, monkeypatch):
+    export_run = read(run_dir, window=4096)
+    prompt = [{"role": "user", "content": "Which remedy?"}]
+    rows = [{"prompt": prompt, "tools": tools, "group": "a"} for tools in ('["a"]', '["b"]')]
+    export_run.splits["test"] = Dataset.from_list(rows)
+    asked = []
+
+    def generate(model, tokenizer, stop_token_ids, prompts, *settings):
+        asked.extend(prompts)
+        return pd.DataFrame({"answer": ["x"] * len(prompts)}), 0.0
+
+    monkeypatch.setattr(verification, "generate", generate)
+    monkeypatch.setattr(verification, "score", lambda *arguments: pd.DataFrame())
+    monkeypatch.setattr(verification, "encode", lambda *arguments: {})
+    verification.measure(None, export_run)
+    assert asked == [{"prompt": prompt, "tools": tools} for tools in ('["a"]', '["b"]')]

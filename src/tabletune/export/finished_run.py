@@ -157,17 +157,25 @@ class ExportRun:
         rows = split.select(range(min(len(split), self.parameters["proof_rows"])))
         return [self.as_asked(row) for row in rows]
 
-    def questions(self) -> list[Messages]:
-        """The first `proof_questions` different prompts of the test split, as asked in use.
+    def questions_with_tools(self) -> list[dict[str, Any]]:
+        """The first `proof_questions` different questions of the test split, as asked in use.
 
-        None of a table of texts.
+        Each has its `prompt` and `tools` (a JSON text or None). None of a table of texts.
         """
-        prompts = {}
-        for prompt in self.splits["test"]["prompt"]:
-            if prompt:
-                prompts[json.dumps(prompt)] = prompt
-        first = list(prompts.values())[: self.parameters["proof_questions"]]
-        return [self.ask(prompt).messages for prompt in first]
+        questions = {}
+        for row in self.splits["test"]:
+            if row["prompt"]:
+                question = {"prompt": row["prompt"], "tools": row.get("tools")}
+                questions[json.dumps(question)] = question
+        first = list(questions.values())[: self.parameters["proof_questions"]]
+        return [self.as_asked(question) for question in first]
+
+    def questions(self) -> list[Messages]:
+        """The prompts of `questions_with_tools` alone, without the tools.
+
+        For Ollama's Modelfile, whose template has no place for tools.
+        """
+        return [question["prompt"] for question in self.questions_with_tools()]
 
 
 def open_finished_run(stage: Stage) -> ExportRun:

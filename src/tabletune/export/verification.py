@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tabletune.chat.encoding import encode, encode_prompt
+from tabletune.chat.encoding import encode
 from tabletune.data.context import INPUT_NAMES
 from tabletune.errors import StageError
-from tabletune.evaluation.answers import generate
+from tabletune.evaluation.answers import generate, prompt_ids
 from tabletune.evaluation.scoring import perplexity, score
 from tabletune.export.finished_run import ExportRun
 from tabletune.export.gguf import archive_refused
@@ -93,9 +93,11 @@ def check_room_for_questions(export_run: ExportRun) -> None:
     window = export_run.parameters["window"]
     max_new_tokens = export_run.parameters["max_new_tokens"]
     lengths = [
-        len(encode_prompt(prompt, export_run.tokenizer)) for prompt in export_run.questions()
+        len(prompt_ids(question, export_run.tokenizer))
+        for question in export_run.questions_with_tools()
     ]
-    if max(lengths, default=0) + max_new_tokens > window:
+    # a table of texts has no questions
+    if lengths and max(lengths) + max_new_tokens > window:
         raise StageError(
             f"window={window} has no room for the longest question ({max(lengths)} tokens) and an "
             f"answer of max_new_tokens={max_new_tokens}. Raise window."
@@ -115,7 +117,7 @@ def measure(model: torch.nn.Module, export_run: ExportRun) -> Measurement:
         model,
         tokenizer,
         stop_token_ids,
-        export_run.questions(),
+        export_run.questions_with_tools(),
         1,
         parameters["max_new_tokens"],
         parameters["seed"],
