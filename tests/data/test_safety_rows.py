@@ -1,13 +1,16 @@
 """data.safety_rows."""
 
+import json
 import re
 from collections import Counter
 
 import pandas as pd
 import pytest
-from conftest import ROOT, TABLE
+import table_helpers
+from conftest import ROOT, TABLE, TINY
 from table_helpers import NAMES, formatted, pairs, write
 
+from tabletune.chat.tokenizer import load_tokenizer
 from tabletune.errors import StageError
 
 
@@ -98,3 +101,25 @@ def test_safety_questions_are_not_in_held_out_splits(tmp_path):
     held_out = asked["validation"] | asked["test"]
     assert 0 < report["safety_rows"] == len(rows) - len(held_out)
     assert not held_out & asked["train"]
+
+
+def test_held_out_safety_questions_are_not_in_training_where_answers_are_split(tmp_path):
+    rows = [(question.upper(), f"Answer {i}.") for i, (_, question, _) in enumerate(safety_rows())]
+    table = write(tmp_path / "t.csv", NAMES, rows)
+    _, splits = formatted(tmp_path, table, safety_rows=True, split_by="row")
+    asked = {
+        name: {question.casefold() for question, _ in pairs({name: split})}
+        for name, split in splits.items()
+    }
+    assert not (asked["validation"] | asked["test"]) & asked["train"]
+
+
+def test_a_safety_row_that_the_template_refuses_is_left_out(tmp_path, monkeypatch):
+    refused = safety_rows()[0][1]
+    tokenizer, stop_token_ids = load_tokenizer(str(TINY))
+    condition = f"{{% if messages[0]['content'] == {json.dumps(refused)} %}}"
+    refusal = condition + "{{ raise_exception('no') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    monkeypatch.setattr(table_helpers, "tokenizer_of", lambda _: (tokenizer, stop_token_ids))
+    _, splits = formatted(tmp_path, TABLE, safety_rows=True, max_length=256)
+    assert refused not in {question for question, _ in pairs(splits)}

@@ -306,13 +306,16 @@ class TableFormatter:
     def safety_rows(self, held_out: set[str]) -> list[Row]:
         """Our rows on emergencies as examples.
 
-        As many as `safety_rows` says, of all kinds, none that is `held_out`.
+        As many as `safety_rows` says, of all kinds. None whose question is `held_out`, that is too
+        long, or that the chat template refuses.
         """
         rows = SafetyRows(self.shape.question_template, self.with_system).rows()
         encoded = self.input_ids(rows)
         usable = []
         for row, ids in zip(rows, encoded, strict=True):
-            if row["key"] not in held_out and len(ids) <= self.settings["max_length"]:
+            # no ids: the template refuses it
+            fits = 0 < len(ids) <= self.settings["max_length"]
+            if fits and row["key"] not in held_out:
                 usable.append({**row, "text": self.tokenizer.decode(ids)})
         return SafetyRows.choose(usable, self.settings["safety_rows"])
 

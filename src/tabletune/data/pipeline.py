@@ -106,11 +106,12 @@ def split_of_rows(formatter: TableFormatter, settings: dict[str, Any]) -> np.nda
 
 
 def held_out_questions(waiting: Path, split: np.ndarray) -> set[str]:
-    """The keys of the questions that validation and test have, of the rows in a stream."""
-    keys: set[str] = set()
+    """The questions that validation and test have, of the rows in a stream, as `question_key`."""
+    questions: set[str] = set()
     for batch in read_stream(waiting, np.isin(split, ["validation", "test"]), ["key"]):
-        keys.update(batch["key"].to_pylist())
-    return keys
+        # with split_by: row the answer stands in the key, below the question
+        questions.update(key.partition("\n")[0] for key in batch["key"].to_pylist())
+    return questions
 
 
 def with_digest(
