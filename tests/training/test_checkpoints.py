@@ -133,3 +133,13 @@ def test_a_training_that_had_ended_is_only_read(tmp_path, ended, epochs):
     trainer = make_trainer(tmp_path, [])
     checkpoint_to_resume(trainer)
     assert trainer.args.num_train_epochs == epochs
+
+
+def test_checkpoints_of_unknown_settings_are_not_gone_on_from(trained):
+    """Their settings.json is missing, as in a copy without it."""
+    make_checkpoint(trained.folder / "checkpoints", 5, "{}")
+    (trained.folder / "checkpoints" / "settings.json").unlink()
+    (trained.folder / "training" / "metrics.json").unlink()
+    assert not check_done_or_archive(trained, ON_CPU, OneProcess())
+    assert newest_checkpoint(trained.folder / "checkpoints") is None
+    assert list(trained.folder.glob("earlier/*/checkpoints/checkpoint-5"))

@@ -23,7 +23,7 @@ def check_done_or_archive(stage: Stage, inputs: dict[str, Any], processes: Parti
 
     If not, what the run has of other settings or data is archived. `inputs` are what it depends on
     beside its parameters. Checkpoints of the same settings, on the same kind of hardware, stay to
-    go on from.
+    go on from. Without a settings.json beside them nobody knows their settings, and they go, too.
     """
     run = stage.folder
     file = run / "checkpoints" / "settings.json"
@@ -35,8 +35,11 @@ def check_done_or_archive(stage: Stage, inputs: dict[str, Any], processes: Parti
             print_other_hardware(stage, inputs)
             return True
         if not file.exists():
-            # nothing here was made by this training
-            archive(run, "adapter", "training")
+            # which settings made what is here is not known; a new run has no checkpoints yet
+            names = ["adapter", "training"]
+            if any(file.parent.glob("checkpoint-*")):
+                names.insert(0, "checkpoints")
+            archive(run, *names)
             write_json(file, settings)
         elif normalized_parameters(json.loads(file.read_text(encoding="utf-8"))) != settings:
             archive(run, "checkpoints", "adapter", "training")
