@@ -183,3 +183,15 @@ def test_a_line_that_says_no_delimiter_is_passed_over(first_line):
     assert find_delimiter(first_line, tabs_first=False) == ","
     table = f"{first_line.strip()}\nquestion;answer\na;b\n"
     assert find_delimiter(table, tabs_first=False) == ";"
+
+
+def test_a_title_of_one_cell_does_not_decide_the_delimiter(tmp_path):
+    """It has no delimiter at all; a comma in an answer is none either."""
+    text = "Remedies 2024\nquestion;answer\nCough;Tea, honey\nCold;Ginger\n"
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(StageError, match=r"line 2: .* has ';' .* set header_row: 2\."):
+        list(opened(tmp_path / "t.csv").rows(["Remedies 2024"]))
+
+
+def test_one_column_stays_one_column():
+    assert find_delimiter("text\nTea; honey\nRest\n", tabs_first=False) == ","

@@ -139,8 +139,9 @@ def find_delimiter(head: str, tabs_first: bool, quotes: str = "auto") -> str:
     """What stands between the cells, from a file's first characters.
 
     That which cuts most of the rows into as many cells as the first; of several, the one less often
-    followed by a space, as marks in prose are. Of marks that are equal in both, the first of comma,
-    semicolon, tab and bar (in a .tsv file the tab first). An Excel line `sep=;` says it.
+    followed by a space, as marks in prose are. If none cuts the first row, it may be a title, and
+    the first row that is cut counts in its place. Of marks that are equal in both, the first of
+    comma, semicolon, tab and bar (in a .tsv file the tab first). An Excel line `sep=;` says it.
     """
     if head.startswith("sep="):
         mark = head[4:5]
@@ -148,17 +149,32 @@ def find_delimiter(head: str, tabs_first: bool, quotes: str = "auto") -> str:
             return mark
         head = head.partition("\n")[2]  # it says nothing: the other lines tell
     candidates = "\t,;|" if tabs_first else ",;\t|"
+    lengths = {mark: row_lengths(head, mark, quotes) for mark in candidates}
+    standards = {}  # {mark: how many cells a row should have}
+    for mark, of_mark in lengths.items():
+        if of_mark and of_mark[0] > 1:
+            standards[mark] = of_mark[0]
+    # a table of one column has no delimiter; one that is cut below its first row is none
+    if not standards and max(lengths[candidates[0]], default=1) > 1:
+        for mark, of_mark in lengths.items():
+            longer = [length for length in of_mark if length > 1]
+            if longer:
+                standards[mark] = longer[0]
     scores = {}
-    for mark in candidates:
-        reader = csv.reader(io.StringIO(head, newline=""), **csv_options(mark, quotes))
-        rows = [row for row in reader if any(row)]
-        if len(head) == HEAD_CHARACTERS:
-            rows = rows[:-1]  # the last one is cut
-        if rows and len(rows[0]) > 1:
-            same_length = mean(len(row) == len(rows[0]) for row in rows)
-            # (how regular, how rarely before a space): the largest tuple wins
-            scores[mark] = (same_length, -head.count(f"{mark} ") / head.count(mark))
+    for mark, standard in standards.items():
+        same_length = mean(length == standard for length in lengths[mark])
+        # (how regular, how rarely before a space): the largest tuple wins
+        scores[mark] = (same_length, -head.count(f"{mark} ") / head.count(mark))
     return max(scores, key=scores.__getitem__, default=candidates[0])
+
+
+def row_lengths(head: str, mark: str, quotes: str) -> list[int]:
+    """How many cells the rows of a file's first characters have with this delimiter."""
+    reader = csv.reader(io.StringIO(head, newline=""), **csv_options(mark, quotes))
+    lengths = [len(row) for row in reader if any(row)]
+    if len(head) == HEAD_CHARACTERS:
+        return lengths[:-1]  # the last row is cut
+    return lengths
 
 
 def find_header(records: CsvRecords, name: str, options: ReadOptions) -> Record:
