@@ -1,4 +1,7 @@
-"""From messages to token ids: what the model reads, and which tokens count in the loss.
+"""From messages to token ids, and back.
+
+What the model reads, and which tokens count in the loss; and what a person reads of the ids that a
+model wrote, and whether its answer stopped (`answer_text`).
 
 One rule holds for every chat template: the prompt at inference is, token by token, the beginning of
 the training example. So the ids of an example are the ids of its prompt, up to where the template

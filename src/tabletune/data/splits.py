@@ -1,8 +1,9 @@
 """Which question a row asks, and which split it is in.
 
-A question is its words (`question_key`). All rows of one question are in one split, by a hash of
-these words and the seed. The same question in other words is another question here. Rows of a table
-with splits of its own stay in them, and `report.json` counts those that are asked in training, too.
+A question is its words and some signs (`question_key`). All rows of one question are in one split,
+by a hash of these and the seed. The same question in other words is another question here. Rows of
+a table with splits of its own stay in them, and `report.json` counts those that are asked in
+training, too.
 """
 
 import hashlib
@@ -39,8 +40,10 @@ FIRST_PRIVATE = 0xE100
 def question_key(texts: Iterable[str]) -> str:
     """What makes two rows ask the same.
 
-    The words of their questions, letter case and punctuation aside. Marks that mean something stay:
-    30 - 5 and 30 / 5, 5% and 5, -5 and 5, C# and C are different questions.
+    The words of their questions, letter case and punctuation aside. Signs stay where SIGNS finds
+    them: 30 - 5 and 30 / 5, 5% and 5, -5 and 5, C# and C are different questions. All other marks
+    count for nothing, also where they mean something: `cd -` and `cd ..`, / and //, != and =, "*/6"
+    and "6" in a line of cron make no different questions.
     """
     keys = []
     for text in texts:
