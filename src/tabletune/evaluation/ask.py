@@ -102,10 +102,10 @@ def with_alternatives(expected: list[str], alternatives: Mapping[str, set[str]])
     A table may have several answers to one question, as the worked example has several remedies. As
     in notebook 4 each of them is right.
     """
-    others: set[str] = set()
+    to_the_same: set[str] = set()
     for text in expected:
-        others |= alternatives.get(normalized(text), set())
-    return [*expected, *sorted(others - set(expected))]
+        to_the_same |= alternatives.get(normalized(text), set())
+    return [*expected, *sorted(to_the_same - set(expected))]
 
 
 def answer_lines(

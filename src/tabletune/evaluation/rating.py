@@ -77,8 +77,8 @@ def pairs_of_run(run: Path, seed: int = 42) -> list[Pair]:
     # the last turns of several conversations may be the same: the id tells them apart
     answers: dict[tuple[str, str, str | None], dict[str, dict]] = {}
     for line in lines:
-        question = (line["part"], line["asked"], line.get("group"))
-        answers.setdefault(question, {})[line["model"]] = line
+        key = (line["part"], line["asked"], line.get("group"))
+        answers.setdefault(key, {})[line["model"]] = line
     rng = random.Random(seed)
     pairs = []
     for (part, question, _), by_model in answers.items():
