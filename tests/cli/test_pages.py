@@ -60,7 +60,7 @@ def test_make_sweep_over_rows_ends_with_the_learning_curve(tmp_path):
     assert done.returncode == 0, done.stderr
     page = (folder / "all runs" / "compare.html").read_text(encoding="utf-8")
     assert re.search(r"From \d+ to \d+ questions in training, the perplexity of new", page)
-    assert "Whether the last doubling still did is not measured" in page
+    assert "Whether the last doubling gained is not measured" in page
     assert page.count("(2 seeds)</th>") >= 2
 
 
