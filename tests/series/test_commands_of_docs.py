@@ -16,10 +16,10 @@ import pytest
 from conftest import ROOT
 
 from tabletune.cli.main import build_parser
-from tabletune.cli.options import NUMBERED, read_run_choice, split_args
+from tabletune.cli.options import read_run_choice, split_args
 from tabletune.errors import StageError
 from tabletune.export import app_client
-from tabletune.run.parameters import check_names
+from tabletune.run.parameters import NUMBERED, check_names
 
 PAGES = [
     ROOT / "README.md",

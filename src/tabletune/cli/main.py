@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tabletune.cli.options import (
-    RUN_STAGES,
+    USES_GPUS,
     Parser,
     add_parameters,
     add_run_choice,
@@ -23,6 +23,7 @@ from tabletune.cli.options import (
 )
 from tabletune.cli.paths import notebook
 from tabletune.errors import StageError
+from tabletune.run.parameters import RUN_STAGES
 
 # Each command imports what it needs when it runs: so all of them start quickly, and so does --help.
 Command = Callable[[argparse.Namespace], None]
@@ -59,10 +60,7 @@ def settings(options: argparse.Namespace) -> None:
 
 
 def on_finished_run(name: str) -> Command:
-    """A command that runs one of the later notebooks on a finished run.
-
-    Notebook 7 works in one process, on a run of several GPUs, too: its files are written once.
-    """
+    """A command that runs one of the later notebooks on a finished run."""
 
     def command(options: argparse.Namespace) -> None:
         from tabletune.cli.notebooks import run_notebook
@@ -70,9 +68,8 @@ def on_finished_run(name: str) -> Command:
         run_dir = choose_run_dir(options)
         overrides = {**options.files, **options.overrides}
         gpus = options.gpus or overrides.pop("gpus", None) or read_settings(run_dir).get("gpus", 1)
-        if name == "07_export":
-            gpus = 1
-        run_notebook(notebook(name), run_dir / f"{name}.ipynb", overrides, gpus)
+        processes = gpus if name in USES_GPUS else 1
+        run_notebook(notebook(name), run_dir / f"{name}.ipynb", overrides, processes)
 
     return command
 

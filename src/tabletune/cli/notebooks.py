@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tabletune.cli.options import NUMBERED, RUN_STAGES, read_settings
+from tabletune.cli.options import read_settings
 from tabletune.cli.paths import repository
 from tabletune.cli.progress import register_engine
 from tabletune.cli.warm_kernel import QUIET_KERNEL
 from tabletune.errors import StageError
 from tabletune.run.lock import run_lock
-from tabletune.run.parameters import PARAMETERS, check_names
+from tabletune.run.parameters import NUMBERED, PARAMETERS, RUN_STAGES, check_names
 
 
 class NotebookError(StageError):

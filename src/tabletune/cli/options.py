@@ -15,7 +15,7 @@ from tabletune.run.files import write_text_if_changed
 from tabletune.run.parameters import (
     DEFAULTS,
     LAUNCH_DEFAULTS,
-    PARAMETERS,
+    NUMBERED,
     as_yaml,
     check_names,
     coerce,
@@ -24,9 +24,8 @@ from tabletune.run.parameters import (
     read_text,
 )
 
-# notebooks 1 to 7, which are the series; a profile may hold any of their parameters
-NUMBERED = [name for name in PARAMETERS if name[0] == "0"]
-RUN_STAGES = NUMBERED[:4]  # these make a run, with `make run-all`; all others need one
+# these work in as many processes as there are GPUs; the others write their results once
+USES_GPUS = ("02_finetune_qlora", "04_evaluate", "05_baselines", "06_trust")
 SETTINGS = "settings"  # the file in a run folder that holds what the run was started with
 QUOTES = "ARGS=\"-p system_prompt 'You are kind.'\""
 

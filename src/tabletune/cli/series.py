@@ -13,7 +13,7 @@ from tabletune.cli.notebooks import (
     run_notebook,
     set_kernel_environment,
 )
-from tabletune.cli.options import RUN_STAGES, RunChoice, read_run_choice, write_settings
+from tabletune.cli.options import USES_GPUS, RunChoice, read_run_choice, write_settings
 from tabletune.cli.paths import notebook
 from tabletune.cli.summary import print_summary
 from tabletune.cli.warm_kernel import WarmKernel
@@ -21,11 +21,8 @@ from tabletune.errors import StageError
 from tabletune.run.artifacts import adapter_digest
 from tabletune.run.files import read_json
 from tabletune.run.lock import run_lock
-from tabletune.run.parameters import PARAMETERS
+from tabletune.run.parameters import PARAMETERS, RUN_STAGES
 from tabletune.run.stage import is_made_from, stage_parameters, with_absolute_paths
-
-# of notebooks 1 to 4; for later ones see `on_finished_run` in cli/main.py
-USES_GPUS = ("02_finetune_qlora", "04_evaluate")
 
 
 def run_series(options: argparse.Namespace) -> None:

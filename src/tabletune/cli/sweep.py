@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tabletune.cli.notebooks import NotebookError
-from tabletune.cli.options import NUMBERED, RunChoice, read_run_choice
+from tabletune.cli.options import RunChoice, read_run_choice
 from tabletune.cli.pages import compare_runs
 from tabletune.cli.paths import folder_title
 from tabletune.cli.series import make_series
 from tabletune.errors import StageError
-from tabletune.run.parameters import DEFAULTS, check_names, read_parameters, read_text
+from tabletune.run.parameters import DEFAULTS, NUMBERED, check_names, read_parameters, read_text
 
 EQUAL_STEPS = "equal_steps"  # stands in a grid, and is a parameter of no notebook
 

@@ -53,7 +53,8 @@ class TableRow:
 class Hit:
     """A row that was found, and how similar its question is.
 
-    `score` is the cosine of the two times the question's `familiarity`, from 0 to 1.
+    `score` is the cosine of the two times the question's `familiarity` and its `scope_factor`, from
+    0 to 1.
     """
 
     row: TableRow

@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 
 from tabletune.report.reading import (
-    RUN_STAGES,
     as_texts,
     at,
     digest_of_test,
@@ -34,6 +33,7 @@ from tabletune.report.reading import (
 from tabletune.report.tables import NO_DIFFERENCE
 from tabletune.report.text import PARTS, with_interval
 from tabletune.run.hub import open_run
+from tabletune.run.parameters import RUN_STAGES
 from tabletune.stats import count_groups, mean_difference, mean_interval
 
 NOT_IN_SETTING = {  # parameters in which the runs of one setting may differ

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from tabletune.data.example import NEUTRAL_DISCLAIMER, example_settings
+from tabletune.data.example import disclaimer_of
 from tabletune.errors import StageError
 from tabletune.report.tables import (
     IN_TABLE,
@@ -25,16 +25,9 @@ from tabletune.report.tables import (
 )
 from tabletune.report.text import COLUMNS, figures_of, with_interval
 from tabletune.run.files import read_json
+from tabletune.run.parameters import NUMBERED, RUN_STAGES
 
-STAGES = [
-    "01_format_dataset",
-    "02_finetune_qlora",
-    "03_merge_adapter",
-    "04_evaluate",
-    "05_baselines",
-    "06_trust",
-]
-RUN_STAGES = STAGES[:4]  # these make a run; 5 and 6 only measure it
+STAGES = NUMBERED[:6]  # 1 to 4 make a run, 5 and 6 measure it; the page says nothing of 7
 FILES = {  # what the stages leave: (file, its kind, the stage)
     "manifest": ("manifest.json", dict, STAGES[0]),
     "data": ("dataset/report.json", dict, STAGES[0]),
@@ -282,7 +275,7 @@ def disclaimer_of_run(info: dict, samples: Sequence[dict]) -> str:
     What was stored with the `samples`, else the example's or the neutral disclaimer.
     """
     stored = samples[0].get("disclaimer") if samples else None
-    return stored or example_settings(info["data"]).get("disclaimer", NEUTRAL_DISCLAIMER)
+    return disclaimer_of(info["data"], stored or "")
 
 
 def losses(info: dict) -> pd.DataFrame:

@@ -23,6 +23,9 @@ from tabletune.errors import StageError, suggestion
 PARAMETERS: dict[str, dict[str, Any]] = json.loads(
     (resources.files("tabletune") / "resources/parameters.json").read_text(encoding="utf-8")
 )
+# notebooks 1 to 7, which are the series; a profile may hold any of their parameters
+NUMBERED = [name for name in PARAMETERS if name[0] == "0"]
+RUN_STAGES = NUMBERED[:4]  # these make a run, with `make run-all`; all others need one
 # of all notebooks together: a name means the same wherever it stands
 DEFAULTS: dict[str, Any] = {}
 for parameters in PARAMETERS.values():
