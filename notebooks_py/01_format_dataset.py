@@ -33,11 +33,11 @@
 # People fine-tune to get a fixed format or a tone, to sort texts into classes, or so that a small
 # model can use their data. This series does it with a table, and measures whether it was worth it.
 #
-# The worked example is a table of home remedies. There are two of them, with the same columns: one
-# on the Hub (huggingface.co, where models and data sets are shared), which `dataset` below names,
-# and `data/home_remedies.csv`, which comes with this series for runs without a GPU. This one begins
-# like this (*Yogasan* is a yoga posture; the web address in the first row is a slip, which this
-# notebook removes):
+# The worked example is a table of home remedies. There are two such tables, with the same columns.
+# One is on the Hub (huggingface.co, where models and data sets are shared); `dataset` below names
+# it. The other is `data/home_remedies.csv`, which comes with this series for runs without a GPU. It
+# begins like this (*Yogasan* is a yoga posture; the web address in the first row is a slip, which
+# this notebook removes):
 #
 # | Name of Item | Health Issue | Home Remedy | Yogasan |
 # |---|---|---|---|
@@ -77,7 +77,7 @@ from IPython import get_ipython
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
 needed = ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"]
 if "google.colab" in sys.modules and not all(map(find_spec, needed)):
-    # a wrong address is an error, and no question for a password
+    # if the address is wrong, git fails instead of asking for a password
     os.environ["GIT_TERMINAL_PROMPT"] = "0"
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
     lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
@@ -101,7 +101,7 @@ run_dir = "runs/home_remedies"  # where everything is written; in Colab better "
 seed = 42  # of all random choices but the splits
 base_model = "NousResearch/Llama-2-7b-chat-hf"  # its Hub id; notebook 2 will train it
 dataset = "medss19/home_remedies_dataset"  # a file, a folder, a pattern like "data/*.csv", a Hub id
-dataset_config = ""  # a sheet of a workbook, or a configuration of a Hub data set
+dataset_config = ""  # a sheet of a workbook, or a configuration (one part) of a Hub data set
 splits = {}  # files of each split, if you have them: {"train": "train.csv", "test": "test.csv"}
 shape = "auto"  # or columns, prompt_completion, instruction, messages, conversations, text
 columns = {}  # your names of columns: {"question": "Customer asks", "answer": "We reply"}
@@ -128,12 +128,12 @@ template_date = "2026-01-01"  # the date in prompts, for a chat template that wr
 dataset_revision = "main"  # the version of a Hub data set: a branch or a commit
 encoding = "auto"  # of a text file: "utf-8", "cp1252", "shift_jis", …
 delimiter = "auto"  # between the cells of a .csv: ",", ";", "tab", …
-quotes = "auto"  # "letters": " is text like any other; "cells": it encloses a cell of several lines
+quotes = "auto"  # "letters": a double quote is text; "cells": it encloses a cell of several lines
 header = True  # False: the first line is a row, and the columns are called 1, 2, …
 header_row = 0  # the line with the column names; 0: the first line that is not a title
-split_column = ""  # the column that names the split of a row; "split" is recognized
+split_column = ""  # the column that names the split of a row; one called "split" is recognized
 roles = {}  # who speaks in a conversation: {"Alice": "user", "Bob": "assistant"}
-ignore_turn_keys = []  # keys of turns to leave out, such as ["reasoning_content"]
+ignore_turn_keys = []  # keys of messages to leave out, such as ["reasoning_content"]
 answer_lists = ""  # if a cell has a list of answers: "rows" makes a row of each; "first", …
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -156,7 +156,7 @@ push_dataset_to = ""  # publish the result on the Hub as this (docs/colab.md: th
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed: prompts with rows of the table in them, where context_rows is above 0
 context_template = "Rows of the table:\n\n{rows}\n\nAnswer this, from the rows if they have it:\n{question}"
-context_characters = 0  # if rows are short, more of them: up to so many characters together
+context_characters = 0  # above 0: adds more rows, up to this many characters for all rows together
 context_hit_rate = 0.6  # share of the training questions with their own row in the prompt
 copies = 1  # 2: each row is asked in two different prompts; 0.3: only 30% of the rows are asked
 most_tokens = 0  # of all training prompts together; 0: no limit
@@ -171,6 +171,7 @@ certain_threshold = "auto"  # 0.9: a row more similar than that is the answer, i
 # `make` adds its cell below this one
 
 # %%
+# tabletune is the Python package of this series
 from tabletune.run.stage import start_stage
 
 # a stage is the work of one notebook; `globals()` hands it all parameters, and it checks them
@@ -221,8 +222,8 @@ show_table(data_report.first_rows(table))
 # %% [markdown]
 # From the names of the columns, the notebook recognizes the *shape* of the table: how its rows
 # become conversations. In the shape `columns`, two templates put question and answer together from
-# several columns. A name in braces, such as `{issue}`, stands for the text of a column. Which
-# column that is, the last lines of the list below say: `issue = column 'Health Issue'`. The worked
+# several columns. A name in braces, such as `{issue}`, stands for the text of a column. The
+# last lines of the list below say which column that is: `issue = column 'Health Issue'`. The worked
 # example is recognized, too, and has settings of its own. Your own `shape`, `columns` and templates
 # override what is recognized.
 
@@ -249,7 +250,7 @@ show_table({field: text[:500] for field, text in row.items()})
 # %% [markdown]
 # **Cleaned.** By default little is changed. A letter such as é can be stored in two ways; one of
 # them is used everywhere (Unicode's form NFC). Line ends are made the same, and white space around
-# a text is removed. Everything inside a text stays as you wrote it. The cell below does the same in
+# a text is removed. Everything else stays as you wrote it. The cell below does the same in
 # one line of its own, and compares the result with the package's.
 
 # %%
@@ -311,8 +312,8 @@ print("prompt and answer by hand equal the package's:", encoded["input_ids"] == 
 
 # %% [markdown]
 # The same, token by token. **Bold** tokens are special: they are marks and not text, such as the
-# end of a turn. Tokens on a coloured ground are in the loss; the model only reads the others. ⏎ is
-# the end of a line. Most spaces belong to the token of the word that follows; a space that is a
+# end of a message. Tokens on a coloured ground are in the loss; the model only reads the others. ⏎
+# is the end of a line. Most spaces belong to the token of the word that follows; a space that is a
 # token of its own is an empty box. A rare word has several tokens.
 
 # %%
@@ -335,9 +336,9 @@ show_tokens({part: values[:400] for part, values in encoded.items()}, tokenizer)
 # The remaining rows are divided into three *splits*. The model learns from the training rows. On
 # the validation rows we watch how well it does during training. The test rows are for the end. All
 # rows with the same question go to the same split: if a test question had also been asked in
-# training, the test would measure memory. Capitals and punctuation make no other question: *COMMON
-# COLD* asks the same as *Common Cold*. (Notebook 4 also asks training questions, but counts them
-# separately.)
+# training, the test would measure memory. Questions that differ only in capitals and punctuation
+# count as the same one: *COMMON COLD* asks the same as *Common Cold*. (Notebook 4 also asks
+# training questions, but counts them separately.)
 #
 # If all this was done before, with the same table and settings, the cell below skips it.
 
@@ -389,8 +390,8 @@ print(*report["notes"] or ["Nothing stands out."], sep="\n")
 # %% [markdown]
 # ## Rows of the table in the prompt
 #
-# This section is about runs with `context_rows` above 0. With 0, the default, nothing here is done:
-# go on with [Look at it](#Look-at-it).
+# This section is about runs with `context_rows` above 0. With 0, the default, the prompts have no
+# rows in them, and you can go on with [Look at it](#Look-at-it).
 #
 # A small model that is fine-tuned on a table learns how answers look, but hardly what they say. So
 # the table itself can go into the prompt. With `context_rows = 3`, each question is first looked
@@ -409,9 +410,9 @@ print(*report["notes"] or ["Nothing stands out."], sep="\n")
 # The similarity of two questions is a number from 0 to 1. If no row reaches `unknown_threshold`,
 # the lookup alone refuses: the model is not asked, and the answer is `unknown_answer`. With a good
 # threshold, the lookup refuses many of the questions that the table has nothing on, but hardly any
-# reworded question of the table. It also refuses a question that is more similar to one of
-# `out_of_scope`, the questions that are not to be answered, than to any row. All other questions
-# are put to the model.
+# reworded question of the table. `out_of_scope` lists questions that are not to be answered. The
+# lookup also refuses a question that is more similar to one of these than to any row. All other
+# questions are put to the model.
 
 # %%
 from tabletune.data.context import load_context
@@ -465,8 +466,8 @@ if push_dataset_to:
 print(*data_report.sentences_on_data_set(report), sep="\n")
 
 # %% [markdown]
-# One thing to try: set `max_length` to the number in "Half of them are longer than … tokens" above,
-# so that half of the rows are too long. What does the notebook say?
+# One thing to try: set `max_length` to the median length above, so that nearly half of the rows are
+# too long. What does the notebook say?
 #
 # Next: [2 · fine-tune](02_finetune_qlora.ipynb)
 # ([in Colab](https://colab.research.google.com/github/home-remedies-qlora/home-remedies-qlora/blob/main/notebooks/02_finetune_qlora.ipynb)).

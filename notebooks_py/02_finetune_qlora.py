@@ -64,7 +64,7 @@ from IPython import get_ipython
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
 needed = ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"]
 if "google.colab" in sys.modules and not all(map(find_spec, needed)):
-    # a wrong address is an error, and no question for a password
+    # if the address is wrong, git fails instead of asking for a password
     os.environ["GIT_TERMINAL_PROMPT"] = "0"
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
     lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"
@@ -90,7 +90,7 @@ base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"  # its version 
 precision = "auto"  # format of numbers: "bf16", "fp16", "fp32"; "auto": what the hardware has
 quantization = "nf4"  # of the frozen model: "nf4", "8bit", or "none" for plain LoRA
 attn_implementation = "auto"  # "sdpa" where the model has it
-max_length = 512  # tokens in a row, at least those of the longest example
+max_length = 512  # tokens in a row; the longest example must fit into it
 lora_r = 64  # the rank: the larger, the more the adapter can learn
 lora_alpha = 16  # how strongly the adapter counts: it is multiplied by lora_alpha / lora_r
 lora_dropout = 0.0  # dropout; 0.1 costs a quarter more memory and gained nothing in one epoch
@@ -126,7 +126,7 @@ ignore_memory = False  # True: train even if the weights alone do not seem to fi
 # `make` adds its cell below this one
 
 # %%
-# PyTorch reads this setting when it is imported. With it, freed GPU memory is used again better.
+# PyTorch reads this setting when it is imported. With it, freed GPU memory is reused better.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from tabletune.chat.tokenizer import load_tokenizer, template_settings
@@ -185,9 +185,11 @@ counts
 # ## The base model
 #
 # Before anything large is downloaded, we look at the model's configuration: what it is, which of
-# its matrices get an adapter, and whether it can be trained here at all. (The *parameters* in its
-# first line are the model's weights.) Its *context length* is the most tokens that it can read at
-# once. The last lines are the chat template, as in notebook 1.
+# its matrices get an adapter, and whether it can be trained here at all. (The weights are arranged
+# in matrices.) The *architecture*, in the first line, is how the model is built; SmolLM2, for
+# example, is built like Llama. The *parameters* in the same line are the model's weights. The
+# *context length* is the most tokens that the model can read at once. The last lines are the chat
+# template, as in notebook 1.
 #
 # A model computes in *layers*, one after the other: each works on the results of the one before.
 # Most models have two parts in each layer. In the *attention*, a token looks at the tokens before
@@ -230,10 +232,10 @@ print("In the first row, examples begin at tokens", (positions == 0).nonzero()[:
 # We estimate the memory that training takes, still before anything large is downloaded. The parts,
 # in GiB (a GiB is 2³⁰ bytes, 7% more than a GB):
 #
-# - the base model. (On a CPU, weights of 4 bits are unpacked once if there is room. They then take
-#   more than the table above says.)
-# - the adapter. Each of its weights also has a *gradient*, the direction in which the loss falls,
-#   and the *optimizer*, which changes the weights, remembers earlier gradients.
+# - the base model. (On a CPU, weights of 4 bits are turned back into 16 or 32 bits before the
+#   training, if there is room. They then take more than the table above says.)
+# - the adapter. Each of its weights also has a *gradient*, which says how the loss changes with
+#   this weight. The *optimizer*, which changes the weights, remembers earlier gradients.
 # - *activations*: the results of all layers, from which the gradients are computed.
 # - working memory: what one layer, or the loss, needs while it computes. It is freed at once.
 # - what there is besides: on a CPU Python and its libraries, on a GPU the memory that PyTorch
@@ -289,7 +291,7 @@ plan = planning.plan_steps(stage.parameters, train, encoded["train"], room, proc
 # \frac{\alpha}{r} B A$. Only $A$, with $r$ rows, and $B$, with $r$ columns, are trained. The *rank*
 # $r$ (`lora_r`) limits how much the adapter can learn; $\alpha$ (`lora_alpha`) says how strongly it
 # counts. $B$ starts at zero. So before training, the model with its adapter gives the same answers
-# as the base model.
+# as the base model. The library PEFT makes the adapter.
 
 # %%
 from peft import LoraConfig, get_peft_model

@@ -56,7 +56,7 @@ from IPython import get_ipython
 series = "git+https://github.com/home-remedies-qlora/home-remedies-qlora@main"
 needed = ["tabletune", "trl", "bitsandbytes", "liger_kernel", "sacrebleu"]
 if "google.colab" in sys.modules and not all(map(find_spec, needed)):
-    # a wrong address is an error, and no question for a password
+    # if the address is wrong, git fails instead of asking for a password
     os.environ["GIT_TERMINAL_PROMPT"] = "0"
     lacking = "trl==0.29.1 bitsandbytes==0.50.2 liger-kernel==0.8.5 "
     lacking += "sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6"

@@ -327,7 +327,7 @@ def sentences_on_data_set(report: dict[str, Any]) -> list[str]:
     rows_in, rows_out = report["rows_in"], report["rows_out"]
     return [
         f"{rows_out:,} of {rows_in:,} rows became conversations.",
-        f"Half of them are longer than {report['tokens']['p50']} tokens.",
+        f"Their median length is {report['tokens']['p50']} tokens.",
         *sentences_on_test_split(report),
     ]
 
