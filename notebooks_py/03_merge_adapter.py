@@ -78,7 +78,7 @@ run_dir = "runs/home_remedies"  # that of notebooks 1 and 2; in Colab better "dr
 base_model = "NousResearch/Llama-2-7b-chat-hf"  # as in notebook 2
 base_model_revision = "351844e75ed0bcbbe3f10671b3c808d2b83894ee"  # its version on the Hub
 base_weights = "original"  # or "dequantized"
-max_shard_gb = 1.0  # size limit for a file of the merged model; merging one takes about as much
+max_shard_gb = 1.0  # GB: the largest file of the merged model, and about the memory for merging it
 
 # %% [markdown]
 # First a plan: which *tensors* (the matrices and lists of numbers of the model) will change? The
@@ -137,13 +137,13 @@ by_package = add_lora(weight.clone(), plan.adapter, plan.config, module)
 assert torch.allclose(merged, by_package, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
-# How much does merging change a matrix? We compare up to three changes:
+# How much does merging change a matrix? We compare up to three changes of $W$:
 #
-# - the adapter;
-# - rounding the sum to the number format of the files;
-# - rounding to NF4, if the training saw quantized weights. With `base_weights = "original"` the
-#   merged model has none of this rounding: the line says how far the weights of the training were
-#   from those that are merged now.
+# - the adapter is added;
+# - the sum is rounded to the number format of the files;
+# - $W$ is rounded to NF4, if the training saw quantized weights. With `base_weights = "original"`
+#   this rounding is not in the merged model. The last line of the table then says how far the
+#   weights of the training were from those that are merged now.
 #
 # Each is shown as a share of the size of $W$. Size here is the Frobenius norm: the root of the sum
 # of all squared numbers. Rounding to NF4 can change a matrix more than the adapter does. It matters
@@ -255,10 +255,11 @@ else:
 # ## What we have now
 #
 # One plain model in safetensors files, a format that holds weights and can hold no program. A
-# *layer* in the table below is one of the matrices with an adapter. The memory includes Python and
-# its libraries, which take more than a small model. A 7B model has many files. Where memory is
-# short, they are merged one at a time, which takes a tenth of the memory of the usual way; where
-# there is enough, up to four at once.
+# *layer* in the table below is one of the matrices with an adapter. The time is that of merging and
+# writing, without the verification. The memory includes Python and its libraries, which take more
+# than a small model. A 7B model has many files. Where memory is short, they are merged one at a
+# time, which takes a tenth of the memory of the usual way; where there is enough, up to four at
+# once.
 
 # %% tags=["nbval-ignore-output"]
 show_table(

@@ -41,11 +41,12 @@
 # 6.
 #
 # - **In:** `dataset/`, `adapter/` and `merged/` in the run folder, from notebooks 1 to 3.
-# - **Out:** the folder `evaluation/`: the figures in `metrics.json` and `results.png`; all answers,
-#   each with all right ones, in `answers.jsonl`, and those to the new questions side by side in
-#   `samples.jsonl`; how probable each row was in `scores.parquet`.
-# - **Time:** some minutes on a T4; about a minute on two CPU cores with the small model of the
-#   `cpu` profile, about four with `context_rows`.
+# - **Out:** the folder `evaluation/`. The figures are in `metrics.json` and `results.png`. All
+#   answers are in `answers.jsonl`, each with the table's answers to its question. For the new
+#   questions, `samples.jsonl` has the answers of the three models side by side. `scores.parquet`
+#   says how probable each row was.
+# - **Time:** some minutes on a T4. On two CPU cores with nothing else to do: about a minute with
+#   the small model of the `cpu` profile, about four with `context_rows`.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
@@ -103,7 +104,7 @@ eval_batch_size = 32  # rows to score, or questions to answer, at once, where me
 samples = 20  # at most this many questions of each kind; more make narrower intervals
 ask_all_models = True  # False saves time: all but the merged model answer the new questions only
 max_new_tokens = 256  # an answer is cut after so many tokens
-unknown_threshold = "auto"  # 0.3, with context_rows: refuse if all rows are less similar than that
+unknown_threshold = "auto"  # with context_rows: refuse below this similarity; "auto": notebook 1's
 your_question = ""  # one question of your own; "": that of the worked example, or the first new one
 
 # %%
@@ -170,7 +171,8 @@ examination.overview()
 # item must be right. Free text must have nearly the words of the table's answer, and the same
 # numbers and names.
 #
-# These are the figures for this table. The first one decides; the others help to understand it:
+# The list below names what is measured for this table. Its first line says what makes an answer
+# right. The others help to understand the result:
 
 # %%
 show_table(tables.reasons_table(examination.rules.reasons))
@@ -309,8 +311,8 @@ say_verdict(metrics["verdict"])
 # The same in a table: a line for each kind of question, and for each model that was asked. A dash
 # means that no answer could be counted. *Right item* counts only the questions for which the table
 # names an item, so its share can differ from *right*. (In the worked example, answers on
-# emergencies name none.) The plot below shows some of the figures. Its thin lines are the
-# intervals; where a share is 0%, there is no bar.
+# emergencies name none. They are compared as free text.) The plot below shows some of the figures.
+# Its thin lines are the intervals; where a share is 0%, there is no bar.
 #
 # With `context_rows` there are two more things to know:
 #
@@ -376,11 +378,11 @@ show_refusals(run, examination.context)
 #   each token. So they can be compared between models with different tokenizers. Lower is better.
 # - *New tokens* are the length of the model's own answers.
 #
-# With `context_rows` look at *own rows in the index* only: how probable the right answers are when
-# their rows can be found. For the other figures the rows of these questions are left out. The model
-# was trained to refuse without them, so the perplexity of the table's answers may rise. And most of
-# its own answers are "nothing", which has no structure and few tokens, or none if the lookup gave
-# it.
+# With `context_rows`, look only at *perplexity, own rows in the index*. It says how probable the
+# right answers are when their rows can be found. For the other figures the rows of these questions
+# are left out. The model was trained to refuse without them, so the perplexity of the table's
+# answers may rise. And most of its own answers are "nothing": they do not have the structure, and
+# have few tokens. If the lookup refuses a question, the model writes no token at all.
 
 # %%
 if metrics["base"]["too_small"]:

@@ -101,7 +101,7 @@ def test_with_rows_the_questions_that_they_lack_are_told_apart():
     sentences = content_verdict(metrics_of(content, retrieval=True))
     assert 'says "nothing" to 2' in sentences[0]
     assert "11 of 11 questions whose rows were added after training (" in sentences[2]
-    assert "nothing for 10 of 11 questions that none of its rows answers (7–11)" in sentences[3]
+    assert "nothing for 10 of 11 new questions whose rows were left out (7–11)" in sentences[3]
 
 
 def test_answers_that_stand_in_training_are_said():

@@ -522,16 +522,17 @@ def test_an_interruption_leaves_nothing_that_looks_complete(run, monkeypatch, er
 
 
 @pytest.mark.parametrize(
-    ("free_gib", "cores", "expected"), [(100, 16, 4), (100, 2, 2), (7, 16, 3), (1.5, 16, 1)]
+    ("files", "free_gib", "cores", "expected"),
+    [(9, 100, 16, 4), (9, 100, 2, 2), (9, 7, 16, 3), (9, 1.5, 16, 1), (1, 100, 16, 1)],
 )
 def test_as_many_files_are_written_at_once_as_half_of_the_free_memory_holds(
-    monkeypatch, free_gib, cores, expected
+    monkeypatch, files, free_gib, cores, expected
 ):
     room = psutil.virtual_memory()._replace(available=free_gib * 2**30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
     monkeypatch.setattr(write_module.os, "cpu_count", lambda: cores)
     plan = SimpleNamespace(gib=lambda shards: 1.0)
-    assert write_module.writers(plan, []) == expected
+    assert write_module.writers(plan, [[]] * files) == expected
 
 
 def test_files_are_written_at_the_same_time(run, monkeypatch):

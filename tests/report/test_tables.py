@@ -137,6 +137,17 @@ def test_with_rows_a_rising_perplexity_of_rows_left_out_is_not_called_worse():
     assert line["result"] == "higher"
 
 
+def test_answers_that_are_all_to_be_refused_have_no_differences_in_what_they_say():
+    same = {"difference": 0.0, "ci95": [0.0, 0.0], "significant": False}
+    metrics = {
+        "adapter": {"content": {"new": {"questions": 9, "answerable": 0}}},
+        "differences": {"adapter - base": {}},
+        "content_differences": {"adapter - base": {"new": {"right": same, "chrf": same}}},
+    }
+    [line] = all_differences(metrics).reset_index().to_dict("records")
+    assert line["figure"] == "new questions: right"
+
+
 @pytest.mark.parametrize(("others", "said"), [(1, "another answer"), (3, "3 other answers")])
 def test_other_answers_of_the_table_are_said_to_be_right(others, said):
     assert said in references_shown(["Tea."] * (1 + others))

@@ -91,7 +91,7 @@ def part_sentences(part: str, entry: dict, metrics: dict, rules: dict) -> list[s
         count, interval = count_with_interval(lacking, "nothing")
         sentences = [
             f"It rightly says that the table has nothing for {count} of {lacking['questions']} "
-            f"questions that none of its rows answers {interval}."
+            f"new questions whose rows were left out {interval}."
         ]
         if answerable:
             count, interval = count_with_interval(entry["paraphrased"], "right")

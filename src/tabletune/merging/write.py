@@ -138,7 +138,7 @@ def writers(plan: MergePlan, shards: Collection[Iterable[str]]) -> int:
     """How many files to write at the same time: together they take half of the free RAM at most."""
     available = psutil.virtual_memory().available / 2**30
     fitting = int(available / 2 / plan.gib(shards))
-    return max(1, min(WRITERS, os.cpu_count() or 1, fitting))
+    return max(1, min(WRITERS, len(shards), os.cpu_count() or 1, fitting))
 
 
 def check_room(plan: MergePlan, shards: Collection[Iterable[str]], folders: list[Path]) -> Path:

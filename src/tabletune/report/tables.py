@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -104,11 +105,17 @@ def content_figures(content: dict) -> dict[str, str]:
     """The figures of a model on one set of questions, {heading: text with the 95% interval}."""
     figures = {}
     for heading, (name, form) in CONTENT_COLUMNS.items():
-        # where all questions are to be refused, there are no answers to compare
-        has_no_answers = content.get("answerable") == 0 and name in OF_ANSWERS
-        if content.get(name) is not None and not has_no_answers:
+        if content.get(name) is not None and applies_to(name, content):
             figures[heading] = with_interval(content[name], content.get(f"{name}_ci95"), form)
     return figures
+
+
+def applies_to(name: str, content: Mapping[str, Any]) -> bool:
+    """Whether a figure says something about these answers.
+
+    Where all questions are to be refused, there are no answers to compare with the table's.
+    """
+    return name not in OF_ANSWERS or content.get("answerable") != 0
 
 
 def reasons_table(reasons: Mapping[str, str]) -> dict[str, str]:
@@ -165,10 +172,14 @@ def all_differences(metrics: dict) -> pd.DataFrame:
     differences = {}
     for pair, entries in metrics["differences"].items():
         content = (metrics.get("content_differences") or {}).get(pair, {})
+        first_model = metrics.get(pair.split(" - ")[0]) or {}
         of_pair = {}
         for part, figures in content.items():
+            # both models have answered the same questions
+            of_part = (first_model.get("content") or {}).get(part) or {}
             for name, entry in figures.items():
-                of_pair[f"{PARTS[part]}: {names.get(name, name)}"] = entry
+                if applies_to(name, of_part):
+                    of_pair[f"{PARTS[part]}: {names.get(name, name)}"] = entry
         for name, entry in entries.items():
             # with context_rows, training teaches the model not to give these answers
             left_out = name == "log_perplexity" and metrics.get("retrieval")
