@@ -423,7 +423,7 @@ def plot(results, path):
     bars = axes.barh(list(rows), list(rows.values()), color=colours, edgecolor="black")
     axes.bar_label(bars, fmt="{:,.0f}", padding=4)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.18)  # room for the figure of the longest bar
     axes.set(xlabel="tokens a second (padding not counted)", title="QLoRA of a 7B model on one GPU")
     figure.savefig(path, dpi=110)
 
@@ -438,7 +438,7 @@ def plot_jobs(jobs, path):
     done = {
         job.removeprefix("whole job, "): r["seconds"] for job, r in jobs.items() if "seconds" in r
     }
-    figure, axes = plt.subplots(figsize=(9, 0.5 * len(done) + 1.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 0.5 * len(done) + 1.7), layout="constrained")
     left = dict.fromkeys(done, 0)
     for stage, colour in zip(STAGES, ["0.95", "0.4", "0.8", "0.6"], strict=True):
         widths = [parts.get(stage, 0) for parts in done.values()]
@@ -456,7 +456,7 @@ def plot_jobs(jobs, path):
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set(xlabel="seconds", title="The whole job with a 7B model on one GPU")
-    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.3), frameon=False)
+    figure.legend(ncols=4, loc="outside lower center", frameon=False)
     figure.savefig(path, dpi=110)
 
 
