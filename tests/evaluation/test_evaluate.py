@@ -32,7 +32,7 @@ from tabletune.evaluation.scoring import divergence, perplexity, response_logits
 from tabletune.evaluation.structure import has_structure
 from tabletune.model import batch_size as batch_size_module
 from tabletune.model import dequantize, run_models
-from tabletune.model.batch_size import bytes_per_token, max_batch_size
+from tabletune.model.batch_size import bytes_per_token, max_batch_size, working_bytes_per_token
 from tabletune.model.compat import CACHE
 from tabletune.model.cuda_graphs import cuda_graph
 from tabletune.model.dequantize import dequantize_layers
@@ -204,7 +204,12 @@ def test_how_many_rows_fit_is_measured(model, monkeypatch):
         batch_size_module, "available_memory_gib", lambda: 10.2 * 100 * token / 0.8 / 2**30
     )
     assert [max_batch_size(model, 100, most) for most in (4, 16)] == [4, 10]
-    assert max_batch_size(model, 100, 999, with_logits=False) == int(10.2 * token / keys_and_values)
+    # for answers: keys and values of 100 tokens, and what a layer holds of the 60 that it reads
+    layer = (3 * config.intermediate_size + 4 * config.hidden_size) * 4
+    assert working_bytes_per_token(model) == layer
+    rows = int(10.2 * 100 * token / (100 * keys_and_values + 60 * layer))
+    assert max_batch_size(model, 100, 9999, prompt_tokens=60) == rows
+    assert max_batch_size(model, 100, 9999, prompt_tokens=0) > rows
     assert max_batch_size(model, 10_000_000, 16) == 1
     assert max_batch_size(object(), 100, 1) == 1, "where one is asked for, nothing is measured"
 

@@ -210,6 +210,31 @@ def test_batched_generation_is_five_times_as_fast(run_dir):
     assert seconds[1] > 5 * again, (seconds, again)
 
 
+def test_answers_to_many_long_prompts_fit_into_what_is_left(run_dir, monkeypatch):
+    """What a layer holds of 64 prompts while it reads them counts: it is a third of the memory."""
+    model = load_base(str(SMOLLM2), None, torch.bfloat16)
+    tokenizer, stops = load_tokenizer(str(SMOLLM2))
+    prompts = [[{"role": "user", "content": "Which remedy helps? " * 250}]] * 64
+    sizes = []
+    measure = answers_module.max_batch_size
+
+    def noted(*arguments):
+        sizes.append(measure(*arguments))
+        return sizes[-1]
+
+    monkeypatch.setattr(answers_module, "max_batch_size", noted)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    free = torch.cuda.memory_allocated() + 1.2 * 2**30
+    torch.cuda.set_per_process_memory_fraction(free / total)
+    try:
+        answers, _ = answers_module.generate(model, tokenizer, stops, prompts, 64, 8)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(answers) == 64
+    assert 1 < sizes[0] < 64, "the limit decides"
+
+
 def stage_model(run_dir):
     """The merged model of a run, on the GPU."""
     return AutoModelForCausalLM.from_pretrained(

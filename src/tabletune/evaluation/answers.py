@@ -136,8 +136,8 @@ def generate(
     ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     # as many as one process gets: batches must not leave another process idle
     most = min(batch_size, math.ceil(len(ids) / processes.num_processes))
-    longest = max(map(len, ids), default=1) + max_new_tokens
-    batch_size = max_batch_size(model, longest, max(1, most), with_logits=False)
+    longest = max(map(len, ids), default=1)
+    batch_size = max_batch_size(model, longest + max_new_tokens, max(1, most), longest)
     # prompts of like length together, so that little of a batch is padding
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]

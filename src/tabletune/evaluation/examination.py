@@ -47,7 +47,7 @@ class ExaminationSettings:
 
     samples: int = 20
     ask_all_models: bool = True
-    eval_batch_size: int = 32
+    eval_batch_size: int = 64
     window: int = 1024
     stride: int = 512
     max_new_tokens: int = 256

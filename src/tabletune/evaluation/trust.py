@@ -47,7 +47,7 @@ class TrustSettings:
     """The parameters of notebook 6 that an examination depends on, under their names there."""
 
     seed: int = 42
-    eval_batch_size: int = 32
+    eval_batch_size: int = 64
     window: int = 1024
     stride: int = 512
     split_rows: int = 100

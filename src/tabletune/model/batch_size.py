@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from tabletune.model.compat import cache_of
 from tabletune.model.devices import available_memory_gib
+from tabletune.model.inspection import intermediate_size
 
 
 @torch.no_grad()
@@ -34,16 +35,33 @@ def bytes_per_token(model: PreTrainedModel, with_logits: bool = True) -> int:
     return size
 
 
-def max_batch_size(model: PreTrainedModel, length: int, most: int, with_logits: bool = True) -> int:
+def working_bytes_per_token(model: PreTrainedModel) -> int:
+    """What a layer holds of each token while it reads a prompt, freed before the next layer.
+
+    That is three results of its wide half, the MLP, and four hidden states, by the config.
+    """
+    config = model.config.get_text_config()
+    numbers = 3 * intermediate_size(config) + 4 * config.hidden_size
+    return numbers * model.get_input_embeddings().weight.element_size()
+
+
+def max_batch_size(
+    model: PreTrainedModel, length: int, most: int, prompt_tokens: int | None = None
+) -> int:
     """How many rows of `length` tokens, up to `most`, have room in memory beside `model`.
 
-    A fifth of the free memory is left alone. An answer needs no logits but the last. Of several
-    processes, the one with the least room decides.
+    With `prompt_tokens`, a row is a prompt of so many tokens and its answer; an answer needs no
+    logits but the last. Without, rows are scored, and the logits of each token take more than a
+    layer does. A fifth of the free memory is left alone. Of several processes, the one with the
+    least room decides.
     """
     if most <= 1:
         return 1
     model.eval()
-    row = length * max(1, bytes_per_token(model, with_logits))  # bytes of a row
+    # bytes of a row
+    row = length * max(1, bytes_per_token(model, with_logits=prompt_tokens is None))
+    if prompt_tokens is not None:
+        row += prompt_tokens * working_bytes_per_token(model)
     # a batch that runs out of memory would end the notebook, so a fifth stays free
     rows = int(0.8 * available_memory_gib() * 2**30 / row)
     return min(gather_object([max(1, min(most, rows))]))

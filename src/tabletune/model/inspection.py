@@ -45,6 +45,20 @@ def base_config(base_model: str, revision: str | None = None) -> PreTrainedConfi
     return config
 
 
+def intermediate_size(config: PreTrainedConfig) -> int:
+    """The width of a layer between its two halves, of all experts that work on a token.
+
+    What a config lacks is assumed to be as usual.
+    """
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    if isinstance(width, (list, tuple)):
+        width = max(width)
+    experts = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
+    if not experts:
+        return width
+    return max(width, experts * (getattr(config, "moe_intermediate_size", None) or width))
+
+
 def text_part(model: PreTrainedModel) -> Module:
     """The part of a model that reads text: all of it, or the language model in a multimodal one."""
     return model.get_decoder() if hasattr(model, "get_decoder") else model

@@ -7,10 +7,14 @@ from typing import Any
 import pandas as pd
 import psutil
 import torch
-from transformers import PretrainedConfig
 
 from tabletune.model.devices import available_memory_gib
-from tabletune.model.inspection import in_out_features, linear_layers, text_part
+from tabletune.model.inspection import (
+    in_out_features,
+    intermediate_size,
+    linear_layers,
+    text_part,
+)
 from tabletune.training.lora_targets import ATTENTION, lora_targets
 
 GIB = 2**30
@@ -27,20 +31,6 @@ CUDA_GRAPH_SHARE = {"expandable": 0.1, "blocks": 0.2}
 CPU_FACTOR = 1.1
 # FSDP holds layers in flight that its streams do not give back at once, measured on an H100.
 GATHERED_LAYERS = 6
-
-
-def intermediate_size(config: PretrainedConfig) -> int:
-    """The width of a layer between its two halves, of all experts that work on a token.
-
-    What a config lacks is assumed to be as usual.
-    """
-    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    if isinstance(width, (list, tuple)):
-        width = max(width)
-    experts = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
-    if not experts:
-        return width
-    return max(width, experts * (getattr(config, "moe_intermediate_size", None) or width))
 
 
 @dataclass(frozen=True)
