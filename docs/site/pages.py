@@ -10,12 +10,15 @@ import re
 from pathlib import Path
 
 import mkdocs_gen_files
+from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = {"style": "cpu_run", "knowledge": "knowledge_run"}
 
 
 # a badge of Colab is a picture from the network, which a page on the disk may not have
+# code in Markdown, between any number of backticks, or else a formula between dollar signs
+CODE_OR_FORMULA = re.compile(r"(`+).+?\1|\$(\S|\S[^$`]*\S)\$", re.DOTALL)
 BADGE = re.compile(rb"!\[Open in Colab\](\[badge\]|\(https://[^)]*\))")
 
 
@@ -35,11 +38,25 @@ def with_folded_cells(content: bytes) -> bytes:
     return json.dumps(notebook).encode()
 
 
+def with_mathml(text: str) -> str:
+    """Markdown with its formulas in MathML, which browsers show without a script from elsewhere."""
+    return CODE_OR_FORMULA.sub(lambda found: convert(found[2]) if found[2] else found[0], text)
+
+
+def with_formulas(content: bytes) -> bytes:
+    """A notebook whose formulas are in MathML."""
+    notebook = json.loads(content)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = with_mathml("".join(cell["source"]))
+    return json.dumps(notebook).encode()
+
+
 def add_file(source: Path, target: str) -> None:
     """Put a file of the repository into the site under another name."""
     content = source.read_bytes()
     if source.suffix == ".ipynb":
-        content = with_folded_cells(content)
+        content = with_folded_cells(with_formulas(content))
     if source.suffix in (".md", ".ipynb"):
         content = BADGE.sub(b"Open in Colab", content)
     with mkdocs_gen_files.open(target, "wb") as file:
