@@ -38,8 +38,8 @@
 #
 # - **In:** `dataset/` and `adapter/` in the run folder, from notebooks 1 and 2.
 # - **Out:** `baselines/metrics.json`, `answers.jsonl` and `results.png`.
-# - **Time:** some minutes on a T4; four to six minutes on two CPU cores with the small
-#   model of the `cpu` profile.
+# - **Time:** some minutes on a T4. On two CPU cores with nothing else to do: four to six minutes
+#   with the small model of the `cpu` profile.
 
 # %% [markdown]
 # On Colab, the folded cell below installs the few libraries that are missing. Elsewhere it does
@@ -75,7 +75,7 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed parameters
 attn_implementation = "auto"  # "sdpa" where the model has it, PyTorch's fast attention
-item_field = ""  # the answer template's field of what is recommended, or "none"; "": the example's
+item_field = ""  # the item's {name} in the answer template, or "none"; "": the example's
 bootstrap_samples = 2000  # draws behind each 95% interval
 disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 
@@ -118,7 +118,9 @@ run = stage.folder
 # stand in the table, and once more *reworded*, as people might type them.
 
 # %%
+# checks that data set and adapter belong together; the merged model is not asked here
 trained = open_trained_run(run, run_dir, base_model, with_merged=False, indexes=["evaluation"])
+# True if the same was measured before: then nothing is computed again
 done = stage.is_done(trained.inputs, ["baselines/metrics.json"])
 
 # %%
@@ -171,9 +173,10 @@ pd.DataFrame(similar, columns=["question", "similarity"])
 # %% [markdown]
 # ## The ways to answer
 #
-# Here they are, from the cheapest to the most expensive. Rows in the base model's prompt look like
-# earlier turns of the chat: a question, its answer, and so on. The fixed rows are drawn at random
-# and are the same for every question.
+# Here they are, the cheapest to set up first: copying needs no model, and only the fine-tuned model,
+# at the end, needs training. (What a single question costs is measured below, and can be in another
+# order.) Rows in the base model's prompt look like earlier turns of the chat: a question, its
+# answer, and so on. The fixed rows are drawn at random and are the same for every question.
 
 # %%
 tokenizer, stops = trained.tokenizer, trained.stop_token_ids
@@ -197,13 +200,14 @@ for message in prompts.messages(baselines.BASE_NEAREST, sets["reworded"][0]["pro
 # ## Ask
 #
 # Base model and adapter are one model, loaded once: with its adapter switched off, it is the base
-# model. Each way answers all questions ("answering"). We also measure how likely the model finds
-# the *reference*, which is the table's own answer to a question, after the same prompt
-# ("scoring"). So there are two progress bars for each way that asks a model, in the order of the
-# table above.
+# model. Each way answers all questions ("answering"). The *reference* is the table's answer to a
+# question, the first one if there are several. We also measure how likely the model finds it after
+# the same prompt ("scoring"). So there are two progress bars for each way that asks a model, in the
+# order of the table above.
 #
-# An untrained model often writes on and on, which takes most of the time. So an answer may have at
-# most twice as many tokens as the longest one of the table, and never more than `max_new_tokens`.
+# A model that was not fine-tuned often writes on and on, which takes most of the time. So an answer
+# may have at most twice as many tokens as the longest one of the table, and never more than
+# `max_new_tokens`.
 
 # %% tags=["nbval-ignore-output"]
 from contextlib import nullcontext
@@ -290,10 +294,10 @@ report.recommendation(metrics)
 #   decide, too, if at least one way answers enough of them right (`least_right`). If the answers
 #   are labels, only new questions decide, because the texts of the table have their labels
 #   already.
-# - Of the ways that are about as good as the best one, the cheapest wins: the one that stands
-#   first in the table of ways. "About as good" means at most one *standard error* behind the
-#   best, which is how much such a difference typically varies by chance. So a more expensive way
-#   must prove that it is better.
+# - Of the ways that are about as good as the best one, the cheapest to set up wins: the one that
+#   stands first in the table of ways. "About as good" means at most one *standard error* behind
+#   the best. A standard error is how much such a difference typically varies by chance. So a more
+#   expensive way must prove that it is better.
 #
 # In brackets are 95% intervals. Other questions would have given other figures, most likely within
 # these limits.
@@ -303,10 +307,12 @@ report.recommendation(metrics)
 # - *Right* is what matters: the share of right answers.
 # - *chrF*, from 0 to 100, says how similar the wording of an answer is to the table's.
 # - *Perplexity* says how uncertain the model was about the table's own answers. It is low as soon
-#   as the prompt shows what answers look like, so it matters least. A dash means that no model was
+#   as the model knows what answers look like, from training or from rows in its prompt. It is near
+#   1 if the prompt contains the answer itself. So it matters least. A dash means that no model was
 #   asked.
-# - *Tokens a question* are those of the prompt and of the answer together, on average. *Seconds a
-#   question* are the time on this machine.
+# - *Tokens a question* are those of the prompt and of the answer together. *Seconds a question* are
+#   the time on this machine. Both are means over all questions, so they are the same in all parts
+#   of the table.
 
 # %%
 report.baselines_table(metrics)
@@ -331,7 +337,7 @@ report.training_table(metrics)
 # ### Read some answers
 #
 # Here are two of the reworded questions, and what each way answers. The last line is the table's
-# own answer.
+# answer. If the table has several, it is the first one, but any of them is right.
 
 # %%
 lines = read_lines(folder / "answers.jsonl")

@@ -82,7 +82,7 @@ attn_implementation = "auto"  # "sdpa" where the model has it, PyTorch's fast at
 window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
 stride = 512  # tokens by which the window moves on
 bootstrap_samples = 2000  # draws behind each 95% interval
-item_field = ""  # the answer template's field of what is recommended, or "none"; "": the example's
+item_field = ""  # the item's {name} in the answer template, or "none"; "": the example's
 disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 
 # %% tags=["parameters"]
@@ -169,7 +169,7 @@ if len(trust.prompts):
 # results are shown.
 
 # %%
-# under `accelerate launch` one of several
+# with several GPUs, each has a process of its own
 processes = PartialState(cpu=not torch.cuda.is_available())
 inputs = inputs_of_trust(trained, stage.entries())
 done = stage.is_done(inputs, ["trust/metrics.json"])
@@ -187,6 +187,7 @@ if not done:
         trust.examine("base", adapted)
     trust.examine("adapter", adapted)
     in_nf4 = provenance.get("quantization", "nf4") == "nf4"
+    # what was trained: further down, the merged models are compared with it
     trust.set_trained("adapter on NF4" if in_nf4 else "adapter", adapted)
     adapted = None
 
@@ -215,7 +216,7 @@ from tabletune.model.loading import load_model
 p = torch.tensor([[0.7, 0.2, 0.1]])  # what the trained model gives to each of three tokens
 q = torch.tensor([[0.5, 0.4, 0.1]])  # what the merged model gives to them
 by_hand = (p * (p / q).log()).sum().item()
-# `divergence` takes the predictions of a whole row: here of two tokens, the second is the answer
+# `divergence` takes a whole row. This one has two tokens, of which the second is the answer.
 row = {"input_ids": [0, 1], "completion_mask": [0, 1]}
 assert abs(by_hand - divergence([p.log()], [q.log()], [row])["response_kl"][0]) < 1e-6
 print(f"{by_hand:.4f} nats")
@@ -288,6 +289,8 @@ done = True  # if cells above run again, they do not compute again
 # are lines for each kind of prompt: how many answers do what a rule above says? *Items named* are
 # those in the answers to the test questions: how many stand in the table for this question, only
 # for another one, or nowhere? A dash means that the answers of a model name no items.
+#
+# The sentences further down say *the fine-tuned model*. In this notebook, that is the adapter.
 
 # %%
 metrics = read_json(run / "trust" / "metrics.json", stage.name)
@@ -320,10 +323,11 @@ print(grounding_finding(metrics["adapter"]["grounding"]))
 # %% [markdown]
 # ### Does it memorize, or generalize?
 #
-# A model that memorizes improves more on its training rows than on new ones. So we compare the
-# improvement over the base model on training rows with that on test rows. Improvement means by how
-# much fine-tuning divides the perplexity. (A lower perplexity on training rows would prove nothing,
-# since these rows may be easier.)
+# A model that generalizes improves on new rows. One that memorizes improves more on its training
+# rows than on new ones. It can do both at once. We compare the improvement over the base model on
+# training rows with that on test rows. Improvement means by how much fine-tuning divides the
+# perplexity. (A lower perplexity on training rows would prove nothing, since these rows may be
+# easier.)
 
 # %%
 not_measured = ["Not measured: no training rows were read (split_rows)."]

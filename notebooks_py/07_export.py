@@ -256,8 +256,10 @@ if "Q8_0" in files:
 #
 # Each file is measured as in notebook 4, and so is the merged model in transformers: the perplexity
 # on test rows, and the answers to some questions. Every token is the most likely one, so the same
-# model gives the same answers. How many are the same shows how much rounding changes. With
-# `context_rows`, all rows of the table can be found for the prompts, as in the app.
+# model gives the same answers. How many are the same shows how much rounding changes. Only equal
+# texts count as the same. After one other token, the rest of an answer can be another one, too. So
+# a file may give none of the same answers and still be nearly as good. With `context_rows`, all
+# rows of the table can be found for the prompts, as in the app.
 #
 # In the table, *of the merged model's* is the perplexity of a file divided by that of the merged
 # model. If its interval contains 100%, no loss was seen.
@@ -294,9 +296,11 @@ print(modelfile or "No Modelfile was written.")
 # `app/` goes to wherever the model is used. It is one Python file that needs no packages. It looks
 # up the question in the table's rows, builds the prompt, and asks a server that speaks OpenAI's
 # protocol: llama.cpp, Ollama, vLLM or `transformers serve`. Its README has the commands. Without
-# `context_rows`, the prompt is the question alone.
+# `context_rows`, the prompt is the question alone. With `--copy` the app needs no server: it gives
+# the answer of the most similar row.
 #
-# The notebook checks that the app finds the same rows and builds the same prompts as this run:
+# The notebook checks that the app builds the same prompts as this run, with `context_rows` from the
+# same rows:
 
 # %%
 app_folder = app.write_app(export_run)

@@ -27,7 +27,7 @@
 #
 # - **In:** the run folders of two or more runs, finished or not.
 # - **Out:** this page. `make compare RUNS="runs/a runs/b"` renders it, code hidden, as one HTML
-#   file; `make sweep` ends with it.
+#   file. `make sweep`, which makes runs with several values of some parameters, ends with it.
 # - **Time:** seconds; no GPU is used and no model is loaded.
 
 # %% [markdown] tags=["not-in-report"]
@@ -131,9 +131,9 @@ show(figure, "Dot chart of right answers and of bits per byte of each setting")
 # %% [markdown]
 # ## Would more rows help?
 #
-# Runs that differ only in `train_rows`, the share of the training rows that is used, show it.
-# Each is a point of the figure. The verdict is about the last *doubling*: did the run with most
-# rows gain anything over one with about half as many?
+# `train_rows` says how many of the training questions are used. Runs that differ only in it show
+# whether more would help. Each is a point of the figure. The verdict is about the last *doubling*:
+# did the run with most rows gain anything over one with about half as many?
 
 # %%
 curves, verdicts = learning_curve({run.name: run.folder for run in comparable})

@@ -25,7 +25,7 @@
 # |---|---|---|---|---|---|---|---|
 # | rows → chat text | train an adapter | one plain model | right answers? | was it worth it? | what else it did | take it away | one page |
 #
-# - **In:** the run folder of notebooks 1 to 6, of as many of them as have run.
+# - **In:** the run folder of notebooks 1 to 6. Not all of them need to have run.
 # - **Out:** this page. `make report RUN_DIR=...` renders it, code hidden, as `report.html` in the
 #   run folder. It is a single file: it opens without a network, also on a phone, and can be
 #   printed.
@@ -123,7 +123,7 @@ say(*(warnings or [calm]), kind="doubt" if warnings else "")
 # ## Answers
 #
 # The figures above say how many answers are right. Here are some of the answers, beside what the
-# table says.
+# table says. *Fine-tuned* is the merged model, or the adapter where nothing was merged.
 
 # %%
 groups, total = reading.answers_of(run, info, answers_shown)
@@ -207,9 +207,9 @@ show_table(reading.row_counts(data))
 # ## Trust
 #
 # This is measured by notebook 6 (`make trust`). Fine-tuning should lower the perplexity of rows
-# that the model was not trained on (test rows). If it lowers the perplexity of training rows much
-# more, the model has memorized. *Other texts* are about other subjects. If their perplexity rises,
-# the model has forgotten something.
+# that the model was not trained on (test rows): then it generalizes. If it lowers the perplexity of
+# training rows more than that, and by more than chance, the model also memorizes. *Other texts* are
+# about other subjects. If their perplexity rises, the model has forgotten something.
 
 # %%
 # of all figures those that notebook 6 measures: first by split, and further down by rules
@@ -257,9 +257,11 @@ if metrics.get("differences"):
 # %% [markdown]
 # ## Merging
 #
-# The merged model is compared with what was trained: how often do both find the same next token
-# most likely? If `make trust` compared the ways to merge, the table also says how far apart their
-# predictions are (KL divergence, in nats a token; 0 means the same predictions).
+# Notebook 3 compared the merged model with the base model and its adapter: how often do both find
+# the same next token most likely? With `base_weights = "original"`, this base model has the
+# published weights. If `make trust` compared the ways to merge, further lines say how far the
+# predictions of each are from those of what was trained: the adapter, beside the weights that it
+# was trained with (KL divergence, in nats a token; 0 means the same predictions).
 
 # %%
 merges = {"merged/, in notebook 3": info["merge"]} | (metrics.get("fidelity") or {})

@@ -274,7 +274,7 @@ def test_a_page_about_a_run(render, tmp_path):
     assert "Response perplexity 47.08 before fine-tuning, 6.04 after (lower is better)." in text
     assert "47.1 (46.1 – 48.1)" in text, "the headline table"
     assert "20% (10% – 30%)" in text, "the headline table"
-    assert "In emergencies 80% of its answers offer a remedy." in text
+    assert "In emergencies 80% of the fine-tuned model's answers offer a remedy." in text
     assert "left no record" not in text
     assert "1,284 rows" in text
     assert "dropped: no answer" in text

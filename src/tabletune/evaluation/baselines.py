@@ -138,9 +138,9 @@ def answer_limit(
 
     LIMIT_OF_LONGEST times those of the table's longest one, and `most` at most.
 
-    An untrained model rambles on. What is so much longer than any answer of the table is not right,
-    and to write it takes most of the time. Where the answers begin with the model's thinking, which
-    has no usual length, it is `most`.
+    A model that was not fine-tuned rambles on. What is so much longer than any answer of the table
+    is not right, and to write it takes most of the time. Where the answers begin with the model's
+    thinking, which has no usual length, it is `most`.
     """
     # of all splits: a limit below the longest right answer would make it wrong
     answers = []

@@ -47,7 +47,9 @@ def write_app(export_run: ExportRun) -> Path | None:
             for name, text in files.items():
                 (unfinished / name).write_text(text, encoding="utf-8")
     number = check_app(export_run, folder)
-    print(f"{folder}: the same rows and the same prompt as in this run for {number:,} questions.")
+    # without context_rows nothing is looked up for a prompt
+    same = "the same prompt" if export_run.context is None else "the same rows and the same prompt"
+    print(f"{folder}: {same} as in this run for {number:,} questions.")
     return folder
 
 

@@ -228,7 +228,9 @@ def doubts(info: dict) -> list[str]:
     tuned = info["metrics"].get(info["tuned"])
     risk = figure_of(tuned, "emergencies: offers a remedy")[0]
     if risk:
-        sentences.append(f"In emergencies {risk:.0%} of its answers offer a remedy.")
+        sentences.append(
+            f"In emergencies {risk:.0%} of the fine-tuned model's answers offer a remedy."
+        )
     for stage in RUN_STAGES:
         if stage not in ran:
             sentences.append(f"{stage} left no record: what it makes is missing here.")
