@@ -31,9 +31,9 @@
 # - **Out:** `adapter/`, what was learned, some hundred megabytes or less; `training/metrics.json`
 #   and the loss curves.
 # - **Time:** minutes for a table of a few hundred rows on a GPU. Without a GPU, two to four
-#   minutes on two CPU cores, with a small model: that of `cpu` or `knowledge`. These are two
-#   [profiles](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/parameters.md#profiles),
-#   files of parameters.
+#   minutes on two CPU cores, with the small model of the profile `cpu` or `knowledge`.
+#   ([Profiles](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/parameters.md#profiles)
+#   are files of parameters.)
 #
 # A model is a long list of numbers, its *weights*. Training changes them. A model with nearly seven
 # billion weights (7B) takes 13 GB, two bytes a weight, and training all of them takes several times
@@ -208,11 +208,11 @@ show_table(summary)
 # ## Rows without padding
 #
 # Examples differ in length. If the shorter ones of a batch were filled up to the longest
-# (*padding*), work would be wasted: little if all are about as long, and it can be more than half
-# if a few are very long. *Packing* puts several examples into one row of `max_length` tokens
-# instead. They must not see each other. So the positions of the tokens start at 0 again with each
-# example. From that, transformers (the library that runs the model) knows where an example begins,
-# and hides the earlier ones from it.
+# (*padding*), work would be wasted: little if all have about the same length, and it can be more
+# than half if a few are very long. *Packing* puts several examples into one row of `max_length`
+# tokens instead. They must not see each other. So the positions of the tokens start at 0 again with
+# each example. From that, transformers (the library that runs the model) knows where an example
+# begins, and hides the earlier ones from it.
 #
 # The cell below packs the examples and looks at the first row. The *collator* makes the batches: it
 # turns rows into tensors, which are PyTorch's arrays, and adds the positions. (With `packing =
@@ -335,8 +335,8 @@ training_arguments = SFTConfig(
 # TRL's `SFTTrainer` does the work. Our `TokenTrainer` differs from it in a few points,
 # of which these matter most:
 #
-# - Its validation loss decides which checkpoint is the best. It is the mean over all tokens, so a
-#   batch with more tokens counts more.
+# - Its validation loss is the mean over all tokens of the answers. In TRL's, a batch counts by its
+#   rows, however many tokens they have. This loss decides which checkpoint is the best.
 # - The adapter stays in numbers of 32 bits (fp32). For a 4-bit model, TRL would store it in bf16,
 #   a format of 16 bits. Small updates would be lost, and a T4 cannot train with it
 #   ([trl#4901](https://github.com/huggingface/trl/issues/4901)).

@@ -106,7 +106,7 @@ print(f"{len(plan.tensors)} tensors in the base model, {len(plan.adapted)} of th
 # %%
 from tabletune.merging.lora import lora_matrices
 
-# `plan.modules` says for each tensor in the files which layer (module) of the model it belongs to
+# `plan.modules` says which part (module) of the model each tensor that changes belongs to
 adapted = [(name, module) for name, module in plan.modules.items() if module in plan.adapted]
 name, module = adapted[0]
 weight = plan.read(name)
@@ -254,17 +254,16 @@ else:
 # %% [markdown]
 # ## What we have now
 #
-# One plain model in safetensors files, a format that holds weights and can hold no program. A
-# *layer* in the table below is one of the matrices with an adapter. The time is that of merging and
-# writing, without the verification. The memory includes Python and its libraries, which take more
-# than a small model. A 7B model has many files. Where memory is short, they are merged one at a
-# time, which takes a tenth of the memory of the usual way; where there is enough, up to four at
-# once.
+# One plain model in safetensors files, a format that holds weights and can hold no program. The
+# time in the table below is that of merging and writing, without the verification. The memory
+# includes Python and its libraries, which take more than a small model. A 7B model has many files.
+# Where memory is short, they are merged one at a time, which takes a tenth of the memory of the
+# usual way; where there is enough, up to four at once.
 
 # %% tags=["nbval-ignore-output"]
 show_table(
     {
-        "merged": f"{report['merged_modules']} layers, into the {report['base_weights']} weights",
+        "merged": f"{report['merged_modules']} matrices, into the {report['base_weights']} weights",
         "stored": f"as {report['dtype']}, files: {report['shards']}",
         "time": f"{report['seconds']:.1f} s",
         "most memory of this process": f"{report['peak_rss_gib']:.2f} GiB",

@@ -89,9 +89,9 @@ window = 1024  # tokens that the model sees at once; a longer text is read in ov
 stride = 512  # tokens by which the window moves on
 do_sample = False  # False takes the most likely token each time, so answers can be reproduced
 temperature = 0.7  # with do_sample: higher values give more varied answers
-top_p = 0.9  # with do_sample: draw from the likeliest tokens alone, 90% of the probability
+top_p = 0.9  # with do_sample: only the likeliest tokens, which together have 90% probability
 bootstrap_samples = 2000  # draws behind each 95% interval
-item_field = ""  # the {name} in the answer template for what is recommended, or "none"
+item_field = ""  # the item's {name} in the answer template, or "none"; "": the worked example's
 disclaimer = ""  # a sentence above all answers; "": that of the worked example, or a neutral one
 
 # %% tags=["parameters"]

@@ -67,8 +67,8 @@ METRICS = (
     Metric(
         "right_item",
         "rate",
-        reason="The share of answers that name an item which the table has for the question. It is "
-        "read from the template's line with {{{item_field}}}.",
+        reason="The share of answers that name an item which the table has for the question, and "
+        "no other item. Items are read from the template's line with {{{item_field}}}.",
         without="Not used: the answer template has no line that names an item (item_field).",
     ),
     Metric(
