@@ -95,10 +95,16 @@ ROWS = {
         {"profile": "a100", "gradient_accumulation_steps": 2},
     ),
     "a100 profile, 2 GPUs, 16 rows each": ("notebook", None, {"profile": "a100", "gpus": 2}),
+    "a100 profile, 2 GPUs, 16 rows each, two times 8": (
+        "notebook",
+        None,
+        {"profile": "a100", "gpus": 2, "batch_size": 8, "gradient_accumulation_steps": 2},
+    ),
     "a100 profile, 2 GPUs, 16 rows each, sharded": (
         "notebook",
         None,
-        {"profile": "a100", "gpus": 2, "room": 29},
+        # "auto" would take the rows in parts, with which a whole copy fits
+        {"profile": "a100", "gpus": 2, "batch_size": 16, "room": 29},
     ),
     "t4x2 profile, 2 GPUs, 2 rows each": (
         "notebook",
