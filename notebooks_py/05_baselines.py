@@ -292,8 +292,8 @@ report.recommendation(metrics)
 #
 # - People do not ask in the words of the table. So reworded questions decide. New questions
 #   decide, too, if at least one way answers enough of them right (`least_right`). If the answers
-#   are labels, only new questions decide, because the texts of the table have their labels
-#   already.
+#   are the names of classes, only new questions decide, because the table says already which
+#   class each of its own texts has.
 # - Of the ways that are about as good as the best one, the cheapest to set up wins: the one that
 #   stands first in the table of ways. "About as good" means at most one *standard error* behind
 #   the best. A standard error is how much such a difference typically varies by chance. So a more

@@ -346,11 +346,14 @@ print(forgetting(forgot) if forgot else "Not measured: no other text was read (o
 # %% [markdown]
 # ### Which merged model to ship?
 #
-# The rule: take the one with the lower perplexity, if the interval of the difference excludes zero.
-# Otherwise take the one whose predictions are nearer to what was trained (lower KL). If that does
-# not decide either, take the one from the published weights, which is simpler. The rule is applied
-# twice: among the models that are served in 16 bits, and among those in NF4. Ship one of the two
-# that are recommended, by how you will serve it.
+# Two of the merged models are for serving in 16 bits, and two for serving in NF4. Of each pair, one
+# is recommended:
+#
+# - the one with the lower perplexity, if the interval of the difference excludes zero;
+# - otherwise the one whose predictions are nearer to what was trained (lower KL);
+# - if that does not decide either, the one from the published weights, which is simpler.
+#
+# Ship the one for 16 bits or the one for NF4, depending on how you will serve the model.
 #
 # A KL such as `1.23e-05` is 0.0000123 nats. For comparison: in the example by hand, where two of
 # three probabilities clearly changed, it was 0.0969.

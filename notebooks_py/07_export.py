@@ -217,8 +217,8 @@ if files:
 #
 # With fewer bits a weight, the model is smaller and faster, and less exact. Q8_0 rounds each weight
 # to 8 bits, with a scale of 16 bits for every 32 weights. Q4_K_M uses 4 bits for most weights and 6
-# for those that matter more. It needs rows that can be divided into blocks of 256 weights. A matrix
-# with other rows gets 5 or 8 bits.
+# for those that matter more. This works only for a matrix whose rows can be divided into blocks of
+# 256 weights. Any other matrix gets 5 or 8 bits.
 
 # %%
 import pandas as pd
@@ -257,9 +257,9 @@ if "Q8_0" in files:
 # Each file is measured as in notebook 4, and so is the merged model in transformers: the perplexity
 # on test rows, and the answers to some questions. Every token is the most likely one, so the same
 # model gives the same answers. How many are the same shows how much rounding changes. Only equal
-# texts count as the same. After one other token, the rest of an answer can be another one, too. So
-# a file may give none of the same answers and still be nearly as good. With `context_rows`, all
-# rows of the table can be found for the prompts, as in the app.
+# texts count as the same. Once one token differs, the rest of the answer can differ, too. So a file
+# may give none of the same answers and still be nearly as good. With `context_rows`, all rows of
+# the table can be found for the prompts, as in the app.
 #
 # In the table, *of the merged model's* is the perplexity of a file divided by that of the merged
 # model. If its interval contains 100%, no loss was seen.
@@ -282,7 +282,7 @@ if files:
 # questions of this run. Otherwise no `Modelfile` is written.
 #
 # The disclaimer stands at the top of the file and in the licence, which `ollama show --license`
-# prints. It is not in a system message, because the model was not trained with such a prompt.
+# prints. It is not in a system message, because the prompts of the training did not have it.
 
 # %%
 modelfile = None

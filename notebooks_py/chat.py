@@ -105,7 +105,7 @@ for question in chat.examples[:1]:
 #
 # One model in memory gives both answers. It reads the question twice, at the same time: once with
 # the adapter and once without it. The library PEFT can switch the adapter on and off within one
-# batch. Both answers appear when the longer one is complete.
+# batch. Both answers grow on the page, token by token, until the longer one is complete.
 #
 # - Every token is the most likely one, as in notebook 4. So the same question gets the same answer.
 # - Each question is answered by itself, as in training. The models do not see earlier questions of

@@ -259,9 +259,11 @@ if metrics.get("differences"):
 #
 # Notebook 3 compared the merged model with the base model and its adapter: how often do both find
 # the same next token most likely? With `base_weights = "original"`, this base model has the
-# published weights. If `make trust` compared the ways to merge, further lines say how far the
-# predictions of each are from those of what was trained: the adapter, beside the weights that it
-# was trained with (KL divergence, in nats a token; 0 means the same predictions).
+# published weights.
+#
+# If `make trust` compared the ways to merge, there are further lines. *What was trained* is the
+# adapter beside the weights that it was trained with. The KL divergence, in nats a token, says how
+# far the predictions of a model are from those of what was trained; 0 means the same predictions.
 
 # %%
 merges = {"merged/, in notebook 3": info["merge"]} | (metrics.get("fidelity") or {})
@@ -279,7 +281,8 @@ show_table(figures_table(info["manifest"]))
 seconds = sum(at(entry, "seconds") or 0 for entry in info["manifest"].values())
 cost = ""
 if price_per_hour:
-    cost = f" At {price_per_hour:g} an hour, this costs {seconds / 3600 * price_per_hour:,.3f}."
+    paid = seconds / 3600 * price_per_hour
+    cost = f" At a price of {price_per_hour:g} an hour, this costs {paid:,.3f} in your currency."
 say(f"All notebooks together took {seconds:,.0f} seconds.{cost}")
 
 # %% [markdown]

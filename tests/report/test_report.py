@@ -291,7 +291,7 @@ def test_a_page_about_a_run(render, tmp_path):
     assert "80% (10% – 90%)" in text
     assert "98.7%" in text
     assert "0.0123 (0 – 1)" in text
-    assert "2,100 seconds. At 1 an hour, this costs 0.583." in text
+    assert "2,100 seconds. At a price of 1 an hour, this costs 0.583 in your currency." in text
     assert all(name in text for name in (*PARAMETERS, "abc123", "9.8.7", "c0ffee")), (
         "parameters and provenance"
     )
