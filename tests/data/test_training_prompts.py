@@ -14,6 +14,7 @@ from tabletune.data.context import ContextSettings, TableContext
 from tabletune.data.english import FUNCTION_WORDS
 from tabletune.data.lookup import CONTEXT_TEMPLATE, MOST_CONTEXT_ROWS, lookup_text
 from tabletune.data.retrieval import RowIndex, TableRow
+from tabletune.data.rewording import Rewording
 from tabletune.data.splits import SPLITS, assign_splits, question_id, question_key, split_position
 from tabletune.data.training_prompts import (
     PromptMaker,
@@ -255,6 +256,20 @@ def test_paraphrases_that_share_no_letters_do_not_lower_the_threshold():
     texts = ["zyx wvu", "qpo nml", "rst kji", "hgf edc"]
     others = [TableRow(text, row.answer, text) for text, row in zip(texts, rows, strict=False)]
     assert calibrate(RowIndex.build(rows + others), 1).unknown_threshold > 0.1
+
+
+def test_questions_out_of_scope_do_not_move_the_thresholds(monkeypatch):
+    # as if a rule had reworded each question into what resembles an emergency more than any row
+    monkeypatch.setattr(Rewording, "__call__", lambda self, text, generator: f"{text} bleach eyes")
+    rows = numbered(60)
+    out_of_scope = [f"{row.question} bleach eyes" for row in rows] + ["bleach eyes"]
+    rows = [*rows, TableRow("Does bleach hurt eyes?", "Yes.", "bleach")]
+    calibration = calibrate(RowIndex.build(rows, out_of_scope=out_of_scope), 1)
+    without = calibrate(RowIndex.build(rows), 1)
+    assert calibration.unknown_threshold == without.unknown_threshold > 0.1
+    assert calibration.certain_threshold == without.certain_threshold
+    # but the scores are those of the lookup, which refuses these questions
+    assert np.median(calibration.answerable_scores) < 0.1
 
 
 def test_the_threshold_is_not_high_where_rules_change_little():

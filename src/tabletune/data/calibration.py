@@ -5,6 +5,10 @@ are held back (rules of training, other seeds). Questions without an answer are 
 looked up without their rows and without rows of the same answer. Paraphrases that share no word
 with their row score no better than questions without an answer, so they do not move the threshold:
 to refuse them is better than to guess.
+
+The thresholds are those of the similarity alone. Questions out of scope do not move them: in a
+small table, one or two rewordings that happen to resemble an emergency would otherwise pull the
+threshold down to a tenth, and hardly any question would be refused.
 """
 
 import random
@@ -28,7 +32,10 @@ NEVER_CERTAIN = 1.01  # no score is as high
 
 @dataclass(frozen=True)
 class Calibration:
-    """The two thresholds, and the scores that they were taken from."""
+    """The two thresholds, and what the lookup makes of the questions that they were taken from.
+
+    The scores are those of use: lower where a question resembles one out of scope.
+    """
 
     unknown_threshold: float
     certain_threshold: float
@@ -44,31 +51,32 @@ def calibrate(index: RowIndex, seed: int) -> Calibration:
         places = sorted(generator.sample(places, MOST_QUESTIONS))
     reword = Rewording([row.question for row in index.rows], "training")
     answers = np.array([lookup_text(row.answer) for row in index.rows])  # [rows]
-    answerable = []
-    unanswerable = []
+    similarities: dict[str, list[float]] = {"answerable": [], "others": []}
+    scores: dict[str, list[float]] = {"answerable": [], "others": []}
+
+    def look_up(kind: str, question: str, excluded: np.ndarray | None) -> None:
+        similarities[kind].append(score_of(index, question, excluded, scope=False))
+        scores[kind].append(score_of(index, question, excluded, scope=True))
+
     for place in places:
         row = index.rows[place]
-        answerable.append(best_score(index, reword(row.question, generator)))
+        look_up("answerable", reword(row.question, generator), None)
         # as if the table did not have it: neither its question nor its answer under another one
         own_question = index.ids == row.question_id
         same = answers == answers[place]
-        unanswerable.append(score_of(index, row.question, own_question | same))
+        look_up("others", row.question, own_question | same)
     # a low quantile, and less than that: few real questions may be refused by mistake
-    low = min(MOST_THRESHOLD, MARGIN * float(np.quantile(answerable, REFUSED_SHARE)))
-    certain = max(LEAST_CERTAIN, float(np.quantile(unanswerable, CERTAIN_SHARE)))
+    low = MARGIN * float(np.quantile(similarities["answerable"], REFUSED_SHARE))
+    low = min(MOST_THRESHOLD, low)
+    certain = max(LEAST_CERTAIN, float(np.quantile(similarities["others"], CERTAIN_SHARE)))
     if certain >= 1:
         certain = NEVER_CERTAIN
-    return Calibration(round(low, 3), round(certain, 3), answerable, unanswerable)
+    return Calibration(round(low, 3), round(certain, 3), scores["answerable"], scores["others"])
 
 
-def best_score(index: RowIndex, question: str) -> float:
-    """The score of the most similar row."""
-    return score_of(index, question, None)
-
-
-def score_of(index: RowIndex, question: str, excluded: np.ndarray | None) -> float:
+def score_of(index: RowIndex, question: str, excluded: np.ndarray | None, scope: bool) -> float:
     """The best score among the rows that are not `excluded` [rows]; 0 if there are none."""
-    hits = index.best(index.scores(question), 1, excluded)
+    hits = index.best(index.scores(question, scope), 1, excluded)
     return hits[0].score if hits else 0.0
 
 

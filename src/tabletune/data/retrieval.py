@@ -154,15 +154,19 @@ class RowIndex:
             vectors = vstack([vectors, vectorizer.transform(out_of_scope)])
         return cls(rows, analyzer, vectorizer, vectors.T.tocsr(), out_of_scope)
 
-    def scores(self, question: str) -> np.ndarray:
-        """The similarity of a question with that of every row: an array [rows], from 0 to 1."""
+    def scores(self, question: str, scope: bool = True) -> np.ndarray:
+        """The similarity of a question with that of every row: an array [rows], from 0 to 1.
+
+        Without `scope`, questions out of scope do not lower it.
+        """
         result = self.vectorizer.transform([question]) @ self.vectors  # [1, vectors]
         similarity = np.zeros(self.vectors.shape[1])
         similarity[result.indices] = result.data
         scores = similarity[: len(self.rows)]
         out_of_scope = similarity[len(self.rows) :]
         factor = familiarity(question, self.words)
-        factor *= scope_factor(scores.max(), out_of_scope.max(initial=0.0))
+        if scope:
+            factor *= scope_factor(scores.max(), out_of_scope.max(initial=0.0))
         return scores * factor
 
     def search(self, question: str, k: int, exclude_question_id: str | None = None) -> list[Hit]:
