@@ -34,6 +34,7 @@ TRAINING = (
         (printed("answering: 100%|████| 4/4 [00:04<00:00]\n"), "answering: 100% 4/4 [00:04<00:00]"),
         (printed("\rscoring:  60% 24/40 [00:03<00:02]"), "scoring:  60% 24/40 [00:03<00:02]"),
         (shown(TRAINING), "step 11/46 00:12 < 00:40"),
+        (shown(TRAINING.replace("00:12 < 00:40, 0.9 it/s", ": < :")), "step 11/46"),
         (printed("no bar, but 25% of it | and a table |"), ""),
         (shown("<p>[1/2 00:01]</p>"), ""),
     ],

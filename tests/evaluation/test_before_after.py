@@ -80,7 +80,7 @@ def test_the_page_shows_both_under_the_disclaimer(adapted, tokenizer, run):
     shown = before_and_after(run).data
     assert "before: the base model" in shown
     assert "after: fine-tuned" in shown
-    assert "Educational example" in shown
+    assert "Answers may be wrong." in shown
 
 
 def test_texts_without_questions_are_not_asked(adapted, tokenizer, tmp_path):

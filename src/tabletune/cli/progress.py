@@ -13,8 +13,9 @@ from typing import Any, TextIO
 
 # tqdm: "scoring:  35%|███   | 12/34 [01:12<02:10]"; in a narrow terminal there is no bar between
 BAR = re.compile(r"([^\r\n|]*?\d+%)(?:\|[^|\r\n]*\|)?\s*(\S+/\S+ \[[^\r\n]*)")
-# transformers in HTML: "[ 11/46 00:12 < 00:40, 0.9 it/s, Epoch 0.2/1]"
-TRAINING = re.compile(r"\[\s*(\d+/\d+ [\d:]+ < [\d:]+|\d+/\d+ [\d:]+)[^\]]*\]")
+# transformers in HTML: "[ 11/46 00:12 < 00:40, 0.9 it/s, Epoch 0.2/1]", or "[ 2/46 : < :, Epoch …]"
+# while it does not know the times
+TRAINING = re.compile(r"\[\s*(\d+/\d+)( \d[\d:]* < [\d:]+| \d[\d:]*| : < :)[^\]]*\]")
 REFRESH_SECONDS = 0.5
 LOG_SECONDS = 60  # between lines, where the output is no terminal
 WARM_UP_TIMEOUT = 600  # seconds until a kernel that imports first must answer
@@ -97,7 +98,8 @@ def progress_inside(cell: dict[str, Any]) -> str:
         html = output.get("data", {}).get("text/html", "")
         match = TRAINING.search(html)
         if "<progress" in html and match:
-            return f"step {' '.join(match[1].split())}"
+            times = match[2].replace(" : < :", "")
+            return f"step {match[1]}{times}"
     return ""
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from tabletune.run.parameters import from_yaml
 
-NEUTRAL_DISCLAIMER = "Educational example: what the model says may be wrong."
+NEUTRAL_DISCLAIMER = "Answers may be wrong."
 
 
 def example_settings(report: dict[str, Any]) -> dict[str, Any]:
