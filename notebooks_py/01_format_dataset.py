@@ -165,7 +165,7 @@ rewordings = ""  # a column or file with other wordings of the questions; "": si
 practice_prompts = 0  # prompts about made-up tables: practice in recognizing reworded questions
 out_of_scope = ""  # what not to answer: "emergencies", or a text file with a question a line
 unknown_threshold = "auto"  # 0.3: if all rows are less similar than that, refuse to answer
-certain_threshold = "auto"  # 0.9: a row more similar than that is the answer, if the model refuses
+certain_threshold = "auto"  # 0.9: if the model refuses, the answer of a row this similar is given
 
 # %% tags=["parameters"]
 # `make` adds its cell below this one
@@ -290,9 +290,9 @@ print(rendered[:2000])
 
 # %% [markdown]
 # **As numbers.** The text becomes the numbers of its tokens. Beside them stands a *mask*, a list
-# with a 1 for each token that the model is to learn, and a 0 for each other one. To be learned are
-# the tokens of the answer, and the one that ends it. Only they count in the *loss*, the error that
-# training makes smaller.
+# with a 1 for each token that the model is to learn, and a 0 for each other one. The tokens of
+# the answer have a 1, and so does the one that ends it. Only they count in the *loss*, the error
+# that training makes smaller.
 #
 # We check the package's `encode` by hand on this row: we encode the whole conversation, and encode
 # the prompt alone. What follows the prompt is the answer.
@@ -444,8 +444,8 @@ plot_data_set(report, max_length)
 
 # %% [markdown]
 # The splits. `validation_fraction` and `test_fraction` are met only roughly in a small table: each
-# question is given to a split at random, whatever the others are. So questions that you add later
-# do not move the others:
+# question is given to a split at random, independently of the other questions. So questions that
+# you add later do not move the earlier ones:
 
 # %%
 data_report.splits_table(report)

@@ -165,8 +165,8 @@ splits, report = examples.load_examples(run, published_dataset, processes)
 
 # %% [markdown]
 # Each example becomes two lists of the same length. The *token ids* are the numbers of its tokens.
-# The *labels* say what the model should predict: the same id, or -100 where nothing is to be
-# learned. Only the answers are in the loss.
+# The *labels* are the same ids where the model is to predict a token from those before it, and -100
+# where nothing is to be learned. Only the answers are in the loss.
 #
 # The model learns from the training split alone. The validation split shows during training how it
 # does on other questions. The test split waits for notebook 4.
@@ -238,8 +238,8 @@ print("In the first row, examples begin at tokens", (positions == 0).nonzero()[:
 #   this weight. The *optimizer*, which changes the weights, remembers earlier gradients.
 # - *activations*: the results of all layers, from which the gradients are computed.
 # - working memory: what one layer, or the loss, needs while it computes. It is freed at once.
-# - what there is besides: on a CPU Python and its libraries, on a GPU the memory that PyTorch
-#   reserves in advance.
+# - the rest: Python and its libraries on a CPU; on a GPU, the memory that PyTorch reserves in
+#   advance.
 #
 # With several GPUs, each holds a full copy of the model if it fits (DDP, distributed data
 # parallel). If not, they share it (FSDP, fully sharded data parallel): each keeps a part of every
@@ -287,7 +287,7 @@ plan = planning.plan_steps(stage.parameters, train, encoded["train"], room, proc
 # %% [markdown]
 # ## The adapter
 #
-# LoRA adds to a frozen matrix of weights $W$ the product of two thin matrices: $W +
+# LoRA adds the product of two thin matrices to a frozen matrix of weights $W$: $W +
 # \frac{\alpha}{r} B A$. Only $A$, with $r$ rows, and $B$, with $r$ columns, are trained. The *rank*
 # $r$ (`lora_r`) limits how much the adapter can learn; $\alpha$ (`lora_alpha`) says how strongly it
 # counts. $B$ starts at zero. So before training, the model with its adapter gives the same answers
@@ -335,8 +335,9 @@ training_arguments = SFTConfig(
 # TRL's `SFTTrainer` does the work. Our `TokenTrainer` differs from it in a few points,
 # of which these matter most:
 #
-# - Its validation loss is the mean over all tokens of the answers. In TRL's, a batch counts by its
-#   rows, however many tokens they have. This loss decides which checkpoint is the best.
+# - Its validation loss is the mean over all tokens of the answers. TRL's is a mean over batches,
+#   weighted by their rows and not by their tokens. The validation loss decides which checkpoint is
+#   the best.
 # - The adapter stays in numbers of 32 bits (fp32). For a 4-bit model, TRL would store it in bf16,
 #   a format of 16 bits. Small updates would be lost, and a T4 cannot train with it
 #   ([trl#4901](https://github.com/huggingface/trl/issues/4901)).

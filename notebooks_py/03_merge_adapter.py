@@ -106,7 +106,7 @@ print(f"{len(plan.tensors)} tensors in the base model, {len(plan.adapted)} of th
 # %%
 from tabletune.merging.lora import lora_matrices
 
-# `plan.modules` says which part (module) of the model each tensor that changes belongs to
+# for each tensor that changes, `plan.modules` names the part of the model (module) it is in
 adapted = [(name, module) for name, module in plan.modules.items() if module in plan.adapted]
 name, module = adapted[0]
 weight = plan.read(name)

@@ -91,7 +91,7 @@ do_sample = False  # False takes the most likely token each time, so answers can
 temperature = 0.7  # with do_sample: higher values give more varied answers
 top_p = 0.9  # with do_sample: only the likeliest tokens, which together have 90% probability
 bootstrap_samples = 2000  # draws behind each 95% interval
-item_field = ""  # the item's {name} in the answer template, or "none"; "": the worked example's
+item_field = ""  # {name} of the item in answer_template; "none": no item; "": the worked example's
 disclaimer = ""  # a sentence above all answers; "": that of the worked example, or a neutral one
 
 # %% tags=["parameters"]
@@ -168,7 +168,7 @@ examination.overview()
 # %% [markdown]
 # What counts as a right answer depends on the table. If the answers are short, such as the names of
 # classes, they are compared word for word. Where the answer template has a line for an item, the
-# item must be right. Free text must have nearly the words of the table's answer, and the same
+# item must be right. Free text must have nearly the same words as the table's answer, and the same
 # numbers and names.
 #
 # The list below names what is measured for this table. Its first line says what makes an answer
@@ -248,7 +248,7 @@ if not done:
 
 # %% tags=["nbval-ignore-output"]
 your_text = your_question or trained.example.get("your_question")
-# two lists of one: the question as a prompt, and its text
+# two lists with one entry each: the question as a prompt, and its text
 yours, your_questions = own_question(your_text, examination.questions)
 if not done:
     with adapted.disable_adapter():

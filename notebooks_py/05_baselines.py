@@ -75,7 +75,7 @@ if "google.colab" in sys.modules and not all(map(find_spec, needed)):
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Rarely changed parameters
 attn_implementation = "auto"  # "sdpa" where the model has it, PyTorch's fast attention
-item_field = ""  # the item's {name} in the answer template, or "none"; "": the example's
+item_field = ""  # {name} of the item in answer_template; "none": no item; "": the worked example's
 bootstrap_samples = 2000  # draws behind each 95% interval
 disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 

@@ -82,7 +82,7 @@ attn_implementation = "auto"  # "sdpa" where the model has it, PyTorch's fast at
 window = 1024  # tokens that the model sees at once; a longer text is read in overlapping windows
 stride = 512  # tokens by which the window moves on
 bootstrap_samples = 2000  # draws behind each 95% interval
-item_field = ""  # the item's {name} in the answer template, or "none"; "": the example's
+item_field = ""  # {name} of the item in answer_template; "none": no item; "": the worked example's
 disclaimer = ""  # above every answer; "" for the example's, or a neutral one
 
 # %% tags=["parameters"]

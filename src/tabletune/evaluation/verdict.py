@@ -144,8 +144,8 @@ def what_helps(content: dict, metrics: dict, rules: dict) -> list[str]:
     if rate < POOR and looks_right(metrics):
         how_many += ": it has learned how answers look, not what they say"
     return [
-        f"{how_many}. What helps: `context_rows: 3`, which puts rows of the table into the prompt "
-        "(the profile `knowledge`), more epochs, a larger base model."
+        f"{how_many}. What helps: rows of the table in the prompt (`context_rows = 3` in notebook "
+        "1, or the profile `knowledge`), more epochs, a larger base model."
     ]
 
 
