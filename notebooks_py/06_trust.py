@@ -361,6 +361,9 @@ print(forgetting(forgot) if forgot else "Not measured: no other text was read (o
 # Look at *dequantized, NF4 again*. Its weights had been rounded to sixteen values before the
 # adapter was added. The adapter moves most of them by less than the distance between two of these
 # values, so rounding again can undo what was learned.
+#
+# *Original, NF4 again* can be nearer to what was trained than *original* is, although it was
+# rounded once more: the training, too, saw weights that were rounded to NF4.
 
 # %%
 not_measured = ["Not measured: the ways to merge were not compared (fidelity_rows)."]
