@@ -436,9 +436,11 @@ print("perplexity:", with_interval(*stored(metrics["adapter"], "response perplex
 # ratio of 0.5 means half as uncertain.
 #
 # Look at the lines with *right* first. *Better* and *worse* are about the first of the two models.
-# *No difference shown* means that the interval contains 0 (or 1 for a ratio). That is what we hope
-# for from *merged - adapter*, since merging should change next to nothing. About 1 in 20
-# comparisons shows a difference by chance. Do not trust a single borderline one.
+# So are words such as *shorter*, *higher* and *lower*: they stand where neither is better. *No
+# difference shown* means that the interval contains 0 (or 1 for a ratio). That is what we hope for
+# from *merged - adapter*, since merging should change next to nothing. A difference that is shown
+# can still be too small to matter, such as a ratio of 0.9995. About 1 in 20 comparisons shows a
+# difference by chance. Do not trust a single borderline one.
 
 # %%
 tables.all_differences(metrics)

@@ -243,9 +243,10 @@ if emergencies:
 # ## Differences
 #
 # Two models are compared on the same questions. That is more exact than comparing two intervals.
-# *Better* and *worse* are about the first of the two models. "Points" are percentage points.
-# Perplexities are divided: a ratio of 0.5 means half as uncertain. About 1 in 20 comparisons looks
-# significant by chance. Do not trust a single borderline one.
+# *Better* and *worse* are about the first of the two models. So are words such as *shorter* and
+# *more often*: they stand where neither is better. "Points" are percentage points. Perplexities are
+# divided: a ratio of 0.5 means half as uncertain. About 1 in 20 comparisons looks significant by
+# chance. Do not trust a single borderline one.
 
 # %%
 if metrics.get("differences"):
