@@ -464,8 +464,8 @@ print(f"responses of the test split:    {figure}")
 # The answers to `your_question` are below, cut after `max_new_tokens`. To ask something else,
 # change it and run the notebook again. Only the base model and the adapter are loaded and asked
 # then, and nothing is measured again. On your own machine, `make ask` asks a whole file of
-# questions
-# ([docs/export.md](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/export.md)).
+# questions, and says which answers are right if the file has the right ones
+# ([docs/questions.md](https://github.com/home-remedies-qlora/home-remedies-qlora/blob/main/docs/questions.md#how-do-i-test-it-with-my-own-questions)).
 
 # %% tags=["nbval-ignore-output"]
 answers = read_json(folder / "your_questions.json", stage.name)

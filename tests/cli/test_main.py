@@ -125,6 +125,17 @@ def test_summary_also_where_a_figure_is_missing(tmp_path, capsys, monkeypatch):
     assert lines[4] == ["merged", "6.00", "-", "-", "-"]
 
 
+def test_summary_says_that_rows_were_left_out(tmp_path, capsys, monkeypatch):
+    part = {"perplexity": {"response": 130, "response_ci95": None}, "generation": None}
+    metrics = dict.fromkeys(["base", "adapter", "merged"], part)
+    (tmp_path / "evaluation").mkdir()
+    for retrieval in (False, True):
+        text = json.dumps(metrics | {"retrieval": retrieval})
+        (tmp_path / "evaluation" / "metrics.json").write_text(text)
+        run_command(monkeypatch, "summary", tmp_path)
+        assert ("without their rows" in capsys.readouterr().out) == retrieval
+
+
 def test_summary_says_first_whether_answers_are_right(tmp_path, capsys, monkeypatch):
     part = {"perplexity": {"response": 6, "response_ci95": None}, "generation": None}
     metrics = dict.fromkeys(["base", "adapter", "merged"], part)

@@ -109,6 +109,7 @@ def test_the_table_of_answers(monkeypatch):
     assert "[cut after max_new_tokens]" in text
     assert "max_new_tokens]" in text
     assert "Right: 1 of 2 (0–2)." in text
+    assert "read these" in text
 
 
 def a_row(question, answer):

@@ -7,6 +7,11 @@ from typing import Any
 from tabletune.report.text import RUN_HERE
 from tabletune.run.files import read_json
 
+ROWS_LEFT_OUT = (
+    "Below, the test questions are asked without their rows. A model that has learned to refuse\n"
+    "them finds the table's answers improbable, so a high perplexity is no fault there."
+)
+
 
 def print_summary(run_dir: Path) -> None:
     """Print the main figures of a finished run, and where its results are.
@@ -17,6 +22,8 @@ def print_summary(run_dir: Path) -> None:
     verdict = metrics.get("verdict", [])  # runs of earlier versions have none
     if verdict:
         print("", *verdict, sep="\n")
+    if metrics.get("retrieval"):
+        print("\n" + ROWS_LEFT_OUT)
     columns = ["", "response perplexity", "95% interval", "stop", "structure"]
     print(f"\n{columns[0]:10}{columns[1]:>20}{columns[2]:>18}{columns[3]:>8}{columns[4]:>12}")
     for name in ("base", "adapter", "merged"):

@@ -37,6 +37,10 @@ from tabletune.stats import rate_interval
 COPY = "copy"
 PARTS = (COPY, "base", "adapter", "merged")
 FILE = "answers.jsonl"
+READ_THESE = (
+    "Answers are compared by their words and numbers. One in other words may be right and have a "
+    "NO, so read these."
+)
 
 
 def answer_questions(run_dir: Path, questions: Path, part: str, values: Mapping[str, Any]) -> None:
@@ -218,6 +222,8 @@ def table_of_answers(lines: Sequence[dict], disclaimer: str) -> str:
         limits = rate_interval(judged) or [0.0, 1.0]
         low, high = (round(limit * len(judged)) for limit in limits)
         text += ["", f"Right: {sum(judged)} of {len(judged)} ({low}–{high})."]
+        if not all(judged):
+            text.append(READ_THESE)
     return "\n".join(text)
 
 
