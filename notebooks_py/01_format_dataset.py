@@ -406,6 +406,8 @@ print(*report["notes"] or ["Nothing stands out."], sep="\n")
 # To save time, a training prompt has several questions about the same rows. Half of the questions
 # are *reworded*: they say the same in other words than the table. With `practice_prompts` there are
 # also prompts about made-up tables. From them the model learns to recognize a reworded question.
+# For the validation loss there are about a tenth as many prompts, up to 200, with one question
+# each. They ask reworded questions of the training split, and questions of the validation split.
 #
 # The similarity of two questions is a number from 0 to 1. If no row reaches `unknown_threshold`,
 # the lookup alone refuses: the model is not asked, and the answer is `unknown_answer`. With a good
@@ -421,9 +423,10 @@ from tabletune.data.retrieval_report import OFF, example_prompt, prompts_table
 show_table(prompts_table(report), OFF)
 
 # %% [markdown]
-# Below is what the model is asked, and the right answer, for one training question and one
-# validation question. (In training, several questions can share a prompt; here there is one in
-# each.)
+# Below are the prompt and the right answer for one training question and one validation question.
+# (In training, several questions can share a prompt; here there is one in each.) If the lookup
+# refuses the question, its heading says that the model is not asked. What follows is then the
+# prompt that the model would have read.
 #
 # With `context_rows`, only training rows are searched here. A validation or test question therefore
 # never finds its own row, and the right answer to it is `unknown_answer`. So we see whether the

@@ -290,6 +290,7 @@ say(f"All notebooks together took {seconds:,.0f} seconds.{cost}")
 # ## Parameters of the run
 #
 # If notebooks ran with different values of a parameter, all of them are listed, with | in between.
+# What notebook 1 recognized by itself is not listed, such as the settings of the worked example.
 
 # %%
 show_table(info["parameters"])
