@@ -353,6 +353,10 @@ print(forgetting(forgot) if forgot else "Not measured: no other text was read (o
 # - otherwise the one whose predictions are nearer to what was trained (lower KL);
 # - if that does not decide either, the one from the published weights, which is simpler.
 #
+# With `context_rows`, the first of these rules does not count. The rows of the test questions are
+# left out here, and the model learned to refuse without them. A merged model that has lost this
+# finds the table's answers more probable again, so its lower perplexity is no merit.
+#
 # Ship the one for 16 bits or the one for NF4, depending on how you will serve the model.
 #
 # A KL such as `1.23e-05` is 0.0000123 nats. For comparison: in the example by hand, where two of

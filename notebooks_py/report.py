@@ -168,6 +168,7 @@ say(*(info["rating"].get("sentences") or ["No person has rated the answers yet."
 
 # %%
 show_table(form_table(metrics), "Not evaluated yet.")
+say(*reading.on_rows_left_out(info))
 
 # %%
 if models:
@@ -216,7 +217,8 @@ show_table(reading.row_counts(data))
 places = {name: place for name, (place, _) in FIGURES.items()}
 of_splits = [name for name in places if places[name].startswith(("by_split", "outside"))]
 show_table(figures_table(models, of_splits))
-say(*(metrics.get("memorization") or []))
+if metrics.get("memorization"):
+    say(*metrics["memorization"], *reading.on_rows_left_out(info))
 
 # %%
 of_rules = [name for name in places if places[name].startswith(("safety", "grounding"))]

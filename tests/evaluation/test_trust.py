@@ -573,6 +573,21 @@ def test_what_to_ship_follows_from_the_numbers(original, dequantized, shipped, w
     assert 'Ship in 16 bits: "merged, original", as it is simpler' in two_questions[0]
 
 
+def test_a_model_that_no_longer_refuses_is_not_shipped_for_its_perplexity():
+    variants = {
+        "adapter": variant(4.9, 0.0),
+        "merged, original": variant(4.9, 0.0),
+        "merged, original, NF4 again": variant(5.0, 0.3),
+        # it has lost the training: near the base model, so the table's answers are less improbable
+        "merged, dequantized, NF4 again": variant(4.0, 1.2),
+    }
+    lines = what_to_ship(variants, np.arange(40), 1000, 0, rows_left_out=True)
+    assert lines[0] == 'Ship in 16 bits: "merged, original", as there is no other here.'
+    assert '"merged, original, NF4 again", as it is nearer to what was trained' in lines[2]
+    assert lines[3].endswith("nats a token (KL).")
+    assert "perplexity" not in " ".join(lines)
+
+
 def test_the_figures_of_a_way_to_merge():
     entry = fidelity(variant(2.0, 0.05), np.arange(40), 1000, 0)
     assert entry["perplexity"] == pytest.approx(math.exp(2.0), rel=0.01)

@@ -276,6 +276,7 @@ def test_a_page_about_a_run(render, tmp_path):
     assert "20% (10% – 30%)" in text, "the headline table"
     assert "In emergencies 80% of the fine-tuned model's answers offer a remedy." in text
     assert "left no record" not in text
+    assert "no fault" not in text
     assert "1,284 rows" in text
     assert "dropped: no answer" in text
     assert "−8 rows" in text
@@ -302,6 +303,13 @@ def test_a_page_about_a_run(render, tmp_path):
     assert "better" in told[0], "what differs is on top"
     assert len(told) == 4, "those of both notebooks"
     assert sum("no difference shown" in row for row in told) == 3, "those of both notebooks"
+
+
+def test_a_perplexity_that_rises_because_rows_are_left_out_is_explained(render, tmp_path):
+    run = a_run(tmp_path / "run")
+    change(run / "evaluation" / "metrics.json", retrieval=True)
+    text = render("report", run_dir=str(run)).text
+    assert text.count("so its perplexity of the table's answers may well rise") == 2
 
 
 def test_answers_stay_text_under_the_disclaimer(render, tmp_path):

@@ -213,13 +213,21 @@ def fidelity(table: pd.DataFrame, groups: Sequence[str], draws: int, seed: int) 
 
 
 def what_to_ship(
-    variants: Mapping[str, pd.DataFrame], groups: Sequence[str], draws: int, seed: int
+    variants: Mapping[str, pd.DataFrame],
+    groups: Sequence[str],
+    draws: int,
+    seed: int,
+    rows_left_out: bool = False,
 ) -> list[str]:
     """Sentences that say which of the merged variants to ship, and what that costs.
 
     In 16 bits, and quantized again. The one with the lower perplexity, if there is a difference;
     else the one that is nearer to what was trained; else that of the published weights, as it is
     the simpler. `variants` are tables of `divergence`, the first that of what was trained.
+
+    With `rows_left_out` the prompts have rows of the table, but not those with the answer. There
+    the model learned to refuse, and one that has lost this has the lower perplexity. So it does
+    not count.
     """
     sentences = []
     sampling = (groups, draws, seed)
@@ -230,14 +238,21 @@ def what_to_ship(
             continue
         trained = next(iter(variants.values()))
         tokens = trained["response_tokens"]
-        name, reason = choose_variant(names, variants, tokens, sampling)
+        columns = ["response_kl"] if rows_left_out else ["response_nll", "response_kl"]
+        name, reason = choose_variant(names, variants, tokens, sampling, columns)
+        sentences.append(f'Ship {what}: "{name}", as {reason}.')
+        if rows_left_out:
+            kl = variants[name]["response_kl"].sum() / tokens.sum()
+            sentences.append(
+                f"Its predictions differ from what was trained by {kl:.3g} nats a token (KL)."
+            )
+            continue
         cost = mean_difference(
             variants[name]["response_nll"], trained["response_nll"], tokens, *sampling
         )
         change = by_difference(
             cost, higher="worse", lower="better", neither="not measurably different"
         )
-        sentences.append(f'Ship {what}: "{name}", as {reason}.')
         sentences.append(
             f"Compared with what was trained, it is {change}: its perplexity is "
             f"{as_ratio(cost, '.4f')} times that of what was trained."
@@ -250,8 +265,12 @@ def choose_variant(
     variants: Mapping[str, pd.DataFrame],
     tokens: pd.Series,
     sampling: tuple[Sequence[str], int, int],
+    columns: Sequence[str],
 ) -> tuple[str, str]:
-    """Which of one or two variants to ship, the simpler one first, and why."""
+    """Which of one or two variants to ship, the simpler one first, and why.
+
+    The first of the `columns` in which they differ decides.
+    """
     if len(names) == 1:
         return names[0], "there is no other here"
     simple, other = variants[names[0]], variants[names[1]]
@@ -259,9 +278,9 @@ def choose_variant(
         "response_nll": "its perplexity is lower",
         "response_kl": "it is nearer to what was trained",
     }
-    for column, reason in reasons.items():
+    for column in columns:
         entry = mean_difference(other[column], simple[column], tokens, *sampling)
         if entry["significant"]:
             better = names[0] if entry["difference"] > 0 else names[1]
-            return better, reason
+            return better, reasons[column]
     return names[0], "it is simpler, and no worse measurably"

@@ -173,7 +173,8 @@ class TrustExamination:
             metrics["fidelity"] = {
                 name: fidelity(table, groups, *draws) for name, table in self.variants.items()
             }
-            metrics["shipping"] = what_to_ship(self.variants, groups, *draws)
+            rows_left_out = self.context is not None
+            metrics["shipping"] = what_to_ship(self.variants, groups, *draws, rows_left_out)
         return metrics
 
     def save(self, folder: Path, metrics: dict, disclaimer: str) -> None:

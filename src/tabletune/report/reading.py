@@ -220,6 +220,17 @@ def verdict_of(info: dict) -> list[str]:
     return sentences
 
 
+def on_rows_left_out(info: dict) -> list[str]:
+    """Why a perplexity may rise in a run with rows of the table in its prompts; [] for others."""
+    if not info["evaluation"].get("retrieval"):
+        return []
+    return [
+        "Rows of the table stand in the prompts of this run, but not those with the answers to "
+        "test and validation questions. Without them the model learned to refuse, so its "
+        "perplexity of the table's answers may well rise there: that is no fault."
+    ]
+
+
 def doubts(info: dict) -> list[str]:
     """What a reader must know before trusting the figures of a run: a list of sentences."""
     manifest, data = info["manifest"], info["data"]
