@@ -217,6 +217,7 @@ def test_notebook_7_works_in_one_process_whatever_the_run_has(
     monkeypatch.setattr(
         "tabletune.cli.notebooks.run_notebook", lambda *values: calls.append(values[3])
     )
+    monkeypatch.setattr("tabletune.cli.summary.print_findings", lambda run_dir: None)
     options = build_parser().parse_args([command, str(tmp_path)])
     options.do(options)
     assert calls == [processes]

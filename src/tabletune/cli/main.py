@@ -82,6 +82,23 @@ def baselines(options: argparse.Namespace) -> None:
     print_recommendation(choose_run_dir(options))
 
 
+def trust(options: argparse.Namespace) -> None:
+    """Run notebook 6 on a finished run, and print what it found."""
+    from tabletune.cli.summary import print_findings
+
+    on_finished_run("06_trust")(options)
+    print_findings(choose_run_dir(options))
+
+
+def export(options: argparse.Namespace) -> None:
+    """Run notebook 7 on a finished run, and print where its files are."""
+    on_finished_run("07_export")(options)
+    run_dir = choose_run_dir(options)
+    print(
+        f"\ncards, files and app {run_dir / 'export'}, the notebook {run_dir / '07_export.ipynb'}"
+    )
+
+
 def report(options: argparse.Namespace) -> None:
     """Write report.html, a page about a run, into its folder."""
     from tabletune.cli.pages import write_report
@@ -192,12 +209,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_for_run(
         "trust",
-        on_finished_run("06_trust"),
+        trust,
         "Notebook 6 on a finished run: safety, grounding, memorization, forgetting.",
     )
     add_for_run(
         "export",
-        on_finished_run("07_export"),
+        export,
         "Notebook 7 on a finished run: model card, GGUF and Ollama files, upload.",
     )
     add_for_run("report", report)

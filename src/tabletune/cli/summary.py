@@ -53,6 +53,20 @@ def print_recommendation(run_dir: Path) -> None:
     print(f"\nfigures, answers and a plot {folder}, the notebook {run_dir / '05_baselines.ipynb'}")
 
 
+def print_findings(run_dir: Path) -> None:
+    """Print what notebook 6 found in a run, in short, and where its figures are.
+
+    Raises StageError without them.
+    """
+    # imports PyTorch, which takes seconds
+    from tabletune.evaluation.trust import in_short
+
+    folder = run_dir / "trust"
+    metrics = read_json(folder / "metrics.json", "06_trust")
+    print("", *in_short(metrics), sep="\n")
+    print(f"\nfigures and answers {folder}, the notebook {run_dir / '06_trust.ipynb'}")
+
+
 def percent(rate: Any) -> str:
     """A rate in percent; "-" where there is none."""
     return "-" if rate is None else f"{rate:.0%}"
