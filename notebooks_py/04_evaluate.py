@@ -337,6 +337,10 @@ plot_results(metrics)
 # again is shown only twice. Of several right answers only the first is shown here; `answers.jsonl`
 # has all (`references`).
 #
+# With `context_rows`, the column *in the table* says if the rows of a question are left out. Then
+# "nothing" is right. An answer of the table would count as right, too, but the model has no row to
+# take it from.
+#
 # Adapter and merged model can answer differently, although notebook 3 found next to no difference.
 # Here the adapter works beside weights of 4 bits, as in training, and the merged model was usually
 # made from the weights as they were published. Such a difference can change one token, and after it
