@@ -224,6 +224,17 @@ def test_a_card_says_how_a_table_is_used_as_knowledge(run_dir):
     prompt = export_run.splits["test"][0]["prompt"]
     assert json.loads(messages) == load_context(run_dir, "use").prompt(prompt).messages
     assert json.loads(messages) != prompt
+    assert "Without them the model learned to refuse" in text
+
+
+@pytest.mark.parametrize(("quantization", "method"), [("nf4", "QLoRA"), ("none", "LoRA")])
+def test_a_card_calls_qlora_only_what_is(run_dir, quantization, method):
+    path = run_dir / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["02_finetune_qlora"]["parameters"]["quantization"] = quantization
+    path.write_text(json.dumps(manifest))
+    for card in cards_of(run_dir).values():
+        assert f"trained with {method} on" in card.text
 
 
 def test_a_card_shows_how_many_answers_are_right(run_dir):
@@ -242,7 +253,7 @@ def test_a_card_shows_how_many_answers_are_right(run_dir):
     metrics["verdict"] = [sentence]
     path.write_text(json.dumps(metrics))
     text = cards_of(run_dir)["adapter"].text
-    assert sentence in text
+    assert "39 of 40 reworded questions of the table (35–40)." in text, "it is not the reader's"
     assert "| of the table, reworded | 40 | 98% (87% – 100%) | 2% | 0% |" in text
     assert text.index("right?") < text.index("perplexity"), "content comes first"
 
