@@ -300,7 +300,8 @@ print(modelfile or "No Modelfile was written.")
 # the answer of the most similar row.
 #
 # The notebook checks that the app builds the same prompts as this run, with `context_rows` from the
-# same rows:
+# same rows. It does so for the questions of up to 200 rows. A question that several rows have
+# counts once for each of them:
 
 # %%
 app_folder = app.write_app(export_run)
