@@ -116,12 +116,13 @@ def test_at_the_end_libraries_may_clean_up_and_then_the_kernel_is_gone(write_not
     """Of what is to be done at exit, only what takes Python apart is left out."""
     clean_up = f"import atexit\natexit.register(open({str(tmp_path / 'cleaned')!r}, 'w').close)"
     # Python would wait for it when it takes its modules apart
-    slow = "class Slow:\n    def __del__(self):\n        import time\n        time.sleep(60)"
+    slow = "class Slow:\n    def __del__(self):\n        import time\n        time.sleep(600)"
     notebook = write_notebook(clean_up, f"{slow}\nimport math\nmath.slow = Slow()")
     with WarmKernel() as kernel:
         kernel.start(notebook)
         manager = kernel.take(notebook)
         process = manager.provisioner.process
+        manager.shutdown_wait_time = 60  # seconds; a busy machine may take longer than the usual 5
         run_in(manager, notebook, tmp_path / "executed.ipynb")
     assert (tmp_path / "cleaned").exists()
     assert process.returncode == 0  # ended by itself, not by a signal
