@@ -115,8 +115,8 @@ def test_without_one_a_notebook_gets_a_kernel_of_its_own(write_notebook, tmp_pat
 def test_at_the_end_libraries_may_clean_up_and_then_the_kernel_is_gone(write_notebook, tmp_path):
     """Of what is to be done at exit, only what takes Python apart is left out."""
     clean_up = f"import atexit\natexit.register(open({str(tmp_path / 'cleaned')!r}, 'w').close)"
-    # Python would wait for it when it takes its modules apart
-    slow = "class Slow:\n    def __del__(self):\n        import time\n        time.sleep(600)"
+    # Python would wait for it when it takes its modules apart, and could import nothing any more
+    slow = "import time\nclass Slow:\n    def __del__(self, sleep=time.sleep):\n        sleep(600)"
     notebook = write_notebook(clean_up, f"{slow}\nimport math\nmath.slow = Slow()")
     with WarmKernel() as kernel:
         kernel.start(notebook)
