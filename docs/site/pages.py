@@ -15,10 +15,9 @@ from latex2mathml.converter import convert
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = {"style": "cpu_run", "knowledge": "knowledge_run"}
 
-
-# a badge of Colab is a picture from the network, which a page on the disk may not have
 # code in Markdown, between any number of backticks, or else a formula between dollar signs
 CODE_OR_FORMULA = re.compile(r"(`+).+?\1|\$(\S|\S[^$`]*\S)\$", re.DOTALL)
+# a badge of Colab is a picture from the network, which a page on the disk may not have
 BADGE = re.compile(rb"!\[Open in Colab\](\[badge\]|\(https://[^)]*\))")
 
 
